@@ -1,0 +1,136 @@
+"""The equations of Hybrid Prototype Mixing (arXiv 2606.01746, and our reading of it: docs/method.md), as pure functions.
+
+Letters of the shapes: B images in a batch, C classes, d features. Nothing here keeps state, and every matrix product
+leaves autocast, because a distance is a small difference of large numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
+_MIN_MASS = 1e-12
+
+
+@torch.fx.wrap
+def matmul_without_autocast(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the product of `a` (m, k) and `b` (k, n) in their own precision, also inside an autocast region."""
+    if not torch.jit.is_scripting():
+        device_type = a.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return a @ b
+    return a @ b
+
+
+def straight_through_assignment(logits: Tensor) -> Tensor:
+    """Returns the one-hot of each row's arg-max (B, C), with the gradient of the softmax (straight-through estimator).
+
+    `logits` is (B, C). Its value is exactly one-hot: the softmax enters as p − stop_gradient(p).
+    """
+    p = F.softmax(logits, dim=1)
+    hard = torch.zeros_like(p).scatter(1, p.argmax(dim=1, keepdim=True), 1.0)
+    return hard + (p - p.detach())
+
+
+def hard_presence(assignment: Tensor) -> Tensor:
+    """Returns 1 for each class that some row of a one-hot `assignment` (B, C) predicts and 0 for the others, as (C,).
+
+    No gradient flows through it: a class that was not predicted has none.
+    """
+    return (assignment.detach().sum(dim=0) > 0).to(assignment.dtype)
+
+
+def soft_presence(assignment: Tensor) -> Tensor:
+    """Returns w_c = 1 − Π_i (1 − a_ic), the probability that a class is predicted at all, as (C,).
+
+    `assignment` (B, C) holds probabilities. Without this weight one soft image would be the prototype of every class.
+    """
+    # The bound keeps log(1 − a) and its gradient finite where a softmax saturates at 1.
+    return -torch.expm1(torch.log1p(-assignment.clamp(max=1.0 - 1e-6)).sum(dim=0))
+
+
+def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
+    """Returns m_c = Σ_i a_ic z_i / Σ_i a_ic, the batch-level prototypes (C, d).
+
+    `features` is (B, d), `assignment` (B, C). The row of a class without any mass is zero, with finite gradients; what
+    it says is masked by the presence in `mix_prototypes`.
+    """
+    mass = assignment.sum(dim=0)
+    weights = assignment / torch.where(mass > _MIN_MASS, mass, torch.ones_like(mass))
+    return matmul_without_autocast(weights.t(), features)
+
+
+def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mix: float) -> Tensor:
+    """Returns Q_c = P_c + mix·w_c·(m_c − P_c) as (C, d): the dataset-level prototype where a class is absent.
+
+    `prototypes` P and `batch_means` m are (C, d), `presence` w is (C,) in [0, 1], `mix` in [0, 1] is the weight of the
+    batch-level prototypes.
+    """
+    return prototypes + (mix * presence).unsqueeze(1) * (batch_means - prototypes)
+
+
+def squared_distances(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Returns ‖z_i − Q_c‖² as (B, C), for `features` (B, d) and `prototypes` (C, d), in O(B·C + C·d) memory."""
+    # Distances do not change with the origin, but the rounding of the expanded square does: features behind a ReLU
+    # share a large mean.
+    origin = prototypes.detach().mean(dim=0)
+    z, q = features - origin, prototypes - origin
+    cross = matmul_without_autocast(z, q.t())
+    return z.square().sum(dim=1, keepdim=True) - 2 * cross + q.square().sum(dim=1)
+
+
+def l2_logits(features: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
+    """Returns −s·‖z_i − Q_c‖² (B, C): the ℓ2 classifier with `prototypes` (C, d) and a positive `scale` ()."""
+    return -scale * squared_distances(features, prototypes)
+
+
+def batch_logits(
+        features: Tensor,
+        assignment: Tensor,
+        presence: Tensor,
+        prototypes: Tensor,
+        scale: Tensor,
+        mix: float,
+) -> Tensor:
+    """Returns the HPM logits (B, C) of a whole batch: ℓ2 logits on dataset- and batch-level prototypes mixed.
+
+    `features` (B, d); `assignment` (B, C) and `presence` (C,), both hard or both soft; `prototypes` (C, d).
+    """
+    mixed = mix_prototypes(prototypes, batch_prototypes(features, assignment), presence, mix)
+    return l2_logits(features, mixed, scale)
+
+
+def sample_logits(features: Tensor, assignment: Tensor, prototypes: Tensor, scale: Tensor, mix: float) -> Tensor:
+    """Returns the HPM logits (B, C) where each image is a batch of its own: −s·‖z_i − P_c‖²·(1 − mix·a_ic)².
+
+    The closed form of `batch_logits` for one image: its batch-level prototype is the image's own feature.
+    """
+    return l2_logits(features, prototypes, scale) * (1 - mix * assignment).square()
+
+
+def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Returns the sums of `features` (B, d) by label (C, d) and the counts (C,), both in the dtype of `features`.
+
+    Sums and counts of several batches, or of several processes, may be added up before `ema_update`.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    counts = features.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(features[:, 0]))
+    return sums, counts
+
+
+def ema_update(
+        prototypes: Tensor,
+        num_updates: Tensor,
+        sums: Tensor,
+        counts: Tensor,
+        decay: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns new `prototypes` (C, d) and `num_updates` (C,): P_c ← β·P_c + (1−β)·sums_c/counts_c.
+
+    Only classes with a count change, and the first update of a class sets its prototype. `decay` is β in [0, 1].
+    """
+    means = sums / counts.clamp(min=1).unsqueeze(1)
+    seen = counts > 0
+    step = torch.where(num_updates > 0, 1.0 - decay, 1.0) * seen
+    return torch.lerp(prototypes, means.to(prototypes.dtype), step.to(prototypes.dtype).unsqueeze(1)), num_updates + seen

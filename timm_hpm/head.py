@@ -1,0 +1,225 @@
+"""`HPMHead`, the classifier of Hybrid Prototype Mixing, and how to find it in a model and switch its inference mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+
+INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
+
+
+def check_inference(mode: str) -> str:
+    """Returns `mode`, or raises a ValueError that lists the inference modes."""
+    if mode not in INFERENCE_MODES:
+        raise ValueError(f"unknown inference mode {mode!r}; expected one of {', '.join(INFERENCE_MODES)}")
+    return mode
+
+
+class HPMHead(nn.Linear):
+    """An FC classifier that answers by ℓ2 distance to prototypes mixed from the data set's and the batch's.
+
+    It stands in the slot of a model's `nn.Linear` classifier: `weight` and `bias` are that classifier's, so a plain
+    timm checkpoint loads with only this head's own entries missing. Those are the buffers `prototypes`
+    (num_classes, in_features) and `num_updates` (num_classes,), how often each class has been updated, and the
+    learnable `log_scale` (), whose exponential is the scale s of the logits −s·‖z − Q_c‖².
+
+    Until every class has a prototype, the head answers exactly as its FC classifier.
+
+    Arguments:
+        in_features: width d of the features.
+        num_classes: number of classes C; also `out_features`.
+        bias: whether the FC classifier has a bias.
+        mix: weight of the batch-level prototypes, in [0, 1]; 0 uses the dataset-level ones only.
+        ema_decay: weight β of the old prototype in an update, in [0, 1].
+        inference: `"batch"` (the paper's: an answer depends on the other images of the batch), `"sample"` (each image
+            is a batch of its own), `"dataset"` (dataset-level prototypes only) or `"fc"` (the FC classifier).
+
+    Source: arXiv 2606.01746; what is our own reading stands in docs/method.md.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            bias: bool = True,
+            *,
+            mix: float = 0.5,
+            ema_decay: float = 0.99,
+            inference: str = "batch",
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; an HPM head needs at least 1")
+        for name, fraction in (("mix", mix), ("ema_decay", ema_decay)):
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"{name} is {fraction}; expected a number in [0, 1]")
+        super().__init__(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.mix = float(mix)
+        self.ema_decay = float(ema_decay)
+        self.inference = check_inference(inference)
+        self.log_scale = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
+        self.prototypes: Tensor
+        self.num_updates: Tensor
+        self.register_buffer("prototypes", torch.zeros(num_classes, in_features, device=device, dtype=dtype))
+        self.register_buffer("num_updates", torch.zeros(num_classes, dtype=torch.long, device=device))
+
+    def fc_logits(self, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of the FC classifier, for `features` (B, d)."""
+        return F.linear(features, self.weight, self.bias)
+
+    def scale(self) -> Tensor:
+        """Returns the positive scale s (), in float32."""
+        return self.log_scale.float().exp()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of `features` (B, d) in the mode `inference`; changes nothing.
+
+        The modes other than `"fc"` answer in float32, whatever the autocast.
+        """
+        fc_logits = self.fc_logits(features)
+        if self.inference == "fc":
+            return fc_logits
+        z, prototypes, fc_logits = features.float(), self.prototypes.float(), fc_logits.float()
+        if self.inference == "dataset":
+            logits = functional.l2_logits(z, prototypes, self.scale())
+        elif self.inference == "sample":
+            assignment = functional.straight_through_assignment(fc_logits)
+            logits = functional.sample_logits(z, assignment, prototypes, self.scale(), self.mix)
+        elif self.inference == "batch":
+            assignment = functional.straight_through_assignment(fc_logits)
+            presence = functional.hard_presence(assignment)
+            logits = functional.batch_logits(z, assignment, presence, prototypes, self.scale(), self.mix)
+        else:
+            raise ValueError("unknown inference mode; expected one of batch, sample, dataset, fc")
+        # A tensor's choice, not Python's: it must trace, and every parameter must have a gradient in every state.
+        return torch.where((self.num_updates > 0).all(), logits, fc_logits)
+
+    @torch.jit.unused
+    def is_fitted(self) -> bool:
+        """Returns whether every class has a prototype."""
+        return bool((self.num_updates > 0).all())
+
+    @torch.jit.unused
+    def config(self) -> dict[str, Any]:
+        """Returns the keyword arguments that make another head of the same kind: mix, ema_decay and inference."""
+        return {"mix": self.mix, "ema_decay": self.ema_decay, "inference": self.inference}
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def update_prototypes(self, features: Tensor, labels: Tensor) -> None:
+        """Moves the prototypes of the classes in `labels` towards their mean feature (exponential moving average).
+
+        Arguments:
+            features: (B, d), the input of the head; no gradient is kept.
+            labels: (B,), integers in [0, C).
+
+        Raises:
+            ValueError: shapes that do not fit, labels that are not integers in [0, C), or features that are not
+                finite. The prototypes are then as before.
+        """
+        self.apply_class_sums(*self.class_sums(features, labels))
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def class_sums(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the float32 sums (C, d) of `features` by label and the counts (C,); see `update_prototypes`.
+
+        Several processes add up theirs before `apply_class_sums`.
+        """
+        self._check_update(features, labels)
+        return functional.class_sums(features.float(), labels, self.out_features)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def apply_class_sums(self, sums: Tensor, counts: Tensor) -> None:
+        """Updates the prototypes by the mean features sums/counts of the classes with a count."""
+        prototypes, num_updates = functional.ema_update(
+            self.prototypes.float(), self.num_updates, sums, counts, self.ema_decay)
+        self.prototypes.copy_(prototypes)
+        self.num_updates.copy_(num_updates)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def set_prototypes(self, prototypes: Tensor) -> None:
+        """Sets the dataset-level prototypes of all classes, as (C, d), and counts that as one update of each.
+
+        Raises:
+            ValueError: another shape, or values that are not finite. The prototypes are then as before.
+        """
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(f"prototypes have the shape {tuple(prototypes.shape)}; "
+                             f"expected (num_classes, in_features) = {tuple(self.prototypes.shape)}")
+        if not prototypes.isfinite().all():
+            raise ValueError("prototypes are not finite; a head with them would answer NaN")
+        self.prototypes.copy_(prototypes)
+        self.num_updates.fill_(1)
+
+    @torch.jit.unused
+    def _check_update(self, features: Tensor, labels: Tensor) -> None:
+        if features.ndim != 2 or features.shape[1] != self.in_features:
+            raise ValueError(f"features have the shape {tuple(features.shape)}; expected (B, {self.in_features}), "
+                             "the pooled input of the head")
+        if labels.shape != features.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
+                             f"({len(features)},) class indices. Soft targets have no class mean")
+        if features.device != self.prototypes.device or labels.device != self.prototypes.device:
+            raise ValueError(f"features are on {features.device} and labels on {labels.device}, the prototypes on "
+                             f"{self.prototypes.device}; move them to one device")
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < self.out_features):
+            raise ValueError(f"labels span {int(labels.min())} to {int(labels.max())}; "
+                             f"expected 0 to {self.out_features - 1}")
+        if not features.isfinite().all():
+            raise ValueError("features are not finite; they would spoil the prototypes for good. Look at the loss and "
+                             "the learning rate")
+
+    def extra_repr(self) -> str:
+        """Returns the arguments that `print(model)` shows."""
+        return (f"{super().extra_repr()}, mix={self.mix}, ema_decay={self.ema_decay}, "
+                f"inference={self.inference!r}")
+
+
+def find_head(model: nn.Module) -> HPMHead:
+    """Returns the HPM head of `model` (or `model` itself where it is one).
+
+    Raises:
+        ValueError: no HPM head, or more than one.
+    """
+    name = head_name(model)
+    if name is None:
+        raise ValueError(f"{type(model).__name__} has no HPM head; create an hpm_* model "
+                         "(timm.list_models('hpm_*')), with num_classes > 0")
+    return model.get_submodule(name)  # type: ignore[return-value]
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Returns the dotted path of the HPM head in `model`, `""` where the model is the head, None where it has none.
+
+    Raises:
+        ValueError: more than one HPM head.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, HPMHead)]
+    if len(names) > 1:
+        raise ValueError(f"{type(model).__name__} has {len(names)} HPM heads, at {', '.join(names)}; expected one")
+    return names[0] if names else None
+
+
+@contextmanager
+def inference_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
+    """Switches the HPM head of `model` (a model or a head) to an inference mode, and back at the end of the block.
+
+    Raises:
+        ValueError: an unknown mode, or no HPM head.
+    """
+    head = find_head(model)
+    before, head.inference = head.inference, check_inference(mode)
+    try:
+        yield head
+    finally:
+        head.inference = before

@@ -1,0 +1,98 @@
+"""`ThreatModel`: which perturbations an adversary may make."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+import torch
+from torch import Tensor
+
+NORMS: Final = ("Linf", "L2")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All images within `eps` of the clean one in a norm, with pixels in [0, 1].
+
+    Arguments:
+        norm: `"Linf"` or `"L2"`.
+        eps: radius in units of the pixel range, above 0; for Linf at most 1.
+
+    Raises:
+        ValueError: an unknown norm, or a radius out of range.
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps is {self.eps}; expected a finite number above 0")
+        if self.norm == "Linf" and self.eps > 1:
+            raise ValueError(f"eps is {self.eps} for Linf; pixels are in [0, 1], so at most 1. "
+                             f"Did you mean {self.eps:g}/255?")
+
+    @classmethod
+    def parse(cls, text: str) -> "ThreatModel":
+        """Returns the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
+
+        Raises:
+            ValueError: a text of another form, or values that `ThreatModel` refuses.
+        """
+        match = re.fullmatch(r"([^:]+):\s*([^/]+?)\s*(?:/\s*([^/]+?)\s*)?", text.strip())
+        try:
+            if match is None:
+                raise ValueError
+            eps = float(match[2]) / (float(match[3]) if match[3] else 1.0)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"cannot read the threat model {text!r}; expected NORM:EPS such as Linf:8/255 or L2:0.5, "
+                             f"with a norm of {', '.join(NORMS)}") from None
+        return cls(match[1].strip(), eps)
+
+    def __str__(self) -> str:
+        """Returns a text that `parse` reads back to an equal threat model."""
+        fraction = Fraction(self.eps).limit_denominator(255)
+        if fraction.denominator == 255 and fraction.numerator / 255 == self.eps:
+            return f"{self.norm}:{fraction.numerator}/255"
+        return f"{self.norm}:{self.eps!r}"
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the distance of each image of `x` (B, ...) from the same of `y`, as (B,)."""
+        delta = (x - y).flatten(1)
+        return delta.abs().amax(dim=1) if self.norm == "Linf" else delta.norm(dim=1)
+
+    def project(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Returns `x` (B, ...) moved into the ball around `clean` (B, ...) and into [0, 1].
+
+        The L2 projection scales the perturbation and then clamps the pixels, as AutoAttack does: clean pixels are in
+        [0, 1], so clamping only brings each pixel nearer to its clean value.
+        """
+        if self.norm == "Linf":
+            return torch.clamp(x, clean - self.eps, clean + self.eps).clamp(0, 1)
+        delta = x - clean
+        return (clean + delta * (self.eps / _norm(delta).clamp(min=self.eps))).clamp(0, 1)
+
+    def scaled(self, direction: Tensor, size: float | Tensor) -> Tensor:
+        """Returns the steepest step of norm `size` along `direction` (B, ...): its sign, or its unit vector."""
+        if self.norm == "Linf":
+            return size * direction.sign()
+        return size * direction / _norm(direction).clamp(min=1e-12)
+
+    def random_start(self, clean: Tensor) -> Tensor:
+        """Returns random points of the ball around `clean` (B, ...), in [0, 1], from the global random state.
+
+        Linf: uniform in the ball; L2: a uniform direction with a radius uniform in [0, eps].
+        """
+        if self.norm == "Linf":
+            return (clean + self.eps * (2 * torch.rand_like(clean) - 1)).clamp(0, 1)
+        radius = self.eps * torch.rand_like(_norm(clean))
+        return (clean + self.scaled(torch.randn_like(clean), radius)).clamp(0, 1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Returns the L2 norm of each image of `x` (B, ...), shaped to broadcast over it."""
+    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))

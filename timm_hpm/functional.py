@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
-_MIN_MASS = 1e-12
-
 
 @torch.fx.wrap
 def matmul_without_autocast(a: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +54,8 @@ def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
     it says is masked by the presence in `mix_prototypes`.
     """
     mass = assignment.sum(dim=0)
-    weights = assignment / torch.where(mass > _MIN_MASS, mass, torch.ones_like(mass))
+    # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
+    weights = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
     return matmul_without_autocast(weights.t(), features)
 
 

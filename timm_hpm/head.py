@@ -101,17 +101,14 @@ class HPMHead(nn.Linear):
         # A tensor's choice, not Python's: it must trace, and every parameter must have a gradient in every state.
         return torch.where((self.num_updates > 0).all(), logits, fc_logits)
 
-    @torch.jit.unused
     def is_fitted(self) -> bool:
         """Returns whether every class has a prototype."""
         return bool((self.num_updates > 0).all())
 
-    @torch.jit.unused
     def config(self) -> dict[str, Any]:
         """Returns the keyword arguments that make another head of the same kind: mix, ema_decay and inference."""
         return {"mix": self.mix, "ema_decay": self.ema_decay, "inference": self.inference}
 
-    @torch.jit.unused
     @torch.no_grad()
     def update_prototypes(self, features: Tensor, labels: Tensor) -> None:
         """Moves the prototypes of the classes in `labels` towards their mean feature (exponential moving average).
@@ -126,7 +123,6 @@ class HPMHead(nn.Linear):
         """
         self.apply_class_sums(*self.class_sums(features, labels))
 
-    @torch.jit.unused
     @torch.no_grad()
     def class_sums(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the float32 sums (C, d) of `features` by label and the counts (C,); see `update_prototypes`.
@@ -136,7 +132,6 @@ class HPMHead(nn.Linear):
         self._check_update(features, labels)
         return functional.class_sums(features.float(), labels, self.out_features)
 
-    @torch.jit.unused
     @torch.no_grad()
     def apply_class_sums(self, sums: Tensor, counts: Tensor) -> None:
         """Updates the prototypes by the mean features sums/counts of the classes with a count."""
@@ -145,7 +140,6 @@ class HPMHead(nn.Linear):
         self.prototypes.copy_(prototypes)
         self.num_updates.copy_(num_updates)
 
-    @torch.jit.unused
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
         """Sets the dataset-level prototypes of all classes, as (C, d), and counts that as one update of each.
@@ -161,7 +155,6 @@ class HPMHead(nn.Linear):
         self.prototypes.copy_(prototypes)
         self.num_updates.fill_(1)
 
-    @torch.jit.unused
     def _check_update(self, features: Tensor, labels: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.in_features:
             raise ValueError(f"features have the shape {tuple(features.shape)}; expected (B, {self.in_features}), "

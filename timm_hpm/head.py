@@ -129,7 +129,7 @@ class HPMHead(nn.Linear):
 
         Several processes add up theirs before `apply_class_sums`.
         """
-        self._check_update(features, labels)
+        self.check_update(features, labels)
         return functional.class_sums(features.float(), labels, self.out_features)
 
     @torch.no_grad()
@@ -155,7 +155,8 @@ class HPMHead(nn.Linear):
         self.prototypes.copy_(prototypes)
         self.num_updates.fill_(1)
 
-    def _check_update(self, features: Tensor, labels: Tensor) -> None:
+    def check_update(self, features: Tensor, labels: Tensor) -> None:
+        """Raises the ValueErrors of `update_prototypes`."""
         if features.ndim != 2 or features.shape[1] != self.in_features:
             raise ValueError(f"features have the shape {tuple(features.shape)}; expected (B, {self.in_features}), "
                              "the pooled input of the head")

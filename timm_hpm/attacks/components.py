@@ -1,0 +1,339 @@
+"""AutoAttack's components (pyautoattack), each run by itself on one fixed batch under one or more surrogates.
+
+Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
+here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
+largest loss where none does, never the clean image. The batch stays whole meanwhile: images that are not queried
+keep their latest candidate, of which only the features are needed, so whole batches cost no extra backbone pass.
+
+Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenko et al., arXiv 1912.00049 (Square).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+
+from ..threat import ThreatModel
+from .pgd import pgd
+from .surrogates import SplitModel
+
+
+class NonFiniteLogitsError(ValueError):
+    """A classifier answered NaN or infinity; no such image may count as robust."""
+
+
+def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
+    """Raises a NonFiniteLogitsError that names the first row of `logits` (B, C) with NaN or infinity."""
+    if not logits.isfinite().all():
+        first = int((~logits.isfinite()).any(dim=1).nonzero()[0])
+        raise NonFiniteLogitsError(
+            f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
+            "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model")
+
+
+def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns max_{c≠y} z_c − z_y (B,) for `logits` (B, C): positive where the classifier is wrong."""
+    others = logits.scatter(1, labels.unsqueeze(1), -math.inf)
+    return others.amax(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+class AttackBatch:
+    """One fixed batch of images under several surrogates side by side, a row for each (surrogate, image).
+
+    Row s·B + i is image i under surrogate s. Each surrogate has a batch of its own, in which every image stands at
+    its `points` row: the clean image at first, then its latest candidate.
+
+    Arguments:
+        model: the split copy of the classifier.
+        surrogates: names, S of them.
+        images: pixels (B, channels, H, W) in [0, 1], contiguous.
+        labels: (B,), class indices.
+        first_image: index of the first image in the whole evaluation, for error messages.
+        on_query: called after each query, for a progress bar.
+    """
+
+    def __init__(
+            self,
+            model: SplitModel,
+            surrogates: Sequence[str],
+            images: Tensor,
+            labels: Tensor,
+            *,
+            first_image: int = 0,
+            on_query: Callable[[], None] = lambda: None,
+    ):
+        self.model = model
+        self.surrogates = tuple(surrogates)
+        self.size = len(images)
+        self.first_image = first_image
+        self.on_query = on_query
+        copies = len(self.surrogates)
+        self.clean = images.repeat(copies, 1, 1, 1)
+        self.labels = labels.repeat(copies)
+        self.rows = torch.arange(len(self.clean), device=images.device)
+        with torch.no_grad():
+            self._clean_features = model.features(images).repeat(copies, 1)
+        self.reset()
+        self.clean_logits = self.current_logits()
+
+    def reset(self) -> None:
+        """Puts every row back to its clean image."""
+        self.points = self.clean.clone()
+        self._features = self._clean_features.clone()
+
+    def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
+        """Returns the logits (R, C) of the ascending `rows` (R,) moved to `pixels`, with the others where they are.
+
+        Differentiable with respect to `pixels` (R, channels, H, W).
+        """
+        if not len(rows):
+            return self.clean_logits[:0]
+        features = self.model.features(pixels)
+        logits = torch.cat([
+            self._surrogate_logits(surrogate, rows[span] - offset, features[span], offset)
+            for surrogate, span, offset in self._spans(rows)
+        ])
+        self._check(rows, logits)
+        self.on_query()
+        return logits
+
+    def place(self, rows: Tensor, pixels: Tensor) -> None:
+        """Makes `pixels` (R, channels, H, W) the latest candidates of `rows` (R,)."""
+        if len(rows):
+            self.points[rows] = pixels
+            with torch.no_grad():
+                self._features[rows] = self.model.features(pixels)
+
+    @torch.no_grad()
+    def current_logits(self) -> Tensor:
+        """Returns the logits (S·B, C) of all rows where they are, without a backbone pass."""
+        logits = torch.cat([
+            self.model.logits(surrogate, self._features[s * self.size:(s + 1) * self.size])
+            for s, surrogate in enumerate(self.surrogates)
+        ])
+        self._check(self.rows, logits)
+        return logits
+
+    def not_fooled(self) -> Tensor:
+        """Returns the rows that their surrogate classifies correctly where they are."""
+        return self.rows[self.current_logits().argmax(dim=1) == self.labels]
+
+    def couples(self) -> bool:
+        """Returns whether some surrogate's answers depend on the rest of its batch."""
+        return any(map(self.model.couples, self.surrogates))
+
+    def _spans(self, rows: Tensor) -> Iterator[tuple[str, slice, int]]:
+        ends = torch.searchsorted(rows, self.size * torch.arange(len(self.surrogates) + 1, device=rows.device)).tolist()
+        for s, surrogate in enumerate(self.surrogates):
+            if ends[s] < ends[s + 1]:
+                yield surrogate, slice(ends[s], ends[s + 1]), s * self.size
+
+    def _surrogate_logits(self, surrogate: str, images: Tensor, features: Tensor, offset: int) -> Tensor:
+        if not self.model.couples(surrogate) or len(images) == self.size:
+            return self.model.logits(surrogate, features)
+        whole = self._features[offset:offset + self.size].index_copy(0, images, features)
+        return self.model.logits(surrogate, whole)[images]
+
+    def _check(self, rows: Tensor, logits: Tensor) -> None:
+        check_finite(logits, lambda r: f"image {self.first_image + int(rows[r]) % self.size} (surrogate "
+                                       f"{self.surrogates[int(rows[r]) // self.size]})")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a component may spend on one image: iterations, and target classes where it has targets."""
+
+    iterations: int
+    targets: int = 0
+
+    def for_classes(self, num_classes: int) -> "Budget":
+        """Returns the budget with no more targets than there are wrong classes."""
+        return Budget(self.iterations, min(self.targets, num_classes - 1))
+
+    def queries(self) -> int:
+        """Returns about how many queries the component makes at most, for a progress bar."""
+        return max(self.targets, 1) * (self.iterations + 1)
+
+
+def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
+    """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
+    attack = APGDAttack(_rows_model(batch, batch.rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
+    candidates, _, _ = _apgd_run(attack, batch, batch.rows)
+    return candidates
+
+
+def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
+    """Returns the candidates (S·B, ...) of targeted APGD: on the targeted DLR loss, which needs 4 classes.
+
+    With fewer classes it is the cross-entropy of the target.
+    """
+    targets = _targets(batch, budget)
+    best_loss = torch.full_like(batch.clean_logits[:, 0], -math.inf)
+    rows = batch.rows
+    for target in targets.t():
+        attack = APGDAttack_targeted(_rows_model(batch, rows), **_apgd_options(batch, threat, budget, notes))
+        attack.y_target = target[rows]
+        if batch.clean_logits.shape[1] < 4:
+            attack.loss = "ce-targeted"
+        points, fooled, loss = _apgd_run(attack, batch, rows)
+        better = fooled | (loss > best_loss[rows])
+        batch.place(rows[better], points[better])
+        best_loss[rows[better]] = loss[better]
+        rows = batch.not_fooled()
+        if not len(rows):
+            break
+    return batch.points
+
+
+def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
+    """Returns the candidates (S·B, ...) of targeted FAB, which looks for the nearest boundary of each target.
+
+    A boundary point is moved to the surface of the ball, out or in, where that has the larger loss. Where FAB finds
+    no boundary the candidate is one gradient step from a random start.
+    """
+    targets = _targets(batch, budget)
+    batch.place(batch.rows, pgd(_rows_model(batch, batch.rows), batch.clean, batch.labels, threat, steps=1))
+    loss = margin_loss(batch.current_logits(), batch.labels)
+    attack = _FAB(batch, threat, budget)
+    for target in targets.t():
+        rows = batch.not_fooled()
+        if not len(rows):
+            break
+        boundary = attack.nearest_boundary(rows, target[rows])
+        clean = batch.clean[rows]
+        distance = threat.distance(boundary, clean)
+        usable = (distance > 0) & boundary.flatten(1).isfinite().all(dim=1)
+        rows, boundary, clean, distance = rows[usable], boundary[usable], clean[usable], distance[usable]
+        surface = threat.project(clean + (boundary - clean) * (threat.eps / distance).view(-1, 1, 1, 1), clean)
+        inside = (distance <= threat.eps).view(-1, 1, 1, 1)
+        for points in (torch.where(inside, boundary, surface), surface):
+            with torch.no_grad():
+                new_loss = margin_loss(batch.query(rows, points), batch.labels[rows])
+            better = new_loss > loss[rows]
+            batch.place(rows[better], points[better])
+            loss[rows[better]] = new_loss[better]
+    return batch.points
+
+
+def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
+    """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
+    attack = _Square(batch, threat, budget)
+    attack.init_hyperparam(batch.clean)
+    # What stands for the labels is the row, by which the search's queries find their batch.
+    _, points = attack.attack_single_run(batch.clean, batch.rows)
+    return points
+
+
+#: AutoAttack's standard components and budgets.
+COMPONENTS: Final[dict[str, Callable[[AttackBatch, ThreatModel, Budget, "Notes"], Tensor]]] = {
+    "apgd-ce": apgd_ce,
+    "apgd-t": apgd_t,
+    "fab-t": fab_t,
+    "square": square,
+}
+STANDARD_BUDGETS: Final = {
+    "apgd-ce": Budget(100),
+    "apgd-t": Budget(100, targets=9),
+    "fab-t": Budget(100, targets=9),
+    "square": Budget(5_000),
+}
+
+
+class Notes:
+    """Gathers what AutoAttack warns of, each text once; it takes the place of a logger."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.prefix = ""
+
+    def warning(self, message: str) -> None:
+        """Keeps a warning, without AutoAttack's reference to a file that its package does not have."""
+        text = self.prefix + message.replace(" See flags_doc.md for details.", "")
+        if text not in self.texts:
+            self.texts.append(text)
+
+
+def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda pixels: batch.query(rows, pixels)
+
+
+def _targets(batch: AttackBatch, budget: Budget) -> Tensor:
+    """Returns the wrong classes (S·B, targets) of largest clean logit, in AutoAttack's order."""
+    wrong = batch.clean_logits.scatter(1, batch.labels.unsqueeze(1), -math.inf)
+    return wrong.argsort(dim=1, descending=True)[:, :budget.targets]
+
+
+def _apgd_options(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> dict[str, Any]:
+    return dict(n_iter=budget.iterations, norm=threat.norm, eps=threat.eps, rho=0.75, eot_iter=1,
+                device=batch.clean.device, logger=notes)
+
+
+def _apgd_run(attack: APGDAttack, batch: AttackBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns points (R, ...), whether each fools its surrogate (R,), and the largest loss on the way (R,)."""
+    clean = batch.clean[rows]
+    attack.init_hyperparam(clean)
+    largest, correct, loss, fooling = attack.attack_single_run(clean, batch.labels[rows])
+    fooled = correct == 0
+    return torch.where(fooled.view(-1, 1, 1, 1), fooling, largest).detach(), fooled, loss
+
+
+class _FAB(FABAttack_PT):
+    """Targeted FAB on rows of an AttackBatch, with targets of our choice."""
+
+    def __init__(self, batch: AttackBatch, threat: ThreatModel, budget: Budget):
+        super().__init__(None, norm=threat.norm, n_iter=budget.iterations, eps=threat.eps, targeted=True,
+                         device=batch.clean.device)
+        self.batch = batch
+        self.target_class = 1
+
+    def nearest_boundary(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Returns the nearest points found (R, ...) that fool the surrogate, the clean image where none was."""
+        self.rows, self.targets = rows, targets
+        self.labels: Tensor | None = self.batch.labels[rows]
+        return self.attack_single_run(self.batch.clean[rows], self.batch.labels[rows], is_targeted=True)
+
+    def _get_predicted_label(self, x: Tensor) -> Tensor:
+        # FAB's first question is which clean images are right, to leave out the others. The rows given are to stay.
+        if self.labels is not None:
+            labels, self.labels = self.labels, None
+            return labels
+        with torch.no_grad():
+            return self.batch.query(self.rows, x).argmax(dim=1)
+
+    def _predict_fn(self, x: Tensor) -> Tensor:
+        # FAB asks for logits only to rank the targets: ours are already chosen.
+        ranking = torch.zeros_like(self.batch.clean_logits[self.rows])
+        return ranking.scatter(1, self.targets.unsqueeze(1), 1.0)
+
+    def get_diff_logits_grads_batch_targeted(self, imgs: Tensor, la: Tensor, la_target: Tensor):
+        # The package's own calls backward(), which also fills the gradients of parameters.
+        x = imgs.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self.batch.query(self.rows, x)
+            difference = (logits.gather(1, la_target.unsqueeze(1)) - logits.gather(1, la.unsqueeze(1))).squeeze(1)
+            gradient, = torch.autograd.grad(difference.sum(), x)
+        return difference.detach().unsqueeze(1), gradient.contiguous().unsqueeze(1)
+
+
+class _Square(SquareAttack):
+    """Square on rows of an AttackBatch; its labels are the rows."""
+
+    def __init__(self, batch: AttackBatch, threat: ThreatModel, budget: Budget):
+        super().__init__(None, norm=threat.norm, n_queries=budget.iterations, eps=threat.eps, p_init=0.8,
+                         resc_schedule=False, device=batch.clean.device)
+        self.batch = batch
+        self.keeps_whole_batches = batch.couples()
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        margin = -margin_loss(self.batch.query(y, x), self.batch.labels[y])
+        if self.keeps_whole_batches:
+            # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
+            fooled = margin <= 0
+            self.batch.place(y[fooled], x[fooled])
+        return margin, margin

@@ -1,0 +1,326 @@
+"""`mixed_surrogate_attack`: the Mixed Surrogate Attack (MSA), and the judge that counts what it finds."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import as_pixel_model, check_pixels
+from ..files import replacing
+from ..head import find_head, inference_mode
+from ..report import TRUE_MODEL, AttackReport
+from ..threat import ThreatModel
+from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite
+from .surrogates import SplitModel
+
+
+def mixed_surrogate_attack(
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+        *,
+        batch_size: int = 128,
+        surrogates: Sequence[str] | None = None,
+        attacks: Sequence[str] | None = None,
+        budgets: dict[str, Budget] | None = None,
+        surrogates_at_once: int = 1,
+        seed: int = 0,
+        progress: bool = False,
+        save_adversarial: str | os.PathLike | None = None,
+) -> AttackReport:
+    """Attacks a classifier through differentiable surrogates, and lets the classifier itself judge what was found.
+
+    Every surrogate is attacked with every component of AutoAttack; each (surrogate, attack, image) yields a candidate.
+    The true model, in its own inference mode, judges the candidates in the same whole batches in which they were
+    crafted: images 0 to batch_size − 1, and so on. An image counts as robust only if it is classified correctly clean
+    and under every candidate. A classifier without an HPM head is its own only surrogate.
+
+    Square needs no gradient, and the straight-through surrogate computes the true model's own logits: Square on it is
+    Square on the true model, reported under both.
+
+    Arguments:
+        model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
+            not changed: attacks work on a frozen copy.
+        images: (N, channels, H, W), pixels in [0, 1].
+        labels: (N,), class indices.
+        threat: what the adversary may do.
+        batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
+        surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
+        attacks: names of `COMPONENTS`; None means all.
+        budgets: budgets for some of the attacks; None means AutoAttack's standard ones. Targets are capped at C − 1.
+        surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
+        seed: of the attacks' random starts and searches; the caller's random state is left as it was.
+        progress: shows a progress bar on standard error.
+        save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
+            reads it.
+
+    Returns:
+        The report, with a verdict for each image and candidate.
+
+    Raises:
+        ValueError: bad images, labels, batch size, names of surrogates or attacks, or a model in train mode.
+        NonFiniteLogitsError: the classifier or a surrogate answered NaN or infinity; the message names the image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    if surrogates_at_once < 1:
+        raise ValueError(f"surrogates_at_once is {surrogates_at_once}; expected at least 1")
+    if model.training:
+        raise ValueError("the model is in train mode, where its answers change from call to call; call model.eval()")
+    images, labels = images.detach(), labels.detach()
+    check_pixels(images, labels)
+    pixel_model = as_pixel_model(model)
+    device = _device(pixel_model, images)
+    split = SplitModel(pixel_model)
+    names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
+    plan = _plan(split, names, _check_attacks(attacks), surrogates_at_once)
+
+    start = time.perf_counter()
+    correct = {"clean": judge(pixel_model, images, labels, batch_size)}
+    num_classes = _num_classes(pixel_model, images[:batch_size].to(device))
+    check_pixels(images, labels, num_classes)
+    _check_split(split, pixel_model, images[:batch_size].to(device))
+    budget_of = {attack: (STANDARD_BUDGETS | (budgets or {}))[attack].for_classes(num_classes)
+                 for _, attack in plan}
+    baseline = {}
+    if split.head is not None and "fc" in names:
+        with inference_mode(model, "fc"):
+            baseline["clean"] = judge(pixel_model, images, labels, batch_size)
+
+    notes = Notes()
+    candidates: dict[str, list[Tensor]] = {}
+    cost = {attack: _no_cost() for attack in budget_of}
+    starts = range(0, len(images), batch_size)
+    queries = len(starts) * sum(budget_of[attack].queries() for _, attack in plan)
+    with tqdm(total=queries, disable=not progress, unit="query", smoothing=0) as bar:
+        for first in starts:
+            x = images[first:first + batch_size].to(device).float().contiguous()
+            y = labels[first:first + batch_size].to(device).long()
+            for group, attack in plan:
+                bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
+                done = bar.n + budget_of[attack].queries()
+                notes.prefix = f"{attack} on {', '.join(group)}: "
+                with _counted(cost[attack], split), _seeded(device, seed, attack, group, first):
+                    batch = AttackBatch(split, _craft_through(split, group), x, y, first_image=first,
+                                        on_query=lambda done=done: bar.update(bar.n < done))
+                    found = COMPONENTS[attack](batch, threat, budget_of[attack], notes)
+                    found = threat.project(found, batch.clean)
+                for surrogate, points in zip(group, found.split(len(x)), strict=True):
+                    candidates.setdefault(f"{surrogate}/{attack}", []).append(points.cpu())
+                bar.update(done - bar.n)
+
+    judged = {name: torch.cat(parts) for name, parts in _in_order(candidates, names).items()}
+    for name, points in judged.items():
+        correct[name] = judge(pixel_model, points, labels, batch_size)
+        if baseline and name.startswith("fc/"):
+            with inference_mode(model, "fc"):
+                baseline[name] = judge(pixel_model, points, labels, batch_size)
+    twin = f"{split.twin()}/square"
+    if twin in correct and split.head is not None:
+        correct[f"{TRUE_MODEL}/square"] = correct[twin]
+    total = {key: sum(row[key] for row in cost.values()) for key in _no_cost()}
+    judged_rows = len(correct) - (twin in correct and split.head is not None) + len(baseline)
+    total["forward_passes"] += judged_rows * len(images)
+    total["seconds"] = time.perf_counter() - start
+
+    report = AttackReport(
+        protocol=_protocol(model, split, images, threat, batch_size, names, budget_of, surrogates_at_once, seed,
+                           num_classes, device),
+        correct={name: _verdicts(row) for name, row in correct.items()},
+        baseline_correct={name: _verdicts(row) for name, row in baseline.items()},
+        cost=cost | {"all": total},
+        warnings=notes.texts,
+    )
+    if save_adversarial is not None:
+        with replacing(save_adversarial) as temporary:
+            save_file({"clean": images.cpu().contiguous(), "labels": labels.cpu()} | judged, temporary,
+                      {"protocol": json.dumps(report.protocol)})
+    return report
+
+
+@torch.no_grad()
+def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
+
+    Arguments:
+        model: a timm model, or a module of pixels in [0, 1]; in eval mode.
+        images: (N, channels, H, W), pixels in [0, 1].
+        labels: (N,), class indices.
+        batch_size: images a batch; the last batch has what is left.
+
+    Raises:
+        NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
+    """
+    model = as_pixel_model(model)
+    device = _device(model, images)
+    verdicts = []
+    for first in range(0, len(images), batch_size):
+        logits = model(images[first:first + batch_size].to(device))
+        check_finite(logits, lambda row, first=first: f"image {first + row}")
+        verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
+    return torch.cat(verdicts)
+
+
+def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
+    """Returns the verdicts (`AttackReport.correct`) on the images that `save_adversarial` saved, judged again.
+
+    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
+
+    Raises:
+        ValueError: a file that `mixed_surrogate_attack` did not write.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        names = list(file.keys())
+        if "protocol" not in metadata or not {"clean", "labels"} <= set(names):
+            raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
+                             "evaluate.py --save-adversarial wrote")
+        protocol = json.loads(metadata["protocol"])
+        labels = file.get_tensor("labels")
+        with _mode_of(model, protocol["inference"]):
+            correct = {name: _verdicts(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
+                       for name in names if name != "labels"}
+    return correct
+
+
+def _check_attacks(attacks: Sequence[str] | None) -> tuple[str, ...]:
+    if attacks is None:
+        return tuple(COMPONENTS)
+    unknown = [attack for attack in attacks if attack not in COMPONENTS]
+    if unknown or not attacks:
+        raise ValueError(f"unknown attack {', '.join(map(repr, unknown)) or '(none given)'}; "
+                         f"expected some of {', '.join(COMPONENTS)}")
+    return tuple(dict.fromkeys(attacks))
+
+
+def _plan(
+        split: SplitModel,
+        surrogates: tuple[str, ...],
+        attacks: tuple[str, ...],
+        at_once: int,
+) -> list[tuple[tuple[str, ...], str]]:
+    """Returns the (surrogates side by side, attack) of one batch, in order."""
+    groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
+    plan = [(group, attack) for group in groups for attack in attacks]
+    if "square" in attacks and split.twin() not in surrogates:
+        plan.append(((TRUE_MODEL,), "square"))
+    return plan
+
+
+def _craft_through(split: SplitModel, group: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(split.twin() if name == TRUE_MODEL else name for name in group)
+
+
+def _in_order(candidates: dict[str, list[Tensor]], surrogates: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """Returns the candidates by surrogate and attack in the order of the tables."""
+    order = [*surrogates, TRUE_MODEL]
+    return dict(sorted(candidates.items(), key=lambda item: (
+        order.index(item[0].partition("/")[0]), list(COMPONENTS).index(item[0].partition("/")[2]))))
+
+
+def _check_split(split: SplitModel, pixel_model: nn.Module, images: Tensor) -> None:
+    """Raises unless the frozen copy, cut before its head, answers as the model does."""
+    with torch.no_grad():
+        ours, its = split.logits(split.twin(), split.features(images.float())), pixel_model(images)
+    if ours.shape != its.shape or not torch.allclose(ours, its, rtol=1e-3, atol=1e-3 * its.abs().max().item()):
+        raise ValueError("the features in front of the HPM head, put through the head, do not give the model's logits: "
+                         "something follows the head, or the model answers at random. Attack it without its HPM head")
+
+
+def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
+    with torch.no_grad():
+        logits = pixel_model(images)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C at least 2")
+    return logits.shape[1]
+
+
+def _device(model: nn.Module, images: Tensor) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return images.device if parameter is None else parameter.device
+
+
+@contextmanager
+def _mode_of(model: nn.Module, mode: str) -> Iterator[None]:
+    """Puts an HPM model into the inference mode `mode`; a model without an HPM head has the mode `"none"`."""
+    if mode == "none":
+        yield
+    else:
+        with inference_mode(model, mode):
+            yield
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
+    """Seeds the global random state by `seed` and what is run, and puts the caller's back afterwards."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device.index or 0], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(int.from_bytes(digest[:6], "big"))
+        yield
+
+
+def _no_cost() -> dict[str, float]:
+    return {"seconds": 0.0, "forward_passes": 0, "backward_passes": 0}
+
+
+@contextmanager
+def _counted(cost: dict[str, float], split: SplitModel) -> Iterator[None]:
+    before = time.perf_counter(), split.forward_passes, split.backward_passes
+    yield
+    cost["seconds"] += time.perf_counter() - before[0]
+    cost["forward_passes"] += split.forward_passes - before[1]
+    cost["backward_passes"] += split.backward_passes - before[2]
+
+
+def _verdicts(correct: Tensor) -> str:
+    return "".join("1" if right else "0" for right in correct.tolist())
+
+
+def _protocol(
+        model: nn.Module,
+        split: SplitModel,
+        images: Tensor,
+        threat: ThreatModel,
+        batch_size: int,
+        surrogates: tuple[str, ...],
+        budgets: dict[str, Budget],
+        at_once: int,
+        seed: int,
+        num_classes: int,
+        device: torch.device,
+) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture") or type(model).__name__
+    head = None if split.head is None else find_head(model)
+    return {
+        "model": f"{name}.{cfg['tag']}" if cfg.get("tag") else name,
+        "threat": str(threat),
+        "num_images": len(images),
+        "num_classes": num_classes,
+        "batch_size": batch_size,
+        "inference": "none" if head is None else head.inference,
+        "mix": None if head is None else head.mix,
+        "prototypes_fitted": None if head is None else head.is_fitted(),
+        "surrogates": list(surrogates),
+        "attacks": {attack: {k: v for k, v in asdict(budget).items() if v} for attack, budget in budgets.items()},
+        "surrogates_at_once": at_once,
+        "seed": seed,
+        "device": device.type,
+        "versions": {"python": platform.python_version()} | {
+            package: version(package) for package in ("timm-hpm", "torch", "timm", "pyautoattack")},
+    }

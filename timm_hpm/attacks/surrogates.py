@@ -1,0 +1,147 @@
+"""The differentiable surrogates through which the Mixed Surrogate Attack sees an HPM model.
+
+A surrogate turns the features of a whole batch (B, d) into logits (B, C). The head itself is discontinuous in the
+batch mode (its assignment is one-hot) and its straight-through gradient is not the gradient of what it computes, so
+no single one of them is enough (arXiv 2606.01746; docs/method.md).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..head import HPMHead, head_name
+
+# The one surrogate of a classifier without an HPM head: the classifier.
+PLAIN: Final = "model"
+
+
+def fc_logits(head: HPMHead, features: Tensor) -> Tensor:
+    """Returns the logits (B, C) of the FC classifier alone."""
+    return head.fc_logits(features).float()
+
+
+def dataset_logits(head: HPMHead, features: Tensor) -> Tensor:
+    """Returns the ℓ2 logits (B, C) on the dataset-level prototypes alone."""
+    return functional.l2_logits(features.float(), head.prototypes.float(), head.scale())
+
+
+def soft_logits(head: HPMHead, features: Tensor) -> Tensor:
+    """Returns the head's logits (B, C) with the softmax in the place of the one-hot assignment.
+
+    In the modes that assign nothing (`dataset`, `fc`) these are that mode's own logits.
+    """
+    if head.inference in ("dataset", "fc"):
+        return ste_logits(head, features)
+    assignment = F.softmax(fc_logits(head, features), dim=1)
+    prototypes, scale = head.prototypes.float(), head.scale()
+    if head.inference == "sample":
+        return functional.sample_logits(features.float(), assignment, prototypes, scale, head.mix)
+    presence = functional.soft_presence(assignment)
+    return functional.batch_logits(features.float(), assignment, presence, prototypes, scale, head.mix)
+
+
+def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
+    """Returns the head's own logits (B, C), with the straight-through gradient of its assignment."""
+    return head(features).float()
+
+
+def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
+    """Returns the mean (B, C) of the log-softmax of fc, dataset and soft."""
+    parts = [fc_logits(head, features), dataset_logits(head, features), soft_logits(head, features)]
+    return torch.stack([F.log_softmax(part, dim=1) for part in parts]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate's name, its logits, and whether in the batch mode an answer depends on the rest of the batch."""
+
+    name: str
+    logits: Callable[[HPMHead, Tensor], Tensor]
+    couples_in_batch_mode: bool
+
+
+SURROGATES: Final = {
+    surrogate.name: surrogate
+    for surrogate in (
+        Surrogate("fc", fc_logits, False),
+        Surrogate("dataset", dataset_logits, False),
+        Surrogate("soft", soft_logits, True),
+        Surrogate("ste", ste_logits, True),
+        Surrogate("mixed", mixed_logits, True),
+    )
+}
+
+
+class SplitModel:
+    """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
+
+    It answers in eval mode, its parameters gather no gradient, and nothing done to it reaches the model it came from.
+    A classifier without an HPM head is all backbone.
+
+    Arguments:
+        pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
+    """
+
+    def __init__(self, pixel_model: nn.Module):
+        self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False)
+        # Crafting only: the judge is the model itself, in the memory format its owner chose.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head: HPMHead | None = None
+        name = head_name(self.backbone)
+        if name is not None:
+            self.head = self.backbone.get_submodule(name)  # type: ignore[assignment]
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.backbone.get_submodule(parent), leaf, nn.Identity())
+        #: Images that went forward and backward through the backbone so far.
+        self.forward_passes = 0
+        self.backward_passes = 0
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
+        self.forward_passes += len(pixels)
+        if torch.is_grad_enabled() and pixels.requires_grad:
+            self.backward_passes += len(pixels)
+        return self.backbone(pixels)
+
+    def logits(self, surrogate: str, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch."""
+        if self.head is None:
+            return features.float()
+        return SURROGATES[surrogate].logits(self.head, features)
+
+    def couples(self, surrogate: str) -> bool:
+        """Returns whether an image's logits under the surrogate depend on the other images of its batch."""
+        return self.head is not None and self.head.inference == "batch" and SURROGATES[surrogate].couples_in_batch_mode
+
+    def default_surrogates(self) -> tuple[str, ...]:
+        """Returns the surrogates that differ from each other in the head's inference mode, all of them attacked."""
+        if self.head is None:
+            return (PLAIN,)
+        if self.head.inference == "fc" or not self.head.is_fitted():
+            return ("fc",)
+        if self.head.inference == "dataset":
+            return ("fc", "dataset", "mixed")
+        return tuple(SURROGATES)
+
+    def twin(self) -> str:
+        """Returns the surrogate whose forward pass is the true model's own: what needs no gradient is the same on it."""
+        if self.head is None:
+            return PLAIN
+        if self.head.inference == "fc" or not self.head.is_fitted():
+            return "fc"
+        return "dataset" if self.head.inference == "dataset" else "ste"
+
+    def check_surrogates(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Returns `names` without repetitions, or raises a ValueError that lists the surrogates of this model."""
+        known = (PLAIN,) if self.head is None else tuple(SURROGATES)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(f"unknown surrogate {', '.join(map(repr, unknown)) or '(none given)'}; "
+                             f"this model has {', '.join(known)}")
+        return tuple(dict.fromkeys(names))

@@ -1,0 +1,155 @@
+"""Data sets as pixels in [0, 1], and `PixelModel`, the boundary between those pixels and a model's normalised inputs."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+SPLITS: Final = ("train", "val", "test")
+
+# Of the splits only: what is trained, chosen and measured must never share an image, whatever the run's own seed.
+_SPLIT_SEED: Final = 0
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set that `load_split` knows: how to read a split, and the threat model it is usually measured under."""
+
+    load: Callable[[str], tuple[Tensor, Tensor]]
+    num_classes: int
+    threat: str
+
+
+def load_split(dataset: str, split: str) -> TensorDataset:
+    """Returns a split as a `TensorDataset` of images (N, C, H, W) in [0, 1], float32, and labels (N,), int64.
+
+    Arguments:
+        dataset: `"digits"`, the 1,797 real 8×8 images that lie inside scikit-learn: 1,078 for training, 359 for
+            validation, 360 for testing, stratified by class, shuffled, always the same.
+        split: `"train"`, `"val"` or `"test"`.
+
+    Raises:
+        ValueError: an unknown data set or split; the message lists the known ones.
+        ModuleNotFoundError: a package that the data set comes with is missing; the message says how to install it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    images, labels = data_source(dataset).load(split)
+    return TensorDataset(images, labels)
+
+
+def data_source(dataset: str) -> DataSource:
+    """Returns the entry of a data set, or raises a ValueError that lists the known ones."""
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
+    return DATASETS[dataset]
+
+
+def _load_digits(split: str) -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the data set 'digits' lies inside scikit-learn, which is not installed; "
+                                  "run: pip install scikit-learn") from error
+    digits = load_digits()
+    indices = range(len(digits.target))
+    rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=_SPLIT_SEED)
+    train, val = train_test_split(rest, test_size=0.25, stratify=digits.target[rest], random_state=_SPLIT_SEED)
+    chosen = {"train": train, "val": val, "test": test}[split]
+    # Grey levels 0 to 16.
+    images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
+    return images, torch.from_numpy(digits.target[chosen]).long()
+
+
+DATASETS: Final = {
+    "digits": DataSource(_load_digits, num_classes=10, threat="Linf:0.1"),
+}
+
+
+class PixelModel(nn.Module):
+    """A classifier of pixels in [0, 1]: normalises, calls the model, answers in float32.
+
+    Arguments:
+        model: takes images normalised by `mean` and `std`.
+        mean, std: one value a channel; None takes the model's `pretrained_cfg`.
+
+    Raises:
+        ValueError: no mean and std to be had, or a std that is not positive.
+    """
+
+    def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None):
+        super().__init__()
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        values = {}
+        for name, given in (("mean", mean), ("std", std)):
+            given = cfg.get(name) if given is None else given
+            if given is None:
+                raise ValueError(f"{type(model).__name__} has no pretrained_cfg that says its {name}; "
+                                 f"give it: PixelModel(model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))")
+            values[name] = torch.tensor(tuple(given), dtype=torch.float32).view(-1, 1, 1)
+        if not (values["std"] > 0).all():
+            raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers")
+        self.model = model
+        parameter = next(model.parameters(), None)
+        device = None if parameter is None else parameter.device
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", values["mean"].to(device), persistent=False)
+        self.register_buffer("std", values["std"].to(device), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns the logits (B, C) of `pixels` (B, channels, H, W) in [0, 1]."""
+        return self.model(self.normalise(pixels)).float()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Returns the model's input for `pixels` (B, channels, H, W) in [0, 1]."""
+        return (pixels - self.mean) / self.std
+
+
+def random_shift(images: Tensor, pixels: int) -> Tensor:
+    """Returns `images` (B, channels, H, W), each shifted by up to `pixels` in both directions, with zeros moved in."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [pixels] * 4)
+    down, right = torch.randint(0, 2 * pixels + 1, (2, len(images), 1, 1), device=images.device)
+    index = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    y = down + torch.arange(height, device=images.device).view(1, -1, 1)
+    x = right + torch.arange(width, device=images.device).view(1, 1, -1)
+    return padded.permute(0, 2, 3, 1)[index, y, x].permute(0, 3, 1, 2).contiguous()
+
+
+def as_pixel_model(model: nn.Module) -> nn.Module:
+    """Returns `model` as a classifier of pixels in [0, 1], in which form attacks and measurements take it.
+
+    A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already.
+    """
+    if isinstance(model, PixelModel) or not getattr(model, "pretrained_cfg", None):
+        return model
+    return PixelModel(model)
+
+
+def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    """Raises a ValueError unless `images` (N, C, H, W) are pixels in [0, 1] and `labels` (N,) their class indices."""
+    if images.ndim != 4 or not images.is_floating_point() or not len(images):
+        raise ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
+                         "(N, channels, height, width) in floating point, N above 0")
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
+                         f"({len(images)},) class indices, one an image")
+    # NaN fails this too.
+    bad = ~((images >= 0) & (images <= 1)).flatten(1).all(dim=1)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        low, high = images[first].min().item(), images[first].max().item()
+        raise ValueError(f"image {first} has values from {low:.4g} to {high:.4g}; expected pixels in [0, 1]. "
+                         "Normalisation belongs into the model: see timm_hpm.PixelModel")
+    if num_classes is not None:
+        wrong = (labels < 0) | (labels >= num_classes)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
+                             f"the model has the classes 0 to {num_classes - 1}")

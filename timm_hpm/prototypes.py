@@ -1,0 +1,162 @@
+"""`fit_prototypes`: the dataset-level prototypes and the scale of an HPM head, from a data loader."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .attacks.pgd import pgd
+from .data import as_pixel_model, check_pixels
+from .head import HPMHead, find_head, inference_mode
+from .threat import ThreatModel
+
+# Features kept in memory to choose the scale by: one number is fitted, and a large data set would not fit.
+_MAX_SCALE_FEATURES = 10_000
+
+
+@dataclass(frozen=True)
+class PrototypeFit:
+    """What `fit_prototypes` found: features a class (C,), the scale s, and the NLL (nats an image) it was chosen by."""
+
+    counts: Tensor
+    scale: float
+    nll: float
+
+
+def fit_prototypes(
+        model: nn.Module,
+        loader: Iterable,
+        threat: ThreatModel | None = None,
+        *,
+        held_out: Iterable | None = None,
+        attack_steps: int = 10,
+) -> PrototypeFit:
+    """Sets the prototypes of the model's HPM head to the class means of a loader, then the scale by NLL.
+
+    One pass over the loader, streaming, with sums in float64. Meanwhile the model is in eval mode; only its head
+    changes, once everything is known. Costs one forward pass an image; with a threat, 2 + `attack_steps` forward and
+    `attack_steps` backward ones.
+
+    Arguments:
+        model: a model with an HPM head: a timm model, or one that takes pixels in [0, 1].
+        loader: yields (images, labels): pixels (B, channels, H, W) in [0, 1] and class indices (B,).
+        threat: takes the features of PGD adversarial images (crafted through the FC classifier) as well, so that a
+            prototype is the mean of clean and adversarial ones; None means clean images only.
+        held_out: a loader whose first 10,000 features choose the scale, under the same threat; None takes `loader`'s.
+        attack_steps: PGD steps for the adversarial images.
+
+    Raises:
+        ValueError: no HPM head, bad images or labels, features that are not finite, or a class without an image.
+            The head is then as before.
+    """
+    head = find_head(model)
+    was_training = model.training
+    model.eval()
+    try:
+        features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps)
+        sums = torch.zeros_like(head.prototypes, dtype=torch.float64)
+        counts = torch.zeros_like(sums[:, 0])
+        kept = _FeatureSample()
+        for features, labels in features_of(loader):
+            batch_sums, batch_counts = functional.class_sums(features.double(), labels, head.out_features)
+            sums += batch_sums
+            counts += batch_counts
+            if held_out is None:
+                kept.add(features, labels)
+        missing = (counts == 0).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(f"the loader has no image of {len(missing)} of the {head.out_features} classes (the first: "
+                             f"{missing[:10]}); every class needs one for its prototype")
+        for features, labels in features_of(() if held_out is None else held_out):
+            if kept.is_full():
+                break
+            kept.add(features, labels)
+        fitted = copy.deepcopy(head)
+        fitted.set_prototypes((sums / counts.unsqueeze(1)).to(head.prototypes.dtype))
+        log_scale, nll = fit_log_scale(*kept.distances(fitted))
+        fitted.log_scale.data.fill_(log_scale)
+        head.load_state_dict(fitted.state_dict())
+    finally:
+        model.train(was_training)
+    return PrototypeFit(counts.long().cpu(), math.exp(log_scale), nll)
+
+
+def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Returns the log of the scale s > 0 that minimises the NLL of the logits −s·D, and that NLL in nats.
+
+    The NLL is convex in s, so bisection on its derivative, the mean of D_y − E[D], finds the minimum; the result is
+    kept within e^±20 where none exists (every image right, or labels that distances say nothing about).
+
+    Arguments:
+        distances: D (N, C), squared distances.
+        labels: (N,), class indices.
+    """
+    d = distances.double()
+    d_label = d.gather(1, labels.unsqueeze(1)).squeeze(1)
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = (F.softmax(-math.exp(middle) * d, dim=1) * d).sum(dim=1)
+        if (d_label - expected).mean() > 0:
+            high = middle
+        else:
+            low = middle
+    return low, F.cross_entropy(-math.exp(low) * d, labels).item()
+
+
+class _FeatureSample:
+    """Whole batches of features, up to a number that fits into memory."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def is_full(self) -> bool:
+        return sum(len(labels) for _, labels in self.batches) >= _MAX_SCALE_FEATURES
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        if not self.is_full():
+            self.batches.append((features, labels))
+
+    @torch.no_grad()
+    def distances(self, head: HPMHead) -> tuple[Tensor, Tensor]:
+        """Returns the squared distances (N, C) that `head` answers by, batch by batch, and the labels (N,)."""
+        if not self.batches:
+            raise ValueError("held_out yields no image; the scale needs some")
+        # The FC mode has no distances; its scale is the one of the mode that a head has by default.
+        with inference_mode(head, "batch" if head.inference == "fc" else head.inference):
+            distances = torch.cat([-head(features) / head.scale() for features, _ in self.batches])
+        return distances, torch.cat([labels for _, labels in self.batches])
+
+
+def _labelled_features(
+        pixel_model: nn.Module,
+        head: HPMHead,
+        threat: ThreatModel | None,
+        attack_steps: int,
+        loader: Iterable,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the head's input (B, d) and the labels (B,) for the images of a loader, then for their attacked twins."""
+    captured: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach()))
+    try:
+        for images, labels in loader:
+            check_pixels(images, labels, head.out_features)
+            images, labels = images.to(head.weight.device), labels.to(head.weight.device)
+            variants = [images]
+            if threat is not None:
+                with inference_mode(head, "fc"):
+                    variants.append(pgd(pixel_model, images, labels, threat, steps=attack_steps))
+            for variant in variants:
+                captured.clear()
+                with torch.no_grad():
+                    pixel_model(variant)
+                head.check_update(captured[0], labels)
+                yield captured[0], labels
+    finally:
+        hook.remove()

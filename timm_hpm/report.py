@@ -1,0 +1,168 @@
+"""`AttackReport`: what an evaluation found, image by image, with the protocol it stands under."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .files import write_text
+
+SCHEMA_VERSION: Final = 1
+
+#: The name of the true model's row: what attacks it directly, not through a surrogate.
+TRUE_MODEL: Final = "true"
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """The result of `mixed_surrogate_attack`. Every accuracy is a fraction in [0, 1], of the true model.
+
+    Arguments:
+        protocol: all that the numbers depend on: threat model, number of images, batch size, inference mode,
+            surrogates, attacks with their budgets, seed, device, versions.
+        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, a text with a character an image: `1`
+            where the true model, judging whole batches, classifies it correctly and `0` where not.
+        baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier
+            (plain AutoAttack); empty without an HPM head.
+        cost: seconds, and images that went forward and backward through the backbone, for each attack and in all.
+        warnings: what AutoAttack's components warned of.
+    """
+
+    protocol: dict[str, Any]
+    correct: dict[str, str]
+    baseline_correct: dict[str, str] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images judged."""
+        return len(self.correct["clean"])
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Accuracy on the clean images."""
+        return _accuracy([self.correct["clean"]])
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Fraction of the images that are classified correctly clean and under every candidate (point-wise worst)."""
+        return _accuracy(list(self.correct.values()))
+
+    @property
+    def robust_accuracy_se(self) -> float:
+        """Standard error of `robust_accuracy`, by the binomial distribution."""
+        return math.sqrt(self.robust_accuracy * (1 - self.robust_accuracy) / self.num_images)
+
+    @property
+    def by_surrogate(self) -> dict[str, dict[str, float]]:
+        """Accuracy under each attack on each surrogate, and `"worst"`, point-wise over that surrogate's attacks."""
+        return _by_surrogate(self.correct)
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Accuracy of the FC classifier: `"clean"`, each attack, and `"worst"`; empty without an HPM head."""
+        if not self.baseline_correct:
+            return {}
+        rows = {name.rpartition("/")[2]: _accuracy([row]) for name, row in self.baseline_correct.items()}
+        return rows | {"worst": _accuracy(list(self.baseline_correct.values()))}
+
+    def same_results(self, other: "AttackReport") -> bool:
+        """Returns whether protocol, verdicts, passes and warnings are equal: all but the time they took."""
+        return _without_time(self) == _without_time(other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it, with the accuracies computed, in JSON's types."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "num_images": self.num_images,
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_accuracy_se": self.robust_accuracy_se,
+            "by_surrogate": self.by_surrogate,
+            "baseline": self.baseline,
+        } | asdict(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "AttackReport":
+        """Returns the report that `save` wrote.
+
+        Raises:
+            ValueError: not a report, or of another schema version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = data["schema_version"]
+            if version == SCHEMA_VERSION:
+                return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
+                             "expected the report.json that evaluate.py wrote") from error
+        raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads {SCHEMA_VERSION}. "
+                         "Evaluate again, or install the version that wrote it")
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown: the table of accuracies, what they come to, and the protocol."""
+        lines = [f"# Mixed Surrogate Attack: {self.protocol.get('model', 'model')}", "", *self._table(), ""]
+        lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
+        rows = [("clean", self.clean_accuracy), ("**robust, worst case over all rows**", self.robust_accuracy)]
+        if self.baseline:
+            rows += [("FC classifier of the same network, clean", self.baseline["clean"]),
+                     ("FC classifier of the same network, under AutoAttack's components", self.baseline["worst"])]
+        lines += [f"| {name} | {100 * value:.1f} | {100 * math.sqrt(value * (1 - value) / self.num_images):.1f} |"
+                  for name, value in rows]
+        lines += ["", "## Protocol", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in self.protocol.items()]
+        lines += ["", "## Cost", "", "| attack | seconds | images forward | images backward |", "|---|---:|---:|---:|"]
+        lines += [f"| {name} | {row['seconds']:.1f} | {row['forward_passes']:.0f} | {row['backward_passes']:.0f} |"
+                  for name, row in self.cost.items()]
+        if self.warnings:
+            lines += ["", "## Warnings", "", *[f"- {text}" for text in self.warnings]]
+        return "\n".join(lines) + "\n"
+
+    def _table(self) -> list[str]:
+        table = self.by_surrogate
+        attacks = list(dict.fromkeys(attack for row in table.values() for attack in row if attack != "worst"))
+        lines = ["Accuracy of the true model in %, on the candidates of each attack on each surrogate.", "",
+                 "| surrogate | " + " | ".join(attacks) + " | worst |", "|---|" + "---:|" * (len(attacks) + 1)]
+        for surrogate, row in table.items():
+            cells = [f"{100 * row[attack]:.1f}" if attack in row else "" for attack in [*attacks, "worst"]]
+            lines.append(f"| {surrogate} | " + " | ".join(cells) + " |")
+        return lines
+
+
+def _accuracy(rows: list[str]) -> float:
+    """Returns the fraction of the images that are right in each of the rows."""
+    return sum(all(verdict == "1" for verdict in verdicts) for verdicts in zip(*rows, strict=True)) / len(rows[0])
+
+
+def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, str]] = {}
+    for name, row in correct.items():
+        surrogate, _, attack = name.partition("/")
+        if attack:
+            table.setdefault(surrogate, {})[attack] = row
+    return {
+        surrogate: {attack: _accuracy([row]) for attack, row in rows.items()} | {
+            "worst": _accuracy(list(rows.values()))}
+        for surrogate, rows in table.items()
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _without_time(report: AttackReport) -> dict[str, Any]:
+    data = asdict(report)
+    for row in data["cost"].values():
+        row.pop("seconds")
+    return data

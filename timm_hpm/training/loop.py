@@ -1,0 +1,200 @@
+"""Adversarial training of a timm model with an HPM head, on Accelerate."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..attacks.msa import judge
+from ..attacks.pgd import pgd
+from ..attacks.surrogates import SURROGATES
+from ..data import PixelModel, data_source, load_split, random_shift
+from ..files import replacing, writable_folder, write_text
+from ..head import HPMHead, find_head
+from ..prototypes import fit_prototypes
+from ..threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on; see `python train.py --help`."""
+
+    model: str = "hpm_wrn10_2"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    dataset: str = "digits"
+    threat: str | None = None
+    epochs: int = 60
+    prototype_epoch: int = 0
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    attack_steps: int = 10
+    attack_step_size: float | None = None
+    attack_through: str = "mixed"
+    shift: int = 1
+    val_attack_steps: int = 20
+    seed: int = 0
+    device: str | None = None
+    mixed_precision: str = "no"
+
+
+class PixelTrunk(nn.Module):
+    """A timm model as training needs it: pixels in [0, 1] to (features, HPM logits, FC logits)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.pixel_model = PixelModel(model)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Returns the head's input (B, d) for `pixels` (B, channels, H, W)."""
+        model = self.pixel_model.model
+        return model.forward_head(model.forward_features(self.pixel_model.normalise(pixels)), pre_logits=True)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the features (B, d), and the logits (B, C) of the HPM head and of its FC classifier."""
+        features = self.features(pixels)
+        head = find_head(self.pixel_model.model)
+        return features, head(features).float(), head.fc_logits(features).float()
+
+
+def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], None] = print) -> dict[str, float]:
+    """Trains a model and writes `model.safetensors`, `config.json` and `metrics.csv` into the folder `output`.
+
+    A step costs `attack_steps` + 1 forward and backward passes. Attacks are crafted in eval mode (BatchNorm by its
+    running statistics) and learned from in train mode; the loss is the cross-entropy of the HPM head plus that of the
+    FC classifier, on adversarial images; the prototypes follow the features of the same step, detached. Before the
+    epoch `prototype_epoch` the head has none and answers as its FC classifier; then they are fitted once. The epoch of
+    the best robust accuracy on the validation split is kept: robust overfitting is the rule.
+
+    Returns:
+        The row of `metrics.csv` of the epoch that was kept.
+
+    Raises:
+        ValueError: options that do not fit together; nothing is written then.
+        FloatingPointError: a loss that is not finite, with the step's number. What was best so far is on disk.
+    """
+    folder = writable_folder(output)
+    source = data_source(config.dataset)
+    threat = ThreatModel.parse(config.threat or source.threat)
+    if config.attack_through not in SURROGATES:
+        raise ValueError(f"attack_through is {config.attack_through!r}; expected one of {', '.join(SURROGATES)}")
+    if config.prototype_epoch >= config.epochs:
+        raise ValueError(f"prototype_epoch is {config.prototype_epoch}, of {config.epochs} epochs; expected less, or "
+                         "the head would never have prototypes")
+    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+    set_seed(config.seed)
+    model = timm.create_model(config.model, pretrained=config.pretrained, **config.model_args)
+    trunk = PixelTrunk(model)
+    head = find_head(model)
+    if head.out_features != source.num_classes:
+        raise ValueError(f"{config.model} has {head.out_features} classes and {config.dataset} {source.num_classes}; "
+                         f"give --model-kwargs num_classes={source.num_classes}")
+    loader = DataLoader(load_split(config.dataset, "train"), config.batch_size, shuffle=True, drop_last=True)
+    val = load_split(config.dataset, "val")
+    optimizer = create_optimizer_v2(trunk, "sgd", lr=config.lr, momentum=config.momentum,
+                                    weight_decay=config.weight_decay)
+    trained, optimizer, loader = accelerator.prepare(trunk, optimizer, loader)
+    total_steps = config.epochs * len(loader)
+    # Stepped by hand, once an optimizer step: Accelerate's wrapper would step once for every process.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total_steps, pct_start=0.25)
+
+    rows: list[dict[str, float]] = []
+    best: dict[str, float] = {}
+    for epoch in range(config.epochs):
+        if epoch == config.prototype_epoch and not head.is_fitted():
+            fit_prototypes(trunk.pixel_model, DataLoader(load_split(config.dataset, "train"), 256), threat,
+                           held_out=DataLoader(val, 256))
+        losses = [
+            _step(accelerator, trained, trunk, head, optimizer, scheduler, images, labels, threat, config, epoch, step)
+            for step, (images, labels) in enumerate(loader)
+        ]
+        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], "loss": sum(losses) / len(losses), "val_clean": 0.0,
+               "val_robust": 0.0}
+        if accelerator.is_main_process:
+            row["val_clean"], row["val_robust"] = validate(trunk, *val.tensors, threat, config)
+            rows.append(row)
+            log("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            if epoch >= config.prototype_epoch and row["val_robust"] > best.get("val_robust", -1.0):
+                best = row
+                _save(folder, model, config, best)
+            write_text(folder / "metrics.csv", _csv(rows))
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return best
+
+
+def _step(accelerator, trained, trunk, head: HPMHead, optimizer, scheduler, images: Tensor, labels: Tensor,
+          threat: ThreatModel, config: TrainConfig, epoch: int, step: int) -> float:
+    """Makes one training step and returns its loss."""
+    images = random_shift(images, config.shift)
+    trained.eval()
+    surrogate = SURROGATES[config.attack_through if head.is_fitted() else "fc"]
+    with accelerator.autocast():
+        adversarial = pgd(lambda x: surrogate.logits(head, trunk.features(x)), images, labels, threat,
+                          steps=config.attack_steps, step_size=config.attack_step_size)
+    trained.train()
+    features, hpm_logits, fc_logits = trained(adversarial)
+    loss = F.cross_entropy(hpm_logits, labels) + F.cross_entropy(fc_logits, labels)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step} of epoch {epoch}; lower the learning rate "
+                                 "(--lr). The best epoch so far is kept in the output folder")
+    accelerator.backward(loss)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    if head.is_fitted():
+        sums, counts = head.class_sums(features.detach(), labels)
+        head.apply_class_sums(accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum"))
+    return loss.item()
+
+
+def validate(trunk: PixelTrunk, images: Tensor, labels: Tensor, threat: ThreatModel,
+             config: TrainConfig) -> tuple[float, float]:
+    """Returns the clean accuracy and the robust accuracy under PGD through the FC classifier and `attack_through`.
+
+    The head judges in its own inference mode and in batches of `config.batch_size`. An attack to choose epochs by,
+    not to report.
+    """
+    trunk.eval()
+    head = find_head(trunk)
+    device = head.weight.device
+    correct = clean = judge(trunk.pixel_model, images, labels, config.batch_size)
+    for name in dict.fromkeys(["fc", config.attack_through if head.is_fitted() else "fc"]):
+        adversarial = torch.cat([
+            pgd(lambda x, name=name: SURROGATES[name].logits(head, trunk.features(x)), x.to(device), y.to(device),
+                threat, steps=config.val_attack_steps).cpu()
+            for x, y in zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True)
+        ])
+        correct = correct & judge(trunk.pixel_model, adversarial, labels, config.batch_size)
+    return clean.float().mean().item(), correct.float().mean().item()
+
+
+def _save(folder: Path, model: nn.Module, config: TrainConfig, row: dict[str, float]) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(asdict(config) | {"kept": row}, indent=1) + "\n")
+
+
+def _csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -5,13 +5,29 @@ Importing the package registers the `hpm_*` models with timm.
 
 __version__ = "0.1.0"
 
+from . import models  # registers the models
+from .attacks import NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
+from .data import PixelModel, load_split
 from .head import INFERENCE_MODES, HPMHead, find_head, inference_mode
+from .prototypes import PrototypeFit, fit_prototypes
+from .report import AttackReport
 from .threat import ThreatModel
 
 __all__ = [
     "INFERENCE_MODES",
+    "AttackReport",
     "HPMHead",
+    "NonFiniteLogitsError",
+    "PixelModel",
+    "PrototypeFit",
     "ThreatModel",
     "find_head",
+    "fit_prototypes",
     "inference_mode",
+    "judge",
+    "load_split",
+    "mixed_surrogate_attack",
+    "models",
+    "pgd",
+    "rejudge",
 ]

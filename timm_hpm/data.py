@@ -1,4 +1,4 @@
-"""Data sets as pixels in [0, 1], and `PixelModel`, the boundary between those pixels and a model's normalised inputs."""
+"""Data sets as pixels in [0, 1], and `PixelModel`, the boundary between pixels and a model's normalised inputs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

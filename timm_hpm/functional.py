@@ -1,4 +1,4 @@
-"""The equations of Hybrid Prototype Mixing (arXiv 2606.01746, and our reading of it: docs/method.md), as pure functions.
+"""The equations of Hybrid Prototype Mixing (arXiv 2606.01746 and our reading of it, docs/method.md), as pure functions.
 
 Letters of the shapes: B images in a batch, C classes, d features. Nothing here keeps state, and every matrix product
 leaves autocast, because a distance is a small difference of large numbers.
@@ -131,4 +131,5 @@ def ema_update(
     means = sums / counts.clamp(min=1).unsqueeze(1)
     seen = counts > 0
     step = torch.where(num_updates > 0, 1.0 - decay, 1.0) * seen
-    return torch.lerp(prototypes, means.to(prototypes.dtype), step.to(prototypes.dtype).unsqueeze(1)), num_updates + seen
+    updated = torch.lerp(prototypes, means.to(prototypes.dtype), step.to(prototypes.dtype).unsqueeze(1))
+    return updated, num_updates + seen

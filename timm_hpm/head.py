@@ -166,7 +166,7 @@ class HPMHead(nn.Linear):
         if features.device != self.prototypes.device or labels.device != self.prototypes.device:
             raise ValueError(f"features are on {features.device} and labels on {labels.device}, the prototypes on "
                              f"{self.prototypes.device}; move them to one device")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < self.out_features):
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.out_features):
             raise ValueError(f"labels span {int(labels.min())} to {int(labels.max())}; "
                              f"expected 0 to {self.out_features - 1}")
         if not features.isfinite().all():

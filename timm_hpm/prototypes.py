@@ -71,8 +71,8 @@ def fit_prototypes(
                 kept.add(features, labels)
         missing = (counts == 0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"the loader has no image of {len(missing)} of the {head.out_features} classes (the first: "
-                             f"{missing[:10]}); every class needs one for its prototype")
+            raise ValueError(f"the loader has no image of {len(missing)} of the {head.out_features} classes "
+                             f"({missing[:10]} first); every class needs one for its prototype")
         for features, labels in features_of(() if held_out is None else held_out):
             if kept.is_full():
                 break

@@ -109,7 +109,8 @@ class AttackReport:
 
     def to_markdown(self) -> str:
         """Returns the report as Markdown: the table of accuracies, what they come to, and the protocol."""
-        lines = [f"# Mixed Surrogate Attack: {self.protocol.get('model', 'model')}", "", *self._table(), ""]
+        name = self.protocol.get("model", self.protocol["architecture"])
+        lines = [f"# Mixed Surrogate Attack: {name}", "", *self._table(), ""]
         lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
         rows = [("clean", self.clean_accuracy), ("**robust, worst case over all rows**", self.robust_accuracy)]
         if self.baseline:

@@ -270,8 +270,8 @@ def _targets(batch: AttackBatch, budget: Budget) -> Tensor:
 
 
 def _apgd_options(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> dict[str, Any]:
-    return dict(n_iter=budget.iterations, norm=threat.norm, eps=threat.eps, rho=0.75, eot_iter=1,
-                device=batch.clean.device, logger=notes)
+    return {"n_iter": budget.iterations, "norm": threat.norm, "eps": threat.eps, "rho": 0.75, "eot_iter": 1,
+            "device": batch.clean.device, "logger": notes}
 
 
 def _apgd_run(attack: APGDAttack, batch: AttackBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

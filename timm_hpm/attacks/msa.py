@@ -5,11 +5,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ def mixed_surrogate_attack(
         seed: int = 0,
         progress: bool = False,
         save_adversarial: str | os.PathLike | None = None,
+        about: Mapping[str, Any] | None = None,
 ) -> AttackReport:
     """Attacks a classifier through differentiable surrogates, and lets the classifier itself judge what was found.
 
@@ -67,6 +67,7 @@ def mixed_surrogate_attack(
         progress: shows a progress bar on standard error.
         save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
             reads it.
+        about: what else the report's protocol is to say, such as the data set, the split and the weights' origin.
 
     Returns:
         The report, with a verdict for each image and candidate.
@@ -138,8 +139,8 @@ def mixed_surrogate_attack(
     total["seconds"] = time.perf_counter() - start
 
     report = AttackReport(
-        protocol=_protocol(model, split, images, threat, batch_size, names, budget_of, surrogates_at_once, seed,
-                           num_classes, device),
+        protocol=dict(about or {}) | _protocol(model, split, images, threat, batch_size, names, budget_of,
+                                               surrogates_at_once, seed, num_classes, device),
         correct={name: _verdicts(row) for name, row in correct.items()},
         baseline_correct={name: _verdicts(row) for name, row in baseline.items()},
         cost=cost | {"all": total},
@@ -245,7 +246,7 @@ def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
     with torch.no_grad():
         logits = pixel_model(images)
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C at least 2")
+        raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
     return logits.shape[1]
 
 
@@ -304,11 +305,10 @@ def _protocol(
         num_classes: int,
         device: torch.device,
 ) -> dict[str, Any]:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    name = cfg.get("architecture") or type(model).__name__
+    cfg = getattr(getattr(model, "model", model), "pretrained_cfg", None) or {}
     head = None if split.head is None else find_head(model)
     return {
-        "model": f"{name}.{cfg['tag']}" if cfg.get("tag") else name,
+        "architecture": cfg.get("architecture") or type(model).__name__,
         "threat": str(threat),
         "num_images": len(images),
         "num_classes": num_classes,

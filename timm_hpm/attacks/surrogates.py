@@ -130,7 +130,7 @@ class SplitModel:
         return tuple(SURROGATES)
 
     def twin(self) -> str:
-        """Returns the surrogate whose forward pass is the true model's own: what needs no gradient is the same on it."""
+        """Returns the surrogate that computes the true model's own logits: without gradients the two are the same."""
         if self.head is None:
             return PLAIN
         if self.head.inference == "fc" or not self.head.is_fitted():

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Measures the robust accuracy of a classifier with the Mixed Surrogate Attack.
+
+Without options: the embedded `hpm_wrn10_2` on the first 100 held-out digits, at AutoAttack's standard budgets.
+Prints a table, and writes report.json and report.md into the output folder.
+"""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+
+import timm_hpm
+from timm_hpm.attacks import COMPONENTS, SURROGATES
+from timm_hpm.data import DATASETS, SPLITS, data_source
+from timm_hpm.files import writable_folder, write_text
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="hpm_wrn10_2", help="timm model, with or without an HPM head (%(default)s)")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=None,
+                       help="the model's pretrained weights (the default, unless --checkpoint is given)")
+    group.add_argument("--checkpoint", metavar="FILE", help="weights to load instead, such as train.py's "
+                                                            "model.safetensors")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
+                       help="arguments of timm.create_model")
+    group.add_argument("--inference", choices=timm_hpm.INFERENCE_MODES,
+                       help="inference mode of the HPM head (the model's own)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (%(default)s)")
+    group.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (%(default)s)")
+    group.add_argument("--num-images", type=int, metavar="N", help="the first N images of the split, 0 for all (100)",
+                       default=100)
+    group = parser.add_argument_group("attack")
+    group.add_argument("--threat", metavar="NORM:EPS", help="such as Linf:8/255 or L2:0.5 (the data set's usual one)")
+    group.add_argument("-b", "--batch-size", type=int, default=100, metavar="N",
+                       help="images in a judged batch; in batch mode the answers depend on it (%(default)s)")
+    group.add_argument("--surrogates", type=_names, help=f"comma-separated, of {', '.join(SURROGATES)} (all)")
+    group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(COMPONENTS)} (all)")
+    group.add_argument("--surrogates-at-once", type=int, default=5, metavar="N",
+                       help="surrogates attacked side by side: N times the memory, faster for small nets (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="(output/<model>-<date>)")
+    group.add_argument("--save-adversarial", action="store_true",
+                       help="also write adversarial.safetensors: every candidate, for --rejudge")
+    group.add_argument("--rejudge", type=Path, metavar="FOLDER",
+                       help="attack nothing: judge that folder's adversarial.safetensors again, compare with its "
+                            "report.json, and say whether they agree")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the evaluation; returns the exit code."""
+    args = parse_args(argv)
+    model = load_model(args)
+    if args.rejudge:
+        return rejudge(model, args.rejudge)
+    source = data_source(args.dataset)
+    threat = timm_hpm.ThreatModel.parse(args.threat or source.threat)
+    images, labels = timm_hpm.load_split(args.dataset, args.split).tensors
+    count = args.num_images or len(images)
+    if not 0 < count <= len(images):
+        raise ValueError(f"--num-images is {args.num_images}; the split {args.split} of {args.dataset} "
+                         f"has {len(images)} images (0 for all)")
+    now = datetime.now()
+    output = writable_folder(args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}")
+    if args.inference:
+        timm_hpm.find_head(model).inference = args.inference
+    report = timm_hpm.mixed_surrogate_attack(
+        model, images[:count], labels[:count], threat,
+        batch_size=args.batch_size, surrogates=args.surrogates, attacks=args.attacks,
+        surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
+        save_adversarial=output / "adversarial.safetensors" if args.save_adversarial else None,
+        about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset, "split": args.split},
+    )
+    report.save(output / "report.json")
+    write_text(output / "report.md", report.to_markdown())
+    print(report.to_markdown())
+    print(f"written: {output / 'report.json'}, {output / 'report.md'}")
+    return 0
+
+
+def load_model(args: argparse.Namespace) -> torch.nn.Module:
+    """Returns the model of the command line, in eval mode."""
+    pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
+    model = timm.create_model(args.model, pretrained=pretrained, **args.model_kwargs)
+    if args.checkpoint:
+        if not Path(args.checkpoint).is_file():
+            raise ValueError(f"--checkpoint {args.checkpoint} is not a file")
+        timm.models.load_checkpoint(model, args.checkpoint, weights_only=True)
+    return model.to(args.device).eval()
+
+
+def weights_of(model: torch.nn.Module, args: argparse.Namespace) -> str:
+    """Returns what the report says of the weights' origin."""
+    if args.checkpoint:
+        return args.checkpoint
+    if args.pretrained is False:
+        return "random"
+    return f"pretrained, tag {model.pretrained_cfg.get('tag') or '(none)'}"
+
+
+def rejudge(model: torch.nn.Module, folder: Path) -> int:
+    """Judges saved candidates again and prints whether they give the report's verdicts; returns the exit code."""
+    report = timm_hpm.AttackReport.load(folder / "report.json")
+    verdicts = timm_hpm.rejudge(model, folder / "adversarial.safetensors")
+    different = [name for name, row in verdicts.items() if row != report.correct[name]]
+    if different:
+        print(f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
+              f"{', '.join(different)}. Is it the same model, device and version?")
+        return 1
+    print(f"{len(verdicts)} sets of {report.num_images} images, judged again in batches of "
+          f"{report.protocol['batch_size']}: every verdict as in the report")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"evaluate.py: {error}")

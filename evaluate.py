@@ -9,6 +9,7 @@ import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_model(args: argparse.Namespace) -> torch.nn.Module:
+def load_model(args: argparse.Namespace) -> Any:
     """Returns the model of the command line, in eval mode."""
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     model = timm.create_model(args.model, pretrained=pretrained, **args.model_kwargs)
@@ -100,7 +101,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     return model.to(args.device).eval()
 
 
-def weights_of(model: torch.nn.Module, args: argparse.Namespace) -> str:
+def weights_of(model: Any, args: argparse.Namespace) -> str:
     """Returns what the report says of the weights' origin."""
     if args.checkpoint:
         return args.checkpoint

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -117,7 +118,7 @@ def mixed_surrogate_attack(
                 notes.prefix = f"{attack} on {', '.join(group)}: "
                 with _counted(cost[attack], split), _seeded(device, seed, attack, group, first):
                     batch = AttackBatch(split, _craft_through(split, group), x, y, first_image=first,
-                                        on_query=lambda done=done: bar.update(bar.n < done))
+                                        on_query=partial(_advance, bar, done))
                     found = COMPONENTS[attack](batch, threat, budget_of[attack], notes)
                     found = threat.project(found, batch.clean)
                 for surrogate, points in zip(group, found.split(len(x)), strict=True):
@@ -171,9 +172,13 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
     verdicts = []
     for first in range(0, len(images), batch_size):
         logits = model(images[first:first + batch_size].to(device))
-        check_finite(logits, lambda row, first=first: f"image {first + row}")
+        check_finite(logits, partial(_image_name, first))
         verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
     return torch.cat(verdicts)
+
+
+def _image_name(first: int, row: int) -> str:
+    return f"image {first + row}"
 
 
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
@@ -277,6 +282,10 @@ def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
 
 def _no_cost() -> dict[str, float]:
     return {"seconds": 0.0, "forward_passes": 0, "backward_passes": 0}
+
+
+def _advance(bar: tqdm, most: int) -> None:
+    bar.update(bar.n < most)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from ..attacks.msa import judge
 from ..attacks.pgd import pgd
@@ -63,8 +64,12 @@ class PixelTrunk(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d) for `pixels` (B, channels, H, W)."""
-        model = self.pixel_model.model
+        model: Any = self.pixel_model.model
         return model.forward_head(model.forward_features(self.pixel_model.normalise(pixels)), pre_logits=True)
+
+    def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
+        """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
+        return SURROGATES[surrogate].logits(find_head(self.pixel_model.model), self.features(pixels))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the features (B, d), and the logits (B, C) of the HPM head and of its FC classifier."""
@@ -124,10 +129,10 @@ def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], N
             _step(accelerator, trained, trunk, head, optimizer, scheduler, images, labels, threat, config, epoch, step)
             for step, (images, labels) in enumerate(loader)
         ]
-        row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0], "loss": sum(losses) / len(losses), "val_clean": 0.0,
-               "val_robust": 0.0}
+        row: dict[str, float] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"],
+                                 "loss": sum(losses) / len(losses)}
         if accelerator.is_main_process:
-            row["val_clean"], row["val_robust"] = validate(trunk, *val.tensors, threat, config)
+            row["val_clean"], row["val_robust"] = validate(trunk, val, threat, config)
             rows.append(row)
             log("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
             if epoch >= config.prototype_epoch and row["val_robust"] > best.get("val_robust", -1.0):
@@ -144,9 +149,9 @@ def _step(accelerator, trained, trunk, head: HPMHead, optimizer, scheduler, imag
     """Makes one training step and returns its loss."""
     images = random_shift(images, config.shift)
     trained.eval()
-    surrogate = SURROGATES[config.attack_through if head.is_fitted() else "fc"]
+    through = config.attack_through if head.is_fitted() else "fc"
     with accelerator.autocast():
-        adversarial = pgd(lambda x: surrogate.logits(head, trunk.features(x)), images, labels, threat,
+        adversarial = pgd(partial(trunk.surrogate_logits, through), images, labels, threat,
                           steps=config.attack_steps, step_size=config.attack_step_size)
     trained.train()
     features, hpm_logits, fc_logits = trained(adversarial)
@@ -164,8 +169,7 @@ def _step(accelerator, trained, trunk, head: HPMHead, optimizer, scheduler, imag
     return loss.item()
 
 
-def validate(trunk: PixelTrunk, images: Tensor, labels: Tensor, threat: ThreatModel,
-             config: TrainConfig) -> tuple[float, float]:
+def validate(trunk: PixelTrunk, split: TensorDataset, threat: ThreatModel, config: TrainConfig) -> tuple[float, float]:
     """Returns the clean accuracy and the robust accuracy under PGD through the FC classifier and `attack_through`.
 
     The head judges in its own inference mode and in batches of `config.batch_size`. An attack to choose epochs by,
@@ -174,11 +178,12 @@ def validate(trunk: PixelTrunk, images: Tensor, labels: Tensor, threat: ThreatMo
     trunk.eval()
     head = find_head(trunk)
     device = head.weight.device
+    images, labels = split.tensors
     correct = clean = judge(trunk.pixel_model, images, labels, config.batch_size)
     for name in dict.fromkeys(["fc", config.attack_through if head.is_fitted() else "fc"]):
         adversarial = torch.cat([
-            pgd(lambda x, name=name: SURROGATES[name].logits(head, trunk.features(x)), x.to(device), y.to(device),
-                threat, steps=config.val_attack_steps).cpu()
+            pgd(partial(trunk.surrogate_logits, name), x.to(device), y.to(device), threat,
+                steps=config.val_attack_steps).cpu()
             for x, y in zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True)
         ])
         correct = correct & judge(trunk.pixel_model, adversarial, labels, config.batch_size)

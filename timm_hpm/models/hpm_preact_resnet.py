@@ -1,0 +1,26 @@
+"""PreActResNet with an HPM head: `hpm_preact_resnet18`."""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+
+from ._builder import build_preact_net, cifar_cfg
+from .preact import PreActNet
+
+default_cfgs = generate_default_cfgs({
+    "hpm_preact_resnet18.untrained": cifar_cfg(
+        pool_size=(4, 4),
+        origin_url="https://github.com/locuslab/robust_overfitting",
+        paper_ids=("arXiv:1603.05027", "arXiv:2606.01746"),
+    ),
+})
+
+# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
+_TAG_ARGS: dict[str, dict[str, Any]] = {}
+
+
+@register_model
+def hpm_preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm behind the last stage."""
+    arch_args = {"depths": (2, 2, 2, 2), "channels": (64, 128, 256, 512), "stem_chs": 64, "final_norm": True}
+    return build_preact_net("hpm_preact_resnet18", pretrained, arch_args, _TAG_ARGS, kwargs)

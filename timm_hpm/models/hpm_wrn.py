@@ -1,0 +1,88 @@
+"""WideResNets with an HPM head: `hpm_wrn{depth}_{width}`."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+
+from ._builder import build_preact_net, cifar_cfg
+from .preact import PreActNet
+
+_PAPERS = ("arXiv:1605.07146", "arXiv:2606.01746")
+_TRADES_URL = "https://github.com/yaodongyu/TRADES"
+_DEEPMIND_URL = "https://github.com/google-deepmind/deepmind-research"
+
+_VARIANTS = {
+    "hpm_wrn10_2": (10, 2),
+    "hpm_wrn16_4": (16, 4),
+    "hpm_wrn28_10": (28, 10),
+    "hpm_wrn34_10": (34, 10),
+    "hpm_wrn34_20": (34, 20),
+    "hpm_wrn70_16": (70, 16),
+}
+
+_CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
+    # The weights lie in the package: a robust model without a download.
+    "hpm_wrn10_2.digits_linf": cifar_cfg(
+        file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
+        input_size=(1, 8, 8),
+        pool_size=(1, 1),
+        mean=(0.3055,),
+        std=(0.3760,),
+        origin_url="https://arxiv.org/abs/2606.01746",
+        paper_ids=_PAPERS,
+    ),
+}
+# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
+_TAG_ARGS: dict[str, dict[str, Any]] = {"hpm_wrn10_2.digits_linf": {"stem_stride": 2}}
+for _name in _VARIANTS:
+    _CFGS[f"{_name}.untrained"] = cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS)
+    _CFGS[f"{_name}.untrained_deepmind"] = cifar_cfg(origin_url=_DEEPMIND_URL, paper_ids=_PAPERS)
+    _TAG_ARGS[f"{_name}.untrained_deepmind"] = {"layout": "deepmind"}
+
+default_cfgs = generate_default_cfgs(_CFGS)
+
+
+def _create_wrn(variant: str, pretrained: bool, **kwargs: Any) -> PreActNet:
+    """Returns the WideResNet `variant`, with the model arguments of its tag; `kwargs` win over those."""
+    depth, width = _VARIANTS[variant]
+    # Two convolutions a block, three stages; the stem and the three projections make up the other four layers.
+    blocks = (depth - 4) // 6
+    arch_args = {"depths": (blocks,) * 3, "channels": (16 * width, 32 * width, 64 * width), "stem_chs": 16}
+    return build_preact_net(variant, pretrained, arch_args, _TAG_ARGS, kwargs)
+
+
+@register_model
+def hpm_wrn10_2(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-10-2, 0.3M parameters: for tests and small images."""
+    return _create_wrn("hpm_wrn10_2", pretrained, **kwargs)
+
+
+@register_model
+def hpm_wrn16_4(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-16-4, 2.7M parameters."""
+    return _create_wrn("hpm_wrn16_4", pretrained, **kwargs)
+
+
+@register_model
+def hpm_wrn28_10(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-28-10, 36.5M parameters: the usual network of robust CIFAR models."""
+    return _create_wrn("hpm_wrn28_10", pretrained, **kwargs)
+
+
+@register_model
+def hpm_wrn34_10(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-34-10, 46.2M parameters: the network of TRADES."""
+    return _create_wrn("hpm_wrn34_10", pretrained, **kwargs)
+
+
+@register_model
+def hpm_wrn34_20(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-34-20, 184.5M parameters."""
+    return _create_wrn("hpm_wrn34_20", pretrained, **kwargs)
+
+
+@register_model
+def hpm_wrn70_16(pretrained: bool = False, **kwargs: Any) -> PreActNet:
+    """WideResNet-70-16, 266.8M parameters."""
+    return _create_wrn("hpm_wrn70_16", pretrained, **kwargs)

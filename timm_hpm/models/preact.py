@@ -1,0 +1,322 @@
+"""`PreActNet`, the pre-activation residual network behind the WideResNets and PreActResNet-18."""
+
+import math
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, SelectAdaptivePool2d
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..head import HPMHead
+
+LAYOUTS: Final = ("trades", "deepmind")
+
+
+class EndPadConv2d(nn.Conv2d):
+    """A 3x3 convolution of stride 2 that pads one row below and one column to the right, and nothing else.
+
+    For even sizes that is TensorFlow's SAME padding, one pixel off PyTorch's `padding=1`: the same weights see another
+    grid. Being a `Conv2d` with its own padding, it also works where modules are taken out of their model (timm's
+    `features_only`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the convolution of `x` (B, in_channels, H, W), with H and W even, as (B, out_channels, H/2, W/2)."""
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+def conv3x3(in_chs: int, out_chs: int, stride: int, layout: str, **factory: Any) -> nn.Conv2d:
+    """Returns a 3x3 convolution without bias, padded as `layout` wants it; `factory` is device and dtype."""
+    if layout == "deepmind" and stride == 2:
+        return EndPadConv2d(in_chs, out_chs, 3, stride=stride, bias=False, **factory)
+    return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **factory)
+
+
+class PreActBlock(nn.Module):
+    """A pre-activation basic block: act(bn1) → conv1 → act(bn2) → conv2, plus the shortcut.
+
+    Where the block changes the shape, the shortcut is a 1x1 convolution of the activated input; otherwise it is the
+    raw input.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int,
+            layout: str,
+            drop_path_rate: float = 0.0,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.project = stride != 1 or in_chs != out_chs
+        self.bn1 = nn.BatchNorm2d(in_chs, **factory)
+        self.conv1 = conv3x3(in_chs, out_chs, stride, layout, **factory)
+        self.bn2 = nn.BatchNorm2d(out_chs, **factory)
+        self.conv2 = conv3x3(out_chs, out_chs, 1, layout, **factory)
+        self.shortcut: nn.Module = nn.Identity()
+        if self.project:
+            self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **factory)
+        self.act = activation(layout)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output (B, out_chs, H/stride, W/stride) for `x` (B, in_chs, H, W)."""
+        out = self.act(self.bn1(x))
+        shortcut = self.shortcut(out) if self.project else x
+        out = self.conv2(self.act(self.bn2(self.conv1(out))))
+        return self.drop_path(out) + shortcut
+
+
+def activation(layout: str) -> nn.Module:
+    """Returns the activation of a layout."""
+    # Not in place: behind a BatchNorm, which keeps its input and not its output, that would save no memory.
+    return nn.SiLU() if layout == "deepmind" else nn.ReLU()
+
+
+class PreActNet(nn.Module):
+    """A pre-activation residual network of basic blocks with an HPM head, after timm's conventions.
+
+    Arguments:
+        depths: number of blocks of each stage. The first stage keeps the size of the map, each other halves it.
+        channels: width of each stage.
+        num_classes: number of classes C; 0 for no head (`fc` is then an identity).
+        in_chans: channels of the input images.
+        global_pool: pooling in front of the head, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
+            for none, which needs `num_classes=0`.
+        stem_chs: width of the stem, a 3x3 convolution.
+        stem_stride: stride of the stem: 1, or 2 for less work on small images.
+        layout: "trades" (ReLU, padding 1) or "deepmind" (SiLU, and the convolutions of stride 2 pad below and to the
+            right only; their maps must have even sizes). Weights of one give other logits in the other.
+        final_norm: whether a BatchNorm and an activation follow the last stage.
+        drop_rate: dropout in front of the head, in [0, 1).
+        drop_path_rate: rate of stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
+        mix: see `HPMHead`.
+        ema_decay: see `HPMHead`.
+        inference: see `HPMHead`.
+
+    Raises:
+        ValueError: an unknown layout, depths and channels of different lengths, classes without pooling, or what
+            `HPMHead` refuses.
+
+    Sources: pre-activation blocks arXiv 1603.05027; wide networks arXiv 1605.07146; the layouts
+    https://github.com/yaodongyu/TRADES and https://github.com/google-deepmind/deepmind-research
+    (adversarial_robustness).
+    """
+
+    def __init__(
+            self,
+            *,
+            depths: tuple[int, ...],
+            channels: tuple[int, ...],
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = "avg",
+            stem_chs: int,
+            stem_stride: int = 1,
+            layout: str = "trades",
+            final_norm: bool = True,
+            drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            mix: float = 0.5,
+            ema_decay: float = 0.99,
+            inference: str = "batch",
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if len(depths) != len(channels):
+            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} differ in length; "
+                             "expected one of each a stage")
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.conv1 = conv3x3(in_chans, stem_chs, stem_stride, layout, **factory)
+        feature_info: list[dict[str, Any]] = [{"num_chs": stem_chs, "reduction": stem_stride, "module": "conv1"}]
+        stages = []
+        in_chs, reduction, index = stem_chs, stem_stride, 0
+        for stage, (depth, out_chs) in enumerate(zip(depths, channels, strict=True)):
+            blocks = []
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                rate = drop_path_rate * index / max(sum(depths) - 1, 1)
+                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, rate, **factory))
+                in_chs, reduction, index = out_chs, reduction * stride, index + 1
+            stages.append(nn.Sequential(*blocks))
+            feature_info.append({"num_chs": out_chs, "reduction": reduction, "module": f"stages.{stage}"})
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
+        self.num_features = in_chs
+        self.norm: nn.Module = nn.BatchNorm2d(in_chs, **factory) if final_norm else nn.Identity()
+        self.act: nn.Module = activation(layout) if final_norm else nn.Identity()
+
+        self.head_drop = nn.Dropout(drop_rate)
+        # What makes another head of the same kind, also after a time without one.
+        head_config: dict[str, Any] = {"mix": mix, "ema_decay": ema_decay, "inference": inference}
+        self.head_config = head_config  # annotated in place, TorchScript would warn
+        self._set_head(num_classes, global_pool, **factory)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+    def _set_head(self, num_classes: int, global_pool: str, **factory: Any) -> None:
+        """Sets the pooling and a fresh `fc`; leaves the model as it was where it raises."""
+        if num_classes > 0 and not global_pool:
+            raise ValueError("global_pool is '' with num_classes > 0; an HPM head needs pooled features. "
+                             "Pass a global_pool such as 'avg', or num_classes=0")
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        hidden_size = self.num_features * pool.feat_mult()
+        fc: nn.Module = nn.Identity()
+        if num_classes > 0:
+            fc = HPMHead(hidden_size, num_classes, **self.head_config, **factory)
+            nn.init.zeros_(fc.bias)
+        self.num_classes, self.head_hidden_size = num_classes, hidden_size
+        self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Returns the `HPMHead`, or an identity where the model has none."""
+        return self.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
+
+        Device, dtype and training mode stay.
+
+        Arguments:
+            num_classes: number of classes; 0 for no head.
+            global_pool: new pooling (see the class); None keeps the present one.
+
+        Raises:
+            ValueError: classes without pooling. The model is then as before.
+        """
+        if isinstance(self.fc, HPMHead):
+            self.head_config = self.fc.config()
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        weight = self.conv1.weight
+        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns the regular expressions by which timm groups parameters, by stage if `coarse`, else by block."""
+        if coarse:
+            return {"stem": r"^conv1", "blocks": r"^stages\.(\d+)"}
+        return {"stem": r"^conv1", "blocks": [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters that weight decay would spoil: it pulls the head's scale towards 1."""
+        return {"fc.log_scale"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets whether a backward pass computes the blocks anew, instead of keeping their activations.
+
+        In training mode that moves the running statistics of the BatchNorms twice a step, as in timm's own networks.
+        """
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Returns the feature map (B, num_features, H', W') of normalised images `x` (B, in_chans, H, W)."""
+        x = self.conv1(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x, flatten=True)
+        else:
+            x = self.stages(x)
+        return self.act(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Returns the logits (B, C) of a feature map, or the head's input (B, head_hidden_size) if `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (B, C) of normalised images `x` (B, in_chans, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = "NCHW",
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Returns the feature map of images `x` (B, in_chans, H, W) and the maps on the way to it.
+
+        Arguments:
+            x: normalised images.
+            indices: which levels to return: 0 is the stem, i the i-th stage, a negative number counts from the end.
+                A single int n takes the last n, None all.
+            norm: whether the last stage's map passes the final norm and activation.
+            stop_early: whether to stop after the last wanted level; the feature map returned is then that level's.
+            output_fmt: only "NCHW".
+            intermediates_only: whether to return the list alone.
+
+        Raises:
+            ValueError: another `output_fmt`.
+            AssertionError: an index out of range (by timm).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError("output_fmt of a convolutional network: expected NCHW, got " + output_fmt)
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates: list[Tensor] = []
+        x = self.conv1(x)
+        if 0 in take:
+            intermediates.append(x)
+        # TorchScript can slice no modules, nor choose between them in an expression.
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.stages
+        else:
+            stages = self.stages[:last]
+        for level, stage in enumerate(stages, start=1):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if level == len(self.stages):
+                final = self.act(self.norm(x))
+                if level in take:
+                    intermediates.append(final if norm else x)
+                x = final
+            elif level in take:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Removes what `forward_intermediates(indices=indices)` does not need; returns the indices, counted from 0.
+
+        Arguments:
+            indices: see `forward_intermediates`.
+            prune_norm: whether the final norm and activation go too. Without the last stage they go anyway.
+            prune_head: whether pooling and head go too. Without the last stage they go anyway.
+        """
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        cut = last < len(self.stages)
+        if cut:
+            self.stages = self.stages[:last]
+            self.num_features = self.feature_info[last]["num_chs"]
+        if cut or prune_norm:
+            self.norm, self.act = nn.Identity(), nn.Identity()
+        if cut or prune_head:
+            self.reset_classifier(0, "")
+        return take

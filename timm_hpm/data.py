@@ -28,7 +28,7 @@ def load_split(dataset: str, split: str) -> TensorDataset:
     """Returns a split as a `TensorDataset` of images (N, C, H, W) in [0, 1], float32, and labels (N,), int64.
 
     Arguments:
-        dataset: `"digits"`, the 1,797 real 8×8 images that lie inside scikit-learn: 1,078 for training, 359 for
+        dataset: `"digits"`, the 1,797 real 8×8 images that lie inside scikit-learn: 1,077 for training, 360 for
             validation, 360 for testing, stratified by class, shuffled, always the same.
         split: `"train"`, `"val"` or `"test"`.
 
@@ -107,8 +107,10 @@ class PixelModel(nn.Module):
         return self.model(self.normalise(pixels)).float()
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Returns the model's input for `pixels` (B, channels, H, W) in [0, 1]."""
-        return (pixels - self.mean) / self.std
+        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1]."""
+        parameter = next(self.model.parameters(), None)
+        normalised = (pixels - self.mean) / self.std
+        return normalised if parameter is None else normalised.to(parameter.dtype)
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:

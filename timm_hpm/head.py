@@ -130,7 +130,7 @@ class HPMHead(nn.Linear):
         Several processes add up theirs before `apply_class_sums`.
         """
         self.check_update(features, labels)
-        return functional.class_sums(features.float(), labels, self.out_features)
+        return functional.class_sums(features.float(), labels.long(), self.out_features)
 
     @torch.no_grad()
     def apply_class_sums(self, sums: Tensor, counts: Tensor) -> None:

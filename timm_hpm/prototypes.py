@@ -56,7 +56,7 @@ def fit_prototypes(
             The head is then as before.
     """
     head = find_head(model)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps)
@@ -79,11 +79,14 @@ def fit_prototypes(
             kept.add(features, labels)
         fitted = copy.deepcopy(head)
         fitted.set_prototypes((sums / counts.unsqueeze(1)).to(head.prototypes.dtype))
+        fitted.log_scale.data.zero_()  # so that a scale gone astray, even to NaN, leaves no trace in the distances
         log_scale, nll = fit_log_scale(*kept.distances(fitted))
         fitted.log_scale.data.fill_(log_scale)
         head.load_state_dict(fitted.state_dict())
     finally:
-        model.train(was_training)
+        # One by one: a BatchNorm that was frozen in a model in train mode stays frozen.
+        for module, mode in modes:
+            module.training = mode
     return PrototypeFit(counts.long().cpu(), math.exp(log_scale), nll)
 
 
@@ -147,7 +150,7 @@ def _labelled_features(
     try:
         for images, labels in loader:
             check_pixels(images, labels, head.out_features)
-            images, labels = images.to(head.weight.device), labels.to(head.weight.device)
+            images, labels = images.to(head.weight.device), labels.to(head.weight.device).long()
             variants = [images]
             if threat is not None:
                 with inference_mode(head, "fc"):

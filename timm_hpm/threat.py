@@ -28,6 +28,7 @@ class ThreatModel:
     eps: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers have a repr that `parse` cannot read
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -80,7 +81,10 @@ class ThreatModel:
         """Returns the steepest step of norm `size` along `direction` (B, ...): its sign, or its unit vector."""
         if self.norm == "Linf":
             return size * direction.sign()
-        return size * direction / _norm(direction).clamp(min=1e-12)
+        # A confident model's gradient may be so small that its square underflows: take out its size first.
+        largest = direction.flatten(1).abs().amax(dim=1).view(-1, *[1] * (direction.ndim - 1))
+        unit = direction / torch.where(largest > 0, largest, torch.ones_like(largest))
+        return size * unit / _norm(unit).clamp(min=1e-12)
 
     def random_start(self, clean: Tensor) -> Tensor:
         """Returns random points of the ball around `clean` (B, ...), in [0, 1], from the global random state.

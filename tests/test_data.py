@@ -1,0 +1,218 @@
+"""The digits splits, and the boundary between pixels in [0, 1] and a model's inputs."""
+
+import hashlib
+
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from timm_hpm import PixelModel, load_split
+from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, check_pixels, data_source, random_shift
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: load_split("digits", split).tensors for split in SPLITS}
+
+
+def tiny_timm_model() -> nn.Module:
+    """Returns a real timm model with random weights, and a mean and std that differ by channel."""
+    overlay = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0)}
+    return timm.create_model("test_resnet", num_classes=7, pretrained_cfg_overlay=overlay).eval()
+
+
+# Data sets
+
+
+@pytest.mark.parametrize(("split", "number", "digest"), [
+    ("train", 1077, "f4cae45f7d2bfa9c6744c4e47b36cd554291ccb63e404eb872b743b02fa46107"),
+    ("val", 360, "9f02c27e0062726ec3adcd8370a2d5b9d43534f6ebae08b1cc25421e3ec5af5d"),
+    ("test", 360, "8110e5c2c9d024b578f2c2692341cc0a635dc6f45899bb78b73bbee43d45a90f"),
+])
+def test_a_split_of_the_digits_is_always_the_same(splits, split, number, digest):
+    images, labels = splits[split]
+    assert images.shape == (number, 1, 8, 8) and images.dtype == torch.float32
+    assert labels.shape == (number,) and labels.dtype == torch.int64
+    assert hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest() == digest
+
+
+def test_the_global_random_state_does_not_matter_to_a_split(splits):
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    assert torch.equal(load_split("digits", "val").tensors[0], splits["val"][0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_splits_share_no_image_and_lack_none(splits):
+    rows = [(images[i].numpy().tobytes(), int(labels[i])) for images, labels in splits.values()
+            for i in range(len(labels))]
+    digits = load_digits()
+    known = [((digits.images[i] / 16).astype("float32").tobytes(), int(digits.target[i])) for i in range(1797)]
+    # As multisets: each of the 1,797 is in exactly one split.
+    assert sorted(rows) == sorted(known)
+
+
+def test_the_splits_are_stratified(splits):
+    total = sum(labels.bincount(minlength=10) for _, labels in splits.values())
+    for split, fraction in (("train", 0.6), ("val", 0.2), ("test", 0.2)):
+        assert (splits[split][1].bincount(minlength=10) - fraction * total).abs().max() <= 1.5
+
+
+def test_the_digits_are_pixels_that_use_the_whole_range(splits):
+    for images, labels in splits.values():
+        check_pixels(images, labels, DATASETS["digits"].num_classes)
+        assert images.min() == 0 and images.max() == 1
+        assert torch.equal(16 * images, (16 * images).round())
+
+
+def test_unknown_data_sets_and_splits_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; expected one of .*digits"):
+        load_split("mnist", "train")
+    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; expected one of .*digits"):
+        data_source("mnist")
+    with pytest.raises(ValueError, match="unknown split 'valid'; expected one of train, val, test"):
+        load_split("digits", "valid")
+
+
+# PixelModel
+
+
+def test_pixel_model_normalises_by_the_pretrained_cfg():
+    model, pixels = tiny_timm_model(), torch.rand(2, 3, 32, 32)
+    normalised = torch.stack([(pixels[:, 0] - 0.1) / 0.5, (pixels[:, 1] - 0.2) / 0.25, (pixels[:, 2] - 0.3) / 2], 1)
+    torch.testing.assert_close(PixelModel(model).normalise(pixels), normalised)
+    torch.testing.assert_close(PixelModel(model)(pixels), model(normalised))
+    assert (PixelModel(model)(pixels) - model(pixels)).abs().max() > 1e-3
+
+
+def test_a_given_mean_and_std_win_over_the_pretrained_cfg():
+    model = PixelModel(tiny_timm_model(), mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(pixels), model.model(pixels))
+
+
+def test_pixel_model_answers_in_float32_for_a_bfloat16_model():
+    model, pixels = tiny_timm_model(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = PixelModel(model)(pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(pixels).dtype == torch.bfloat16
+            logits = PixelModel(model)(pixels)
+        cast = PixelModel(model).to(torch.bfloat16)(pixels.bfloat16())
+    for answer in (logits, cast):
+        assert answer.dtype == torch.float32
+        assert (answer - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_pixels_of_float32_go_into_a_bfloat16_timm_model():
+    model = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+    images, _ = load_split("digits", "val").tensors
+    with torch.no_grad():
+        expected = PixelModel(model)(images[:8])
+        logits = PixelModel(model.bfloat16())(images[:8])
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_pixel_model_adds_nothing_to_the_state_dict():
+    model = tiny_timm_model()
+    assert {key.removeprefix("model.") for key in PixelModel(model).state_dict()} == model.state_dict().keys()
+
+
+def test_pixel_model_wants_a_mean_and_a_positive_std():
+    with pytest.raises(ValueError, match="Flatten has no pretrained_cfg that says its mean; give it"):
+        PixelModel(nn.Flatten())
+    with pytest.raises(ValueError, match="says its std"):
+        PixelModel(nn.Flatten(), mean=(0.5,))
+    for std in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"std is \(.*\); expected positive numbers"):
+            PixelModel(nn.Flatten(), mean=(0.5,), std=(std,))
+
+
+def test_as_pixel_model_wraps_timm_models_only_and_only_once():
+    model = tiny_timm_model()
+    wrapped = as_pixel_model(model)
+    assert isinstance(wrapped, PixelModel) and wrapped.model is model
+    assert wrapped.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert as_pixel_model(wrapped) is wrapped
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert as_pixel_model(plain) is plain
+
+
+# Checks and augmentation
+
+
+def test_check_pixels_accepts_pixels():
+    images = torch.rand(4, 3, 2, 2)
+    images[0], images[1] = 0.0, 1.0
+    check_pixels(images, torch.tensor([0, 1, 2, 2]), 3)
+    check_pixels(images.double(), torch.tensor([0, 1, 99, 2], dtype=torch.int32))
+
+
+def images_with(value: float) -> torch.Tensor:
+    images = torch.full((4, 3, 2, 2), 0.5)
+    images[2:, 1, 0, 1] = value
+    return images
+
+
+@pytest.mark.parametrize(("images", "labels", "message"), [
+    (images_with(1.001), torch.zeros(4).long(), r"image 2 has values from 0\.5 to 1\.001; expected pixels in \[0, 1\]"),
+    (images_with(-0.1), torch.zeros(4).long(), r"image 2 has values from -0\.1 to 0\.5.*PixelModel"),
+    (images_with(float("nan")), torch.zeros(4).long(), "image 2 has values from nan"),
+    (images_with(float("inf")), torch.zeros(4).long(), r"image 2 has values from 0\.5 to inf"),
+    (torch.zeros(4, 2, 2), torch.zeros(4).long(), r"images have the shape \(4, 2, 2\)"),
+    (torch.zeros(4, 3, 2, 2).byte(), torch.zeros(4).long(), "dtype torch.uint8; expected .* in floating point"),
+    (torch.zeros(0, 3, 2, 2), torch.zeros(0).long(), "N above 0"),
+    (images_with(0), torch.zeros(3).long(), r"labels have the shape \(3,\).*expected \(4,\) class indices"),
+    (images_with(0), torch.zeros(4), "dtype torch.float32; expected"),
+    (images_with(0), torch.zeros(4).bool(), "dtype torch.bool"),
+    (images_with(0), torch.zeros(4, 10), r"shape \(4, 10\)"),
+    (images_with(0), torch.tensor([0, 2, 3, -1]), "label 3 of image 2 is out of range; .* classes 0 to 2"),
+    (images_with(0), torch.tensor([0, -1, 3, 0]), "label -1 of image 1 is out of range"),
+])
+def test_check_pixels_names_the_first_fault(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        check_pixels(images, labels, 3)
+
+
+def shifted(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Returns `image` (C, H, W) moved by whole pixels, by loops."""
+    result = torch.zeros_like(image)
+    _, height, width = image.shape
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - down < height and 0 <= x - right < width:
+                result[:, y, x] = image[:, y - down, x - right]
+    return result
+
+
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_random_shift_draws_one_of_all_shifts_for_each_image(pixels):
+    image = torch.rand(2, 4, 5) + 0.1
+    steps = range(-pixels, pixels + 1)
+    possible = torch.stack([shifted(image, down, right) for down in steps for right in steps])
+    results = random_shift(image.expand(400, -1, -1, -1), pixels)
+    assert results.shape == (400, 2, 4, 5) and results.is_contiguous()
+    matches = (results[:, None] == possible[None]).flatten(2).all(dim=2)
+    assert torch.equal(matches.sum(dim=1), torch.ones(400).long())
+    # Every shift about as often as any other.
+    counts = matches.sum(dim=0)
+    assert len(counts) == (2 * pixels + 1) ** 2 and counts.min() > 0 and counts.max() < 4 * 400 / len(counts)
+
+
+def test_random_shift_keeps_images_apart_and_by_zero_pixels_is_the_identity():
+    images = torch.rand(6, 1, 8, 8)
+    assert torch.equal(random_shift(images, 0), images)
+    for image, result in zip(images, random_shift(images, 1), strict=True):
+        assert any(torch.equal(result, shifted(image, down, right)) for down in (-1, 0, 1) for right in (-1, 0, 1))

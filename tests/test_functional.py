@@ -1,0 +1,216 @@
+"""The equations of `timm_hpm.functional`: closed forms, what they have in common, and their gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_hpm import functional
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def one_hot(labels: list[int], num_classes: int) -> Tensor:
+    return F.one_hot(torch.tensor(labels), num_classes).float()
+
+
+# Assignment and presence
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_straight_through_is_exactly_one_hot_with_the_gradient_of_the_softmax(size):
+    logits = (size * torch.randn(64, 7)).requires_grad_()
+    upstream = torch.randn(64, 7)
+    assignment = functional.straight_through_assignment(logits)
+    assert torch.equal(assignment, F.one_hot(logits.argmax(dim=1), 7).float())
+
+    gradient, = torch.autograd.grad(assignment, logits, upstream)
+    expected, = torch.autograd.grad(F.softmax(logits, dim=1), logits, upstream)
+    assert torch.equal(gradient, expected)
+
+
+def test_straight_through_assigns_a_tie_once():
+    assert functional.straight_through_assignment(torch.zeros(3, 4)).sum(dim=1).tolist() == [1, 1, 1]
+
+
+def test_hard_presence_marks_the_predicted_classes_and_passes_no_gradient():
+    assignment = functional.straight_through_assignment(10 * one_hot([3, 0, 3, 3], 5).requires_grad_())
+    presence = functional.hard_presence(assignment)
+    assert presence.tolist() == [1, 0, 0, 1, 0]
+    assert not presence.requires_grad
+
+
+@pytest.mark.parametrize("batch", [1, 2, 50])
+def test_soft_presence_is_one_minus_the_product_of_the_absences(batch):
+    p = F.softmax(3 * torch.randn(batch, 6), dim=1)
+    expected = 1 - (1 - p.double()).prod(dim=0)
+    torch.testing.assert_close(functional.soft_presence(p).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_soft_presence_keeps_tiny_probabilities():
+    p = torch.tensor([[1e-10, 3e-20], [2e-10, 0.0]])
+    torch.testing.assert_close(functional.soft_presence(p), torch.tensor([3e-10, 3e-20]), rtol=1e-5, atol=0)
+
+
+def test_soft_presence_of_a_saturated_softmax_is_hard_with_finite_gradients():
+    p = one_hot([2, 2, 0], 4).requires_grad_()
+    presence = functional.soft_presence(p)
+    torch.testing.assert_close(presence, functional.hard_presence(p), rtol=0, atol=2e-6)
+    gradient, = torch.autograd.grad(presence.sum(), p)
+    assert gradient.isfinite().all()
+    # Nobody predicts classes 1 and 3: there each image's own probability counts in full.
+    torch.testing.assert_close(gradient[:, [1, 3]], torch.ones(3, 2))
+
+
+# Prototypes of a batch, and mixing
+
+
+def test_batch_prototypes_of_a_hard_assignment_are_group_means_and_zero_for_absent_classes():
+    z = torch.randn(6, 3)
+    means = functional.batch_prototypes(z, one_hot([1, 3, 1, 1, 3, 0], 5))
+    expected = torch.stack([z[5], z[[0, 2, 3]].mean(dim=0), torch.zeros(3), z[[1, 4]].mean(dim=0), torch.zeros(3)])
+    torch.testing.assert_close(means, expected)
+
+
+def test_batch_prototypes_of_a_soft_assignment_are_weighted_means():
+    z, p = torch.randn(5, 3), F.softmax(torch.randn(5, 4), dim=1)
+    for c, mean in enumerate(functional.batch_prototypes(z, p)):
+        expected = sum(p[i, c] * z[i] for i in range(5)) / sum(p[i, c] for i in range(5))
+        torch.testing.assert_close(mean, expected)
+
+
+def test_a_class_that_nobody_predicts_passes_no_gradient():
+    logits = (10 * one_hot([1, 3, 1, 1], 5) + torch.randn(4, 5)).requires_grad_()
+    z = torch.randn(4, 3, requires_grad=True)
+    prototypes = torch.randn(5, 3, requires_grad=True)
+    assignment = functional.straight_through_assignment(logits)
+    means = functional.batch_prototypes(z, assignment)
+    mixed = functional.mix_prototypes(prototypes, means, functional.hard_presence(assignment), 0.5)
+    for absent in (0, 2, 4):
+        to_z, = torch.autograd.grad(means[absent].sum(), z, retain_graph=True)
+        assert torch.equal(to_z, torch.zeros_like(z))
+        to_z, to_logits, to_prototypes = torch.autograd.grad(
+            mixed[absent].sum(), [z, logits, prototypes], retain_graph=True)
+        assert torch.equal(to_z, torch.zeros_like(z)) and torch.equal(to_logits, torch.zeros_like(logits))
+        assert torch.equal(to_prototypes, one_hot([absent], 5).t().expand(5, 3))
+    # The gradient of the mass of an absent class must not be divided by something tiny.
+    to_logits, = torch.autograd.grad(means.sum(), logits)
+    assert to_logits.isfinite().all() and 0 < to_logits.abs().max() < 100
+
+
+@pytest.mark.parametrize("mass", [0.0, 1e-42, 1e-38, 1e-30, 1e-13, 1e-11, 1e-6])
+def test_batch_prototypes_of_hardly_any_mass_have_finite_gradients(mass):
+    assignment = torch.full((3, 2), mass / 3, requires_grad=True)
+    z = torch.randn(3, 4, requires_grad=True)
+    means = functional.batch_prototypes(z, assignment)
+    mixed = functional.mix_prototypes(torch.randn(2, 4), means, functional.soft_presence(assignment), 0.5)
+    assert means.isfinite().all() and mixed.isfinite().all()
+    to_means = torch.autograd.grad(means.sum(), [z, assignment], retain_graph=True)
+    assert all(gradient.isfinite().all() for gradient in to_means)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), [z, assignment]))
+
+
+def test_mix_prototypes_interpolates_the_present_classes():
+    prototypes, means = torch.randn(3, 4), torch.randn(3, 4)
+    presence = torch.tensor([0.0, 1.0, 0.5])
+    mixed = functional.mix_prototypes(prototypes, means, presence, 0.25)
+    assert torch.equal(mixed[0], prototypes[0])
+    torch.testing.assert_close(mixed[1], 0.75 * prototypes[1] + 0.25 * means[1])
+    torch.testing.assert_close(mixed[2], 0.875 * prototypes[2] + 0.125 * means[2])
+    assert torch.equal(functional.mix_prototypes(prototypes, means, presence, 0.0), prototypes)
+    torch.testing.assert_close(functional.mix_prototypes(prototypes, means, torch.ones(3), 1.0), means)
+
+
+# Distances and logits
+
+
+@pytest.mark.parametrize("mean", [0.0, 50.0, 1000.0])
+def test_squared_distances_lose_nothing_to_a_common_mean(mean):
+    z, q = mean + torch.randn(40, 16), mean + torch.randn(7, 16)
+    expected = (z.double()[:, None] - q.double()[None]).square().sum(dim=2)
+    torch.testing.assert_close(functional.squared_distances(z, q).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_squared_distances_have_the_closed_form_gradient_also_where_they_are_zero():
+    z = torch.randn(3, 5, dtype=torch.float64)
+    q = torch.cat([z[:1], torch.randn(2, 5, dtype=torch.float64)])
+    z, q = z.requires_grad_(), q.requires_grad_()
+    distances = functional.squared_distances(z, q)
+    assert distances[0, 0].abs() < 1e-12
+    upstream = torch.randn(3, 3, dtype=torch.float64)
+    to_z, to_q = torch.autograd.grad(distances, [z, q], upstream)
+    pull = 2 * upstream[:, :, None] * (z[:, None] - q[None])
+    torch.testing.assert_close(to_z, pull.sum(dim=1))
+    torch.testing.assert_close(to_q, -pull.sum(dim=0))
+
+
+def test_l2_logits_are_minus_scale_times_distance():
+    z, q = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [4.0, 6.0]])
+    torch.testing.assert_close(functional.l2_logits(z, q, torch.tensor(0.5)), torch.tensor([[0.0, -12.5]]))
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_sample_logits_are_batch_logits_of_one_image_at_a_time(mix, soft):
+    z, logits, prototypes = torch.randn(9, 6), torch.randn(9, 4), torch.randn(4, 6)
+    scale = torch.tensor(0.7)
+    assignment = F.softmax(logits, dim=1) if soft else functional.straight_through_assignment(logits)
+    presence_of = functional.soft_presence if soft else functional.hard_presence
+    rows = [functional.batch_logits(z[i:i + 1], a, presence_of(a), prototypes, scale, mix)
+            for i, a in enumerate(assignment.split(1))]
+    sample = functional.sample_logits(z, assignment, prototypes, scale, mix)
+    torch.testing.assert_close(sample, torch.cat(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_gradcheck_of_the_soft_path(batch):
+    def soft(z: Tensor, weight: Tensor, prototypes: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        assignment = F.softmax(z @ weight.t(), dim=1)
+        presence = functional.soft_presence(assignment)
+        return (functional.batch_logits(z, assignment, presence, prototypes, log_scale.exp(), 0.5),
+                functional.sample_logits(z, assignment, prototypes, log_scale.exp(), 0.5))
+
+    shapes = [(batch, 3), (4, 3), (4, 3), ()]
+    assert torch.autograd.gradcheck(soft, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+
+
+def test_matmul_stays_in_its_own_precision_under_autocast():
+    a, b = torch.randn(5, 64), torch.randn(64, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a @ b).dtype == torch.bfloat16
+        product = functional.matmul_without_autocast(a, b)
+    assert torch.equal(product, a @ b)
+
+
+# The moving average
+
+
+def test_class_sums_of_two_halves_add_up_to_those_of_the_whole():
+    z, labels = torch.randn(20, 3), torch.randint(0, 4, (20,))
+    labels[labels == 2] = 1
+    sums, counts = functional.class_sums(z, labels, 4)
+    expected = torch.stack([z[labels == c].sum(dim=0) for c in range(4)])
+    torch.testing.assert_close(sums, expected)
+    assert counts.tolist() == labels.bincount(minlength=4).tolist() and counts[2] == 0
+
+    halves = [functional.class_sums(z[half], labels[half], 4) for half in (slice(0, 7), slice(7, 20))]
+    torch.testing.assert_close(halves[0][0] + halves[1][0], sums)
+    assert torch.equal(halves[0][1] + halves[1][1], counts)
+
+
+def test_ema_update_sets_first_then_averages_and_leaves_absent_classes():
+    prototypes = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    num_updates = torch.tensor([0, 4, 4])
+    sums, counts = torch.tensor([[10.0, 20.0], [6.0, 9.0], [0.0, 0.0]]), torch.tensor([2.0, 3.0, 0.0])
+    updated, numbers = functional.ema_update(prototypes, num_updates, sums, counts, 0.9)
+    torch.testing.assert_close(updated, torch.tensor([[5.0, 10.0], [2.0, 2.1], [3.0, 3.0]]))
+    assert torch.equal(updated[2], prototypes[2])
+    assert numbers.tolist() == [1, 5, 4]
+    assert prototypes[0].tolist() == [1, 1] and num_updates.tolist() == [0, 4, 4]

@@ -1,0 +1,541 @@
+"""`HPMHead` against a plain NumPy reading of the equations, its invariants, its prototypes, and how it travels."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from timm_hpm import INFERENCE_MODES, HPMHead, find_head, functional, inference_mode
+from timm_hpm.attacks.surrogates import SURROGATES
+
+HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fitted(in_features: int = 16, num_classes: int = 10, *, log_scale: float = -1.0, mean: float = 0.0,
+           **kwargs) -> HPMHead:
+    """Returns a head with random prototypes around `mean`."""
+    head = HPMHead(in_features, num_classes, **kwargs)
+    head.set_prototypes(mean + torch.randn(num_classes, in_features))
+    nn.init.constant_(head.log_scale, log_scale)
+    return head
+
+
+def reference(head: HPMHead, features: Tensor) -> np.ndarray:
+    """Returns the logits of `head` in float64, by loops over images and classes (docs/method.md)."""
+    z = features.double().numpy()
+    weight, prototypes = (t.detach().double().numpy() for t in (head.weight, head.prototypes))
+    bias = np.zeros(len(weight)) if head.bias is None else head.bias.detach().double().numpy()
+    s, mix = np.exp(head.log_scale.detach().double().item()), head.mix
+    fc = np.array([[weight[c] @ image + bias[c] for c in range(len(weight))] for image in z])
+    if head.inference == "fc":
+        return fc
+    logits = np.zeros_like(fc)
+    for i, image in enumerate(z):
+        if head.inference == "dataset":
+            batch: list[int] = []
+        elif head.inference == "sample":
+            batch = [i]
+        else:
+            batch = list(range(len(z)))
+        for c in range(len(weight)):
+            members = [z[j] for j in batch if fc[j].argmax() == c]
+            q = prototypes[c]
+            if members:
+                q = (1 - mix) * q + mix * sum(members) / len(members)
+            logits[i, c] = -s * sum((a - b) ** 2 for a, b in zip(image, q, strict=True))
+    return logits
+
+
+def assert_equals_reference(head: HPMHead, features: Tensor) -> None:
+    expected = reference(head, features)
+    with torch.no_grad():
+        error = np.abs(head(features).double().numpy() - expected).max()
+    assert error <= 1e-5 * np.abs(expected).max()
+
+
+def without_hpm(head: HPMHead) -> nn.Linear:
+    linear = nn.Linear(head.in_features, head.out_features)
+    linear.load_state_dict({key: value for key, value in head.state_dict().items() if key not in HPM_ENTRIES})
+    return linear
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_logits_equal_the_reference(inference, mix):
+    assert_equals_reference(fitted(mix=mix, inference=inference), torch.randn(40, 16))
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_logits_equal_the_reference_without_a_bias(inference):
+    assert_equals_reference(fitted(bias=False, inference=inference), torch.randn(12, 16))
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_logits_equal_the_reference_with_absent_classes_and_a_shared_one(inference):
+    head, features = fitted(num_classes=50, inference=inference), torch.randn(5, 16)
+    features[3] = features[0] + 0.01 * torch.randn(16)
+    predicted = head.fc_logits(features).argmax(dim=1)
+    assert predicted[0] == predicted[3] and len(predicted.unique()) < 5
+    assert_equals_reference(head, features)
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_logits_equal_the_reference_for_a_batch_of_one(inference):
+    assert_equals_reference(fitted(inference=inference), torch.randn(1, 16))
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_logits_equal_the_reference_for_features_with_a_large_common_mean(inference):
+    head = fitted(mean=50.0, inference=inference)
+    nn.init.zeros_(head.weight[:, 0])
+    features = (50 + torch.randn(40, 16)).relu()
+    assert_equals_reference(head, features)
+
+
+def test_an_empty_batch_has_no_logits():
+    for mode in INFERENCE_MODES:
+        assert fitted(inference=mode)(torch.zeros(0, 16)).shape == (0, 10)
+
+
+def test_soft_surrogate_equals_its_closed_form():
+    head, z = fitted(num_classes=4), torch.randn(6, 16, dtype=torch.float64)
+    p = F.softmax(head.fc_logits(z.float()).detach().double(), dim=1)
+    expected = torch.zeros(6, 4, dtype=torch.float64)
+    for c in range(4):
+        w = 1 - (1 - p[:, c]).prod()
+        prototype = head.prototypes[c].double()
+        q = prototype + head.mix * w * ((p[:, c] @ z) / p[:, c].sum() - prototype)
+        expected[:, c] = -head.scale().double() * (z - q).square().sum(dim=1)
+    torch.testing.assert_close(SURROGATES["soft"].logits(head, z.float()).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+# What follows from the equations
+
+
+def test_a_batch_of_one_in_batch_mode_equals_sample_mode():
+    head, features = fitted(mix=0.4), torch.randn(20, 16)
+    alone = torch.cat([head(image) for image in features.split(1)])
+    with inference_mode(head, "sample"):
+        torch.testing.assert_close(alone, head(features), rtol=1e-4, atol=1e-4)
+
+
+def test_sample_mode_depends_on_no_neighbour_and_batch_mode_does():
+    head, features = fitted(inference="sample"), torch.randn(20, 16)
+    other = torch.cat([features[:1], torch.randn(7, 16)])
+    torch.testing.assert_close(head(features)[0], head(other)[0])
+    with inference_mode(head, "batch"):
+        assert (head(features)[0] - head(other)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_a_permuted_batch_has_permuted_logits(inference):
+    head, features, order = fitted(inference=inference), torch.randn(30, 16), torch.randperm(30)
+    torch.testing.assert_close(head(features[order]), head(features)[order], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inference", ["batch", "sample"])
+def test_without_mixing_every_mode_is_the_dataset_mode(inference):
+    head, features = fitted(mix=0.0, inference="dataset"), torch.randn(30, 16)
+    expected = head(features)
+    with inference_mode(head, inference):
+        torch.testing.assert_close(head(features), expected)
+
+
+@pytest.mark.parametrize("inference", ["batch", "sample", "dataset"])
+def test_the_arg_max_does_not_depend_on_the_scale(inference):
+    answers = []
+    head, features = fitted(inference=inference), torch.randn(200, 16)
+    for log_scale in (-3.0, 0.0, 2.0):
+        nn.init.constant_(head.log_scale, log_scale)
+        answers.append(head(features).argmax(dim=1))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[1], answers[2])
+    assert len(answers[0].unique()) > 1
+
+
+def test_the_dataset_mode_decides_as_one_linear_layer():
+    head, features = fitted(inference="dataset"), torch.randn(500, 16)
+    linear = F.linear(features, 2 * head.prototypes, -head.prototypes.square().sum(dim=1))
+    assert torch.equal(head(features).argmax(dim=1), linear.argmax(dim=1))
+
+
+@pytest.mark.parametrize("mix", [0.1, 0.25, 0.5])
+def test_sample_mode_answers_as_the_fc_where_its_class_is_near_enough(mix):
+    head, z = fitted(inference="sample", mix=mix), torch.randn(500, 16)
+    predicted = head.fc_logits(z).argmax(dim=1)
+    distances = (z[:, None].double() - head.prototypes.double()).square().sum(dim=2)
+    own = distances.gather(1, predicted[:, None]).squeeze(1)
+    others = distances.scatter(1, predicted[:, None], float("inf")).amin(dim=1)
+    agrees = head(z).argmax(dim=1) == predicted
+    assert torch.equal(agrees, own * (1 - mix) ** 2 <= others)
+    assert agrees.any() and not agrees.all()
+
+
+def test_sample_mode_with_full_mixing_answers_as_the_fc():
+    head, features = fitted(inference="sample", mix=1.0), torch.randn(500, 16)
+    assert torch.equal(head(features).argmax(dim=1), head.fc_logits(features).argmax(dim=1))
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("fc_size", [1.0, 1e4])
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_gradients_are_finite(surrogate, inference, fc_size):
+    head = fitted(inference=inference)
+    with torch.no_grad():
+        head.weight.mul_(fc_size)
+    z = torch.randn(8, 16)
+    z[0] = head.prototypes[3]
+    z[1] = z[2]
+    z.requires_grad_()
+    loss = F.cross_entropy(SURROGATES[surrogate].logits(head, z), torch.arange(8))
+    gradients = torch.autograd.grad(loss, [z, *head.parameters()], allow_unused=True)
+    assert loss.isfinite() and all(g is None or g.isfinite().all() for g in gradients)
+    assert gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("updates", ["none", "some", "all"])
+def test_every_parameter_gets_a_gradient(updates):
+    head = HPMHead(16, 4)
+    labels = {"none": [], "some": [0, 2], "all": [0, 1, 2, 3]}[updates]
+    head.update_prototypes(torch.randn(len(labels), 16), torch.tensor(labels, dtype=torch.long))
+    F.cross_entropy(head(torch.randn(8, 16)), torch.arange(8) % 4).backward()
+    for parameter in head.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    assert head.weight.grad.abs().sum() > 0
+    assert (head.log_scale.grad != 0) == (updates == "all")
+
+
+# Without prototypes, and without side effects
+
+
+@pytest.mark.parametrize("updated", [[], [0, 2]])
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_a_head_that_is_not_fully_fitted_is_its_fc_classifier(inference, updated):
+    head, features = HPMHead(16, 4, inference=inference), torch.randn(9, 16)
+    head.update_prototypes(torch.randn(len(updated), 16), torch.tensor(updated, dtype=torch.long))
+    assert not head.is_fitted()
+    assert torch.equal(head(features), without_hpm(head)(features))
+    head.update_prototypes(torch.randn(4, 16), torch.arange(4))
+    assert head.is_fitted()
+    assert torch.equal(head(features), without_hpm(head)(features)) == (inference == "fc")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_forward_changes_no_entry(inference, training):
+    head = fitted(inference=inference).train(training)
+    before = copy.deepcopy(head.state_dict())
+    first = head(torch.randn(8, 16))
+    first.sum().backward()
+    assert same_tensors(head.state_dict(), before)
+
+
+def test_a_linear_state_dict_lacks_only_the_own_entries():
+    linear, head = nn.Linear(16, 4), HPMHead(16, 4)
+    keys = head.load_state_dict(linear.state_dict(), strict=False)
+    assert set(keys.missing_keys) == HPM_ENTRIES and not keys.unexpected_keys
+    features = torch.randn(5, 16)
+    assert torch.equal(head(features), linear(features))
+
+
+# Prototypes
+
+
+def test_update_prototypes_sets_first_then_averages_in_closed_form():
+    head = HPMHead(3, 4, ema_decay=0.9)
+    batches = [(torch.randn(12, 3), torch.arange(12) % 3) for _ in range(4)]
+    expected = torch.zeros(4, 3, dtype=torch.float64)
+    for step, (z, labels) in enumerate(batches):
+        head.update_prototypes(z, labels)
+        for c in range(3):
+            mean = z[labels == c].double().mean(dim=0)
+            expected[c] = mean if step == 0 else 0.9 * expected[c] + 0.1 * mean
+        torch.testing.assert_close(head.prototypes.double(), expected, rtol=1e-6, atol=1e-6)
+    assert head.num_updates.tolist() == [4, 4, 4, 0]
+    assert torch.equal(head.prototypes[3], torch.zeros(3))
+
+
+def test_a_class_that_comes_late_is_set_and_the_others_stay():
+    head = HPMHead(3, 2, ema_decay=0.5)
+    early, late = torch.randn(2, 3), torch.randn(2, 3)
+    head.update_prototypes(early, torch.tensor([0, 0]))
+    before = head.prototypes[0].clone()
+    head.update_prototypes(late, torch.tensor([1, 1]))
+    assert torch.equal(head.prototypes[0], before)
+    torch.testing.assert_close(head.prototypes, torch.stack([early.mean(dim=0), late.mean(dim=0)]))
+    assert head.num_updates.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("ema_decay", "expected"), [(0.0, [5.0, 5.0]), (1.0, [1.0, 1.0])])
+def test_the_ends_of_ema_decay(ema_decay, expected):
+    head = HPMHead(2, 1, ema_decay=ema_decay)
+    for value in (1.0, 5.0):
+        head.update_prototypes(torch.full((1, 2), value), torch.tensor([0]))
+    assert head.prototypes[0].tolist() == expected
+
+
+def test_sums_of_two_half_batches_update_as_the_whole_batch():
+    whole, halves = HPMHead(8, 5), HPMHead(8, 5)
+    for _ in range(2):
+        z, labels = torch.randn(30, 8), torch.randint(0, 5, (30,))
+        whole.update_prototypes(z, labels)
+        parts = [halves.class_sums(z[half], labels[half]) for half in (slice(0, 11), slice(11, 30))]
+        halves.apply_class_sums(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+    torch.testing.assert_close(halves.prototypes, whole.prototypes)
+    assert torch.equal(halves.num_updates, whole.num_updates)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_labels_may_be_of_any_integer_dtype(dtype):
+    head, z = HPMHead(3, 2), torch.randn(4, 3)
+    head.update_prototypes(z, torch.tensor([0, 1, 1, 0], dtype=dtype))
+    torch.testing.assert_close(head.prototypes, torch.stack([z[[0, 3]].mean(dim=0), z[[1, 2]].mean(dim=0)]))
+
+
+def test_update_prototypes_keeps_no_gradient():
+    head, z = HPMHead(3, 2), torch.randn(4, 3, requires_grad=True)
+    head.update_prototypes(2 * z, torch.tensor([0, 1, 1, 0]))
+    assert not head.prototypes.requires_grad and head.is_fitted()
+
+
+@pytest.mark.parametrize(("features", "labels", "message"), [
+    (torch.zeros(2, 5), torch.tensor([0, 1]), r"shape \(2, 5\); expected \(B, 3\)"),
+    (torch.zeros(2, 3, 1), torch.tensor([0, 1]), r"shape \(2, 3, 1\)"),
+    (torch.zeros(3), torch.tensor([0, 1]), r"shape \(3,\)"),
+    (torch.zeros(2, 3), torch.tensor([0, 1, 1]), r"labels have the shape \(3,\).*expected \(2,\)"),
+    (torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "Soft targets have no class mean"),
+    (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "torch.float32"),
+    (torch.zeros(2, 3), torch.tensor([True, False]), "torch.bool"),
+    (torch.zeros(2, 3), torch.tensor([0, 4]), "labels span 0 to 4; expected 0 to 3"),
+    (torch.zeros(2, 3), torch.tensor([-1, 0]), "labels span -1 to 0; expected 0 to 3"),
+    (torch.tensor([[0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]]), torch.tensor([0, 1]), "not finite"),
+    (torch.full((2, 3), float("inf")), torch.tensor([0, 1]), "not finite"),
+])
+def test_a_bad_update_is_refused_and_changes_nothing(features, labels, message):
+    head = fitted(3, 4)
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(ValueError, match=message):
+        head.update_prototypes(features, labels)
+    assert same_tensors(head.state_dict(), before)
+
+
+@pytest.mark.parametrize(("prototypes", "message"), [
+    (torch.zeros(3, 4), r"shape \(3, 4\); expected \(num_classes, in_features\) = \(4, 3\)"),
+    (torch.full((4, 3), float("nan")), "not finite"),
+])
+def test_bad_prototypes_are_refused_and_change_nothing(prototypes, message):
+    head = HPMHead(3, 4)
+    with pytest.raises(ValueError, match=message):
+        head.set_prototypes(prototypes)
+    assert not head.is_fitted() and torch.equal(head.prototypes, torch.zeros(4, 3))
+
+
+# Arguments, and finding a head
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    ({"num_classes": 0}, "num_classes is 0"),
+    ({"num_classes": -1}, "num_classes is -1"),
+    ({"in_features": 0}, "in_features is 0"),
+    ({"mix": -0.1}, r"mix is -0.1; expected a number in \[0, 1\]"),
+    ({"mix": 1.1}, "mix is 1.1"),
+    ({"mix": float("nan")}, "mix is nan"),
+    ({"ema_decay": 2}, "ema_decay is 2"),
+    ({"inference": "bach"}, "unknown inference mode 'bach'; expected one of batch, sample, dataset, fc"),
+])
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        HPMHead(**{"in_features": 3, "num_classes": 2, **kwargs})
+
+
+def test_a_mode_set_by_hand_is_checked_when_it_is_used():
+    head = fitted()
+    head.inference = "bach"
+    with pytest.raises(ValueError, match="expected one of batch, sample, dataset, fc"):
+        head(torch.randn(2, 16))
+
+
+def test_config_makes_another_head_of_the_kind():
+    head = HPMHead(3, 2, mix=0.3, ema_decay=0.8, inference="sample")
+    assert HPMHead(3, 2, **head.config()).config() == head.config()
+    assert "mix=0.3" in repr(head) and "inference='sample'" in repr(head)
+
+
+def test_find_head_finds_the_one_head():
+    head = HPMHead(3, 2)
+    assert find_head(head) is head
+    assert find_head(nn.Sequential(nn.Flatten(), nn.Sequential(head))) is head
+    # One head in two places is one head.
+    assert find_head(nn.ModuleDict({"a": head, "b": head})) is head
+
+
+def test_find_head_refuses_none_and_several():
+    with pytest.raises(ValueError, match="Linear has no HPM head"):
+        find_head(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"2 HPM heads, at 0, 1\.0"):
+        find_head(nn.Sequential(HPMHead(3, 3), nn.Sequential(HPMHead(3, 2))))
+
+
+def test_inference_mode_switches_and_restores_also_after_an_exception():
+    model = nn.Sequential(nn.Flatten(), HPMHead(3, 2, inference="sample"))
+    with inference_mode(model, "fc") as head:
+        assert head is model[1] and head.inference == "fc"
+        with inference_mode(model, "dataset"):
+            assert head.inference == "dataset"
+        assert head.inference == "fc"
+    assert head.inference == "sample"
+    with pytest.raises(KeyError), inference_mode(model, "fc"):
+        raise KeyError
+    assert head.inference == "sample"
+
+
+def test_inference_mode_refuses_an_unknown_mode_and_leaves_the_head():
+    head = HPMHead(3, 2, inference="sample")
+    with pytest.raises(ValueError, match="'soft'; expected one of batch, sample, dataset, fc"), \
+            inference_mode(head, "soft"):
+        pass
+    assert head.inference == "sample"
+
+
+# Copies, files, precision and compilers
+
+
+def through_deepcopy(head: HPMHead, _) -> HPMHead:
+    return copy.deepcopy(head)
+
+
+def through_pickle(head: HPMHead, _) -> HPMHead:
+    return pickle.loads(pickle.dumps(head))
+
+
+def through_a_state_dict(head: HPMHead, tmp_path) -> HPMHead:
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    other = HPMHead(head.in_features, head.out_features, **head.config())
+    other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
+    return other
+
+
+def through_safetensors(head: HPMHead, tmp_path) -> HPMHead:
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    other = HPMHead(head.in_features, head.out_features, **head.config())
+    other.load_state_dict(load_file(tmp_path / "head.safetensors"))
+    return other
+
+
+@pytest.mark.parametrize("travel", [through_deepcopy, through_pickle, through_a_state_dict, through_safetensors])
+def test_a_copy_answers_the_same_and_shares_nothing(travel, tmp_path):
+    head, features = fitted(mix=0.3), torch.randn(6, 16)
+    expected = head(features)
+    other = travel(head, tmp_path)
+    assert other.config() == head.config() and same_tensors(other.state_dict(), head.state_dict())
+    assert torch.equal(other(features), expected)
+    other.update_prototypes(features, torch.arange(6))
+    assert torch.equal(head(features), expected)
+
+
+@pytest.mark.parametrize("inference", ["batch", "sample", "dataset"])
+def test_autocast_rounds_the_fc_prediction_and_nothing_else(inference):
+    head, features = fitted(64, inference=inference), torch.randn(2048, 64)
+    with torch.no_grad():
+        expected = head(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, rounded = head(features), head.fc_logits(features)
+    assert logits.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert (logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean() >= 0.99
+    # Where bfloat16 turns the FC's prediction over, an image measures to another prototype.
+    same = rounded.argmax(dim=1) == head.fc_logits(features).argmax(dim=1)
+    assert same.float().mean() >= 0.99
+    assert (logits - expected)[same].abs().max() <= 1e-2 * expected.abs().max()
+
+    assignment = F.one_hot(rounded.argmax(dim=1), 10).float()
+    with_its_predictions = {
+        "batch": lambda: functional.batch_logits(
+            features, assignment, functional.hard_presence(assignment), head.prototypes, head.scale(), head.mix),
+        "sample": lambda: functional.sample_logits(features, assignment, head.prototypes, head.scale(), head.mix),
+        "dataset": lambda: functional.l2_logits(features, head.prototypes, head.scale()),
+    }[inference]()
+    torch.testing.assert_close(logits, with_its_predictions)
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_a_bfloat16_head_answers_like_a_float32_one(inference):
+    head, features = fitted(64, inference=inference), torch.randn(64, 64)
+    half = copy.deepcopy(head).bfloat16()
+    logits = half(features.bfloat16())
+    assert logits.dtype == (torch.bfloat16 if inference == "fc" else torch.float32)
+    same = half.fc_logits(features.bfloat16()).argmax(dim=1) == head.fc_logits(features).argmax(dim=1)
+    expected = head(features)
+    assert (logits - expected)[same].abs().max() <= 3e-2 * expected.abs().max()
+    half.update_prototypes(features.bfloat16(), torch.arange(64) % 10)
+    assert half.prototypes.dtype == torch.bfloat16 and half.num_updates.tolist() == [2] * 10
+
+
+compilers = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def script(head: HPMHead) -> nn.Module:
+    return torch.jit.script(head)
+
+
+def symbolic_trace(head: HPMHead) -> nn.Module:
+    return torch.fx.symbolic_trace(head)
+
+
+def export(head: HPMHead) -> nn.Module:
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(head, (torch.randn(4, 16),), dynamic_shapes=({0: batch},)).module()
+
+
+@compilers
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+@pytest.mark.parametrize("translate", [script, symbolic_trace, export])
+def test_a_translated_head_answers_the_same_at_any_batch_size(translate, inference):
+    head = fitted(inference=inference).eval()
+    translated = translate(head)
+    for batch in (1, 4, 7):
+        features = torch.randn(batch, 16)
+        torch.testing.assert_close(translated(features), head(features))
+
+
+@compilers
+@pytest.mark.parametrize("translate", [script, symbolic_trace, export])
+def test_a_translated_head_without_prototypes_is_its_fc_classifier(translate):
+    head = HPMHead(16, 4).eval()
+    features = torch.randn(3, 16)
+    torch.testing.assert_close(translate(head)(features), without_hpm(head)(features))
+
+
+@compilers
+def test_compile_takes_the_whole_graph_forward_and_backward():
+    head, features = fitted(), torch.randn(5, 16)
+    # The graph is what can fail here; the code that inductor would make of it takes its C++ compiler 20 seconds.
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(head(features).square().sum(), [head.weight, head.log_scale])
+    logits = compiled(features)
+    torch.testing.assert_close(logits, head(features))
+    for gradient, other in zip(torch.autograd.grad(logits.square().sum(), [head.weight, head.log_scale]), expected,
+                               strict=True):
+        torch.testing.assert_close(gradient, other)

@@ -1,0 +1,159 @@
+"""PGD against linear classifiers, whose worst case is known in closed form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_hpm import ThreatModel, pgd
+
+LINF, L2 = ThreatModel("Linf", 0.1), ThreatModel("L2", 0.3)
+both = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def linear(num_classes: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def interior_images(number: int = 20) -> Tensor:
+    """Returns images that every ball of these tests leaves inside [0, 1]."""
+    return 0.4 + 0.2 * torch.rand(number, 1, 4, 4)
+
+
+def margins(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Returns the logit of the label minus that of the other class, of two."""
+    with torch.no_grad():
+        logits = model(images)
+    return logits.gather(1, labels[:, None])[:, 0] - logits.gather(1, 1 - labels[:, None])[:, 0]
+
+
+def descent(model: nn.Module, labels: Tensor) -> Tensor:
+    """Returns the gradient (B, 1, 4, 4) of `margins`."""
+    weight = model[1].weight.detach()
+    return (weight[labels] - weight[1 - labels]).view(-1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_linf_pgd_reaches_the_worst_case_also_at_the_edge_of_the_box(random_start):
+    model, images, labels = linear(), torch.rand(50, 1, 4, 4), torch.arange(50) % 2
+    worst = (images - LINF.eps * descent(model, labels).sign()).clamp(0, 1)
+    x = pgd(model, images, labels, LINF, steps=20, random_start=random_start)
+    torch.testing.assert_close(x, worst, rtol=0, atol=1e-6)
+    assert (margins(model, x, labels) < margins(model, images, labels)).all()
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_l2_pgd_reaches_the_worst_case(random_start):
+    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
+    x = pgd(model, images, labels, L2, steps=40, step_size=L2.eps, random_start=random_start)
+    worst = margins(model, images, labels) - L2.eps * descent(model, labels).flatten(1).norm(dim=1)
+    torch.testing.assert_close(margins(model, x, labels), worst, rtol=0, atol=1e-5)
+    torch.testing.assert_close(L2.distance(x, images), torch.full((20,), L2.eps))
+
+
+@both
+def test_one_step_from_the_clean_image_is_the_scaled_gradient(threat):
+    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
+    direction = -descent(model, labels)
+    unit = direction.sign() if threat is LINF else direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    small = pgd(model, images, labels, threat, steps=1, step_size=threat.eps / 4, random_start=False)
+    torch.testing.assert_close(small, images + threat.eps / 4 * unit, rtol=0, atol=1e-6)
+    # The default step of a single step is longer than eps, and projected.
+    default = pgd(model, images, labels, threat, steps=1, random_start=False)
+    torch.testing.assert_close(default, images + threat.eps * unit, rtol=0, atol=1e-6)
+
+
+def test_one_step_from_a_random_start_is_fgsm_with_a_step_of_one_and_a_quarter_radii():
+    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
+    torch.manual_seed(1)
+    x = pgd(model, images, labels, LINF, steps=1)
+    torch.manual_seed(1)
+    step = -1.25 * LINF.eps * descent(model, labels).sign()
+    expected = LINF.project(LINF.random_start(images) + step, images)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10])
+def test_the_default_step_is_two_and_a_half_radii_over_the_steps(steps):
+    model, labels = linear(), torch.zeros(1).long()
+    images, seen = interior_images(1), []
+
+    def logits_fn(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return model(x)
+
+    x = pgd(logits_fn, images, labels, LINF, steps=steps, random_start=False)
+    assert len(seen) == steps
+    moved = LINF.distance(torch.cat([*seen[1:], x]), images.expand(steps, -1, -1, -1))
+    expected = [min(LINF.eps, step * min(2.5 / steps, 1.25) * LINF.eps) for step in range(1, steps + 1)]
+    assert moved.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_on_a_convex_loss_every_linf_step_gains():
+    model, images, labels = linear(5), torch.rand(30, 1, 4, 4), torch.arange(30) % 5
+    losses = [F.cross_entropy(model(images), labels, reduction="none")]
+    for steps in range(1, 6):
+        x = pgd(model, images, labels, LINF, steps=steps, step_size=0.02, random_start=False)
+        losses.append(F.cross_entropy(model(x), labels, reduction="none"))
+    gains = torch.stack(losses).diff(dim=0)
+    assert gains.min() >= -1e-6 and (gains[0] > 1e-3).all()
+
+
+@both
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_result_is_in_the_ball_and_in_the_box(threat, steps):
+    model, images, labels = linear(3), torch.rand(60, 1, 4, 4), torch.arange(60) % 3
+    images[0], images[1] = 0.0, 1.0
+    before = images.clone()
+    for step_size in (None, 10.0):
+        x = pgd(model, images, labels, threat, steps=steps, step_size=step_size)
+        assert x.shape == images.shape and not x.requires_grad
+        assert (threat.distance(x, images) <= threat.eps * (1 + 1e-5)).all()
+        assert x.min() >= 0 and x.max() <= 1
+    assert torch.equal(images, before)
+
+
+@both
+def test_an_image_is_attacked_on_its_own(threat):
+    model, images, labels = linear(3), interior_images(), torch.arange(20) % 3
+    together = pgd(model, images, labels, threat, steps=5, random_start=False)
+    alone = [pgd(model, images[i:i + 1], labels[i:i + 1], threat, steps=5, random_start=False) for i in range(20)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_parameters_and_images_gather_no_gradient_and_no_grad_does_not_matter():
+    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
+    x = pgd(model, images, labels, LINF, random_start=False)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert images.grad is None and not images.requires_grad
+    with torch.no_grad():
+        assert torch.equal(pgd(model, images, labels, LINF, random_start=False), x)
+
+
+@both
+def test_the_random_start_follows_the_seed_and_the_clean_start_has_none(threat):
+    model, images, labels = linear(3), interior_images(), torch.arange(20) % 3
+
+    def attack(seed: int, random_start: bool) -> Tensor:
+        torch.manual_seed(seed)
+        return pgd(model, images, labels, threat, steps=2, step_size=threat.eps / 10, random_start=random_start)
+
+    assert torch.equal(attack(1, True), attack(1, True))
+    assert not torch.equal(attack(1, True), attack(2, True))
+    assert torch.equal(attack(1, False), attack(2, False))
+    assert (threat.distance(attack(1, False), images) <= 0.2 * threat.eps * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; expected at least 1"):
+        pgd(linear(), interior_images(), torch.zeros(20).long(), LINF, steps=steps)

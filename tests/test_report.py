@@ -1,0 +1,224 @@
+"""`AttackReport` in closed form from hand-made verdicts, and the files it and others are written to."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from timm_hpm import AttackReport
+from timm_hpm.files import replacing, writable_folder, write_text
+
+
+@pytest.fixture
+def report() -> AttackReport:
+    """Image 5 is wrong everywhere, 0 falls to ste, 3 to APGD on fc, 6 to Square; image 9 only to the clean verdict."""
+    return AttackReport(
+        protocol={"architecture": "hpm_wrn10_2", "threat": "Linf:0.1", "num_images": 10, "seed": 3,
+                  "surrogates": ["fc", "ste"], "attacks": {"apgd-ce": {"steps": 100, "restarts": 5}}},
+        correct={
+            "clean": "1111101110",
+            "fc/apgd-ce": "1110101111",
+            "fc/square": "1111100111",
+            "ste/apgd-ce": "0111101111",
+            "true/square": "1111100111",
+        },
+        baseline_correct={"clean": "1111111111", "fc/apgd-ce": "1010111111", "fc/square": "1111110000"},
+        cost={"apgd-ce": {"seconds": 12.25, "forward_passes": 2010, "backward_passes": 2000},
+              "all": {"seconds": 20.5, "forward_passes": 4020, "backward_passes": 2001}},
+        warnings=["fc: a zero gradient at image 4"],
+    )
+
+
+def plain(correct: dict[str, str]) -> AttackReport:
+    return AttackReport({"architecture": "Linear"}, correct)
+
+
+# Accuracies
+
+
+def test_accuracies_are_counted_point_by_point(report):
+    assert report.num_images == 10
+    assert report.clean_accuracy == 0.8
+    # Right in all rows: images 1, 2, 4, 7, 8.
+    assert report.robust_accuracy == 0.5
+    assert report.robust_accuracy_se == pytest.approx(math.sqrt(0.5 * 0.5 / 10))
+    assert report.by_surrogate == {
+        "fc": {"apgd-ce": 0.8, "square": 0.8, "worst": 0.7},
+        "ste": {"apgd-ce": 0.8, "worst": 0.8},
+        "true": {"square": 0.8, "worst": 0.8},
+    }
+    assert report.baseline == {"clean": 1.0, "apgd-ce": 0.8, "square": 0.6, "worst": 0.4}
+
+
+def test_the_worst_case_is_below_every_row(report):
+    for row in report.by_surrogate.values():
+        assert all(report.robust_accuracy <= row["worst"] <= accuracy for accuracy in row.values())
+    assert report.robust_accuracy <= report.clean_accuracy
+
+
+@pytest.mark.parametrize(("verdicts", "accuracy", "se"), [("1111", 1.0, 0.0), ("0000", 0.0, 0.0), ("1000", 0.25, None)])
+def test_the_standard_error_is_the_binomial_one(verdicts, accuracy, se):
+    report = plain({"clean": verdicts})
+    assert report.robust_accuracy == report.clean_accuracy == accuracy
+    assert report.robust_accuracy_se == pytest.approx(math.sqrt(3) / 8 if se is None else se)
+    assert report.by_surrogate == {} and report.baseline == {}
+
+
+def test_rows_of_different_lengths_are_not_averaged():
+    with pytest.raises(ValueError, match="shorter"):
+        _ = plain({"clean": "111", "model/square": "11"}).robust_accuracy
+
+
+# Files
+
+
+def test_a_saved_report_is_loaded_equal(report, tmp_path):
+    report.save(tmp_path / "report.json")
+    loaded = AttackReport.load(tmp_path / "report.json")
+    assert loaded == report and loaded.same_results(report)
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert data["robust_accuracy"] == 0.5 and data["by_surrogate"]["fc"]["worst"] == 0.7
+    assert data["correct"] == report.correct and data["schema_version"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_bare_report_is_loaded_equal(tmp_path):
+    report = plain({"clean": "10"})
+    report.save(tmp_path / "report.json")
+    assert AttackReport.load(tmp_path / "report.json") == report
+
+
+def test_same_results_ignores_the_time_and_nothing_else(report):
+    def but(**changes) -> AttackReport:
+        return dataclasses.replace(report, **changes)
+
+    slower = {name: {**row, "seconds": row["seconds"] + 100} for name, row in report.cost.items()}
+    assert report.same_results(but(cost=slower)) and but(cost=slower) != report
+    more_passes = {**report.cost, "all": {**report.cost["all"], "forward_passes": 4021}}
+    for other in (
+        but(cost=more_passes),
+        but(protocol={**report.protocol, "seed": 4}),
+        but(correct={**report.correct, "clean": "1111111111"}),
+        but(baseline_correct={}),
+        but(warnings=[]),
+    ):
+        assert not report.same_results(other)
+    assert report.cost["all"]["seconds"] == 20.5
+
+
+@pytest.mark.parametrize("text", ["", "# a table\n", "{", "[]", "3", "null", '"text"', "{}", '{"loss": 1.5}',
+                                  '{"schema_version": 1}', '{"schema_version": 1, "protocol": {}}'])
+def test_another_file_is_not_loaded(text, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.json is not a report of timm_hpm .*report\.json that evaluate\.py"):
+        AttackReport.load(path)
+
+
+def test_a_binary_file_is_not_loaded(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match="is not a report of timm_hpm"):
+        AttackReport.load(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_schema_version_is_named(report, version, tmp_path):
+    data = report.to_dict() | {"schema_version": version}
+    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 1"):
+        AttackReport.load(tmp_path / "report.json")
+
+
+def test_a_missing_report_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        AttackReport.load(tmp_path / "report.json")
+
+
+# Markdown
+
+
+def table_row(markdown: str, name: str) -> list[str]:
+    """Returns the cells of the first table row that begins with `name`."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in markdown.splitlines()
+            if line.startswith("|")]
+    return next(row[1:] for row in rows if row[0] == name)
+
+
+def test_markdown_holds_the_numbers(report):
+    markdown = report.to_markdown()
+    assert markdown.startswith("# Mixed Surrogate Attack: hpm_wrn10_2\n")
+    assert table_row(markdown, "surrogate") == ["apgd-ce", "square", "worst"]
+    assert table_row(markdown, "fc") == ["80.0", "80.0", "70.0"]
+    assert table_row(markdown, "ste") == ["80.0", "", "80.0"]
+    assert table_row(markdown, "true") == ["", "80.0", "80.0"]
+    assert table_row(markdown, "clean") == ["80.0", "12.6"]
+    assert table_row(markdown, "**robust, worst case over all rows**") == ["50.0", "15.8"]
+    assert table_row(markdown, "FC classifier of the same network, clean") == ["100.0", "0.0"]
+    assert table_row(markdown, "FC classifier of the same network, under AutoAttack's components") == ["40.0", "15.5"]
+    assert table_row(markdown, "threat") == ["Linf:0.1"]
+    assert table_row(markdown, "surrogates") == ["fc, ste"]
+    assert table_row(markdown, "attacks") == ["apgd-ce steps 100, restarts 5"]
+    assert table_row(markdown, "apgd-ce") == ["12.2", "2010", "2000"]
+    assert table_row(markdown, "all") == ["20.5", "4020", "2001"]
+    assert "\n- fc: a zero gradient at image 4\n" in markdown
+
+
+def test_markdown_of_a_plain_classifier_has_no_baseline_and_no_warnings():
+    markdown = plain({"clean": "11", "model/square": "10"}).to_markdown()
+    assert table_row(markdown, "model") == ["50.0", "50.0"]
+    assert "FC classifier" not in markdown and "Warnings" not in markdown
+
+
+def test_every_table_of_the_markdown_has_rows_of_one_width(report):
+    tables = [block.splitlines() for block in report.to_markdown().split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+
+
+# Files that appear whole or not at all
+
+
+def test_replacing_puts_the_new_file_in_place(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == tmp_path
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_replacing_leaves_the_old_file_and_no_other_when_the_block_raises(tmp_path, written):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        if written:
+            temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_text_writes_utf_8(tmp_path):
+    write_text(tmp_path / "a.md", "ℓ2 – ε")
+    assert (tmp_path / "a.md").read_bytes() == "ℓ2 – ε".encode()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_writable_folder_makes_it_and_leaves_it_empty(tmp_path):
+    folder = writable_folder(tmp_path / "runs" / "one")
+    assert folder == tmp_path / "runs" / "one" and list(folder.iterdir()) == []
+    (folder / "kept").touch()
+    assert list(writable_folder(str(folder)).iterdir()) == [folder / "kept"]
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_writable_folder_names_the_folder_that_a_file_stands_in_the_way_of(tmp_path, below):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / below
+    with pytest.raises(OSError, match=r"Choose another with --output") as error:
+        writable_folder(folder)
+    assert str(error.value).startswith(f"cannot write into the output folder {folder}: ")

@@ -1,0 +1,201 @@
+"""`ThreatModel`: its text form, and the geometry of its ball."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from timm_hpm import ThreatModel
+
+LINF, L2 = ThreatModel("Linf", 0.1), ThreatModel("L2", 0.5)
+both = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def norms(threat: ThreatModel, delta: torch.Tensor) -> torch.Tensor:
+    return delta.flatten(1).abs().amax(dim=1) if threat.norm == "Linf" else delta.flatten(1).square().sum(dim=1).sqrt()
+
+
+# Text
+
+
+@pytest.mark.parametrize(("text", "norm", "eps"), [
+    ("Linf:8/255", "Linf", 8 / 255),
+    ("Linf:0.1", "Linf", 0.1),
+    ("Linf:1", "Linf", 1.0),
+    ("L2:0.5", "L2", 0.5),
+    ("L2:128/255", "L2", 128 / 255),
+    ("L2:3", "L2", 3.0),
+    ("L2:1e-3", "L2", 1e-3),
+    (" Linf : 8 / 255 ", "Linf", 8 / 255),
+])
+def test_parse_reads_fractions_and_numbers(text, norm, eps):
+    assert ThreatModel.parse(text) == ThreatModel(norm, eps)
+    assert ThreatModel.parse(text).eps == eps
+
+
+@pytest.mark.parametrize("text", ["Linf:8/255", "Linf:4/255", "L2:0.5", "L2:128/255", "Linf:0.1"])
+def test_the_usual_texts_come_back_as_they_were(text):
+    assert str(ThreatModel.parse(text)) == text
+
+
+def test_every_text_is_read_back_to_an_equal_threat_model():
+    random.seed(0)
+    radii = [k / 255 for k in range(1, 256)] + [random.random() for _ in range(200)] + [0.1 + 0.2, 1 / 3, 1e-300, 1.0]
+    for eps in radii:
+        for norm in ("Linf", "L2"):
+            threat = ThreatModel(norm, eps)
+            assert ThreatModel.parse(str(threat)) == threat
+    for eps in (3.7, 12345.678, 1e30):
+        assert ThreatModel.parse(str(ThreatModel("L2", eps))).eps == eps
+
+
+@pytest.mark.parametrize("eps", [np.float64(0.3), np.float32(0.3), np.int64(1), 1])
+def test_a_radius_of_another_number_type_has_a_readable_text(eps):
+    threat = ThreatModel("L2", eps)
+    assert ThreatModel.parse(str(threat)) == threat and threat.eps == float(eps)
+
+
+@pytest.mark.parametrize("text", ["", "Linf", "8/255", "Linf:", "Linf:8/", "Linf:/255", "Linf:eight", "Linf:8/255/2",
+                                  "Linf:8/0", "Linf=8/255", "Linf:8:255"])
+def test_parse_says_what_it_expected(text):
+    with pytest.raises(ValueError, match=r"expected NORM:EPS such as Linf:8/255 or L2:0\.5.*Linf, L2") as error:
+        ThreatModel.parse(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("norm", ["L1", "linf", ""])
+def test_an_unknown_norm_is_refused(norm):
+    with pytest.raises(ValueError, match=f"unknown norm '{norm}'; expected one of Linf, L2"):
+        ThreatModel(norm, 0.1)
+
+
+def test_parse_refuses_an_unknown_norm():
+    with pytest.raises(ValueError, match="unknown norm 'L1'; expected one of Linf, L2"):
+        ThreatModel.parse("L1:12")
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("eps", [0.0, -0.1, float("nan"), float("inf"), float("-inf")])
+def test_a_radius_that_is_no_positive_number_is_refused(norm, eps):
+    with pytest.raises(ValueError, match=f"eps is {eps}; expected a finite number above 0"):
+        ThreatModel(norm, eps)
+    with pytest.raises(ValueError, match="expected a finite number above 0"):
+        ThreatModel.parse(f"{norm}:{eps}")
+
+
+def test_an_linf_radius_in_grey_levels_is_refused_with_a_hint():
+    with pytest.raises(ValueError, match=r"eps is 8\.0 for Linf.*at most 1\. Did you mean 8/255\?"):
+        ThreatModel.parse("Linf:8")
+    assert ThreatModel("L2", 8).eps == 8
+
+
+# Geometry
+
+
+@both
+def test_project_ends_in_the_ball_and_in_the_box(threat):
+    clean = torch.rand(50, 3, 4, 4)
+    clean[0], clean[1] = 0.0, 1.0
+    for size in (0.01, 0.3, 30.0):
+        x = threat.project(clean + size * torch.randn_like(clean), clean)
+        assert (norms(threat, x - clean) <= threat.eps * (1 + 1e-5)).all()
+        assert x.min() >= 0 and x.max() <= 1
+
+
+@both
+def test_project_leaves_what_is_inside(threat):
+    clean = 0.2 + 0.6 * torch.rand(20, 3, 4, 4)
+    x = clean + 0.99 * threat.scaled(torch.randn_like(clean), threat.eps)
+    torch.testing.assert_close(threat.project(x, clean), x, rtol=0, atol=1e-6)
+    assert torch.equal(threat.project(clean, clean), clean)
+
+
+@both
+def test_project_reaches_the_sphere_in_the_direction_of_the_perturbation(threat):
+    clean, direction = torch.full((5, 1, 4, 4), 0.5), torch.randn(5, 1, 4, 4)
+    x = threat.project(clean + 100 * direction, clean)
+    if threat is LINF:
+        expected = (100 * direction).clamp(-threat.eps, threat.eps)
+    else:
+        expected = threat.eps * direction / norms(threat, direction).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x - clean, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_linf_project_is_idempotent():
+    clean = torch.rand(50, 3, 4, 4)
+    once = LINF.project(clean + torch.randn_like(clean), clean)
+    assert torch.equal(LINF.project(once, clean), once)
+
+
+@both
+def test_random_start_is_in_the_ball_and_the_box_and_follows_the_seed(threat):
+    clean = torch.rand(200, 3, 4, 4)
+    torch.manual_seed(1)
+    x = threat.random_start(clean)
+    distances = norms(threat, x - clean)
+    assert (distances <= threat.eps * (1 + 1e-5)).all() and distances.max() > 0.8 * threat.eps
+    assert x.min() >= 0 and x.max() <= 1
+    torch.manual_seed(1)
+    assert torch.equal(threat.random_start(clean), x)
+    assert not torch.equal(threat.random_start(clean), x)
+
+
+def test_random_start_has_the_documented_distribution():
+    clean = torch.full((2000, 1, 4, 4), 0.5)
+    pixels = (LINF.random_start(clean) - clean) / LINF.eps
+    assert pixels.mean().abs() < 0.02 and abs(pixels.square().mean() - 1 / 3) < 0.01
+    # A uniform direction with a radius uniform in [0, eps], small enough for the box to be out of reach.
+    threat = ThreatModel("L2", 0.4)
+    delta = threat.random_start(clean) - clean
+    radii = norms(threat, delta) / threat.eps
+    assert abs(radii.mean() - 1 / 2) < 0.03 and abs(radii.square().mean() - 1 / 3) < 0.03
+    assert (delta.mean(dim=0).abs() < 0.01).all()
+
+
+@both
+@pytest.mark.parametrize("size", [1e-3, 2.0])
+def test_scaled_has_the_norm_asked_for_and_is_the_steepest(threat, size):
+    gradient = torch.randn(10, 3, 4, 4)
+    step = threat.scaled(gradient, size)
+    torch.testing.assert_close(norms(threat, step), torch.full((10,), size))
+    # By duality no step of that norm gains more than size times the dual norm of the gradient.
+    dual = gradient.flatten(1).norm(p=1 if threat is LINF else 2, dim=1)
+    torch.testing.assert_close((step * gradient).flatten(1).sum(dim=1), size * dual)
+
+
+@both
+def test_scaled_of_no_direction_is_no_step(threat):
+    assert torch.equal(threat.scaled(torch.zeros(2, 3, 4, 4), 0.1), torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_scaled_is_a_full_step_however_small_the_direction(norm):
+    # A confident model's gradients: their squares underflow.
+    direction = 1e-30 * torch.tensor([[3.0, -4.0]]).view(1, 1, 1, 2)
+    step = ThreatModel(norm, 0.5).scaled(direction, 0.5).flatten()
+    expected = [0.3, -0.4] if norm == "L2" else [0.5, -0.5]
+    torch.testing.assert_close(step, torch.tensor(expected))
+
+
+def test_scaled_takes_a_size_for_each_image():
+    sizes = torch.tensor([0.1, 0.0, 2.0]).view(-1, 1, 1, 1)
+    for threat in (LINF, L2):
+        torch.testing.assert_close(norms(threat, threat.scaled(torch.randn(3, 1, 2, 2), sizes)), sizes.flatten())
+
+
+def test_distance_is_the_norm_of_the_difference():
+    x = torch.zeros(2, 1, 2, 2)
+    y = torch.tensor([[0.3, -0.4, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]).view(2, 1, 2, 2)
+    torch.testing.assert_close(LINF.distance(x, y), torch.tensor([0.4, 0.1]))
+    torch.testing.assert_close(L2.distance(x, y), torch.tensor([0.5, 0.2]))
+    assert torch.equal(L2.distance(x, y), L2.distance(y, x))

@@ -12,15 +12,6 @@ from timm_hpm import PixelModel, load_split
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, check_pixels, data_source, random_shift
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def splits():
     return {split: load_split("digits", split).tensors for split in SPLITS}

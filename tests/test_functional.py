@@ -8,15 +8,6 @@ from torch import Tensor
 from timm_hpm import functional
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def one_hot(labels: list[int], num_classes: int) -> Tensor:
     return F.one_hot(torch.tensor(labels), num_classes).float()
 

@@ -16,15 +16,6 @@ from timm_hpm.attacks.surrogates import SURROGATES
 HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def fitted(in_features: int = 16, num_classes: int = 10, *, log_scale: float = -1.0, mean: float = 0.0,
            **kwargs) -> HPMHead:
     """Returns a head with random prototypes around `mean`."""

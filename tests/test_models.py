@@ -24,15 +24,6 @@ HPM_ENTRIES = {"fc.prototypes", "fc.num_updates", "fc.log_scale"}
 scripts = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def images(model, batch: int = 2) -> Tensor:
     return torch.randn(batch, *model.pretrained_cfg["input_size"])
 

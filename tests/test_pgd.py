@@ -11,15 +11,6 @@ LINF, L2 = ThreatModel("Linf", 0.1), ThreatModel("L2", 0.3)
 both = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def linear(num_classes: int = 2) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
 

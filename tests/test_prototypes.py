@@ -17,15 +17,6 @@ from timm_hpm.prototypes import fit_log_scale
 LINF = ThreatModel("Linf", 0.1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
     images, labels = load_split("digits", "train").tensors

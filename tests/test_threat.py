@@ -12,15 +12,6 @@ LINF, L2 = ThreatModel("Linf", 0.1), ThreatModel("L2", 0.5)
 both = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_one_seed():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def norms(threat: ThreatModel, delta: torch.Tensor) -> torch.Tensor:
     return delta.flatten(1).abs().amax(dim=1) if threat.norm == "Linf" else delta.flatten(1).square().sum(dim=1).sqrt()
 

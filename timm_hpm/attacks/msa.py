@@ -91,20 +91,31 @@ def mixed_surrogate_attack(
     names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
     plan = _plan(split, names, _check_attacks(attacks), surrogates_at_once)
 
-    start = time.perf_counter()
-    correct = {"clean": judge(pixel_model, images, labels, batch_size)}
-    num_classes = _num_classes(pixel_model, images[:batch_size].to(device))
+    num_classes = _num_classes(split, pixel_model, images[:batch_size].to(device))
     check_pixels(images, labels, num_classes)
-    _check_split(split, pixel_model, images[:batch_size].to(device))
+    if threat.norm == "L2" and min(images.shape[-2:]) < 5 and any(attack == "square" for _, attack in plan):
+        raise ValueError(f"images of {images.shape[-2]}×{images.shape[-1]} pixels are too small for Square under L2; "
+                         f"leave it out: attacks={[name for name in COMPONENTS if name != 'square']}")
     budget_of = {attack: (STANDARD_BUDGETS | (budgets or {}))[attack].for_classes(num_classes)
                  for _, attack in plan}
-    baseline = {}
-    if split.head is not None and "fc" in names:
-        with inference_mode(model, "fc"):
-            baseline["clean"] = judge(pixel_model, images, labels, batch_size)
+
+    start = time.perf_counter()
+    verdicts: dict[str, list[Tensor]] = {"clean": []}
+    baseline: dict[str, list[Tensor]] = {}
+    candidates: dict[str, list[Tensor]] = {}
+    judged_images = 0
+
+    def decide(name: str, points: Tensor, y: Tensor, first: int) -> None:
+        """Lets the true model judge a whole batch, and the FC classifier as well what was found on it."""
+        nonlocal judged_images
+        verdicts.setdefault(name, []).append(judge(pixel_model, points, y, batch_size, first_image=first))
+        judged_images += len(points)
+        if split.head is not None and "fc" in names and (name == "clean" or name.startswith("fc/")):
+            with inference_mode(model, "fc"):
+                baseline.setdefault(name, []).append(judge(pixel_model, points, y, batch_size, first_image=first))
+            judged_images += len(points)
 
     notes = Notes()
-    candidates: dict[str, list[Tensor]] = {}
     cost = {attack: _no_cost() for attack in budget_of}
     starts = range(0, len(images), batch_size)
     queries = len(starts) * sum(budget_of[attack].queries() for _, attack in plan)
@@ -112,6 +123,7 @@ def mixed_surrogate_attack(
         for first in starts:
             x = images[first:first + batch_size].to(device).float().contiguous()
             y = labels[first:first + batch_size].to(device).long()
+            decide("clean", x, y, first)
             for group, attack in plan:
                 bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
                 done = bar.n + budget_of[attack].queries()
@@ -122,40 +134,37 @@ def mixed_surrogate_attack(
                     found = COMPONENTS[attack](batch, threat, budget_of[attack], notes)
                     found = threat.project(found, batch.clean)
                 for surrogate, points in zip(group, found.split(len(x)), strict=True):
-                    candidates.setdefault(f"{surrogate}/{attack}", []).append(points.cpu())
+                    decide(f"{surrogate}/{attack}", points, y, first)
+                    if save_adversarial is not None:
+                        candidates.setdefault(f"{surrogate}/{attack}", []).append(points.cpu())
                 bar.update(done - bar.n)
 
-    judged = {name: torch.cat(parts) for name, parts in _in_order(candidates, names).items()}
-    for name, points in judged.items():
-        correct[name] = judge(pixel_model, points, labels, batch_size)
-        if baseline and name.startswith("fc/"):
-            with inference_mode(model, "fc"):
-                baseline[name] = judge(pixel_model, points, labels, batch_size)
+    correct = {name: _verdicts(torch.cat(parts)) for name, parts in _in_order(verdicts, names).items()}
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
     total = {key: sum(row[key] for row in cost.values()) for key in _no_cost()}
-    judged_rows = len(correct) - (twin in correct and split.head is not None) + len(baseline)
-    total["forward_passes"] += judged_rows * len(images)
+    total["forward_passes"] += judged_images
     total["seconds"] = time.perf_counter() - start
 
     report = AttackReport(
         protocol=dict(about or {}) | _protocol(model, split, images, threat, batch_size, names, budget_of,
                                                surrogates_at_once, seed, num_classes, device),
-        correct={name: _verdicts(row) for name, row in correct.items()},
-        baseline_correct={name: _verdicts(row) for name, row in baseline.items()},
+        correct=correct,
+        baseline_correct={name: _verdicts(torch.cat(parts)) for name, parts in baseline.items()},
         cost=cost | {"all": total},
         warnings=notes.texts,
     )
     if save_adversarial is not None:
         with replacing(save_adversarial) as temporary:
-            save_file({"clean": images.cpu().contiguous(), "labels": labels.cpu()} | judged, temporary,
+            saved = {name: torch.cat(parts) for name, parts in candidates.items()}
+            save_file({"clean": images.float().cpu().contiguous(), "labels": labels.long().cpu()} | saved, temporary,
                       {"protocol": json.dumps(report.protocol)})
     return report
 
 
 @torch.no_grad()
-def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
     """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
 
     Arguments:
@@ -163,6 +172,7 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         batch_size: images a batch; the last batch has what is left.
+        first_image: index of the first image, for error messages.
 
     Raises:
         NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
@@ -172,7 +182,7 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> 
     verdicts = []
     for first in range(0, len(images), batch_size):
         logits = model(images[first:first + batch_size].to(device))
-        check_finite(logits, partial(_image_name, first))
+        check_finite(logits, partial(_image_name, first_image + first))
         verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
     return torch.cat(verdicts)
 
@@ -231,27 +241,23 @@ def _craft_through(split: SplitModel, group: tuple[str, ...]) -> tuple[str, ...]
     return tuple(split.twin() if name == TRUE_MODEL else name for name in group)
 
 
-def _in_order(candidates: dict[str, list[Tensor]], surrogates: tuple[str, ...]) -> dict[str, list[Tensor]]:
-    """Returns the candidates by surrogate and attack in the order of the tables."""
-    order = [*surrogates, TRUE_MODEL]
-    return dict(sorted(candidates.items(), key=lambda item: (
-        order.index(item[0].partition("/")[0]), list(COMPONENTS).index(item[0].partition("/")[2]))))
+def _in_order(verdicts: dict[str, list[Tensor]], surrogates: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
+    names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in COMPONENTS]
+    return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
 
 
-def _check_split(split: SplitModel, pixel_model: nn.Module, images: Tensor) -> None:
-    """Raises unless the frozen copy, cut before its head, answers as the model does."""
-    with torch.no_grad():
-        ours, its = split.logits(split.twin(), split.features(images.float())), pixel_model(images)
-    if ours.shape != its.shape or not torch.allclose(ours, its, rtol=1e-3, atol=1e-3 * its.abs().max().item()):
-        raise ValueError("the features in front of the HPM head, put through the head, do not give the model's logits: "
-                         "something follows the head, or the model answers at random. Attack it without its HPM head")
-
-
-def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
-    with torch.no_grad():
-        logits = pixel_model(images)
+@torch.no_grad()
+def _num_classes(split: SplitModel, pixel_model: nn.Module, images: Tensor) -> int:
+    """Returns the number of classes; raises unless the frozen copy, cut before its head, answers as the model does."""
+    logits = pixel_model(images)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
+    ours = split.logits(split.twin(), split.features(images.float()))
+    tolerance = 1e-3 * logits.abs().max().item()
+    if ours.shape != logits.shape or not torch.allclose(ours, logits.float(), rtol=1e-3, atol=tolerance, equal_nan=True):
+        raise ValueError("the features in front of the HPM head, put through the head, do not give the model's logits: "
+                         "something follows the head, or the model answers at random. Attack it without its HPM head")
     return logits.shape[1]
 
 

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -125,6 +125,9 @@ def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], N
         if epoch == config.prototype_epoch and not head.is_fitted():
             fit_prototypes(trunk.pixel_model, DataLoader(load_split(config.dataset, "train"), 256), threat,
                            held_out=DataLoader(val, 256))
+            # Each process fitted on its own random starts.
+            for tensor in head.state_dict().values():
+                tensor.copy_(broadcast(tensor))
         losses = [
             _step(accelerator, trained, trunk, head, optimizer, scheduler, images, labels, threat, config, epoch, step)
             for step, (images, labels) in enumerate(loader)

@@ -1,0 +1,164 @@
+"""evaluate.py and train.py as a user runs them: real processes, real files."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import load_file
+
+import timm_hpm
+from timm_hpm import AttackReport
+
+ROOT = Path(__file__).parent.parent
+# Of the attacks, so that a process takes seconds.
+QUICK = ["--num-images", "8", "--batch-size", "4", "--surrogates", "fc,ste", "--attacks", "apgd-ce"]
+TINY_RUN = ["--device", "cpu", "--epochs", "2", "--prototype-epoch", "1", "--attack-steps", "1",
+            "--val-attack-steps", "1"]
+
+
+def run(*command: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    return run(str(ROOT / name), *arguments, folder=folder)
+
+
+def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path):
+    done = script("evaluate.py", *QUICK, "--save-adversarial", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "query" in done.stderr, "no progress bar"
+    folder, = (tmp_path / "output").iterdir()
+    assert folder.name.startswith("hpm_wrn10_2-")
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "adversarial.safetensors"}
+    report = AttackReport.load(folder / "report.json")
+    assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
+    assert (folder / "report.md").read_text() == report.to_markdown()
+    assert report.to_markdown() in done.stdout
+
+    again = script("evaluate.py", "--rejudge", str(folder), folder=tmp_path)
+    assert again.returncode == 0 and "every verdict as in the report" in again.stdout
+
+    data = json.loads((folder / "report.json").read_text())
+    data["correct"]["fc/apgd-ce"] = data["correct"]["fc/apgd-ce"].translate(str.maketrans("01", "10"))
+    (folder / "report.json").write_text(json.dumps(data))
+    again = script("evaluate.py", "--rejudge", str(folder), folder=tmp_path)
+    assert again.returncode == 1 and "judged otherwise than in the report: fc/apgd-ce" in again.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--output", "file/below"], "cannot write into the output folder file/below"),
+    (["--dataset", "cifar11"], "unknown data set 'cifar11'; expected one of digits"),
+    (["--split", "dev"], "unknown split 'dev'; expected one of train, val, test"),
+    (["--threat", "Linf:2"], "eps is 2.0 for Linf; pixels are in [0, 1]"),
+    (["--threat", "L2:0"], "eps is 0.0; expected a finite number above 0"),
+    (["--threat", "L7:0.1"], "unknown norm 'L7'; expected one of Linf, L2"),
+    (["--num-images", "361"], "--num-images is 361; the split test of digits has 360 images"),
+    (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
+    (["--surrogates", "hard"], "unknown surrogate 'hard'"),
+    (["--attacks", "pgd"], "unknown attack 'pgd'"),
+    (["--checkpoint", "missing.safetensors"], "--checkpoint missing.safetensors is not a file"),
+    (["--rejudge", "missing"], "missing/report.json"),
+])
+def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys):
+    sys_path = [*sys.path]
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys_path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    import evaluate
+
+    with pytest.raises((ValueError, OSError)) as error:
+        evaluate.main(arguments)
+    assert message in str(error.value)
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def test_evaluate_prints_an_error_without_a_traceback(tmp_path):
+    (tmp_path / "file").touch()
+    done = script("evaluate.py", "--output", "file/below", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("evaluate.py: cannot write into the output folder") and "Traceback" not in done.stderr
+
+
+def test_a_trained_model_is_what_evaluate_takes(tmp_path):
+    done = script("train.py", *TINY_RUN, "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model.safetensors", "config.json", "metrics.csv"}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"] and config["kept"]["epoch"] == 1
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    # Fitted once, and updated by each of the eight batches of the last epoch that had the class.
+    assert (state["fc.num_updates"] > 1).all() and (state["fc.num_updates"] <= 1 + 1077 // 128).all()
+
+    done = script("evaluate.py", *QUICK, "--checkpoint", "run/model.safetensors", "--output", "report", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = AttackReport.load(tmp_path / "report" / "report.json")
+    assert report.protocol["weights"] == "run/model.safetensors" and report.protocol["prototypes_fitted"] is True
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"epochs": 2, "prototype_epoch": 2}, "prototype_epoch is 2, of 2 epochs"),
+    ({"attack_through": "hard"}, "attack_through is 'hard'; expected one of fc, dataset, soft, ste, mixed"),
+    ({"dataset": "cifar11"}, "unknown data set 'cifar11'"),
+    ({"threat": "Linf:9"}, "eps is 9.0 for Linf"),
+    ({"model_args": {"num_classes": 4}}, "has 4 classes and digits 10"),
+    ({"model": "test_resnet.r160_in1k"}, "has no HPM head"),
+])
+def test_train_refuses_options_that_do_not_fit(changes, message, tmp_path):
+    from timm_hpm.training.loop import TrainConfig, train
+
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(device="cpu", **changes), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(tmp_path):
+    from timm_hpm.training.loop import TrainConfig, train
+
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+ of epoch 0"):
+        train(TrainConfig(device="cpu", lr=1e30, attack_steps=1, epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run(*launcher, str(ROOT / "train.py"), *TINY_RUN, "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    # A step is both processes' batches: half as many updates as one process makes.
+    assert (state["fc.num_updates"] <= 1 + 1077 // 256).all()
+    timm.create_model("hpm_wrn10_2", checkpoint_path=tmp_path / "run" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_the_readme_s_first_command(tmp_path):
+    done = script("evaluate.py", "--output", "report", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = AttackReport.load(tmp_path / "report" / "report.json")
+    assert report.num_images >= 100
+    assert report.protocol["attacks"] == {
+        "apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
+        "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}}
+    assert list(report.by_surrogate) == ["fc", "dataset", "soft", "ste", "mixed", "true"]
+    assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
+    assert report.robust_accuracy <= report.clean_accuracy
+
+
+def test_the_readme_s_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    # The same calls on a smaller budget: the standard one is the slow tests'.
+    assert "batch_size=16)" in example
+    names: dict = {}
+    exec(example.replace("batch_size=16)", "batch_size=16, attacks=['apgd-ce'], surrogates=['fc'])"), names)
+    assert 0 <= names["report"].robust_accuracy <= names["report"].clean_accuracy <= 1
+    assert isinstance(names["head"], timm_hpm.HPMHead)
+    assert timm_hpm.find_head(names["model"]).out_features == 100
+    assert "hpm_wrn10_2" in timm.list_models("hpm_*")

@@ -5,9 +5,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -100,60 +100,30 @@ def mixed_surrogate_attack(
                  for _, attack in plan}
 
     start = time.perf_counter()
-    verdicts: dict[str, list[Tensor]] = {"clean": []}
-    baseline: dict[str, list[Tensor]] = {}
+    crafting = _Crafting(split, threat, plan, budget_of, batch_size, seed, device)
+    court = _Court(model, pixel_model, batch_size, with_baseline=split.head is not None and "fc" in names)
+    court.decide("clean", images, labels)
     candidates: dict[str, list[Tensor]] = {}
-    judged_images = 0
+    for name, first, points in crafting.candidates(images, labels, progress):
+        court.decide(name, points, labels[first:first + batch_size], first)
+        if save_adversarial is not None:
+            candidates.setdefault(name, []).append(points.cpu())
 
-    def decide(name: str, points: Tensor, y: Tensor, first: int) -> None:
-        """Lets the true model judge a whole batch, and the FC classifier as well what was found on it."""
-        nonlocal judged_images
-        verdicts.setdefault(name, []).append(judge(pixel_model, points, y, batch_size, first_image=first))
-        judged_images += len(points)
-        if split.head is not None and "fc" in names and (name == "clean" or name.startswith("fc/")):
-            with inference_mode(model, "fc"):
-                baseline.setdefault(name, []).append(judge(pixel_model, points, y, batch_size, first_image=first))
-            judged_images += len(points)
-
-    notes = Notes()
-    cost = {attack: _no_cost() for attack in budget_of}
-    starts = range(0, len(images), batch_size)
-    queries = len(starts) * sum(budget_of[attack].queries() for _, attack in plan)
-    with tqdm(total=queries, disable=not progress, unit="query", smoothing=0) as bar:
-        for first in starts:
-            x = images[first:first + batch_size].to(device).float().contiguous()
-            y = labels[first:first + batch_size].to(device).long()
-            decide("clean", x, y, first)
-            for group, attack in plan:
-                bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
-                done = bar.n + budget_of[attack].queries()
-                notes.prefix = f"{attack} on {', '.join(group)}: "
-                with _counted(cost[attack], split), _seeded(device, seed, attack, group, first):
-                    batch = AttackBatch(split, _craft_through(split, group), x, y, first_image=first,
-                                        on_query=partial(_advance, bar, done))
-                    found = COMPONENTS[attack](batch, threat, budget_of[attack], notes)
-                    found = threat.project(found, batch.clean)
-                for surrogate, points in zip(group, found.split(len(x)), strict=True):
-                    decide(f"{surrogate}/{attack}", points, y, first)
-                    if save_adversarial is not None:
-                        candidates.setdefault(f"{surrogate}/{attack}", []).append(points.cpu())
-                bar.update(done - bar.n)
-
-    correct = {name: _verdicts(torch.cat(parts)) for name, parts in _in_order(verdicts, names).items()}
+    correct = _in_order(court.verdicts, names)
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    total = {key: sum(row[key] for row in cost.values()) for key in _no_cost()}
-    total["forward_passes"] += judged_images
+    total = {key: sum(row[key] for row in crafting.cost.values()) for key in _no_cost()}
+    total["forward_passes"] += court.judged
     total["seconds"] = time.perf_counter() - start
 
     report = AttackReport(
         protocol=dict(about or {}) | _protocol(model, split, images, threat, batch_size, names, budget_of,
                                                surrogates_at_once, seed, num_classes, device),
         correct=correct,
-        baseline_correct={name: _verdicts(torch.cat(parts)) for name, parts in baseline.items()},
-        cost=cost | {"all": total},
-        warnings=notes.texts,
+        baseline_correct=court.baseline,
+        cost=crafting.cost | {"all": total},
+        warnings=crafting.notes.texts,
     )
     if save_adversarial is not None:
         with replacing(save_adversarial) as temporary:
@@ -237,11 +207,76 @@ def _plan(
     return plan
 
 
-def _craft_through(split: SplitModel, group: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(split.twin() if name == TRUE_MODEL else name for name in group)
+@dataclass
+class _Crafting:
+    """Makes the candidates of each batch, surrogate and attack, and keeps count of what that costs."""
+
+    split: SplitModel
+    threat: ThreatModel
+    plan: list[tuple[tuple[str, ...], str]]
+    budgets: dict[str, Budget]
+    batch_size: int
+    seed: int
+    device: torch.device
+    notes: Notes = field(default_factory=Notes)
+
+    def __post_init__(self) -> None:
+        self.cost = {attack: _no_cost() for attack in self.budgets}
+
+    def candidates(self, images: Tensor, labels: Tensor, progress: bool) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields `"<surrogate>/<attack>"`, the index of a batch's first image, and its candidates (B, ...)."""
+        starts = range(0, len(images), self.batch_size)
+        queries = len(starts) * sum(self.budgets[attack].queries() for _, attack in self.plan)
+        with tqdm(total=queries, disable=not progress, unit="query", smoothing=0) as bar:
+            for first in starts:
+                x = images[first:first + self.batch_size].to(self.device).float().contiguous()
+                y = labels[first:first + self.batch_size].to(self.device).long()
+                for group, attack in self.plan:
+                    bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
+                    done = bar.n + self.budgets[attack].queries()
+                    found = self._attack(group, attack, x, y, first, partial(_advance, bar, done))
+                    bar.update(done - bar.n)
+                    for surrogate, points in zip(group, found.split(len(x)), strict=True):
+                        yield f"{surrogate}/{attack}", first, points
+
+    def _attack(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
+                on_query: Callable[[], None]) -> Tensor:
+        """Returns the candidates (S·B, ...) of one attack on one batch through a group of S surrogates."""
+        self.notes.prefix = f"{attack} on {', '.join(group)}: "
+        surrogates = [self.split.twin() if name == TRUE_MODEL else name for name in group]
+        with _counted(self.cost[attack], self.split), _seeded(self.device, self.seed, attack, group, first):
+            batch = AttackBatch(self.split, surrogates, images, labels, first_image=first, on_query=on_query)
+            found = COMPONENTS[attack](batch, self.threat, self.budgets[attack], self.notes)
+            # The components end in the ball already, up to rounding.
+            return self.threat.project(found, batch.clean)
 
 
-def _in_order(verdicts: dict[str, list[Tensor]], surrogates: tuple[str, ...]) -> dict[str, list[Tensor]]:
+class _Court:
+    """The judges: the true model, and as a baseline the FC classifier on what was found on that classifier."""
+
+    def __init__(self, model: nn.Module, pixel_model: nn.Module, batch_size: int, *, with_baseline: bool):
+        self.model = model
+        self.pixel_model = pixel_model
+        self.batch_size = batch_size
+        self.with_baseline = with_baseline
+        self.verdicts: dict[str, str] = {}
+        self.baseline: dict[str, str] = {}
+        self.judged = 0
+
+    def decide(self, name: str, points: Tensor, labels: Tensor, first: int = 0) -> None:
+        """Judges whole batches of candidates and adds the verdicts to those that stand under `name`."""
+        self._judge(self.verdicts, name, points, labels, first)
+        if self.with_baseline and (name == "clean" or name.startswith("fc/")):
+            with inference_mode(self.model, "fc"):
+                self._judge(self.baseline, name, points, labels, first)
+
+    def _judge(self, verdicts: dict[str, str], name: str, points: Tensor, labels: Tensor, first: int) -> None:
+        correct = judge(self.pixel_model, points, labels, self.batch_size, first_image=first)
+        verdicts[name] = verdicts.get(name, "") + _verdicts(correct)
+        self.judged += len(points)
+
+
+def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
     """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
     names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in COMPONENTS]
     return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
@@ -255,7 +290,8 @@ def _num_classes(split: SplitModel, pixel_model: nn.Module, images: Tensor) -> i
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
     ours = split.logits(split.twin(), split.features(images.float()))
     tolerance = 1e-3 * logits.abs().max().item()
-    if ours.shape != logits.shape or not torch.allclose(ours, logits.float(), rtol=1e-3, atol=tolerance, equal_nan=True):
+    same = partial(torch.allclose, rtol=1e-3, atol=tolerance, equal_nan=True)
+    if ours.shape != logits.shape or not same(ours, logits.float()):
         raise ValueError("the features in front of the HPM head, put through the head, do not give the model's logits: "
                          "something follows the head, or the model answers at random. Attack it without its HPM head")
     return logits.shape[1]

@@ -268,20 +268,20 @@ def test_plain_classifier_is_broken_at_least_as_often_as_by_autoattack(digits_mo
     from pyautoattack import AutoAttack
 
     images, labels = timm_hpm.load_split("digits", "val").tensors
-    images, labels = images[:40], labels[:40]
+    images, labels = images[:24], labels[:24]
     plain = timm_hpm.PixelModel(copy.deepcopy(digits_model))
     plain.model.fc.inference = "fc"
     plain.eval()
-    attacks = ["apgd-ce", "apgd-t"]
+    attacks = ["apgd-t"]
     state = torch.get_rng_state()
     x_adv, _ = AutoAttack(plain, eps=0.15, version="custom", attacks=attacks, seed=0).run_standard_evaluation(
         images, labels)
     torch.set_rng_state(state)
-    theirs = timm_hpm.judge(plain, x_adv, labels, 40)
+    theirs = timm_hpm.judge(plain, x_adv, labels, 24)
     report = mixed_surrogate_attack(plain, images, labels, ThreatModel("Linf", 0.15), attacks=attacks)
     assert 0 < report.robust_accuracy < report.clean_accuracy
-    # Other random starts: one image of forty may fall either way.
-    assert report.robust_accuracy <= theirs.float().mean().item() + 1 / 40 + 1e-6
+    # Other random starts: one image may fall either way.
+    assert report.robust_accuracy <= theirs.float().mean().item() + 1 / 24 + 1e-6
 
 
 class Poisoned(nn.Module):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +22,24 @@ TINY_RUN = ["--device", "cpu", "--epochs", "2", "--prototype-epoch", "1", "--att
 
 
 def run(*command: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=900)
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def evaluate_main(monkeypatch):
+    """evaluate.py's `main`, in this process."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    import evaluate
+
+    return evaluate.main
 
 
 def script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return run(str(ROOT / name), *arguments, folder=folder)
 
 
-def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path):
+def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main, capsys):
     done = script("evaluate.py", *QUICK, "--save-adversarial", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "query" in done.stderr, "no progress bar"
@@ -40,14 +51,14 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path):
     assert (folder / "report.md").read_text() == report.to_markdown()
     assert report.to_markdown() in done.stdout
 
-    again = script("evaluate.py", "--rejudge", str(folder), folder=tmp_path)
-    assert again.returncode == 0 and "every verdict as in the report" in again.stdout
+    assert evaluate_main(["--rejudge", str(folder)]) == 0
+    assert "every verdict as in the report" in capsys.readouterr().out
 
     data = json.loads((folder / "report.json").read_text())
     data["correct"]["fc/apgd-ce"] = data["correct"]["fc/apgd-ce"].translate(str.maketrans("01", "10"))
     (folder / "report.json").write_text(json.dumps(data))
-    again = script("evaluate.py", "--rejudge", str(folder), folder=tmp_path)
-    assert again.returncode == 1 and "judged otherwise than in the report: fc/apgd-ce" in again.stdout
+    assert evaluate_main(["--rejudge", str(folder)]) == 1
+    assert "judged otherwise than in the report: fc/apgd-ce" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -64,15 +75,12 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path):
     (["--checkpoint", "missing.safetensors"], "--checkpoint missing.safetensors is not a file"),
     (["--rejudge", "missing"], "missing/report.json"),
 ])
-def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys):
-    sys_path = [*sys.path]
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys_path])
+def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
+                                                        evaluate_main):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    import evaluate
-
     with pytest.raises((ValueError, OSError)) as error:
-        evaluate.main(arguments)
+        evaluate_main(arguments)
     assert message in str(error.value)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.rglob("report.json"))
@@ -90,7 +98,7 @@ def test_a_trained_model_is_what_evaluate_takes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model.safetensors", "config.json", "metrics.csv"}
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"] and config["kept"]["epoch"] == 1
     state = load_file(tmp_path / "run" / "model.safetensors")
     # Fitted once, and updated by each of the eight batches of the last epoch that had the class.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data import as_pixel_model, check_pixels
 from ..files import replacing
-from ..head import find_head, inference_mode
+from ..head import find_head, head_name, inference_mode
 from ..report import TRUE_MODEL, AttackReport
 from ..threat import ThreatModel
 from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite
@@ -91,7 +91,7 @@ def mixed_surrogate_attack(
     names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
     plan = _plan(split, names, _check_attacks(attacks), surrogates_at_once)
 
-    num_classes = _num_classes(split, pixel_model, images[:batch_size].to(device))
+    num_classes = _num_classes(pixel_model, images[:batch_size].to(device))
     check_pixels(images, labels, num_classes)
     if threat.norm == "L2" and min(images.shape[-2:]) < 5 and any(attack == "square" for _, attack in plan):
         raise ValueError(f"images of {images.shape[-2]}×{images.shape[-1]} pixels are too small for Square under L2; "
@@ -283,17 +283,19 @@ def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str
 
 
 @torch.no_grad()
-def _num_classes(split: SplitModel, pixel_model: nn.Module, images: Tensor) -> int:
-    """Returns the number of classes; raises unless the frozen copy, cut before its head, answers as the model does."""
-    logits = pixel_model(images)
+def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
+    """Returns the number of classes; raises unless the model answers with logits, and its HPM head answers last."""
+    answers: list[Tensor] = []
+    name = head_name(pixel_model)
+    head = nn.Identity() if name is None else pixel_model.get_submodule(name)
+    with head.register_forward_hook(lambda module, inputs, output: answers.append(output)):
+        logits = pixel_model(images)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
-    ours = split.logits(split.twin(), split.features(images.float()))
-    tolerance = 1e-3 * logits.abs().max().item()
-    same = partial(torch.allclose, rtol=1e-3, atol=tolerance, equal_nan=True)
-    if ours.shape != logits.shape or not same(ours, logits.float()):
-        raise ValueError("the features in front of the HPM head, put through the head, do not give the model's logits: "
-                         "something follows the head, or the model answers at random. Attack it without its HPM head")
+    check_finite(logits, partial(_image_name, 0))
+    if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
+        raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
+                         "which the surrogates would not see. Attack it without its HPM head")
     return logits.shape[1]
 
 

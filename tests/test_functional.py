@@ -149,6 +149,39 @@ def test_l2_logits_are_minus_scale_times_distance():
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_distances_by_inner_products_are_those_to_the_mixed_prototypes(batch, soft, mix):
+    z, logits, prototypes, mean = (torch.randn(shape, dtype=torch.float64) for shape in
+                                   [(batch, 9), (batch, 5), (5, 9), (9,)])
+    logits[:, 2] = -100.0  # a class that is absent
+    inputs = [tensor.requires_grad_() for tensor in (z + 10 * mean, 3 * logits, prototypes + 10 * mean)]
+    z, logits, prototypes = inputs
+    assignment = F.softmax(logits, dim=1) if soft else functional.straight_through_assignment(logits)
+    presence = (functional.soft_presence if soft else functional.hard_presence)(assignment)
+    by_products = functional.mixed_squared_distances_by_products(z, assignment, presence, prototypes, mix)
+    mixed = functional.mix_prototypes(prototypes, functional.batch_prototypes(z, assignment), presence, mix)
+    expected = (z[:, None] - mixed[None]).square().sum(dim=2)
+    torch.testing.assert_close(by_products, expected)
+    upstream = torch.randn(batch, 5, dtype=torch.float64)
+    for gradient, other in zip(torch.autograd.grad(by_products, inputs, upstream, retain_graph=True),
+                               torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-8)
+
+
+def test_which_way_is_taken_makes_no_difference():
+    few, many = torch.randn(6, 32), torch.randn(64, 32)  # 6·(16 + 32) < 16·32 < 64·(16 + 32)
+    prototypes = torch.randn(16, 32)
+    for z in (few, many):
+        assignment = functional.straight_through_assignment(z @ prototypes.t())
+        presence = functional.hard_presence(assignment)
+        mixed = functional.mix_prototypes(prototypes, functional.batch_prototypes(z, assignment), presence, 0.5)
+        torch.testing.assert_close(
+            functional.mixed_squared_distances(z, assignment, presence, prototypes, 0.5),
+            functional.squared_distances(z, mixed), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("soft", [False, True])
 def test_sample_logits_are_batch_logits_of_one_image_at_a_time(mix, soft):
     z, logits, prototypes = torch.randn(9, 6), torch.randn(9, 4), torch.randn(4, 6)
     scale = torch.tensor(0.7)

@@ -526,7 +526,8 @@ def test_compile_takes_the_whole_graph_forward_and_backward():
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(head(features).square().sum(), [head.weight, head.log_scale])
     logits = compiled(features)
-    torch.testing.assert_close(logits, head(features))
+    # Compiled for any batch size, the head adds up in another order.
+    torch.testing.assert_close(logits, head(features), rtol=1e-5, atol=1e-5)
     for gradient, other in zip(torch.autograd.grad(logits.square().sum(), [head.weight, head.log_scale]), expected,
                                strict=True):
-        torch.testing.assert_close(gradient, other)
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)

@@ -95,8 +95,52 @@ def batch_logits(
 
     `features` (B, d); `assignment` (B, C) and `presence` (C,), both hard or both soft; `prototypes` (C, d).
     """
+    return -scale * mixed_squared_distances(features, assignment, presence, prototypes, mix)
+
+
+@torch.fx.wrap
+def mixed_squared_distances(
+        features: Tensor,
+        assignment: Tensor,
+        presence: Tensor,
+        prototypes: Tensor,
+        mix: float,
+) -> Tensor:
+    """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; the arguments of `batch_logits`."""
+    num_classes, width = prototypes.shape
+    few_images = features.shape[0] * (num_classes + width) < num_classes * width
+    if not torch.jit.is_scripting():
+        # A traced graph shall serve any batch size, and cannot choose.
+        few_images = not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and few_images
+    if few_images:
+        return mixed_squared_distances_by_products(features, assignment, presence, prototypes, mix)
     mixed = mix_prototypes(prototypes, batch_prototypes(features, assignment), presence, mix)
-    return l2_logits(features, mixed, scale)
+    return squared_distances(features, mixed)
+
+
+def mixed_squared_distances_by_products(
+        features: Tensor,
+        assignment: Tensor,
+        presence: Tensor,
+        prototypes: Tensor,
+        mix: float,
+) -> Tensor:
+    """Returns `mixed_squared_distances` from inner products, without forming the mixed or batch-level prototypes.
+
+    With v_jc = a_jc / Σ_i a_ic and k_c = mix·w_c it is the expanded square of z_i − (1 − k_c)·P_c − k_c·Σ_j v_jc z_j.
+    That takes less work than `mix_prototypes` where B·(C + d) < C·d, and then also less memory: O(B² + B·C + C·d).
+    """
+    origin = prototypes.detach().mean(dim=0)  # see `squared_distances`
+    z, p = features - origin, prototypes - origin
+    mass = assignment.sum(dim=0)
+    v = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
+    k = mix * presence
+    zz = matmul_without_autocast(z, z.t())
+    zp = matmul_without_autocast(z, p.t())
+    zm = matmul_without_autocast(zz, v)
+    pp, pm, mm = torch.linalg.vector_norm(p, dim=1).square(), (v * zp).sum(dim=0), (v * zm).sum(dim=0)
+    qq = (1 - k).square() * pp + 2 * k * (1 - k) * pm + k.square() * mm
+    return zz.diagonal().unsqueeze(1) - 2 * torch.lerp(zp, zm, k) + qq
 
 
 def sample_logits(features: Tensor, assignment: Tensor, prototypes: Tensor, scale: Tensor, mix: float) -> Tensor:

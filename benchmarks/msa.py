@@ -10,11 +10,10 @@
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import timm
 import torch
+from _timing import seconds
 
 import timm_hpm
 from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Budget, Notes
@@ -22,13 +21,6 @@ from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 BUDGETS = {"apgd-ce": Budget(20), "square": Budget(60)}
 RUNS = 5
-
-
-def seconds(task: Callable[[], object]) -> float:
-    """Returns how long a task takes."""
-    start = time.perf_counter()
-    task()
-    return time.perf_counter() - start
 
 
 def attack(split: SplitModel, groups: list[list[str]], images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -205,12 +205,12 @@ def test_gradcheck_of_the_soft_path(batch):
     assert torch.autograd.gradcheck(soft, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
 
 
-def test_matmul_stays_in_its_own_precision_under_autocast():
-    a, b = torch.randn(5, 64), torch.randn(64, 6)
+def test_products_stay_in_their_own_precision_under_autocast():
+    x, weight, bias = torch.randn(5, 64), torch.randn(6, 64), torch.randn(6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (a @ b).dtype == torch.bfloat16
-        product = functional.matmul_without_autocast(a, b)
-    assert torch.equal(product, a @ b)
+        assert F.linear(x, weight, bias).dtype == torch.bfloat16
+        product = functional.linear_without_autocast(x, weight, bias)
+    assert torch.equal(product, F.linear(x, weight, bias))
 
 
 # The moving average

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 @torch.fx.wrap
-def matmul_without_autocast(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the product of `a` (m, k) and `b` (k, n) in their own precision, also inside an autocast region."""
+def linear_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns `x` (m, k) @ `weight`ᵀ (k, n) + `bias` (n,) in their own precision, also inside an autocast region."""
     if not torch.jit.is_scripting():
-        device_type = a.device.type
+        device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return a @ b
-    return a @ b
+                return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def straight_through_assignment(logits: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
     mass = assignment.sum(dim=0)
     # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
     weights = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
-    return matmul_without_autocast(weights.t(), features)
+    return linear_without_autocast(weights.t(), features.t())
 
 
 def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mix: float) -> Tensor:
@@ -74,7 +74,7 @@ def squared_distances(features: Tensor, prototypes: Tensor) -> Tensor:
     # share a large mean.
     origin = prototypes.detach().mean(dim=0)
     z, q = features - origin, prototypes - origin
-    cross = matmul_without_autocast(z, q.t())
+    cross = linear_without_autocast(z, q)
     return z.square().sum(dim=1, keepdim=True) - 2 * cross + q.square().sum(dim=1)
 
 
@@ -135,9 +135,9 @@ def mixed_squared_distances_by_products(
     mass = assignment.sum(dim=0)
     v = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
     k = mix * presence
-    zz = matmul_without_autocast(z, z.t())
-    zp = matmul_without_autocast(z, p.t())
-    zm = matmul_without_autocast(zz, v)
+    zz = linear_without_autocast(z, z)
+    zp = linear_without_autocast(z, p)
+    zm = linear_without_autocast(zz, v.t())
     pp, pm, mm = torch.linalg.vector_norm(p, dim=1).square(), (v * zp).sum(dim=0), (v * zm).sum(dim=0)
     qq = (1 - k).square() * pp + 2 * k * (1 - k) * pm + k.square() * mm
     return zz.diagonal().unsqueeze(1) - 2 * torch.lerp(zp, zm, k) + qq

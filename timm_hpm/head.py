@@ -83,10 +83,12 @@ class HPMHead(nn.Linear):
 
         The modes other than `"fc"` answer in float32, whatever the autocast.
         """
-        fc_logits = self.fc_logits(features)
         if self.inference == "fc":
-            return fc_logits
-        z, prototypes, fc_logits = features.float(), self.prototypes.float(), fc_logits.float()
+            return self.fc_logits(features)
+        z, prototypes = features.float(), self.prototypes.float()
+        # Its arg-max moves prototypes: what would be rounding of a logit elsewhere is another answer here.
+        bias = None if self.bias is None else self.bias.float()
+        fc_logits = functional.linear_without_autocast(z, self.weight.float(), bias)
         if self.inference == "dataset":
             logits = functional.l2_logits(z, prototypes, self.scale())
         elif self.inference == "sample":

@@ -11,6 +11,7 @@ from .data import PixelModel, load_split
 from .head import INFERENCE_MODES, HPMHead, find_head, inference_mode
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport
+from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "PixelModel",
     "PrototypeFit",
     "ThreatModel",
+    "UnsupportedHeadError",
+    "add_hpm_head",
     "find_head",
     "fit_prototypes",
     "inference_mode",
@@ -30,4 +33,5 @@ __all__ = [
     "models",
     "pgd",
     "rejudge",
+    "remove_hpm_head",
 ]

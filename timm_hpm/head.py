@@ -181,6 +181,21 @@ class HPMHead(nn.Linear):
                 f"inference={self.inference!r}")
 
 
+class HPMConvHead(HPMHead):
+    """An HPM head in the place of a 1x1 convolution, whose `weight` (num_classes, in_features, 1, 1) it has.
+
+    Its FC mode is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for all else.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, bias: bool = True, **kwargs: Any):
+        super().__init__(in_features, num_classes, bias, **kwargs)
+        self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
+
+    def fc_logits(self, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of the FC classifier, for `features` (B, d)."""
+        return F.conv2d(features[:, :, None, None], self.weight, self.bias).flatten(1)
+
+
 def find_head(model: nn.Module) -> HPMHead:
     """Returns the HPM head of `model` (or `model` itself where it is one).
 
@@ -190,7 +205,7 @@ def find_head(model: nn.Module) -> HPMHead:
     name = head_name(model)
     if name is None:
         raise ValueError(f"{type(model).__name__} has no HPM head; create an hpm_* model "
-                         "(timm.list_models('hpm_*')), with num_classes > 0")
+                         "(timm.list_models('hpm_*')) with num_classes > 0, or call timm_hpm.add_hpm_head(model)")
     return model.get_submodule(name)  # type: ignore[return-value]
 
 

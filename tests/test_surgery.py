@@ -1,0 +1,366 @@
+"""`add_hpm_head` and `remove_hpm_head` on one representative of each kind of head, with real numbers."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import timm_hpm
+from timm_hpm import HPMHead, UnsupportedHeadError, add_hpm_head, find_head, remove_hpm_head
+from timm_hpm.head import HPMConvHead, head_name
+
+# Kind of head: architecture, arguments, image size.
+KINDS = {
+    "linear": ("test_resnet", {}, 64),
+    "linear behind a token": ("test_vit", {"img_size": 32}, 32),
+    "linear behind a norm": ("test_convnext", {}, 64),
+    "linear behind an MLP": ("test_convnext2", {"head_hidden_size": 24}, 64),
+    "linear behind a convolution": ("mobilenetv3_small_050", {}, 32),
+    "linear behind a BatchNorm": ("efficientvit_m0", {"img_size": 64}, 64),
+    "1x1 convolution": ("dla46x_c", {}, 64),
+    "1x1 convolution in a wrapper": ("resnetv2_18", {}, 32),
+    "MLP": ("caformer_s18", {}, 32),
+    "wrapper around a linear": ("cpubone_nano", {}, 32),
+    "one head of a distillation wrapper": ("iformer_t", {}, 64),
+    "wrapper with pooling": ("sequencer2d_s", {"img_size": 64}, 64),
+    "attention pooling": ("resnet50_clip", {}, 64),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+ENTRIES = ("log_scale", "num_updates", "prototypes")
+
+
+def create(kind: str, num_classes: int = 7) -> tuple[nn.Module, Tensor]:
+    """Returns a plain timm model with that kind of head, and images for it."""
+    name, arguments, size = KINDS[kind]
+    model = timm.create_model(name, num_classes=num_classes, **arguments).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model, torch.randn(3, 3, size, size)
+
+
+def fit(model: nn.Module) -> nn.Module:
+    head = find_head(model)
+    head.set_prototypes(torch.randn_like(head.prototypes))
+    nn.init.constant_(head.log_scale, -3.0)
+    return model
+
+
+# Each kind of head
+
+
+@kinds
+def test_an_unfitted_head_answers_as_the_model_did_and_the_fc_mode_goes_on_to(kind):
+    model, x = create(kind)
+    base, before = type(model), {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model(x)
+        assert add_hpm_head(model) is model
+        assert isinstance(model, base)
+        assert torch.equal(model(x), expected)
+        name = head_name(model)
+        after = model.state_dict()
+        assert after.keys() - before.keys() == {f"{name}.{entry}" for entry in ENTRIES}
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+        fit(model)
+        assert not torch.allclose(model(x), expected, rtol=0.01)
+        find_head(model).inference = "fc"
+        assert torch.equal(model(x), expected)
+        assert remove_hpm_head(model) is model
+        assert type(model) is base and head_name(model) is None
+        assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == list(before)
+
+
+@kinds
+def test_the_head_sees_pooled_features_and_its_answer_is_the_model_s(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model))
+    seen = []
+    with find_head(model).register_forward_hook(lambda head, inputs, output: seen.append((inputs[0], output))):
+        logits = model(x)
+    (features, answer), = seen
+    assert features.shape == (3, find_head(model).in_features)
+    assert torch.equal(answer, logits)
+    assert torch.equal(find_head(model)(features), logits)
+
+
+@kinds
+def test_reset_classifier_makes_a_head_of_the_same_kind_and_features_in_between(kind):
+    model, x = create(kind)
+    plain = deepcopy(model)
+    fit(add_hpm_head(model, mix=0.25, ema_decay=0.9, inference="dataset"))
+    find_head(model).mix = 0.75
+    for net in (model, plain):
+        net.reset_classifier(0)
+    with torch.inference_mode():
+        assert head_name(model) is None and model.num_classes == 0
+        features = model(x)
+        assert torch.equal(features, plain(x))
+        for num_classes in (5, 1):
+            model.reset_classifier(num_classes)
+            head = find_head(model)
+            assert type(head) is (HPMConvHead if "convolution" in kind and "1x1" in kind else HPMHead)
+            assert head.config() == {"mix": 0.75, "ema_decay": 0.9, "inference": "dataset"}
+            assert not head.is_fitted() and (model.num_classes, head.out_features) == (num_classes, num_classes)
+            assert model(x).shape == (3, num_classes)
+            assert fit(model)(x).isfinite().all()
+        remove_hpm_head(model).reset_classifier(4)
+        assert head_name(model) is None and model(x).shape == (3, 4)
+
+
+@kinds
+def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model))
+    with torch.no_grad():
+        expected = model(x)
+        copy, ema = deepcopy(model), ModelEmaV3(model, decay=0.5)
+        assert type(copy) is type(ema.module) is type(model)
+        assert torch.equal(copy(x), expected) and torch.equal(ema.module(x), expected)
+        find_head(model).prototypes.zero_()
+        assert torch.equal(copy(x), expected)
+        ema.update(model)
+    assert torch.allclose(find_head(ema.module).prototypes, find_head(copy).prototypes / 2)
+    copy.reset_classifier(2)
+    assert model(x).shape == (3, 7) and copy(x).shape == (3, 2)
+
+
+@kinds
+def test_every_parameter_has_a_gradient(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model)).train()
+    model(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# What stays and what travels
+
+
+def test_a_fresh_process_unpickles_the_models(tmp_path):
+    cases = []
+    for kind in ("linear", "1x1 convolution", "attention pooling"):
+        model, x = create(kind)
+        fit(add_hpm_head(model, mix=0.3, inference="sample"))
+        cases.append((model, x, model(x).detach()))
+    torch.save(cases, tmp_path / "cases.pt")
+    # It imports neither timm_hpm nor the models' classes by itself.
+    code = """
+import sys, torch
+for model, x, logits in torch.load(sys.argv[1], weights_only=False):
+    assert torch.equal(model(x), logits)
+    model.reset_classifier(3)
+    assert model(x).shape == (3, 3) and model.head_config["mix"] == 0.3
+    print(type(model).__name__, type(model).__mro__[2].__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "cases.pt"],
+                          capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [
+        "HPMResNet", "timm.models.resnet", "HPMDLA", "timm.models.dla", "HPMByobNet", "timm.models.byobnet"], done.stderr
+
+
+def test_the_class_is_the_same_for_the_same_base_and_its_name_says_what_it_is():
+    first, second = (add_hpm_head(timm.create_model("test_resnet")) for _ in range(2))
+    assert type(first) is type(second)
+    assert type(first).__name__ == "HPMResNet" and isinstance(first, timm.models.ResNet)
+
+
+def test_parameters_stay_the_same_objects():
+    model = timm.create_model("test_resnet")
+    model.fc.bias.requires_grad_(False)
+    weight, bias = model.fc.weight, model.fc.bias
+    add_hpm_head(model)
+    assert model.fc.weight is weight and model.fc.bias is bias and not bias.requires_grad
+    remove_hpm_head(model)
+    assert model.fc.weight is weight and model.fc.bias is bias
+
+
+def test_a_classifier_without_bias_has_a_head_without_bias():
+    model = timm.create_model("test_resnet")
+    model.fc = nn.Linear(model.fc.in_features, 1000, bias=False)
+    assert add_hpm_head(model).fc.bias is None
+    assert remove_hpm_head(model).fc.bias is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_device_dtype_and_training_mode_stay(training):
+    model = add_hpm_head(timm.create_model("test_convnext").to(torch.bfloat16).train(training))
+    for _ in range(2):
+        head = find_head(model)
+        assert {tensor.dtype for tensor in (*head.parameters(), head.prototypes)} == {torch.bfloat16}
+        assert {module.training for module in model.modules()} == {training}
+        model.reset_classifier(5)
+    remove_hpm_head(model)
+    assert {module.training for module in model.modules()} == {training}
+    model = add_hpm_head(timm.create_model("test_resnet", device="meta"))
+    model.reset_classifier(5)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "positional", "keyword"), [
+    ("test_resnet", ("max",), {}),
+    ("test_convnext", (), {"reset_other": True}),
+    ("caformer_s18", ("avg", True), {}),
+    ("pnasnet5large", (), {"device": "meta", "dtype": torch.float64}),
+    ("repvit_m0_9", (), {"distillation": False}),
+])
+def test_reset_classifier_takes_what_the_model_s_own_does(name, positional, keyword):
+    model, plain = (timm.create_model(name, device="meta", num_classes=0) for _ in range(2))
+    add_hpm_head(model)
+    for net in (model, plain):
+        net.reset_classifier(5, *positional, **keyword)
+    name = head_name(model)
+    expected = plain.get_submodule(name).weight
+    assert (model.get_submodule(name).weight.shape, model.get_submodule(name).weight.dtype) == (
+        expected.shape, expected.dtype)
+    assert model.state_dict().keys() - plain.state_dict().keys() == {f"{name}.{entry}" for entry in ENTRIES}
+
+
+def test_weight_decay_spares_the_scale_and_what_the_model_spares():
+    vit = add_hpm_head(timm.create_model("test_vit"))
+    own = timm.create_model("test_vit").no_weight_decay()
+    assert "pos_embed" in own and vit.no_weight_decay() == own | {"head.log_scale"}
+    assert add_hpm_head(timm.create_model("test_resnet")).no_weight_decay() == {"fc.log_scale"}
+
+
+def test_a_model_without_classes_gets_its_head_by_reset_classifier():
+    model = add_hpm_head(timm.create_model("test_vit", num_classes=0), mix=0.2)
+    assert head_name(model) is None
+    assert model(torch.randn(1, 3, 160, 160)).shape == (1, model.num_features)
+    model.reset_classifier(10)
+    assert find_head(model).mix == 0.2 and model(torch.randn(1, 3, 160, 160)).shape == (1, 10)
+    model.reset_classifier(0)
+    assert type(remove_hpm_head(model)).__name__ == "VisionTransformer"
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1"])
+def test_a_model_whose_get_classifier_fails_without_classes_comes_back(name):
+    model = add_hpm_head(timm.create_model(name))
+    model.reset_classifier(0)
+    model.reset_classifier(6)
+    assert find_head(model).out_features == 6
+    bare = add_hpm_head(timm.create_model(name, num_classes=0))
+    bare.reset_classifier(6)
+    assert find_head(bare).out_features == 6
+
+
+def test_a_model_without_a_cfg_is_searched_by_get_classifier():
+    model = timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4)
+    assert find_head(add_hpm_head(model)) is model.fc
+
+
+def test_pruning_for_features_takes_the_head_away():
+    model = add_hpm_head(timm.create_model("test_vit"))
+    model.prune_intermediate_layers(1)
+    assert head_name(model) is None
+
+
+# Bad input
+
+
+def state_of(model: nn.Module) -> list:
+    return [(name, type(module), id(module)) for name, module in model.named_modules()]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), [
+    ("deit_tiny_distilled_patch16_224", {}, r"2 classifiers: head \(Linear\), head_dist \(Linear\)"),
+    ("volo_d1_224", {}, r"2 classifiers: head \(Linear\), aux_head \(Linear\)"),
+    ("repvit_m0_9", {}, r"2 classifiers: head.head.l \(Linear\), head.head_dist.l"),
+    ("crossvit_9_240", {}, "2 classifiers: head.0"),
+    ("efficientvim_m1", {}, "4 classifiers: heads.0"),
+    ("qwen3_vit_88m_enc", {}, "Qwen3VitEncoder is no timm classifier"),
+    ("test_vit", {"global_pool": ""}, r"sees features without pooling \(global_pool is ''\).*such as 'avg'"),
+    ("test_resnet", {"global_pool": ""}, "without pooling"),
+    ("test_convnext", {"global_pool": ""}, "without pooling"),
+    ("resnetv2_18", {"global_pool": ""}, "without pooling"),
+    ("resnet18", {"features_only": True}, "FeatureListNet is no timm classifier"),
+])
+def test_other_heads_are_refused_and_left_alone(name, arguments, message):
+    model = timm.create_model(name, device="meta", **arguments)
+    before = state_of(model)
+    with pytest.raises(UnsupportedHeadError, match=message):
+        add_hpm_head(model)
+    assert state_of(model) == before and not hasattr(model, "head_config")
+
+
+@pytest.mark.parametrize(("classifier", "message"), [
+    (nn.Linear(100, 1000), r"takes 100 features and has 1000 classes; expected the model's \d+ \(head_hidden_size\)"),
+    (nn.Linear(96, 10), "has 10 classes; expected"),
+    (nn.Sequential(nn.Linear(96, 1000)), "fc of ResNet is a Sequential; expected a linear layer or a 1x1 convolution"),
+    (nn.Conv2d(96, 1000, 1), "is a convolution; expected a 1x1 one behind"),
+    (nn.utils.parametrizations.weight_norm(nn.Linear(96, 1000)), "is a ParametrizedLinear"),
+])
+def test_a_classifier_that_does_not_fit_is_refused(classifier, message):
+    model = timm.create_model("test_resnet")
+    assert model.num_features == 96
+    # timm's pooling flattens here, so that a convolution would not even run.
+    model.global_pool, model.fc = nn.AdaptiveAvgPool2d(1), classifier
+    with pytest.raises(UnsupportedHeadError, match=message):
+        add_hpm_head(model)
+    assert model.fc is classifier
+
+
+def test_an_equipped_model_is_refused():
+    natives = [timm.create_model("hpm_wrn10_2", num_classes=classes) for classes in (10, 0)]
+    added = [add_hpm_head(timm.create_model("test_resnet", num_classes=classes)) for classes in (10, 0)]
+    for model in (*natives, *added):
+        before = state_of(model)
+        with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first") as error:
+            add_hpm_head(model)
+        assert not isinstance(error.value, UnsupportedHeadError)
+        assert state_of(model) == before
+
+
+def test_removing_what_was_not_added_is_refused():
+    with pytest.raises(ValueError, match="ResNet has no HPM head to remove: it has none"):
+        remove_hpm_head(timm.create_model("test_resnet"))
+    with pytest.raises(ValueError, match=r"PreActNet has no HPM head to remove: it is built around one"):
+        remove_hpm_head(timm.create_model("hpm_wrn10_2"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"mix": 2}, r"mix is 2; expected a number in \[0, 1\]"),
+    ({"ema_decay": -1}, "ema_decay is -1"),
+    ({"inference": "oracle"}, "unknown inference mode 'oracle'"),
+])
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_bad_arguments_are_refused_and_the_model_is_left_alone(arguments, message, num_classes):
+    model = timm.create_model("test_resnet", num_classes=num_classes)
+    with pytest.raises(ValueError, match=message):
+        add_hpm_head(model, **arguments)
+    assert type(model) is timm.models.ResNet and head_name(model) is None
+
+
+@pytest.mark.parametrize("kind", [
+    "linear", "linear behind a token", "linear behind a norm", "linear behind an MLP", "1x1 convolution",
+    "1x1 convolution in a wrapper", "MLP", "attention pooling"])
+def test_a_refused_reset_leaves_the_model_as_it_was(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model))
+    before, attributes, expected = state_of(model), dict(vars(model)), model(x)
+    with pytest.raises(UnsupportedHeadError, match="without pooling"):
+        model.reset_classifier(5, "")
+    assert state_of(model) == before and vars(model) == attributes
+    assert torch.equal(model(x), expected)
+    with pytest.raises(TypeError):
+        model.reset_classifier(5, no_such_option=True)
+    assert torch.equal(model(x), expected)
+
+    model.reset_classifier(0, "")
+    assert model(x).ndim > 2
+    with pytest.raises(UnsupportedHeadError, match="pass a global_pool such as 'avg'"):
+        model.reset_classifier(5)
+    assert model.num_classes == 0 and model(x).ndim > 2
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(UnsupportedHeadError, match=r"PixelModel is no timm classifier.*before it is wrapped"):
+        add_hpm_head(timm_hpm.PixelModel(timm.create_model("test_resnet")))
+    with pytest.raises(UnsupportedHeadError, match="OptimizedModule is no timm classifier"):
+        add_hpm_head(torch.compile(timm.create_model("test_resnet")))

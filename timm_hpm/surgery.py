@@ -1,0 +1,311 @@
+"""`add_hpm_head` puts an HPM head into the classifier's slot of a timm model, `remove_hpm_head` takes it out again.
+
+The model stays itself: its class becomes a subclass of its own (`HPMResNet` of `ResNet`) whose `reset_classifier` makes
+an HPM head again. No key of its state dict changes, and it is still an instance of the class it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from timm.layers import AttentionPool2d, RotAttentionPool2d, SelectAdaptivePool2d
+from timm.layers import Linear as ScriptableLinear
+from torch import Tensor, nn
+
+from .head import HPMConvHead, HPMHead, head_name
+
+# Linear layers that compute F.linear and nothing else; any other subclass may do more than its weights say.
+_LINEAR_TYPES = (nn.Linear, ScriptableLinear)
+# Where an nn.Module keeps what it registers.
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
+class UnsupportedHeadError(ValueError):
+    """A model whose classifier an HPM head cannot replace; the message says what it met there and why."""
+
+
+class HPMMixin(nn.Module):
+    """What a timm model's class gains from `add_hpm_head`: its `reset_classifier` makes HPM heads.
+
+    Instances have the attribute `head_config`, what makes another head of the same kind, also after a time without one.
+    The class has no annotations of its own: TorchScript would read them in the place of the model's.
+    """
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
+
+        Device, dtype and training mode stay.
+
+        Arguments:
+            num_classes: number of classes; 0 for no head.
+            args, kwargs: as the model's own `reset_classifier` takes them, `global_pool` first.
+
+        Raises:
+            UnsupportedHeadError: a head that an HPM head cannot replace, as without pooling. The model is then as
+                before, as it is after any other error.
+        """
+        base: Any = super()
+        with _all_or_nothing(self):
+            if head_name(self) is not None:
+                self.head_config = _take_head(self)
+            base.reset_classifier(num_classes, *args, **kwargs)
+            if num_classes > 0:
+                _put_head(self, self.head_config)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters that weight decay would spoil: the model's own, and the scale of the head."""
+        inherited: Any = getattr(super(), "no_weight_decay", set)()
+        name = head_name(self)
+        return set(inherited) | (set() if name is None else {f"{name}.log_scale"})
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles the class as a function of the class it came from, which any process can import."""
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        return _blank_instance, (_base_class(type(self)),), *reduced[2:]
+
+
+@cache
+def _hpm_class(base: type) -> Any:
+    """Returns the subclass of a model's class that has an HPM head, always the same one."""
+    return type(f"HPM{base.__name__}", (HPMMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def _base_class(hpm_class: type) -> Any:
+    """Returns the class that `_hpm_class` was given: a mixin comes first among the bases."""
+    return hpm_class.__bases__[1]
+
+
+def _blank_instance(base: type) -> nn.Module:
+    """Returns an instance for unpickling to fill."""
+    hpm_class = _hpm_class(base)
+    return hpm_class.__new__(hpm_class)
+
+
+class _ProjectPooled(nn.Module):
+    """Mixin of an attention pooling that projects the pooled token only; timm's project every token, and pool then."""
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Returns the logits (B, C) of a map `x` (B, channels, H, W), or the head's input (B, d) if `pre_logits`."""
+        x = self.attend(x, pre_logits=True)  # type: ignore[operator]
+        return x if pre_logits else self.proj(x)  # type: ignore[operator]
+
+
+def _named_attend(forward: Any) -> Any:
+    """Returns a copy of a pooling's forward under the name `attend`: TorchScript knows no super()."""
+    attend = FunctionType(forward.__code__, forward.__globals__, "attend", forward.__defaults__)
+    attend.__annotations__ = forward.__annotations__
+    return attend
+
+
+class HPMAttentionPool2d(_ProjectPooled, AttentionPool2d):
+    """timm's `AttentionPool2d` with an HPM head as its projection."""
+
+    attend = _named_attend(AttentionPool2d.forward)
+
+
+class HPMRotAttentionPool2d(_ProjectPooled, RotAttentionPool2d):
+    """timm's `RotAttentionPool2d` with an HPM head as its projection."""
+
+    attend = _named_attend(RotAttentionPool2d.forward)
+
+
+_ATTENTION_POOLS: dict[type, Any] = {
+    AttentionPool2d: HPMAttentionPool2d,
+    RotAttentionPool2d: HPMRotAttentionPool2d,
+}
+
+
+def is_equipped(model: nn.Module) -> bool:
+    """Returns whether a model makes HPM heads by itself, also if it has none at present (`num_classes=0`)."""
+    return hasattr(model, "head_config") or head_name(model) is not None
+
+
+def add_hpm_head(
+        model: nn.Module,
+        *,
+        mix: float = 0.5,
+        ema_decay: float = 0.99,
+        inference: str = "batch",
+) -> nn.Module:
+    """Replaces the classifier of a timm model by an HPM head, in place, and returns the model.
+
+    The head takes over the classifier's own weight and bias: until it is fitted, the model answers exactly as before.
+    From then on `reset_classifier` makes HPM heads of the same kind. A model without classes (`num_classes=0`) gets its
+    head by `reset_classifier(num_classes)`.
+
+    Arguments:
+        model: a timm model with one linear classifier (or a 1x1 convolution) on pooled features.
+        mix: see `HPMHead`.
+        ema_decay: see `HPMHead`.
+        inference: see `HPMHead`.
+
+    Raises:
+        UnsupportedHeadError: the model's head is of another kind. The model is then as before.
+        ValueError: what `HPMHead` refuses, or a model that is equipped already (the `hpm_*` models are).
+    """
+    kind = type(model).__name__
+    if is_equipped(model):
+        raise ValueError(f"{kind} has an HPM head already, or will have one after reset_classifier(num_classes); to "
+                         "change it, set find_head(model).mix, .ema_decay or .inference, or call remove_hpm_head first")
+    if not hasattr(type(model), "reset_classifier"):
+        raise UnsupportedHeadError(f"{kind} is no timm classifier: it has no reset_classifier. Give the timm model "
+                                   "itself, before it is wrapped or compiled")
+    num_classes: Any = getattr(model, "num_classes", 0)
+    config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
+    if num_classes > 0:
+        _put_head(model, config)
+    base: Any = type(model)
+    model.__class__ = _hpm_class(base)
+    model.head_config = config  # type: ignore[assignment]
+    return model
+
+
+def remove_hpm_head(model: nn.Module) -> nn.Module:
+    """Undoes `add_hpm_head`, in place, and returns the model, which answers exactly as its head did in the mode "fc".
+
+    Raises:
+        ValueError: a model that `add_hpm_head` has not changed. The native networks (`PreActNet`) have no other class
+            to go back to.
+    """
+    if not isinstance(model, HPMMixin):
+        reason = "it is built around one" if is_equipped(model) else "it has none"
+        raise ValueError(f"{type(model).__name__} has no HPM head to remove: {reason}. Expected what add_hpm_head "
+                         "returned. For the answers of the FC classifier, set find_head(model).inference = 'fc'")
+    if head_name(model) is not None:
+        _take_head(model)
+    del model.head_config
+    model.__class__ = _base_class(type(model))
+    return model
+
+
+def find_classifier(model: nn.Module) -> str:
+    """Returns the dotted path of the layer that an HPM head can replace.
+
+    Raises:
+        UnsupportedHeadError: no such layer, or more than one; the message says what stands there.
+    """
+    kind = type(model).__name__
+    classifiers = _classifiers(model)
+    if len(classifiers) != 1:
+        found = ", ".join(f"{name} ({type(module).__name__})" for name, module in classifiers.items()) or "none"
+        raise UnsupportedHeadError(f"{kind} has {len(classifiers)} classifiers: {found}. An HPM head replaces exactly "
+                                   "one, whose answer is the model's")
+    (name, classifier), = classifiers.items()
+    holders = _holders(model, name)
+    if any(_is_off(pool) for holder in holders for pool in (getattr(holder, "global_pool", None),
+                                                            getattr(holder, "pool_type", None))):
+        raise UnsupportedHeadError(f"the classifier {name} of {kind} sees features without pooling (global_pool is "
+                                   "''). An HPM head needs pooled ones: pass a global_pool such as 'avg'")
+    if isinstance(classifier, nn.Conv2d):
+        width, classes = classifier.in_channels, classifier.out_channels
+        pointwise = classifier.weight.shape == (classes, width, 1, 1) and classifier.padding == (0, 0)
+        if not pointwise or not isinstance(getattr(holders[-1], "global_pool", None), SelectAdaptivePool2d):
+            raise UnsupportedHeadError(f"the classifier {name} of {kind} is a convolution; expected a 1x1 one behind "
+                                       "timm's SelectAdaptivePool2d, or a linear layer")
+    elif type(classifier) in _LINEAR_TYPES:
+        width, classes = classifier.in_features, classifier.out_features  # type: ignore[assignment]
+    else:
+        raise UnsupportedHeadError(f"the classifier {name} of {kind} is a {type(classifier).__name__}; expected a "
+                                   "linear layer or a 1x1 convolution")
+    # A wrapper around the layer has a width of its own in front, as MetaFormer's MLP.
+    direct = any(module is classifier for module in _answers(model))
+    expected = getattr(model, "head_hidden_size", width) if direct else width
+    if (width, classes) != (expected, model.num_classes):
+        raise UnsupportedHeadError(f"the classifier {name} of {kind} takes {width} features and has {classes} classes; "
+                                   f"expected the model's {expected} (head_hidden_size) and {model.num_classes}")
+    return name
+
+
+def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the classifiers that a model says it has, by their paths: in its cfg, else by get_classifier."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    modules = dict(model.named_modules())
+    paths = [name for name in ((named,) if isinstance(named, str) else named) if name in modules]
+    if paths:
+        return {name: modules[name] for name in paths}
+    answers = _answers(model)
+    return {name: module for name, module in modules.items() if any(module is answer for answer in answers)}
+
+
+def _answers(model: nn.Module) -> list[nn.Module]:
+    """Returns what a model's get_classifier answers, as a list; empty where it has none."""
+    answer: Any = getattr(model, "get_classifier", list)()
+    return list(answer) if isinstance(answer, (list, tuple, nn.ModuleList)) else [answer]
+
+
+def _holders(model: nn.Module, path: str) -> list[Any]:
+    """Returns the modules around the one at `path`, from the model to its parent."""
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+
+
+def _is_off(pool: Any) -> bool:
+    """Returns whether a pooling, given as a module or by timm's name, lets its input through."""
+    return getattr(pool, "pool_type", pool) == ""
+
+
+def _put_head(model: nn.Module, config: dict[str, Any]) -> None:
+    """Puts an HPM head of the kind `config` into the classifier's place, with the classifier's own parameters."""
+    name = find_classifier(model)
+    classifier: Any = model.get_submodule(name)
+    kind = HPMConvHead if isinstance(classifier, nn.Conv2d) else HPMHead
+    weight, bias = classifier.weight, classifier.bias
+    head = kind(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype, **config)
+    head.weight, head.bias = weight, bias
+    _replace(model, name, head)
+
+
+def _take_head(model: nn.Module) -> dict[str, Any]:
+    """Puts a plain classifier with the head's weight and bias into the head's place; returns the head's config."""
+    name: Any = head_name(model)
+    head: Any = model.get_submodule(name)
+    has_bias = head.bias is not None
+    plain: Any
+    if isinstance(head, HPMConvHead):
+        plain = nn.Conv2d(head.in_features, head.out_features, 1, bias=has_bias, device="meta")
+    else:
+        plain = nn.Linear(head.in_features, head.out_features, bias=has_bias, device="meta")
+    plain.weight, plain.bias = head.weight, head.bias
+    _replace(model, name, plain)
+    return head.config()
+
+
+def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:
+    """Sets the module at the path `name`, in the training mode of the one that stood there."""
+    parent = _holders(model, name)[-1]
+    leaf = name.rpartition(".")[2]
+    before = getattr(parent, leaf)
+    setattr(parent, leaf, classifier.train(before.training))
+    # Plain classifiers also take maps of one pixel, or tokens of which one is picked afterwards; an HPM head does not.
+    if isinstance(classifier, HPMConvHead):
+        parent.global_pool.flatten = nn.Flatten(1)
+    elif isinstance(before, HPMConvHead):
+        parent.global_pool.flatten = nn.Identity()
+    elif isinstance(classifier, HPMHead):
+        parent.__class__ = _ATTENTION_POOLS.get(type(parent), type(parent))
+    elif isinstance(parent, _ProjectPooled):
+        parent.__class__ = _base_class(type(parent))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Gives a model's modules their classes and attributes back, if the block raises."""
+    before = [
+        (module, type(module), dict(vars(module)), [dict(vars(module)[name]) for name in _REGISTRIES])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, registries in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in zip(_REGISTRIES, registries, strict=True):
+                attributes[name].clear()
+                attributes[name].update(content)
+        raise

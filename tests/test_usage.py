@@ -1,0 +1,220 @@
+"""All the ways a timm model is used, each with an answer equal to that of the model itself."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_hpm import INFERENCE_MODES, HPMHead, find_head
+
+# A native network in both layouts.
+MODELS = ("hpm_wrn10_2.untrained", "hpm_wrn10_2.untrained_deepmind")
+SIZE = 32
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    """Returns a model in eval mode with prototypes and, where it has any, BatchNorm statistics that hide nothing."""
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    model.eval()
+    head = find_head(model)
+    features = model.forward_head(model.forward_features(images(64)), pre_logits=True).detach()
+    # Weights of the features' size, so that the classifier predicts all sorts of classes, and none by a hair.
+    nn.init.normal_(head.weight, std=3 / features.std(dim=0).norm().item())
+    nn.init.constant_(head.bias, 0.0)
+    head.bias.data.sub_(head.fc_logits(features).mean(dim=0))
+    head.set_prototypes(features[:10])
+    head.log_scale.data.fill_(-(features - features[0]).square().sum(dim=1).mean().log().item())
+    assert len(head.fc_logits(features).argmax(dim=1).unique()) > 3
+    return model
+
+
+def images(batch: int) -> Tensor:
+    """Returns normalised images (batch, 3, SIZE, SIZE), each of another contrast."""
+    return torch.randn(batch, 3, SIZE, SIZE) * torch.rand(batch, 3, 1, 1) * 2 + torch.randn(batch, 3, 1, 1)
+
+
+def assert_same_answers(other, model: nn.Module, *batches: int) -> None:
+    """Asserts that `other` maps images of each batch size to the logits of `model`."""
+    for batch in batches:
+        x = images(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# Compilers and exports
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_as_one_graph(name):
+    model = build(name)
+    assert_same_answers(torch.compile(model, fullgraph=True, backend="aot_eager"), model, 4, 7)
+
+
+@pytest.mark.slow  # inductor's C++ compiler
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_by_inductor(name):
+    model = build(name)
+    assert_same_answers(torch.compile(model, fullgraph=True), model, 4, 7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_with_a_dynamic_batch(name):
+    model = build(name)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (images(4),), dynamic_shapes=({0: batch},)).module()
+    assert_same_answers(exported, model, 2, 4, 9, 64)
+
+
+def onnx_runner(model: nn.Module, example: Tensor, path: Path):
+    """Returns `model` as onnxruntime runs it, exported with a dynamic batch."""
+    torch.onnx.export(model, (example,), path, input_names=["x"], dynamo=True, verbose=False,
+                      dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx_with_another_batch_than_the_traced_one(name, tmp_path):
+    model = build(name)
+    assert_same_answers(onnx_runner(model, images(4), tmp_path / "model.onnx"), model, 2, 4, 9)
+
+
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_onnx_of_a_head_in_every_mode(inference, tmp_path):
+    head = HPMHead(16, 10, inference=inference).eval()
+    head.set_prototypes(torch.randn(10, 16))
+    run = onnx_runner(head, torch.randn(4, 16), tmp_path / "head.onnx")
+    for batch in (2, 4, 9):
+        features = torch.randn(batch, 16)
+        torch.testing.assert_close(run(features), head(features), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_script(name):
+    model = build(name)
+    assert_same_answers(torch.jit.script(model), model, 1, 4, 9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trace_with_another_batch_than_the_traced_one(name):
+    model = build(name)
+    assert_same_answers(torch.jit.trace(model, images(4)), model, 1, 4, 9)
+
+
+# Memory formats, precision and devices
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_last(name):
+    model = build(name)
+    other = deepcopy(model).to(memory_format=torch.channels_last)
+    assert_same_answers(lambda x: other(x.contiguous(memory_format=torch.channels_last)), model, 1, 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name):
+    model = build(name)
+    x = images(32)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.forward_head(model.forward_features(x), pre_logits=True)
+            logits = model(x)
+        # The backbone rounds; the head must add nothing to that.
+        of_these_features = find_head(model)(features.float())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, of_these_features, rtol=1e-5, atol=1e-5)
+    assert (logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_under_grad_checkpointing(name):
+    model = build(name)
+    other = deepcopy(model)
+    other.set_grad_checkpointing()
+    x = images(4)
+    for net in (model, other):
+        net(x).square().mean().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+WORKER = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+folder = sys.argv[1]
+model, x, y = torch.load(f"{folder}/inputs.pt", weights_only=False)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+rows = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
+logits = parallel(x[rows])
+torch.nn.functional.cross_entropy(logits, y[rows]).backward()
+torch.save((logits.detach(), [p.grad for p in model.parameters()], model.state_dict()), f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ddp_on_two_processes(name, tmp_path):
+    model, x, y = build(name), images(8), torch.arange(8)
+    torch.save((model, x, y), tmp_path / "inputs.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    str(tmp_path / "worker.py"), str(tmp_path)], check=True, timeout=300, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    # Each process answers for its own half, and both have the mean of the two gradients.
+    halves = [model(half) for half in x.split(4)]
+    losses = [nn.functional.cross_entropy(logits, half) for logits, half in zip(halves, y.split(4), strict=True)]
+    torch.stack(losses).mean().backward()
+    for rank, logits in enumerate(halves):
+        theirs, gradients, their_state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(theirs, logits.detach(), rtol=1e-4, atol=1e-4)
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+        assert all(torch.equal(their_state[key], value) for key, value in state.items())
+
+
+# Parts of a model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_is_what_follows_its_input(name):
+    model, x = build(name), images(4)
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert features.shape == (4, model.head_hidden_size) == (4, find_head(model).in_features)
+    assert torch.equal(find_head(model)(features), model(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_intermediates_end_in_the_features(name):
+    model, x = build(name), images(4)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(model.forward_head(final), model(x))
+    assert len(maps) >= 3 and all(len(level) == 4 for level in maps)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_only(name):
+    model = timm.create_model(name, features_only=True).eval()
+    maps = model(images(2))
+    assert len(maps) >= 3
+    assert [level.shape[1] for level in maps] == model.feature_info.channels()
+    assert [SIZE // level.shape[2] for level in maps] == model.feature_info.reduction()

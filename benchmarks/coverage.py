@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which of timm's architectures take an HPM head: walks all those with pretrained weights, without their weights.
 
-    python benchmarks/coverage.py                            # about 10 minutes on one CPU core; rewrites docs/coverage.md
+    python benchmarks/coverage.py                       # about 10 minutes on one CPU core; rewrites docs/coverage.md
     python benchmarks/coverage.py --filter 'resnet*' --output -
 
 Each architecture is made on the meta device with 10 classes and given an HPM head. It counts if a forward pass shows

@@ -74,6 +74,12 @@ class HPMHead(nn.Linear):
         """Returns the logits (B, C) of the FC classifier, for `features` (B, d)."""
         return F.linear(features, self.weight, self.bias)
 
+    def float_fc_logits(self, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of the FC classifier in float32, whatever the autocast, for float32 `features`."""
+        # Its arg-max moves prototypes: what would be rounding of a logit elsewhere is another answer here.
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear_without_autocast(features, self.weight.float(), bias)
+
     def scale(self) -> Tensor:
         """Returns the positive scale s (), in float32."""
         return self.log_scale.float().exp()
@@ -86,9 +92,7 @@ class HPMHead(nn.Linear):
         if self.inference == "fc":
             return self.fc_logits(features)
         z, prototypes = features.float(), self.prototypes.float()
-        # Its arg-max moves prototypes: what would be rounding of a logit elsewhere is another answer here.
-        bias = None if self.bias is None else self.bias.float()
-        fc_logits = functional.linear_without_autocast(z, self.weight.float(), bias)
+        fc_logits = self.float_fc_logits(z)
         if self.inference == "dataset":
             logits = functional.l2_logits(z, prototypes, self.scale())
         elif self.inference == "sample":
@@ -181,10 +185,21 @@ class HPMHead(nn.Linear):
                 f"inference={self.inference!r}")
 
 
+@torch.fx.wrap
+def conv_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns the convolution of `x` (B, d, 1, 1), like `functional.linear_without_autocast`."""
+    if not torch.jit.is_scripting():
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return F.conv2d(x, weight, bias)
+    return F.conv2d(x, weight, bias)
+
+
 class HPMConvHead(HPMHead):
     """An HPM head in the place of a 1x1 convolution, whose `weight` (num_classes, in_features, 1, 1) it has.
 
-    Its FC mode is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for all else.
+    Its FC classifier is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for all else.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = True, **kwargs: Any):
@@ -194,6 +209,11 @@ class HPMConvHead(HPMHead):
     def fc_logits(self, features: Tensor) -> Tensor:
         """Returns the logits (B, C) of the FC classifier, for `features` (B, d)."""
         return F.conv2d(features[:, :, None, None], self.weight, self.bias).flatten(1)
+
+    def float_fc_logits(self, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) of the FC classifier in float32, whatever the autocast, for float32 `features`."""
+        bias = None if self.bias is None else self.bias.float()
+        return conv_without_autocast(features[:, :, None, None], self.weight.float(), bias).flatten(1)
 
 
 def find_head(model: nn.Module) -> HPMHead:

@@ -169,8 +169,8 @@ def test_distances_by_inner_products_are_those_to_the_mixed_prototypes(batch, so
 
 
 def test_which_way_is_taken_makes_no_difference():
-    few, many = torch.randn(6, 32), torch.randn(64, 32)  # 6·(16 + 32) < 16·32 < 64·(16 + 32)
-    prototypes = torch.randn(16, 32)
+    few, many = torch.randn(6, 256), torch.randn(200, 256)  # 6·(250 + 256) < 250·256 < 200·(250 + 256)
+    prototypes = torch.randn(250, 256)
     for z in (few, many):
         assignment = functional.straight_through_assignment(z @ prototypes.t())
         presence = functional.hard_presence(assignment)

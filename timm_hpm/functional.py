@@ -108,11 +108,12 @@ def mixed_squared_distances(
 ) -> Tensor:
     """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; the arguments of `batch_logits`."""
     num_classes, width = prototypes.shape
-    few_images = features.shape[0] * (num_classes + width) < num_classes * width
+    # Where they are small it is the number of operations that counts.
+    choose = num_classes * width > 50_000
     if not torch.jit.is_scripting():
-        # A traced graph shall serve any batch size, and cannot choose.
-        few_images = not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and few_images
-    if few_images:
+        # A traced graph shall serve any batch size.
+        choose = not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and choose
+    if choose and features.shape[0] * (num_classes + width) < num_classes * width:
         return mixed_squared_distances_by_products(features, assignment, presence, prototypes, mix)
     mixed = mix_prototypes(prototypes, batch_prototypes(features, assignment), presence, mix)
     return squared_distances(features, mixed)

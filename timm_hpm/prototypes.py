@@ -93,15 +93,17 @@ def fit_prototypes(
 def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
     """Returns the log of the scale s > 0 that minimises the NLL of the logits −s·D, and that NLL in nats.
 
-    The NLL is convex in s, so bisection on its derivative, the mean of D_y − E[D], finds the minimum; the result is
-    kept within e^±20 where none exists (every image right, or labels that distances say nothing about).
+    One more image of every label at once, 1/C of each, is counted in: where all N images are right no scale would be
+    the best, and a huge one would leave attacks and training without a gradient. The sum is convex in s, so bisection
+    on its derivative finds the minimum, within e^±20.
 
     Arguments:
         distances: D (N, C), squared distances.
         labels: (N,), class indices.
     """
     d = distances.double()
-    d_label = d.gather(1, labels.unsqueeze(1)).squeeze(1)
+    share = 1 / (len(d) + 1)
+    d_label = (1 - share) * d.gather(1, labels.unsqueeze(1)).squeeze(1) + share * d.mean(dim=1)
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2

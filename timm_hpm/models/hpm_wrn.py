@@ -27,7 +27,8 @@ _CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
         file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
         input_size=(1, 8, 8),
         pool_size=(1, 1),
-        mean=(0.3055,),
+        # of the training split
+        mean=(0.3053,),
         std=(0.3760,),
         origin_url="https://arxiv.org/abs/2606.01746",
         paper_ids=_PAPERS,

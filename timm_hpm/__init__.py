@@ -9,6 +9,7 @@ from . import models  # registers the models
 from .attacks import NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
 from .data import PixelModel, load_split
 from .head import INFERENCE_MODES, HPMHead, find_head, inference_mode
+from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
@@ -32,6 +33,7 @@ __all__ = [
     "mixed_surrogate_attack",
     "models",
     "pgd",
+    "register_hpm",
     "rejudge",
     "remove_hpm_head",
 ]

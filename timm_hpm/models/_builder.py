@@ -1,16 +1,35 @@
 """What the entrypoints of the `hpm_*` models share: pretrained cfgs, model arguments of a tag, and weight loading."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_pretrained,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
-from ..head import find_head, head_name
+from ..head import HPMHead, find_head, head_name
+from ..surgery import add_hpm_head
 from .preact import PreActNet
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+
+# Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
+_HEAD_ARGS = ("mix", "ema_decay", "inference")
+_HEAD_ENTRIES = ("prototypes", "num_updates", "log_scale")
+# What a pretrained cfg says about its weights, not about the network.
+_OF_WEIGHTS = (
+    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "label_offset",
+    "label_names", "label_descriptions", "description", "paper_name", "notes",
+)
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -73,6 +92,67 @@ def build_preact_net(
     )
 
 
+def build_variant(base: str, variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Returns timm's architecture `base` with an HPM head, under the cfg of the name `variant`.
+
+    The base's own entrypoint builds the network and loads its weights, so that whatever it accepts (image size,
+    channels, pooling, `features_only`, the base's own checkpoint formats) works as there; what the checkpoint says
+    about the HPM head is loaded afterwards.
+
+    Arguments:
+        base: timm's name of the architecture.
+        variant: the name with a registered pretrained cfg.
+        pretrained: whether to load weights.
+        kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
+
+    Raises:
+        UnsupportedHeadError: a base, or arguments, with another kind of head.
+        RuntimeError: a tag without weights, or a checkpoint that does not fit (by timm).
+    """
+    kwargs = dict(kwargs)
+    head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
+    asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = resolve_pretrained_cfg(variant, *asked)
+    state_dict: dict[str, Tensor] = {}
+    overlay: dict[str, Any] = {}
+    # A foreign format (`custom_load`) is read by the network itself, and knows no HPM head.
+    if pretrained and not cfg.custom_load:
+        state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
+        # The source would win over the state dict.
+        overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
+    model = model_entrypoint(base)(
+        pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
+    if overlay:
+        del model.pretrained_cfg["state_dict"]
+        if cfg.source is not None:
+            model.pretrained_cfg["source"] = cfg.source
+    if kwargs.get("features_only"):
+        return model
+    add_hpm_head(model, **head_args)
+    entries = head_entries(state_dict, model)
+    if entries:
+        head = find_head(model)
+        head.load_state_dict({"weight": head.weight, "bias": head.bias, **entries})
+    return model
+
+
+def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """Returns the state dict that timm finds for a pretrained cfg, as it stands in the file.
+
+    Raises:
+        RuntimeError: a cfg without weights (by timm).
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        found.update(state_dict)
+        return {}
+
+    source = {**cfg.to_dict(), "first_conv": None, "classifier": None}
+    load_pretrained(nn.Module(), source, filter_fn=keep, cache_dir=cache_dir)
+    return found
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Returns the entries of a checkpoint that `model` shall load; leaves `state_dict` as it is.
 
@@ -80,21 +160,63 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     cfg's (or the cfg's is overlaid by -1, which asks for a new head). Prototypes belong to the classes just as much:
 
     - a model without a head gets nothing of the checkpoint's head;
-    - a model with other classes, or a new head, gets no prototypes, update counts and scale;
+    - a model with other classes, or a new head, keeps its own prototypes, update counts and scale;
     - plain FC weights are completed with the model's own, so that they load strictly and the head of a fresh model
       answers as its FC classifier.
     """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
     name = head_name(model)
     if name is None:
-        classifier = cfg.get("classifier") or "fc"
+        classifier = _cfg(model).get("classifier") or "fc"
         return {key: value for key, value in state_dict.items() if not key.startswith(f"{classifier}.")}
-    head = find_head(model)
-    own = {f"{name}.{key}": value for key, value in head.state_dict().items() if key not in ("weight", "bias")}
-    if own.keys().isdisjoint(state_dict):
-        return {**state_dict, **own}
-    prototypes = state_dict.get(f"{name}.prototypes")
-    same_classes = prototypes is None or len(prototypes) == head.out_features
-    if same_classes and cfg.get("num_classes", head.out_features) == head.out_features:
-        return dict(state_dict)
+    entries = head_entries(state_dict, model) or own_entries(find_head(model))
+    return {**without_head_entries(state_dict, name), **{f"{name}.{key}": value for key, value in entries.items()}}
+
+
+def head_entries(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns what a checkpoint says about the HPM head of `model`, beside its weight and bias, by the head's own keys.
+
+    Empty if it says nothing, or says it about other classes than the model's, or the pretrained cfg has another number
+    of classes: stale prototypes are worse than none.
+    """
+    name = head_name(model)
+    if name is None:
+        return {}
+    entries = {key: state_dict[f"{name}.{key}"] for key in _HEAD_ENTRIES if f"{name}.{key}" in state_dict}
+    num_classes = find_head(model).out_features
+    prototypes = entries.get("prototypes")
+    if prototypes is not None and len(prototypes) != num_classes:
+        return {}
+    return entries if _cfg(model).get("num_classes", num_classes) == num_classes else {}
+
+
+def own_entries(head: HPMHead) -> dict[str, Tensor]:
+    """Returns the entries of a head's state dict beside its weight and bias."""
+    return {key: value for key, value in head.state_dict().items() if key in _HEAD_ENTRIES}
+
+
+def without_head_entries(state_dict: Mapping[str, Tensor], classifier: str | None) -> dict[str, Tensor]:
+    """Returns a checkpoint without what it says about the HPM head at `classifier` beside its weight and bias."""
+    own = {f"{classifier}.{key}" for key in _HEAD_ENTRIES}
     return {key: value for key, value in state_dict.items() if key not in own}
+
+
+def _cfg(model: nn.Module) -> dict[str, Any]:
+    """Returns the pretrained cfg of a model, empty where it has none."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    return cfg or {}
+
+
+def variant_cfg(base: str) -> PretrainedCfg | None:
+    """Returns a pretrained cfg without weights for the variant of timm's architecture `base`; None where timm has none.
+
+    How images reach the network (sizes, cropping, mean and std) is as in the base's own default cfg.
+    """
+    cfg = get_pretrained_cfg(base)
+    without_weights: dict[str, Any] = {
+        **dict.fromkeys(_OF_WEIGHTS),
+        "custom_load": False,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/huggingface/pytorch-image-models",
+        "paper_ids": "arXiv:2606.01746",
+    }
+    return cfg and dataclasses.replace(cfg, **without_weights)

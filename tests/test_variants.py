@@ -1,0 +1,332 @@
+"""The registered variants of timm's architectures: the table, what their entrypoints pass on, loading of weights."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg, save_for_hf
+from torch import nn
+
+import timm_hpm
+from timm_hpm import HPMHead, UnsupportedHeadError, find_head, register_hpm
+from timm_hpm.head import HPMConvHead, head_name
+from timm_hpm.models import hpm_timm
+from timm_hpm.models._builder import _HEAD_ARGS, _HEAD_ENTRIES
+
+VARIANTS = timm.list_models("hpm_*", module="hpm_timm")
+# timm's own small networks: one with a plain classifier, one with a norm in front, one with positions that are
+# resized while loading, and one with a 1x1 convolution.
+for _base in ("test_resnet", "test_convnext", "test_vit", "dla46x_c"):
+    register_hpm(_base)
+SIZE = {"test_resnet": 64, "test_convnext": 64, "test_vit": 160, "dla46x_c": 64}
+bases = pytest.mark.parametrize("base", SIZE)
+
+
+def fit(model: nn.Module) -> nn.Module:
+    head = find_head(model)
+    head.set_prototypes(torch.randn_like(head.prototypes))
+    nn.init.constant_(head.log_scale, -3.0)
+    return model.eval()
+
+
+# The table
+
+
+def test_the_table_is_registered():
+    assert {"hpm_resnet18", "hpm_resnet34", "hpm_resnet50", "hpm_resnet101", "hpm_wide_resnet50_2", "hpm_convnext_tiny",
+            "hpm_convnext_small", "hpm_convnext_base", "hpm_convnext_large", "hpm_convnextv2_tiny",
+            "hpm_convnextv2_base", "hpm_swin_small_patch4_window7_224", "hpm_swin_base_patch4_window7_224",
+            "hpm_swin_large_patch4_window7_224", "hpm_vit_small_patch16_224", "hpm_vit_base_patch16_224",
+            "hpm_deit3_small_patch16_224", "hpm_deit3_base_patch16_224", "hpm_xcit_small_12_p16_224",
+            "hpm_xcit_medium_24_p16_224", "hpm_xcit_large_24_p16_224", "hpm_efficientnet_b0",
+            "hpm_mobilenetv3_large_100", "hpm_regnety_016"} <= set(VARIANTS)
+    assert not any(timm.models.is_model_pretrained(name) for name in VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_its_base_with_an_hpm_head(name):
+    base = name.removeprefix("hpm_")
+    model, plain = timm.create_model(name, device="meta"), timm.create_model(base, device="meta")
+    assert isinstance(model, type(plain)) and isinstance(model.get_classifier(), HPMHead)
+
+    cfg, theirs = model.default_cfg, plain.default_cfg
+    assert (cfg["architecture"], cfg["tag"], cfg["num_classes"]) == (name, "untrained", model.num_classes)
+    for key in ("input_size", "fixed_input_size", "pool_size", "crop_pct", "interpolation", "mean", "std", "first_conv",
+                "classifier", "num_classes"):
+        assert cfg[key] == theirs[key]
+    assert not cfg.keys() & {"url", "hf_hub_id", "file"} and cfg["license"] and cfg["origin_url"] and cfg["paper_ids"]
+    assert cfg["classifier"] == head_name(model)
+    assert f"{cfg['first_conv']}.weight" in model.state_dict()
+    assert model.state_dict().keys() - plain.state_dict().keys() == {
+        f"{cfg['classifier']}.{entry}" for entry in _HEAD_ENTRIES}
+
+
+def test_the_head_s_names_are_the_head_s():
+    head = HPMHead(2, 2)
+    assert set(_HEAD_ENTRIES) == head.state_dict().keys() - nn.Linear(2, 2).state_dict().keys()
+    assert set(_HEAD_ARGS) == head.config().keys()
+
+
+def test_an_entrypoint_is_importable_and_says_what_it_is():
+    entrypoint = timm.models.model_entrypoint("hpm_resnet18")
+    assert entrypoint is hpm_timm.hpm_resnet18 and "hpm_resnet18" in hpm_timm.__all__
+    assert entrypoint.__module__ == "timm_hpm.models.hpm_timm" and "`resnet18`" in entrypoint.__doc__
+    assert pickle.loads(pickle.dumps(entrypoint)) is entrypoint
+
+
+# register_hpm
+
+
+def test_register_hpm_registers_any_other_once():
+    assert not timm.is_model("hpm_test_byobnet")
+    assert register_hpm("test_byobnet") == register_hpm("test_byobnet") == "hpm_test_byobnet"
+    assert timm.list_models("hpm_test_byobnet") == ["hpm_test_byobnet"]
+    model = timm.create_model("hpm_test_byobnet", num_classes=3, mix=0.1)
+    assert find_head(model).config() == {"mix": 0.1, "ema_decay": 0.99, "inference": "batch"}
+
+
+def test_a_base_without_classes_takes_them():
+    name = register_hpm("vit_small_patch14_dinov2")
+    headless = timm.create_model(name, device="meta", mix=0.2)
+    assert headless.num_classes == 0 and head_name(headless) is None
+    headless.reset_classifier(4)
+    model = timm.create_model(name, num_classes=4, device="meta", mix=0.2)
+    assert find_head(headless).mix == find_head(model).mix == 0.2
+    assert headless.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("base", "nearest"), [
+    ("resnet500", "resnet50"),
+    ("hpm_resnet18", "resnet18"),
+    ("resnet50.a1_in1k", "resnet50"),
+    ("swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
+])
+def test_an_unknown_base_is_refused_with_the_nearest(base, nearest):
+    with pytest.raises(ValueError, match=rf"unknown base '{base}'; expected .*nearest: .*\b{nearest}\b"):
+        register_hpm(base)
+    assert not timm.list_models(f"hpm_{base}")
+
+
+def test_nothing_is_near_to_nonsense():
+    with pytest.raises(ValueError, match=r"unknown base 'zzzzzzzz'.*see timm.list_models"):
+        register_hpm("zzzzzzzz")
+
+
+def test_a_base_with_two_heads_fails_when_it_is_made():
+    name = register_hpm("deit_tiny_distilled_patch16_224")
+    with pytest.raises(UnsupportedHeadError, match="2 classifiers: head"):
+        timm.create_model(name)
+
+
+# What the entrypoints pass on
+
+
+def test_model_arguments_pass_through():
+    model = timm.create_model("hpm_test_vit", img_size=32, in_chans=1, num_classes=3, global_pool="token",
+                              drop_rate=0.1, inference="sample", ema_decay=0.5)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert (model.global_pool, model.head_drop.p) == ("token", 0.1)
+    assert find_head(model).config() == {"mix": 0.5, "ema_decay": 0.5, "inference": "sample"}
+    with pytest.raises(ValueError, match="mix is 3"):
+        timm.create_model("hpm_test_vit", mix=3)
+    with pytest.raises(UnsupportedHeadError, match="without pooling"):
+        timm.create_model("hpm_test_vit", global_pool="")
+
+
+@bases
+def test_without_classes(base):
+    model = timm.create_model(f"hpm_{base}", num_classes=0, global_pool="", mix=0.2).eval()
+    plain = timm.create_model(base, num_classes=0, global_pool="").eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, SIZE[base], SIZE[base])
+    assert torch.equal(model(x), plain(x))
+    model.reset_classifier(3, "avg")
+    assert find_head(model).mix == 0.2 and model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "getter"])
+def test_features_only(feature_cls):
+    model = timm.create_model("hpm_test_resnet", features_only=True, feature_cls=feature_cls, mix=0.2).eval()
+    plain = timm.create_model("test_resnet", features_only=True, feature_cls=feature_cls).eval()
+    assert type(model) is type(plain) and model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for ours, theirs in zip(model(x), plain(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_same_seed_gives_the_base_s_weights():
+    torch.manual_seed(1)
+    plain = timm.create_model("test_resnet")
+    torch.manual_seed(1)
+    model = timm.create_model("hpm_test_resnet")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+# Loading
+
+
+@pytest.fixture(params=SIZE)
+def base(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def source(base):
+    """A fitted model of 10 classes."""
+    return fit(timm.create_model(f"hpm_{base}", num_classes=10))
+
+
+@pytest.fixture
+def load(base, source, tmp_path):
+    """Returns a function that creates a pretrained model from the weights of `source`."""
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+
+    def create(overlay=None, **kwargs):
+        overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 10, **(overlay or {})}
+        return timm.create_model(f"hpm_{base}", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+    return create
+
+
+def images(base, in_chans=3, size=None):
+    return torch.randn(3, in_chans, size or SIZE[base], size or SIZE[base])
+
+
+def assert_same_body(model, source, except_for=()):
+    theirs = source.state_dict()
+    head = source.default_cfg["classifier"]
+    for key, value in model.state_dict().items():
+        if not key.startswith((f"{head}.", *except_for)):
+            assert torch.equal(value, theirs[key]), key
+
+
+def test_pretrained_is_bit_equal(base, source, load):
+    model, x = load(), images(base)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), source(x)) and find_head(model).is_fitted()
+    assert model.pretrained_cfg is model.default_cfg and "state_dict" not in model.pretrained_cfg
+
+
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_other_classes_have_a_fresh_head(base, source, load, num_classes):
+    model = load(num_classes=num_classes, in_chans=1)
+    assert_same_body(model, source, (source.default_cfg["first_conv"],))
+    assert model(images(base, 1)).shape == (3, num_classes or source.head_hidden_size)
+    if num_classes:
+        head = find_head(model)
+        assert not head.is_fitted() and not head.prototypes.any() and not head.log_scale.any()
+    else:
+        model.reset_classifier(10)
+        assert not find_head(model).is_fitted()
+
+
+def test_other_channels_keep_the_head(base, source, load):
+    model = load(in_chans=1)
+    assert_same_body(model, source, (source.default_cfg["first_conv"],))
+    ours, theirs = find_head(model).state_dict(), find_head(source).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("overlay", [{"num_classes": -1}, {"num_classes": 1000}])
+def test_a_forced_new_head_keeps_no_stale_prototypes(source, load, overlay):
+    model = load(overlay, num_classes=10)
+    assert_same_body(model, source)
+    head = find_head(model)
+    assert not torch.equal(head.weight, find_head(source).weight)
+    assert not head.is_fitted() and not head.prototypes.any() and not head.log_scale.any()
+
+
+def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, load, tmp_path):
+    plain = timm.create_model(base, num_classes=10).eval()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    model, x = load({"file": str(tmp_path / "plain.safetensors")}), images(base)
+    assert not find_head(model).is_fitted()
+    assert torch.equal(model(x), plain(x))
+    keys = model.load_state_dict(plain.state_dict(), strict=False)
+    assert set(keys.missing_keys) == {f"{head_name(model)}.{entry}" for entry in _HEAD_ENTRIES}
+    assert not keys.unexpected_keys
+
+
+def test_weights_of_a_head_load_into_the_plain_base(base, source):
+    plain, x = timm.create_model(base, num_classes=10).eval(), images(base)
+    keys = plain.load_state_dict(source.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert set(keys.unexpected_keys) == {f"{head_name(source)}.{entry}" for entry in _HEAD_ENTRIES}
+    with timm_hpm.inference_mode(source, "fc"):
+        assert torch.equal(plain(x), source(x))
+
+
+def test_pretrained_features_only(base, source, load):
+    maps = load(features_only=True, feature_cls="getter")(images(base))
+    torch.manual_seed(0)
+    assert all(features.isfinite().all() for features in maps)
+    x = images(base)
+    ours = load(features_only=True, feature_cls="getter", out_indices=(-1,))(x)
+    assert torch.equal(ours[0], source.forward_intermediates(x, indices=1, intermediates_only=True)[0])
+
+
+def test_checkpoint_path_and_a_folder(base, source, tmp_path):
+    x = images(base)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "checkpoint.pth")
+    model = timm.create_model(f"hpm_{base}", num_classes=10, checkpoint_path=tmp_path / "checkpoint.pth").eval()
+    assert torch.equal(model(x), source(x))
+
+    source = fit(timm.create_model(f"hpm_{base}", num_classes=10, mix=0.25))
+    save_for_hf(source, tmp_path / "hub", safe_serialization=True,
+                model_config={"model_args": {"mix": 0.25, "num_classes": 10}})
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert find_head(model).mix == 0.25 and torch.equal(model(x), source(x))
+    assert model.pretrained_cfg["source"] == "local-dir"
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=4).eval()
+    assert model(x).shape == (3, 4) and not find_head(model).is_fitted()
+
+
+def test_a_damaged_head_does_not_load(source, load, tmp_path):
+    name = head_name(source)
+    damaged = {key: value for key, value in source.state_dict().items() if key != f"{name}.num_updates"}
+    save_file(damaged, tmp_path / "damaged.safetensors")
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"num_updates\""):
+        load({"file": str(tmp_path / "damaged.safetensors")})
+
+
+def test_positions_of_another_image_size_are_resized_while_loading(tmp_path):
+    source = fit(timm.create_model("hpm_test_vit", num_classes=10))
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 10}
+    model = timm.create_model("hpm_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, img_size=64).eval()
+    assert model.pos_embed.shape != source.pos_embed.shape
+    assert torch.equal(find_head(model).prototypes, find_head(source).prototypes)
+    assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_a_foreign_format_of_the_base_is_converted(tmp_path):
+    """Facebook's ConvNeXt checkpoints have other names; timm's own filter renames them."""
+    plain = timm.create_model("convnext_atto", num_classes=10).eval()
+    theirs = {}
+    for key, value in plain.state_dict().items():
+        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
+        key = key.replace(".downsample.", ".downsample_layers.").replace(".conv_dw.", ".dwconv.")
+        for stage in range(4):
+            key = key.replace(f"stages.{stage}.blocks.", f"stages.{stage}.")
+            key = key.replace(f"stages.{stage}.downsample_layers.", f"downsample_layers.{stage}.")
+        theirs[key.replace(".mlp.fc1.", ".pwconv1.").replace(".mlp.fc2.", ".pwconv2.")] = value
+    torch.save({"model": theirs}, tmp_path / "theirs.pth")
+    overlay = {"file": str(tmp_path / "theirs.pth"), "num_classes": 10}
+    model = timm.create_model(register_hpm("convnext_atto"), pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_tag_without_weights_says_so():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for hpm_resnet18"):
+        timm.create_model("hpm_resnet18", pretrained=True)
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.create_model("hpm_resnet18.a1_in1k", pretrained=True)
+
+
+def test_convolution_variants_have_a_convolution_s_head():
+    assert type(find_head(timm.create_model("hpm_dla46x_c"))) is HPMConvHead
+    assert get_pretrained_cfg("hpm_dla46x_c").classifier == "fc"

@@ -11,14 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.utils import ParseKwargs
 
 import timm_hpm
 from timm_hpm.attacks import COMPONENTS, SURROGATES
+from timm_hpm.attacks.msa import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, data_source
 from timm_hpm.files import writable_folder, write_text
+from timm_hpm.models.create import create_model, load_checkpoint, usable_device
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
     args = parse_args(argv)
+    if args.rejudge and args.inference:
+        raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
     model = load_model(args)
     if args.rejudge:
         return rejudge(model, args.rejudge)
@@ -72,8 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < count <= len(images):
         raise ValueError(f"--num-images is {args.num_images}; the split {args.split} of {args.dataset} "
                          f"has {len(images)} images (0 for all)")
+    if model.num_classes != source.num_classes:
+        raise ValueError(f"{args.model} has {model.num_classes} classes and {args.dataset} {source.num_classes}; "
+                         f"choose another, or give --model-kwargs num_classes={source.num_classes} with a --checkpoint")
     now = datetime.now()
     output = writable_folder(args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}")
+    for name in ("report.json", "adversarial.safetensors"):
+        if (output / name).exists():
+            raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, or remove it")
     if args.inference:
         timm_hpm.find_head(model).inference = args.inference
     report = timm_hpm.mixed_surrogate_attack(
@@ -92,13 +101,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_model(args: argparse.Namespace) -> Any:
     """Returns the model of the command line, in eval mode."""
+    device = usable_device(args.device)
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    model = timm.create_model(args.model, pretrained=pretrained, **args.model_kwargs)
+    model = create_model(args.model, pretrained=pretrained, **args.model_kwargs)
     if args.checkpoint:
-        if not Path(args.checkpoint).is_file():
-            raise ValueError(f"--checkpoint {args.checkpoint} is not a file")
-        timm.models.load_checkpoint(model, args.checkpoint, weights_only=True)
-    return model.to(args.device).eval()
+        load_checkpoint(model, args.checkpoint)
+    return model.to(device).eval()
 
 
 def weights_of(model: Any, args: argparse.Namespace) -> str:
@@ -113,6 +121,9 @@ def weights_of(model: Any, args: argparse.Namespace) -> str:
 def rejudge(model: torch.nn.Module, folder: Path) -> int:
     """Judges saved candidates again and prints whether they give the report's verdicts; returns the exit code."""
     report = timm_hpm.AttackReport.load(folder / "report.json")
+    if saved_protocol(folder / "adversarial.safetensors") != report.protocol:
+        raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
+                         "again with --save-adversarial")
     verdicts = timm_hpm.rejudge(model, folder / "adversarial.safetensors")
     different = [name for name, row in verdicts.items() if row != report.correct[name]]
     if different:

@@ -44,7 +44,7 @@ def passes(split: SplitModel, images: torch.Tensor, forward: int, backward: int)
 def main() -> None:
     """Prints the ratios."""
     images, labels = (part[:100] for part in timm_hpm.load_split("digits", "val").tensors)
-    split = SplitModel(timm_hpm.PixelModel(timm.create_model("hpm_wrn10_2", pretrained=True).eval()))
+    split = SplitModel(timm_hpm.PixelModel(timm.create_model("hpm_wrn10_2", pretrained=True).eval()), images)
     together, apart = [list(SURROGATES)], [[name] for name in SURROGATES]
     attack(split, together, images, labels)
     side_by_side, over_passes = [], []

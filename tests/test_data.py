@@ -207,3 +207,15 @@ def test_random_shift_keeps_images_apart_and_by_zero_pixels_is_the_identity():
     assert torch.equal(random_shift(images, 0), images)
     for image, result in zip(images, random_shift(images, 1), strict=True):
         assert any(torch.equal(result, shifted(image, down, right)) for down in (-1, 0, 1) for right in (-1, 0, 1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_pixel_model_is_in_the_mode_of_its_model(training):
+    model = timm.create_model("hpm_wrn10_2").train(training)
+    assert PixelModel(model).training is training and model.training is training
+
+
+def test_images_of_other_channels_than_the_mean_are_refused():
+    model = timm.create_model("hpm_wrn10_2.untrained").eval()
+    with pytest.raises(ValueError, match=r"images have 1 channels, the model's mean and std 3; .*PixelModel"):
+        PixelModel(model)(torch.rand(2, 1, 32, 32))

@@ -227,7 +227,7 @@ def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
 def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surrogate):
     pixel_model = timm_hpm.PixelModel(digits_model)
-    split = SplitModel(pixel_model)
+    split = SplitModel(pixel_model, digits[0])
     batch = AttackBatch(split, ["fc", surrogate], *digits)
     moved = (digits[0] + 0.2 * torch.rand_like(digits[0])).clamp(0, 1)
     # Rows 24 and up belong to the second surrogate; row 3 stands at its new point when the others are asked.
@@ -248,7 +248,7 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
 def test_passes_of_an_unbreakable_point_are_what_the_components_cost():
     model, images, labels = linear_problem(5, num_images=4)
     labels = model(images).argmax(dim=1)
-    split = SplitModel(model)
+    split = SplitModel(model, images)
     costs = {}
     for name, component in COMPONENTS.items():
         before = split.forward_passes, split.backward_passes

@@ -219,6 +219,6 @@ def test_writable_folder_makes_it_and_leaves_it_empty(tmp_path):
 def test_writable_folder_names_the_folder_that_a_file_stands_in_the_way_of(tmp_path, below):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / below
-    with pytest.raises(OSError, match=r"Choose another with --output") as error:
+    with pytest.raises(OSError, match=r"Choose another \(--output\)") as error:
         writable_folder(folder)
     assert str(error.value).startswith(f"cannot write into the output folder {folder}: ")

@@ -54,11 +54,23 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     assert evaluate_main(["--rejudge", str(folder)]) == 0
     assert "every verdict as in the report" in capsys.readouterr().out
 
+    with pytest.raises(ValueError, match=r"the model's mix is 0.0, that of .* is 0.5"):
+        evaluate_main(["--rejudge", str(folder), "--model-kwargs", "mix=0.0"])
+
     data = json.loads((folder / "report.json").read_text())
     data["correct"]["fc/apgd-ce"] = data["correct"]["fc/apgd-ce"].translate(str.maketrans("01", "10"))
     (folder / "report.json").write_text(json.dumps(data))
     assert evaluate_main(["--rejudge", str(folder)]) == 1
     assert "judged otherwise than in the report: fc/apgd-ce" in capsys.readouterr().out
+
+    data["protocol"]["seed"] = 7
+    (folder / "report.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="are of different runs"):
+        evaluate_main(["--rejudge", str(folder)])
+    candidates = folder / "adversarial.safetensors"
+    candidates.write_bytes(candidates.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate_main(["--rejudge", str(folder)])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -72,13 +84,21 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
     (["--surrogates", "hard"], "unknown surrogate 'hard'"),
     (["--attacks", "pgd"], "unknown attack 'pgd'"),
-    (["--checkpoint", "missing.safetensors"], "--checkpoint missing.safetensors is not a file"),
+    (["--checkpoint", "missing.safetensors"], "the checkpoint missing.safetensors is not a file"),
     (["--rejudge", "missing"], "missing/report.json"),
+    (["--rejudge", "missing", "--inference", "fc"], "leave out --inference"),
+    (["--model", "nosuch"], "cannot create the model 'nosuch'"),
+    (["--device", "foo"], "the device 'foo' cannot be used"),
+    (["--model", "resnet18", "--no-pretrained"], "resnet18 has 1000 classes and digits 10"),
+    (["--model", "resnet18", "--no-pretrained", "--model-kwargs", "num_classes=10"], "images have 1 channels"),
+    (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
                                                         evaluate_main):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "adversarial.safetensors").touch()
     with pytest.raises((ValueError, OSError)) as error:
         evaluate_main(arguments)
     assert message in str(error.value)
@@ -117,6 +137,10 @@ def test_a_trained_model_is_what_evaluate_takes(tmp_path):
     ({"threat": "Linf:9"}, "eps is 9.0 for Linf"),
     ({"model_args": {"num_classes": 4}}, "has 4 classes and digits 10"),
     ({"model": "test_resnet.r160_in1k"}, "has no HPM head"),
+    ({"model": "nosuch"}, "cannot create the model 'nosuch'"),
+    ({"shift": -1}, "shift is -1; expected at least 0"),
+    ({"epochs": 0}, "of 0 epochs"),
+    ({"batch_size": 2000}, "batch_size is 2000; expected at most the 1077 training images"),
 ])
 def test_train_refuses_options_that_do_not_fit(changes, message, tmp_path):
     from timm_hpm.training.loop import TrainConfig, train

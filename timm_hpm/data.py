@@ -95,6 +95,7 @@ class PixelModel(nn.Module):
         if not (values["std"] > 0).all():
             raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers")
         self.model = model
+        self.train(model.training)
         parameter = next(model.parameters(), None)
         device = None if parameter is None else parameter.device
         self.mean: Tensor
@@ -107,7 +108,14 @@ class PixelModel(nn.Module):
         return self.model(self.normalise(pixels)).float()
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1]."""
+        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1].
+
+        Raises:
+            ValueError: another number of channels than the model's mean and std have.
+        """
+        if pixels.shape[1] != len(self.mean):
+            raise ValueError(f"images have {pixels.shape[1]} channels, the model's mean and std {len(self.mean)}; "
+                             "convert the images, or give mean and std for them: PixelModel(model, mean=..., std=...)")
         parameter = next(self.model.parameters(), None)
         normalised = (pixels - self.mean) / self.std
         return normalised if parameter is None else normalised.to(parameter.dtype)
@@ -132,6 +140,14 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
     if isinstance(model, PixelModel) or not getattr(model, "pretrained_cfg", None):
         return model
     return PixelModel(model)
+
+
+def check_answers_alike(model: nn.Module) -> None:
+    """Raises a ValueError unless every part of `model` is in eval mode: a judge must not change what it judges."""
+    in_training = [name for name, module in model.named_modules() if module.training]
+    if in_training:
+        raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), where its answers change "
+                         "from call to call; call model.eval()")
 
 
 def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:

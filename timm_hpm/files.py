@@ -43,5 +43,5 @@ def writable_folder(path: str | os.PathLike) -> Path:
         probe.unlink()
     except OSError as error:
         raise OSError(f"cannot write into the output folder {folder}: {error.strerror or error}. "
-                      "Choose another with --output, or mend its permissions") from error
+                      "Choose another (--output), or mend its permissions") from error
     return folder

@@ -3,7 +3,9 @@
 Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
 here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
 largest loss where none does, never the clean image. The batch stays whole meanwhile: images that are not queried
-keep their latest candidate, of which only the features are needed, so whole batches cost no extra backbone pass.
+keep their latest candidate, of which only the features are needed, so whole batches cost one more pass a candidate.
+Where a surrogate's answers depend on the batch, what fooled it among one search's neighbours may not do so among all
+final candidates: only the judge's verdict counts.
 
 Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenko et al., arXiv 1912.00049 (Square).
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -147,10 +150,18 @@ class AttackBatch:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a component may spend on one image: iterations, and target classes where it has targets."""
+    """How much a component may spend on one image: iterations, and target classes where it has targets.
+
+    Raises:
+        ValueError: no iterations, or a negative number of targets.
+    """
 
     iterations: int
     targets: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.targets < 0:
+            raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets")
 
     def for_classes(self, num_classes: int) -> "Budget":
         """Returns the budget with no more targets than there are wrong classes."""
@@ -163,6 +174,10 @@ class Budget:
 
 def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
+    wrong = F.softmax(batch.clean_logits, dim=1).scatter(1, batch.labels.unsqueeze(1), 0.0).sum(dim=1)
+    if (wrong == 0).any():
+        notes.warning(f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is one-hot in float32, "
+                      "and the gradient of the cross-entropy 0: the candidates of this attack prove little")
     attack = APGDAttack(_rows_model(batch, batch.rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
     candidates, _, _ = _apgd_run(attack, batch, batch.rows)
     return candidates
@@ -228,6 +243,15 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
     # What stands for the labels is the row, by which the search's queries find their batch.
     _, points = attack.attack_single_run(batch.clean, batch.rows)
     return points
+
+
+def square_tiles(height: int, width: int) -> bool:
+    """Returns whether AutoAttack's Square can start under L2 on such images: whole tiles of a fifth of the height."""
+    tile = height // 5
+    if tile < 1:
+        return False
+    start = (height - 5 * tile) // 2
+    return all(start + side // tile * tile <= side for side in (height, width))
 
 
 #: AutoAttack's standard components and budgets.

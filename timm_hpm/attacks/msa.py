@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import as_pixel_model, check_pixels
-from ..files import replacing
-from ..head import find_head, head_name, inference_mode
+from ..data import as_pixel_model, check_answers_alike, check_pixels
+from ..files import replacing, writable_folder
+from ..head import HPMHead, find_head, head_name, inference_mode
 from ..report import TRUE_MODEL, AttackReport
 from ..threat import ThreatModel
-from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite
+from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite, square_tiles
 from .surrogates import SplitModel
 
 
@@ -81,23 +82,25 @@ def mixed_surrogate_attack(
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if surrogates_at_once < 1:
         raise ValueError(f"surrogates_at_once is {surrogates_at_once}; expected at least 1")
-    if model.training:
-        raise ValueError("the model is in train mode, where its answers change from call to call; call model.eval()")
-    images, labels = images.detach(), labels.detach()
+    check_answers_alike(model)
     check_pixels(images, labels)
+    if save_adversarial is not None:
+        writable_folder(Path(save_adversarial).parent)
+    images, labels = images.detach().float().contiguous(), labels.detach().long()
     pixel_model = as_pixel_model(model)
     device = _device(pixel_model, images)
-    split = SplitModel(pixel_model)
+    example = images[:batch_size].to(device)
+    num_classes = _num_classes(pixel_model, example)
+    check_pixels(images, labels, num_classes)
+    split = SplitModel(pixel_model, example)
     names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
     plan = _plan(split, names, _check_attacks(attacks), surrogates_at_once)
 
-    num_classes = _num_classes(pixel_model, images[:batch_size].to(device))
-    check_pixels(images, labels, num_classes)
-    if threat.norm == "L2" and min(images.shape[-2:]) < 5 and any(attack == "square" for _, attack in plan):
-        raise ValueError(f"images of {images.shape[-2]}×{images.shape[-1]} pixels are too small for Square under L2; "
-                         f"leave it out: attacks={[name for name in COMPONENTS if name != 'square']}")
-    budget_of = {attack: (STANDARD_BUDGETS | (budgets or {}))[attack].for_classes(num_classes)
-                 for _, attack in plan}
+    if threat.norm == "L2" and any(attack == "square" for _, attack in plan) and not square_tiles(*images.shape[-2:]):
+        raise ValueError(f"Square under L2 cannot tile images of {images.shape[-2]}×{images.shape[-1]} pixels (nor can "
+                         f"AutoAttack's); leave it out: attacks={[name for name in COMPONENTS if name != 'square']}")
+    budget_of = {attack: budget.for_classes(num_classes) for attack, budget in _check_budgets(budgets).items()
+                 if any(attack == planned for _, planned in plan)}
 
     start = time.perf_counter()
     crafting = _Crafting(split, threat, plan, budget_of, batch_size, seed, device)
@@ -128,7 +131,7 @@ def mixed_surrogate_attack(
     if save_adversarial is not None:
         with replacing(save_adversarial) as temporary:
             saved = {name: torch.cat(parts) for name, parts in candidates.items()}
-            save_file({"clean": images.float().cpu().contiguous(), "labels": labels.long().cpu()} | saved, temporary,
+            save_file({"clean": images.cpu(), "labels": labels.cpu()} | saved, temporary,
                       {"protocol": json.dumps(report.protocol)})
     return report
 
@@ -145,8 +148,13 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, 
         first_image: index of the first image, for error messages.
 
     Raises:
+        ValueError: bad images, labels or batch size, or a model in train mode.
         NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    check_answers_alike(model)
+    check_pixels(images, labels)
     model = as_pixel_model(model)
     device = _device(model, images)
     verdicts = []
@@ -167,20 +175,35 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
 
     Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write.
+        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, or a model that mixes its
+            prototypes otherwise than the saved protocol says.
+        OSError: no such file.
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        names = list(file.keys())
-        if "protocol" not in metadata or not {"clean", "labels"} <= set(names):
-            raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
-                             "evaluate.py --save-adversarial wrote")
-        protocol = json.loads(metadata["protocol"])
+    protocol = saved_protocol(path)
+    with safe_open(path, "pt") as file, _mode_of(model, protocol["inference"]) as head:
+        if head is not None and head.mix != protocol["mix"]:
+            raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
         labels = file.get_tensor("labels")
-        with _mode_of(model, protocol["inference"]):
-            correct = {name: _verdicts(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
-                       for name in names if name != "labels"}
-    return correct
+        return {name: _verdicts(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
+                for name in file.keys() if name != "labels"}  # noqa: SIM118  (it is no dict)
+
+
+def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the protocol (`AttackReport.protocol`) by which the images of a `save_adversarial` file were found.
+
+    Raises:
+        ValueError: a file that `mixed_surrogate_attack` did not write, or that is damaged.
+        OSError: no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}); run the attack again") from error
+    if "protocol" not in metadata or not {"clean", "labels"} <= names:
+        raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
+                         "evaluate.py --save-adversarial wrote")
+    return json.loads(metadata["protocol"])
 
 
 def _check_attacks(attacks: Sequence[str] | None) -> tuple[str, ...]:
@@ -191,6 +214,20 @@ def _check_attacks(attacks: Sequence[str] | None) -> tuple[str, ...]:
         raise ValueError(f"unknown attack {', '.join(map(repr, unknown)) or '(none given)'}; "
                          f"expected some of {', '.join(COMPONENTS)}")
     return tuple(dict.fromkeys(attacks))
+
+
+def _check_budgets(budgets: Mapping[str, Budget] | None) -> dict[str, Budget]:
+    """Returns the budget of every component."""
+    unknown = [attack for attack in budgets or () if attack not in COMPONENTS]
+    if unknown:
+        raise ValueError(f"budgets for unknown attacks {', '.join(map(repr, unknown))}; "
+                         f"expected some of {', '.join(COMPONENTS)}")
+    chosen = STANDARD_BUDGETS | dict(budgets or {})
+    for attack, standard in STANDARD_BUDGETS.items():
+        if standard.targets and not chosen[attack].targets:
+            raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they are; "
+                             f"expected such as Budget({chosen[attack].iterations}, targets={standard.targets})")
+    return chosen
 
 
 def _plan(
@@ -229,8 +266,8 @@ class _Crafting:
         queries = len(starts) * sum(self.budgets[attack].queries() for _, attack in self.plan)
         with tqdm(total=queries, disable=not progress, unit="query", smoothing=0) as bar:
             for first in starts:
-                x = images[first:first + self.batch_size].to(self.device).float().contiguous()
-                y = labels[first:first + self.batch_size].to(self.device).long()
+                x = images[first:first + self.batch_size].to(self.device)
+                y = labels[first:first + self.batch_size].to(self.device)
                 for group, attack in self.plan:
                     bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
                     done = bar.n + self.budgets[attack].queries()
@@ -305,13 +342,13 @@ def _device(model: nn.Module, images: Tensor) -> torch.device:
 
 
 @contextmanager
-def _mode_of(model: nn.Module, mode: str) -> Iterator[None]:
+def _mode_of(model: nn.Module, mode: str) -> Iterator[HPMHead | None]:
     """Puts an HPM model into the inference mode `mode`; a model without an HPM head has the mode `"none"`."""
     if mode == "none":
-        yield
+        yield None
     else:
-        with inference_mode(model, mode):
-            yield
+        with inference_mode(model, mode) as head:
+            yield head
 
 
 @contextmanager
@@ -370,6 +407,7 @@ def _protocol(
         "mix": None if head is None else head.mix,
         "prototypes_fitted": None if head is None else head.is_fitted(),
         "surrogates": list(surrogates),
+        "attacked_scale": None if split.head is None else float(split.head.scale()),
         "attacks": {attack: {k: v for k, v in asdict(budget).items() if v} for attack, budget in budgets.items()},
         "surrogates_at_once": at_once,
         "seed": seed,

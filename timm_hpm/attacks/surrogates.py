@@ -6,6 +6,7 @@ no single one of them is enough (arXiv 2606.01746; docs/method.md).
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -78,6 +79,22 @@ SURROGATES: Final = {
 }
 
 
+# What one in 20 images may exceed in the lead of its best ℓ2 logit: from about 16 on, float32 rounds p − 1 to 0.
+_LARGEST_LEAD: Final = 12.0
+
+
+def moderate_scale(head: HPMHead, features: Tensor) -> None:
+    """Lowers a head's scale where its ℓ2 logits leave the cross-entropy no gradient, in place.
+
+    No answer depends on the scale, but an attack does: at a large one the softmax saturates, and what looks robust is
+    not. `features` are some of the head's inputs (B, d).
+    """
+    best = dataset_logits(head, features.to(head.weight.dtype)).topk(2, dim=1).values
+    lead = float((best[:, 0] - best[:, 1]).quantile(0.95))
+    if lead > _LARGEST_LEAD:
+        head.log_scale.sub_(math.log(lead / _LARGEST_LEAD))
+
+
 class SplitModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
@@ -86,12 +103,12 @@ class SplitModel:
 
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
+        example: some images, by which the copy is adapted to attacks: it gets the faster memory format if it works in
+            that, and its ℓ2 logits a scale that leaves the cross-entropy a gradient (see `moderate_scale`).
     """
 
-    def __init__(self, pixel_model: nn.Module):
+    def __init__(self, pixel_model: nn.Module, example: Tensor):
         self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False)
-        # Crafting only: the judge is the model itself, in the memory format its owner chose.
-        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head: HPMHead | None = None
         name = head_name(self.backbone)
         if name is not None:
@@ -101,6 +118,18 @@ class SplitModel:
         #: Images that went forward and backward through the backbone so far.
         self.forward_passes = 0
         self.backward_passes = 0
+        with torch.no_grad():
+            self._use_channels_last(example)
+            if self.head is not None and self.head.is_fitted():
+                moderate_scale(self.head, self.backbone(example))
+
+    def _use_channels_last(self, example: Tensor) -> None:
+        # Crafting only: the judge is the model itself, in the memory format its owner chose.
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            self.backbone(example[:2])
+        except RuntimeError:  # a view, where the model should have reshaped
+            self.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
@@ -113,7 +142,7 @@ class SplitModel:
         """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch."""
         if self.head is None:
             return features.float()
-        return SURROGATES[surrogate].logits(self.head, features)
+        return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
 
     def couples(self, surrogate: str) -> bool:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -26,6 +25,7 @@ from ..attacks.surrogates import SURROGATES
 from ..data import PixelModel, data_source, load_split, random_shift
 from ..files import replacing, writable_folder, write_text
 from ..head import HPMHead, find_head
+from ..models.create import create_model
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
 
@@ -102,15 +102,22 @@ def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], N
     if config.prototype_epoch >= config.epochs:
         raise ValueError(f"prototype_epoch is {config.prototype_epoch}, of {config.epochs} epochs; expected less, or "
                          "the head would never have prototypes")
+    for name, least in (("epochs", 1), ("prototype_epoch", 0), ("batch_size", 1), ("attack_steps", 1), ("shift", 0),
+                        ("val_attack_steps", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected at least {least}")
+    images = load_split(config.dataset, "train")
+    if config.batch_size > len(images):
+        raise ValueError(f"batch_size is {config.batch_size}; expected at most the {len(images)} training images")
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    model = timm.create_model(config.model, pretrained=config.pretrained, **config.model_args)
+    model = create_model(config.model, pretrained=config.pretrained, **config.model_args)
     trunk = PixelTrunk(model)
     head = find_head(model)
     if head.out_features != source.num_classes:
         raise ValueError(f"{config.model} has {head.out_features} classes and {config.dataset} {source.num_classes}; "
                          f"give --model-kwargs num_classes={source.num_classes}")
-    loader = DataLoader(load_split(config.dataset, "train"), config.batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(images, config.batch_size, shuffle=True, drop_last=True)
     val = load_split(config.dataset, "val")
     optimizer = create_optimizer_v2(trunk, "sgd", lr=config.lr, momentum=config.momentum,
                                     weight_decay=config.weight_decay)
@@ -123,7 +130,7 @@ def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], N
     best: dict[str, float] = {}
     for epoch in range(config.epochs):
         if epoch == config.prototype_epoch and not head.is_fitted():
-            fit_prototypes(trunk.pixel_model, DataLoader(load_split(config.dataset, "train"), 256), threat,
+            fit_prototypes(trunk.pixel_model, DataLoader(images, 256), threat,
                            held_out=DataLoader(val, 256))
             # Each process fitted on its own random starts.
             for tensor in head.state_dict().values():

@@ -1,0 +1,54 @@
+"""What a script's mistakes about models, checkpoints and devices are answered with."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_hpm.models.create import create_model, load_checkpoint, usable_device
+
+
+def test_a_model_is_timms():
+    assert type(create_model("hpm_wrn10_2", pretrained=True)) is type(timm.create_model("hpm_wrn10_2"))
+
+
+@pytest.mark.parametrize(("name", "pretrained", "kwargs", "message"), [
+    ("nosuch", False, {}, "'nosuch'.*Unknown model.*list_models"),
+    ("hpm_wrn16_4", True, {}, "'hpm_wrn16_4' \\(pretrained=True\\).*list_pretrained"),
+    ("hpm_wrn10_2.nosuch", False, {}, "nosuch"),
+    ("hpm_wrn10_2", False, {"foo": 1}, "foo=1.*unexpected keyword argument 'foo'"),
+])
+def test_a_model_that_cannot_be_is_explained(name, pretrained, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name, pretrained=pretrained, **kwargs)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_checkpoint_is_loaded_or_explained(tmp_path, suffix):
+    model, other = timm.create_model("hpm_wrn10_2.untrained"), timm.create_model("hpm_wrn10_2.untrained")
+    path = tmp_path / f"model.{suffix}"
+    with pytest.raises(ValueError, match="is not a file"):
+        load_checkpoint(model, str(path))
+    save = save_file if suffix == "safetensors" else torch.save
+    save(other.state_dict(), path)
+    load_checkpoint(model, str(path))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+    with pytest.raises(ValueError, match=r"(?s)into PreActNet: .*conv1"):
+        load_checkpoint(timm.create_model("hpm_wrn16_4", num_classes=3), str(path))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot load the checkpoint"):
+        load_checkpoint(model, str(path))
+
+
+def test_a_pickled_object_is_not_run(tmp_path):
+    torch.save({"state_dict": timm.create_model("hpm_wrn10_2")}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="cannot load the checkpoint"):
+        load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "hpu"])
+def test_a_device_that_is_not_there_is_explained(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be used"):
+        usable_device(name)
+    assert usable_device("cpu") == torch.device("cpu")

@@ -1,0 +1,108 @@
+"""`SplitModel`, the frozen copy that attacks work on: what it takes, and that it leaves gradients to attack by."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import timm_hpm
+from timm_hpm import PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
+
+THREAT = ThreatModel("Linf", 0.15)
+SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30)}
+
+
+@pytest.fixture
+def digits() -> tuple[Tensor, Tensor]:
+    return tuple(part[:40] for part in timm_hpm.load_split("digits", "val").tensors)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+
+
+class Flattening(nn.Module):
+    """A small convolutional classifier of pixels that flattens by a view, as many do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, stride=2)
+        self.fc = nn.Linear(27, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_a_network_that_flattens_by_a_view_is_attacked_in_its_own_memory_format(digits):
+    classifier = Flattening().eval()
+    answers = SplitModel(classifier, digits[0]).features(digits[0])
+    torch.testing.assert_close(answers, classifier(digits[0]))
+    report = mixed_surrogate_attack(classifier, digits[0], classifier(digits[0]).argmax(dim=1), THREAT, budgets=SMALL)
+    assert report.clean_accuracy == 1 and report.robust_accuracy < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("inference", timm_hpm.INFERENCE_MODES)
+def test_networks_of_other_precision_are_attacked(model, digits, dtype, inference):
+    model.to(dtype)
+    timm_hpm.find_head(model).inference = inference
+    report = mixed_surrogate_attack(model, digits[0][:8], digits[1][:8], THREAT, attacks=["apgd-ce"],
+                                    budgets={"apgd-ce": Budget(2)})
+    assert report.clean_accuracy == 1 and len(report.correct["fc/apgd-ce"]) == 8
+
+
+def test_images_of_double_precision_are_attacked_like_the_same_in_single(digits):
+    classifier = Flattening().eval()
+    labels = classifier(digits[0]).argmax(dim=1)
+    reports = [mixed_surrogate_attack(classifier, images, labels, THREAT, budgets=SMALL).correct
+               for images in (digits[0], digits[0].double())]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("inference", ["batch", "dataset"])
+def test_a_huge_scale_makes_nothing_look_robust(model, digits, inference):
+    """No answer depends on the scale, but at a huge one the cross-entropy of every right answer is 0."""
+    head = timm_hpm.find_head(model)
+    head.inference = inference
+    attack = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(25)}, "surrogates": ["dataset", "soft", "ste"]}
+    sane = mixed_surrogate_attack(model, *digits, THREAT, **attack)
+    nn.init.constant_(head.log_scale, 12.0)
+    huge = mixed_surrogate_attack(model, *digits, THREAT, **attack)
+    assert huge.protocol["attacked_scale"] < 10 < head.scale()
+    assert head.log_scale == 12 and not huge.warnings
+    for row in ("dataset/apgd-ce", "soft/apgd-ce", "ste/apgd-ce"):
+        broken = [report.correct[row].count("0") for report in (sane, huge)]
+        assert min(broken) >= 5 and abs(broken[0] - broken[1]) <= 3
+
+
+def test_a_sane_scale_is_attacked_as_it_is(model, digits):
+    head = timm_hpm.find_head(model)
+    nn.init.constant_(head.log_scale, -3.0)
+    assert torch.equal(SplitModel(PixelModel(model), digits[0]).head.log_scale, head.log_scale)
+
+
+def test_answers_without_a_gradient_are_counted_in_a_warning(digits):
+    classifier = Flattening().eval()
+    labels = classifier(digits[0]).argmax(dim=1)
+    saturated = copy.deepcopy(classifier)
+    saturated.fc.weight.data.mul_(1e6)
+    warnings = [mixed_surrogate_attack(net, digits[0], labels, THREAT, budgets=SMALL).warnings
+                for net in (classifier, saturated)]
+    assert not any("one-hot" in text for text in warnings[0])
+    assert any(text.startswith("apgd-ce on model: the softmax of ") for text in warnings[1])
+
+
+def test_nothing_done_to_the_copy_reaches_the_model(model, digits):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    split = SplitModel(PixelModel(model), digits[0])
+    split.head.set_prototypes(torch.zeros_like(split.head.prototypes))
+    split.head.log_scale.fill_(5.0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert set(SURROGATES) >= set(split.default_surrogates())

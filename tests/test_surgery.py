@@ -11,8 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm import HPMHead, UnsupportedHeadError, add_hpm_head, find_head, remove_hpm_head
+from timm_hpm import HPMHead, UnsupportedHeadError, add_hpm_head, find_head, inference_mode, remove_hpm_head
 from timm_hpm.head import HPMConvHead, head_name
+from timm_hpm.training.loop import PixelTrunk
 
 # Kind of head: architecture, arguments, image size.
 KINDS = {
@@ -130,6 +131,18 @@ def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
     assert torch.allclose(find_head(ema.module).prototypes, find_head(copy).prototypes / 2)
     copy.reset_classifier(2)
     assert model(x).shape == (3, 7) and copy(x).shape == (3, 2)
+
+
+@kinds
+def test_training_sees_what_the_head_sees(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model))
+    trunk = PixelTrunk(model)
+    pixels = x.sigmoid()
+    _, hpm_logits, fc_logits = trunk(pixels)
+    assert torch.equal(hpm_logits, trunk.pixel_model(pixels))
+    with inference_mode(model, "fc"):
+        assert torch.equal(fc_logits, trunk.pixel_model(pixels))
 
 
 @kinds

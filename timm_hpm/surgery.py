@@ -152,8 +152,8 @@ def add_hpm_head(
         raise ValueError(f"{kind} has an HPM head already, or will have one after reset_classifier(num_classes); to "
                          "change it, set find_head(model).mix, .ema_decay or .inference, or call remove_hpm_head first")
     if not hasattr(type(model), "reset_classifier"):
-        raise UnsupportedHeadError(f"{kind} is no timm classifier: it has no reset_classifier. Give the timm model "
-                                   "itself, before it is wrapped or compiled")
+        raise UnsupportedHeadError(f"{kind} is no timm classifier: it has no reset_classifier. Expected a timm model "
+                                   "that classifies, itself, before it is wrapped or compiled")
     num_classes: Any = getattr(model, "num_classes", 0)
     config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
     if num_classes > 0:

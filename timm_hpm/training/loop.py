@@ -64,8 +64,11 @@ class PixelTrunk(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d) for `pixels` (B, channels, H, W)."""
-        model: Any = self.pixel_model.model
-        return model.forward_head(model.forward_features(self.pixel_model.normalise(pixels)), pre_logits=True)
+        seen: list[Tensor] = []
+        # Not timm's pre_logits: a norm or an MLP may stand between those and the head.
+        with find_head(self.pixel_model).register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0])):
+            self.pixel_model(pixels)
+        return seen[0]
 
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""

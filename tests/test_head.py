@@ -188,6 +188,18 @@ def test_sample_mode_with_full_mixing_answers_as_the_fc():
     assert torch.equal(head(features).argmax(dim=1), head.fc_logits(features).argmax(dim=1))
 
 
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_one_class_is_always_the_answer(inference):
+    head, features = fitted(16, 1, inference=inference), torch.randn(5, 16)
+    logits = head(features)
+    assert logits.shape == (5, 1) and logits.isfinite().all()
+    gradients = torch.autograd.grad(F.cross_entropy(logits, torch.zeros(5, dtype=torch.long)), list(head.parameters()),
+                                    allow_unused=True)
+    assert all(gradient is None or (gradient == 0).all() for gradient in gradients)
+    head.update_prototypes(features, torch.zeros(5, dtype=torch.long))
+    assert head.num_updates.tolist() == [2]
+
+
 # Gradients
 
 
@@ -321,6 +333,8 @@ def test_update_prototypes_keeps_no_gradient():
     (torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "Soft targets have no class mean"),
     (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "torch.float32"),
     (torch.zeros(2, 3), torch.tensor([True, False]), "torch.bool"),
+    (torch.zeros(2, 3), torch.tensor([0, 1], device="meta"), "features are on cpu and labels on meta.*on cpu"),
+    (torch.zeros(2, 3, device="meta"), torch.tensor([0, 1]), "features are on meta and labels on cpu.*on cpu"),
     (torch.zeros(2, 3), torch.tensor([0, 4]), "labels span 0 to 4; expected 0 to 3"),
     (torch.zeros(2, 3), torch.tensor([-1, 0]), "labels span -1 to 0; expected 0 to 3"),
     (torch.tensor([[0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]]), torch.tensor([0, 1]), "not finite"),

@@ -152,6 +152,10 @@ def test_fit_log_scale_stays_usable_where_every_image_is_right():
     assert log_scale == pytest.approx(-20) and nll == pytest.approx(math.log(2))
 
 
+def test_fit_log_scale_leaves_the_scale_at_1_where_none_is_better():
+    assert fit_log_scale(torch.rand(8, 1), torch.zeros(8, dtype=torch.long)) == (0, 0)
+
+
 @pytest.mark.parametrize("inference", ["batch", "sample", "dataset"])
 def test_the_scale_minimises_the_nll_of_the_model_in_its_own_mode(digits, inference):
     model, loader = pixel_net(inference=inference), batches(digits, 60)

@@ -103,14 +103,16 @@ def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
     """
     d = distances.double()
     share = 1 / (len(d) + 1)
-    d_label = (1 - share) * d.gather(1, labels.unsqueeze(1)).squeeze(1) + share * d.mean(dim=1)
+    d_label = d.gather(1, labels.unsqueeze(1)).squeeze(1)
+    d_label = d_label + share * (d.mean(dim=1) - d_label)
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
         expected = (F.softmax(-math.exp(middle) * d, dim=1) * d).sum(dim=1)
-        if (d_label - expected).mean() > 0:
+        slope = (d_label - expected).mean()
+        if slope >= 0:
             high = middle
-        else:
+        if slope <= 0:  # both where every scale is as good, as with one class: it stays 1
             low = middle
     return low, F.cross_entropy(-math.exp(low) * d, labels).item()
 

@@ -71,7 +71,6 @@ def walk(names: list[str]) -> tuple[dict[str, list[str]], dict[tuple[str, str], 
         try:
             supported[check(timm.create_model(name, num_classes=10, device="meta").eval())].append(name)
         except Exception as error:
-            # The counts of the message, not the model's, so that one family is one row.
             module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
             refused[module, f"{type(error).__name__}: {error}"].append(name)
     return supported, refused
@@ -91,15 +90,14 @@ def report(supported: dict[str, list[str]], refused: dict[tuple[str, str], list[
     reasons = sorted(refused.items(), key=lambda item: item[0])
     return f"""# Which timm models take an HPM head
 
-**{count} of {total}** architectures with pretrained weights, of timm {timm.__version__}. {without_classes} of the
-{total} have no classifier by default (`num_classes=0`); they are counted as they are with 10 classes.
-
-Printed by `python benchmarks/coverage.py`, which says what counts.
+`add_hpm_head`, `register_hpm` and `reset_classifier` work on **{count} of {total}** architectures with pretrained weights
+(timm {timm.__version__}), {without_classes} of which have no classifier by default and are counted as they are with 10 classes. Printed by
+`python benchmarks/coverage.py`, which says what counts.
 
 {table(("the classifier that the HPM head replaces", "architectures", "such as"),
        [(kind, str(len(names)), ", ".join(f"`{name}`" for name in names[:3])) for kind, names in kinds])}
 
-`add_hpm_head` refuses the other {total - count}, with the model left as it was:
+The other {total - count} are refused, with the model left as it was:
 
 {table(("timm module", "architectures", "such as", "the error"),
        [(f"`{module}`", str(len(names)), f"`{names[0]}`", error) for (module, error), names in reasons])}

@@ -7,8 +7,10 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+from timm.models import get_notrace_functions, get_notrace_modules
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import timm_hpm
 from timm_hpm import HPMHead, UnsupportedHeadError, add_hpm_head, find_head, inference_mode, remove_hpm_head
@@ -32,6 +34,7 @@ KINDS = {
     "attention pooling": ("resnet50_clip", {}, 64),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+scripts = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 ENTRIES = ("log_scale", "num_updates", "prototypes")
 
 
@@ -151,6 +154,24 @@ def test_every_parameter_has_a_gradient(kind):
     fit(add_hpm_head(model)).train()
     model(x).square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def fx_model(model: nn.Module) -> nn.Module:
+    options = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
+    return create_feature_extractor(
+        model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=options)
+
+
+@scripts
+@pytest.mark.parametrize("kind", ["linear", "1x1 convolution", "MLP", "attention pooling"])
+def test_script_and_fx_answer_the_same(kind):
+    model, x = create(kind)
+    fit(add_hpm_head(model))
+    with torch.inference_mode():
+        expected = model(x)
+        assert torch.allclose(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(*fx_model(model)(x).values(), expected)
 
 
 # What stays and what travels

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.layers import AttentionPool2d, RotAttentionPool2d, SelectAdaptivePool2d
 from timm.layers import Linear as ScriptableLinear
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .head import HPMConvHead, HPMHead, head_name
@@ -51,8 +52,13 @@ class HPMMixin(nn.Module):
         with _all_or_nothing(self):
             if head_name(self) is not None:
                 self.head_config = _take_head(self)
+            parameter = next(self.parameters())
             base.reset_classifier(num_classes, *args, **kwargs)
             if num_classes > 0:
+                fresh = self.get_submodule(find_classifier(self)).train(self.training)
+                # Older versions of timm make it on the CPU and in float32.
+                if len(args) < 2 and kwargs.keys().isdisjoint(("device", "dtype")):
+                    fresh.to(parameter.device, parameter.dtype)
                 _put_head(self, self.head_config)
 
     @torch.jit.ignore
@@ -101,12 +107,14 @@ def _named_attend(forward: Any) -> Any:
     return attend
 
 
+@register_notrace_module  # as timm's own are
 class HPMAttentionPool2d(_ProjectPooled, AttentionPool2d):
     """timm's `AttentionPool2d` with an HPM head as its projection."""
 
     attend = _named_attend(AttentionPool2d.forward)
 
 
+@register_notrace_module
 class HPMRotAttentionPool2d(_ProjectPooled, RotAttentionPool2d):
     """timm's `RotAttentionPool2d` with an HPM head as its projection."""
 
@@ -233,7 +241,10 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _answers(model: nn.Module) -> list[nn.Module]:
     """Returns what a model's get_classifier answers, as a list; empty where it has none."""
-    answer: Any = getattr(model, "get_classifier", list)()
+    try:
+        answer: Any = model.get_classifier()  # type: ignore[operator]
+    except AttributeError:  # also inside some of timm's own
+        return []
     return list(answer) if isinstance(answer, (list, tuple, nn.ModuleList)) else [answer]
 
 

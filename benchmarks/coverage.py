@@ -90,9 +90,9 @@ def report(supported: dict[str, list[str]], refused: dict[tuple[str, str], list[
     reasons = sorted(refused.items(), key=lambda item: item[0])
     return f"""# Which timm models take an HPM head
 
-`add_hpm_head`, `register_hpm` and `reset_classifier` work on **{count} of {total}** architectures with pretrained weights
-(timm {timm.__version__}), {without_classes} of which have no classifier by default and are counted as they are with 10 classes. Printed by
-`python benchmarks/coverage.py`, which says what counts.
+`add_hpm_head`, `register_hpm` and `reset_classifier` work on **{count} of {total}** architectures with
+pretrained weights (timm {timm.__version__}). {without_classes} of them have no classifier by default and are counted as
+they are with 10 classes. Printed by `python benchmarks/coverage.py`, which says what counts.
 
 {table(("the classifier that the HPM head replaces", "architectures", "such as"),
        [(kind, str(len(names)), ", ".join(f"`{name}`" for name in names[:3])) for kind, names in kinds])}

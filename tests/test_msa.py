@@ -3,10 +3,16 @@
 import copy
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
 from safetensors.torch import load_file
 from torch import nn
 
@@ -74,26 +80,37 @@ def prototype_distances(model: nn.Module, images: torch.Tensor, labels: torch.Te
                                  squared - squared.gather(1, labels.unsqueeze(1)), labels, norm)
 
 
-def check_against_closed_form(report: AttackReport, distances: torch.Tensor, eps: float) -> None:
-    """Every image breakable within 0.99·eps is broken, and none that needs more than 1.01·eps."""
-    rows = list(report.correct.values())
-    robust = torch.tensor([all(row[i] == "1" for row in rows) for i in range(len(distances))])
-    breakable, unbreakable = distances < 0.99 * eps, distances > 1.01 * eps
+def robust_images(rows: Iterable[str]) -> torch.Tensor:
+    """Returns the images (N,) that are right in every row."""
+    return torch.tensor([set(verdicts) == {"1"} for verdicts in zip(*rows, strict=True)])
+
+
+def check_against_closed_form(rows: Iterable[str], distances: torch.Tensor, eps: float, reach: float = 0.99) -> None:
+    """Every image breakable within reach·eps is broken by one of the rows, and none that needs more than 1.01·eps."""
+    robust = robust_images(rows)
+    breakable, unbreakable = distances < reach * eps, distances > 1.01 * eps
     assert breakable.sum() >= 10 and unbreakable.sum() >= 10, "the problem tests nothing"
     assert not robust[breakable].any()
     assert robust[unbreakable].all()
 
 
+# The part of eps within which a component breaks a linear classifier's every image by itself. The cross-entropy climbs
+# towards all wrong classes at once, not the nearest; in 6×6 pixels a few hundred squares are far from the optimum.
+REACH = {"apgd-ce": 0.65, "apgd-t": 0.8, "fab-t": 0.98, "square": 0.14}
+
+
 @pytest.mark.parametrize("num_classes", [2, 3, 5, 11])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_linear_classifier_in_closed_form(norm, num_classes):
-    model, images, labels = linear_problem(num_classes)
+def test_each_component_breaks_a_linear_classifier_as_the_closed_form_says(norm, num_classes):
+    model, images, labels = linear_problem(num_classes, num_images=120)
     distances = linear_distances(model, images, labels, norm)
     eps = distances[distances > 0].median().item()
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, eps), batch_size=40,
-                                    budgets={"square": Budget(100)})
+    budgets = {"apgd-ce": Budget(30), "apgd-t": Budget(30, 10), "fab-t": Budget(20, 10), "square": Budget(300)}
+    report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, eps), batch_size=50, budgets=budgets)
     assert list(report.by_surrogate) == ["model"]
-    check_against_closed_form(report, distances, eps)
+    check_against_closed_form(report.correct.values(), distances, eps)
+    for attack, reach in REACH.items():
+        check_against_closed_form([report.correct[f"model/{attack}"]], distances, eps, reach)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -102,9 +119,10 @@ def test_dataset_mode_on_raw_pixels_in_closed_form(norm):
     distances = prototype_distances(model, images, labels, norm)
     eps = distances.median().item()
     report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, eps), batch_size=40, surrogates_at_once=3,
-                                    budgets={"square": Budget(100)})
+                                    budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4), "fab-t": Budget(20, 4),
+                                             "square": Budget(100)})
     assert list(report.by_surrogate) == ["fc", "dataset", "mixed", "true"]
-    check_against_closed_form(report, distances, eps)
+    check_against_closed_form(report.correct.values(), distances, eps)
 
 
 @pytest.mark.parametrize("mode", ["dataset", "batch"])
@@ -116,16 +134,88 @@ def test_no_attack_breaks_more_than_the_closed_form_allows_under_any_surrogate(m
     distances = prototype_distances(model, images, labels, "Linf")
     eps = distances.median().item()
     report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", eps), surrogates=list(SURROGATES),
-                                    surrogates_at_once=5, budgets={"fab-t": Budget(20, 4), "square": Budget(100)})
-    check_against_closed_form(report, distances, eps)
+                                    surrogates_at_once=5, budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4),
+                                                                  "fab-t": Budget(20, 4), "square": Budget(100)})
+    check_against_closed_form(report.correct.values(), distances, eps)
+
+
+# The components, each by itself
+
+
+def run(attack: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel,
+        budget: Budget) -> torch.Tensor:
+    """Returns the candidates of one component on a model without an HPM head, all images in one batch."""
+    return COMPONENTS[attack](AttackBatch(SplitModel(model), ["model"], images, labels), threat, budget, Notes())
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(("attack", "share"), [("apgd-ce", 0.999), ("apgd-t", 0.999), ("fab-t", 0.999),
+                                               ("square", 0.25)])
+def test_the_candidate_of_an_unbreakable_image_is_near_the_worst_point_of_the_ball(attack, share, norm):
+    # Of two classes the worst point is a known one: eps along the normal of the boundary. Square comes part of the way.
+    model, images, _ = linear_problem(2)
+    with torch.no_grad():
+        distances = linear_distances(model, images, model(images).argmax(dim=1), norm)
+        images = images[distances >= distances.median()]
+        threat = ThreatModel(norm, 0.9 * distances.median().item())
+        logits = model(images)
+        labels = logits.argmax(dim=1)
+        points = run(attack, model, images, labels, threat, Budget(300 if attack == "square" else 20, targets=1))
+        normal = model[1].weight[1 - labels] - model[1].weight[labels]
+        gained = ((model(points) - logits) * torch.tensor([-1.0, 1.0])).sum(dim=1) * (1 - 2 * labels)
+    most = threat.eps * (normal.abs().sum(dim=1) if norm == "Linf" else normal.norm(dim=1))
+    assert (gained >= share * most).all()
+    assert (gained <= 1.001 * most).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_each_further_target_of_apgd_breaks_the_images_that_only_it_can_break(norm):
+    # Class j is a row of pixels with the weight 2^(j−1). Image i needs 0.6·eps towards class i + 1 and 1.7·eps towards
+    # any other; the steeper a class, the lower its clean logit, so these are the likeliest wrong classes 1, 1, 2, 3, 4.
+    eps = 0.05 if norm == "Linf" else 0.05 * math.sqrt(6)
+    steepness = 2.0 ** torch.arange(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), 6)).eval()
+    images = torch.full((5, *SHAPE), 0.5)
+    with torch.no_grad():
+        model[1].weight.zero_()
+        for c in range(5):
+            model[1].weight[c + 1, 6 * c:6 * c + 6] = steepness[c]
+        model[1].bias.copy_(torch.cat([torch.zeros(1), -3 * steepness]))
+        images[:, 0, :5] -= 0.05 * torch.full((5, 5), 1.7).fill_diagonal_(0.6).unsqueeze(-1)
+    labels = torch.zeros(5, dtype=torch.long)
+    rank = torch.tensor([1, 1, 2, 3, 4])
+    wrong = model(images)[:, 1:]
+    assert torch.equal((wrong >= wrong.diagonal().unsqueeze(1)).sum(dim=1), rank)
+    for targets in range(1, 6):
+        points = run("apgd-t", model, images, labels, ThreatModel(norm, eps), Budget(20, targets))
+        assert torch.equal(model(points).argmax(dim=1) != labels, rank <= targets)
+
+
+class Hill(nn.Module):
+    """Errs in a band around mean pixel 0.5; the cross-entropy of class 0 is larger at its far ends, all ten near."""
+
+    def forward(self, x):
+        away = (x.flatten(1).mean(dim=1, keepdim=True) - 0.5).abs()
+        return torch.cat([torch.zeros_like(away), 0.1 - 2 * away, (29 * away - 3).expand(-1, 8)], dim=1)
+
+
+def test_the_candidate_of_apgd_fools_even_where_the_loss_is_larger_elsewhere():
+    model, labels, threat = Hill().eval(), torch.zeros(6, dtype=torch.long), ThreatModel("Linf", 0.1)
+    images = torch.full((6, 1, 8, 8), 0.5)
+    corner = model(images + threat.eps)
+    assert (corner.argmax(dim=1) == 0).all(), "the far end fools"
+    assert nn.functional.cross_entropy(corner, labels) > nn.functional.cross_entropy(model(images), labels) + 1
+    points = run("apgd-ce", model, images, labels, threat, Budget(20))
+    assert (model(points).argmax(dim=1) == 1).all()
+    # Of class 1 the ends are the errors, and where the loss is largest.
+    points = run("apgd-ce", model, images, labels + 1, threat, Budget(20))
+    assert (model(points).argmax(dim=1) == 0).all()
 
 
 @pytest.fixture(scope="module")
 def digits_model() -> nn.Module:
-    """A tiny real model: random features, fitted prototypes, an FC classifier that agrees with them now and then."""
-    torch.manual_seed(0)
-    model = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-    return model
+    """The embedded network, in batch mode: a small real model."""
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
 
 
 @pytest.fixture(scope="module")
@@ -134,46 +224,227 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return images[:24], labels[:24]
 
 
-THREAT = ThreatModel("Linf", 0.1)
+# Every row of the embedded network then has images that are right and images that are not.
+THREAT = ThreatModel("Linf", 0.2)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.17), ("L2", 0.8)])
+def test_components_find_what_autoattack_finds(digits_model, norm, eps):
+    # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
+    images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
+    split = SplitModel(timm_hpm.PixelModel(digits_model))
+
+    def logits(pixels):
+        return split.logits("fc", split.features(pixels))
+
+    options = {"norm": norm, "eps": eps, "seed": 7, "device": "cpu"}
+    theirs = {
+        "apgd-ce": APGDAttack(logits, n_iter=10, loss="ce", **options),
+        "apgd-t": APGDAttack_targeted(logits, n_iter=10, n_target_classes=3, **options),
+        "fab-t": FABAttack_PT(logits, n_iter=10, targeted=True, n_target_classes=3, **options),
+        "square": SquareAttack(logits, n_queries=60, p_init=0.8, resc_schedule=False, **options),
+    }
+    budgets = {"apgd-ce": Budget(10), "apgd-t": Budget(10, 3), "fab-t": Budget(10, 3), "square": Budget(60)}
+    assert torch.equal(logits(images).argmax(dim=1), labels)
+    for attack, component in COMPONENTS.items():
+        expected = theirs[attack].perturb(images, labels).detach()
+        torch.manual_seed(7)
+        found = component(AttackBatch(split, ["fc"], images, labels), ThreatModel(norm, eps), budgets[attack], Notes())
+        broken = logits(expected).argmax(dim=1) != labels
+        assert 3 <= broken.sum() <= 45, "the problem tests nothing"
+        ours = logits(found).argmax(dim=1) != labels
+        if attack == "fab-t":
+            # FAB's own points beyond the ball are given up there, and moved to its surface here.
+            assert ours[broken].all()
+            assert ours.sum() <= broken.sum() + 3
+        else:
+            assert torch.equal(ours, broken), attack
+            assert torch.equal(found[broken], expected[broken]), attack
+
+
+def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
+    model, images, labels = prototype_problem("batch")
+    batch = AttackBatch(SplitModel(model), ["fc", "ste"], images[:20], labels[:20])
+    threat = ThreatModel("Linf", 0.06)
+    points = COMPONENTS["square"](batch, threat, Budget(60), Notes())
+    placed = (batch.points != batch.clean).flatten(1).any(dim=1)
+    assert 3 <= placed[20:].sum() <= 17, "the problem tests nothing"
+    assert torch.equal(batch.points[placed], points[placed])
+    # Where a row stands the head sees its candidate: those fooled last are fooled among all the others.
+    with torch.no_grad():
+        expected = model(batch.points[20:])
+    torch.testing.assert_close(batch.current_logits()[20:], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(expected.argmax(dim=1), model(images[:20]).argmax(dim=1))
+
+
+# The whole attack, on a head whose answers depend much on their batch
+
+
+@dataclass
+class Run:
+    """A Mixed Surrogate Attack in batches of 25, 25 and 10 images, with what it was given and what it saved."""
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    threat: ThreatModel
+    report: AttackReport
+    path: Path
+    candidates: dict[str, torch.Tensor]
+
+
+MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60)}
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda at_once: f"{at_once} at once")
+def attacked(request, tmp_path_factory) -> Run:
+    model, images, labels = prototype_problem("batch")
+    labels[[10, 55]] = (labels[[10, 55]] + 1) % 5
+    threat = ThreatModel("Linf", prototype_distances(model, images, labels, "Linf").quantile(0.6).item())
+    path = tmp_path_factory.mktemp("attacked") / "adversarial.safetensors"
+    report = mixed_surrogate_attack(model, images, labels, threat, batch_size=25, budgets=MIDDLE,
+                                    surrogates_at_once=request.param, save_adversarial=path)
+    candidates = load_file(path)
+    del candidates["labels"]
+    return Run(model, images, labels, threat, report, path, candidates)
+
+
+@torch.no_grad()
+def verdicts(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> str:
+    """Returns the row of a report that a model's answers in batches come to."""
+    answers = [model(images[i:i + batch_size]).argmax(dim=1) for i in range(0, len(images), batch_size)]
+    return "".join(str(int(right)) for right in torch.cat(answers) == labels)
+
+
+def differing(first: str, second: str) -> int:
+    """Returns the number of images about which two rows differ."""
+    return sum(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_verdicts_are_the_models_answers_in_whole_batches(attacked):
+    rows = attacked.report.correct
+    assert set(rows) == {"clean", "true/square"} | {f"{s}/{a}" for s in SURROGATES for a in COMPONENTS}
+    assert list(attacked.candidates) and set(attacked.candidates) == set(rows) - {"true/square"}
+    for name, points in attacked.candidates.items():
+        assert set(rows[name]) == {"0", "1"}, name
+        assert rows[name] == verdicts(attacked.model, points, attacked.labels, 25), name
+    for other in (1, 12, 60):
+        assert sum(differing(rows[name], verdicts(attacked.model, points, attacked.labels, other))
+                   for name, points in attacked.candidates.items()) >= 20
+    assert timm_hpm.rejudge(attacked.model, attacked.path) == {
+        name: row for name, row in rows.items() if name != "true/square"}
+
+
+def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
+    report = attacked.report
+    names = ["clean", *[f"fc/{attack}" for attack in COMPONENTS]]
+    assert list(report.baseline_correct) == names
+    with timm_hpm.inference_mode(attacked.model, "fc"):
+        for name in names:
+            assert report.baseline_correct[name] == verdicts(attacked.model, attacked.candidates[name],
+                                                             attacked.labels, 25)
+            assert differing(report.baseline_correct[name], report.correct[name]) >= 5, name
+            assert set(report.baseline_correct[name]) == {"0", "1"}
+
+
+def test_square_on_the_true_model_is_square_on_the_straight_through_surrogate(attacked):
+    rows = attacked.report.correct
+    assert rows["true/square"] == rows["ste/square"]
+    assert all(differing(rows["true/square"], rows[f"{other}/square"]) for other in SURROGATES if other != "ste")
+
+
+def test_worst_cases_are_counted_image_by_image(attacked):
+    report, table = attacked.report, attacked.report.by_surrogate
+    assert list(table) == [*SURROGATES, "true"]
+    for surrogate in SURROGATES:
+        rows = [report.correct[f"{surrogate}/{attack}"] for attack in COMPONENTS]
+        assert [table[surrogate][attack] for attack in COMPONENTS] == [row.count("1") / 60 for row in rows]
+        assert table[surrogate]["worst"] == robust_images(rows).sum().item() / 60
+    assert report.robust_accuracy == robust_images(report.correct.values()).sum().item() / 60
+    assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
+    assert report.robust_accuracy < min(row[attack] for row in table.values() for attack in COMPONENTS if attack in row)
+    assert report.robust_accuracy < report.clean_accuracy == report.correct["clean"].count("1") / 60 < 1
+    assert report.baseline["worst"] == robust_images(report.baseline_correct.values()).sum().item() / 60
+    assert set(report.baseline) == {"clean", *COMPONENTS, "worst"}
+
+
+@pytest.mark.parametrize("surrogate", ["fc", "dataset"])
+def test_a_surrogates_candidates_fool_it_as_its_closed_form_says_however_many_run_at_once(attacked, surrogate):
+    # These two are linear classifiers of the pixels, whatever the head's mode and whatever runs beside them.
+    distances_of = linear_distances if surrogate == "fc" else prototype_distances
+    with timm_hpm.inference_mode(attacked.model, surrogate):
+        distances = distances_of(attacked.model, attacked.images, attacked.labels, "Linf")
+        rows = {attack: verdicts(attacked.model, attacked.candidates[f"{surrogate}/{attack}"], attacked.labels, 60)
+                for attack in COMPONENTS}
+    for attack, row in rows.items():
+        robust = robust_images([row])
+        # Few of Square's queries are enough only where the clean image is wrong.
+        reach = 0.0 if attack == "square" else REACH[attack]
+        assert not robust[distances <= reach * attacked.threat.eps].any(), attack
+        assert robust[distances > 1.01 * attacked.threat.eps].all(), attack
+    check_against_closed_form(rows.values(), distances, attacked.threat.eps)
 
 
 def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, digits, tmp_path):
     path = tmp_path / "adversarial.safetensors"
-    mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
-                           save_adversarial=path)
+    report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
+                                    save_adversarial=path)
     saved = load_file(path)
     assert set(saved) == {"clean", "labels"} | {f"{s}/{a}" for s in SURROGATES for a in COMPONENTS}
     assert torch.equal(saved.pop("clean"), digits[0]) and torch.equal(saved.pop("labels"), digits[1])
     for name, points in saved.items():
+        assert set(report.correct[name]) == {"0", "1"}, name
         assert points.min() >= 0 and points.max() <= 1, name
         distances = THREAT.distance(points, digits[0])
         assert distances.max() <= THREAT.eps + 1e-6, name
-        assert distances.min() > 0, name
+        assert distances.min() > 0.5 * THREAT.eps, name
 
 
-@pytest.mark.parametrize("mode", timm_hpm.INFERENCE_MODES)
-def test_rejudging_saved_candidates_reproduces_the_report(digits_model, digits, tmp_path, mode):
+@pytest.mark.parametrize(("mode", "surrogates"), [
+    ("batch", ["fc", "dataset", "soft", "ste", "mixed"]),
+    ("sample", ["fc", "dataset", "soft", "ste", "mixed"]),
+    ("dataset", ["fc", "dataset", "mixed"]),
+    ("fc", ["fc"]),
+])
+def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again_in_it(tmp_path, mode, surrogates):
+    model, images, labels = prototype_problem("batch")
     path = tmp_path / "adversarial.safetensors"
-    with timm_hpm.inference_mode(digits_model, mode):
-        report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=12, budgets=SMALL,
-                                        surrogates_at_once=5, save_adversarial=path)
-    verdicts = timm_hpm.rejudge(digits_model, path)
-    assert len(verdicts) >= 5
-    assert verdicts == {name: row for name, row in report.correct.items() if not name.startswith("true/")}
-    assert digits_model.fc.inference == "batch"
+    with timm_hpm.inference_mode(model, mode):
+        # The FC classifier is right about few of these labels.
+        labels = model(images).argmax(dim=1)
+        labels[7] = (labels[7] + 1) % 5
+        report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
+                                        budgets=SMALL, surrogates_at_once=5, save_adversarial=path)
+    assert list(report.by_surrogate) == [*surrogates, "true"]
+    assert report.protocol["inference"] == mode
+    judged = timm_hpm.rejudge(model, path)
+    assert judged == {name: row for name, row in report.correct.items() if not name.startswith("true/")}
+    assert all(set(row) == {"0", "1"} for row in judged.values())
+    assert model[1].inference == "batch"
+    others = [timm_hpm.INFERENCE_MODES[i] for i in range(4) if timm_hpm.INFERENCE_MODES[i] != mode]
+    for other in others:
+        with timm_hpm.inference_mode(model, other):
+            points = load_file(path)
+            assert any(verdicts(model, points[name], labels, 25) != row for name, row in judged.items()), other
 
 
-def test_one_seed_gives_one_report_and_another_seed_another(digits_model, digits, tmp_path):
+def test_one_seed_gives_one_report_and_another_seed_another(tmp_path):
+    model, images, labels = prototype_problem("batch")
     reports, candidates = [], []
     for run, seed in enumerate((3, 3, 4)):
         torch.manual_seed(run)
         path = tmp_path / f"{run}.safetensors"
-        reports.append(mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=12, budgets=SMALL, seed=seed,
-                                              surrogates_at_once=5, save_adversarial=path))
+        reports.append(mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
+                                              surrogates=["fc", "ste"], budgets=SMALL, seed=seed,
+                                              save_adversarial=path))
         candidates.append(load_file(path))
+    assert all(set(row) == {"0", "1"} for row in reports[0].correct.values())
     assert reports[0].same_results(reports[1])
-    assert all(torch.equal(candidates[0][name], candidates[1][name]) for name in candidates[0])
-    assert not torch.equal(candidates[0]["fc/apgd-ce"], candidates[2]["fc/apgd-ce"])
+    assert reports[0].correct != reports[2].correct
+    for name, points in candidates[0].items():
+        assert torch.equal(points, candidates[1][name])
+        if name not in ("clean", "labels"):
+            assert not torch.equal(points, candidates[2][name]), name
 
 
 def test_the_model_the_random_state_and_the_gradients_are_left_alone(digits_model, digits):
@@ -186,40 +457,18 @@ def test_the_model_the_random_state_and_the_gradients_are_left_alone(digits_mode
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_worst_case_is_at_most_every_row(digits_model, digits):
-    report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=12, budgets=SMALL, surrogates_at_once=2)
-    table = report.by_surrogate
-    assert list(table) == [*SURROGATES, "true"]
-    assert report.robust_accuracy <= min(row["worst"] for row in table.values())
-    assert all(row["worst"] <= min(row.values()) for row in table.values())
-    assert table["true"]["square"] == table["ste"]["square"]
-    assert report.robust_accuracy <= report.clean_accuracy == sum(map(int, report.correct["clean"])) / 24
-    assert set(report.baseline) == {"clean", *COMPONENTS, "worst"}
-
-
 def test_true_model_is_searched_even_where_its_twin_is_not_a_surrogate(digits_model, digits):
     report = mixed_surrogate_attack(digits_model, *digits, THREAT, budgets=SMALL, surrogates=["fc"])
     assert list(report.by_surrogate) == ["fc", "true"]
     assert set(report.by_surrogate["true"]) == {"square", "worst"}
 
 
-@pytest.mark.parametrize(("mode", "expected"), [
-    ("batch", ["fc", "dataset", "soft", "ste", "mixed", "true"]),
-    ("sample", ["fc", "dataset", "soft", "ste", "mixed", "true"]),
-    ("dataset", ["fc", "dataset", "mixed", "true"]),
-    ("fc", ["fc", "true"]),
-])
-def test_every_mode_attacks_the_surrogates_that_differ_in_it(digits_model, digits, mode, expected):
-    with timm_hpm.inference_mode(digits_model, mode):
-        report = mixed_surrogate_attack(digits_model, *digits, THREAT, budgets=SMALL, surrogates_at_once=5)
-    assert list(report.by_surrogate) == expected
-    assert report.protocol["inference"] == mode
-
-
 def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
     torch.manual_seed(0)
     model = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=False).eval()
-    report = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    labels = timm_hpm.PixelModel(model)(digits[0]).argmax(dim=1)
+    report = mixed_surrogate_attack(model, digits[0], labels, ThreatModel("Linf", 0.05), budgets=SMALL)
+    assert set(report.correct["fc/square"]) == {"0", "1"}
     assert report.protocol["surrogates"] == ["fc"] and report.protocol["prototypes_fitted"] is False
     assert report.correct["fc/square"] == report.baseline_correct["fc/square"]
 
@@ -262,26 +511,6 @@ def test_passes_of_an_unbreakable_point_are_what_the_components_cost():
     assert costs["square"] == (1 + 51, 0)
     assert costs["fab-t"][1] == 1 + 2 * 50
     assert costs["fab-t"][0] <= 1 + 2 + 2 * (2 * 50 + 4)
-
-
-def test_plain_classifier_is_broken_at_least_as_often_as_by_autoattack(digits_model):
-    from pyautoattack import AutoAttack
-
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    images, labels = images[:24], labels[:24]
-    plain = timm_hpm.PixelModel(copy.deepcopy(digits_model))
-    plain.model.fc.inference = "fc"
-    plain.eval()
-    attacks = ["apgd-t"]
-    state = torch.get_rng_state()
-    x_adv, _ = AutoAttack(plain, eps=0.15, version="custom", attacks=attacks, seed=0).run_standard_evaluation(
-        images, labels)
-    torch.set_rng_state(state)
-    theirs = timm_hpm.judge(plain, x_adv, labels, 24)
-    report = mixed_surrogate_attack(plain, images, labels, ThreatModel("Linf", 0.15), attacks=attacks)
-    assert 0 < report.robust_accuracy < report.clean_accuracy
-    # Other random starts: one image may fall either way.
-    assert report.robust_accuracy <= theirs.float().mean().item() + 1 / 24 + 1e-6
 
 
 class Poisoned(nn.Module):
@@ -375,7 +604,7 @@ def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
     report.save(tmp_path / "report.json")
     protocol = json.loads((tmp_path / "report.json").read_text())["protocol"]
     assert protocol["dataset"] == "digits" and protocol["architecture"] == "hpm_wrn10_2"
-    assert protocol["threat"] == "Linf:0.1" and protocol["seed"] == 5 and protocol["batch_size"] == 7
+    assert protocol["threat"] == "Linf:0.2" and protocol["seed"] == 5 and protocol["batch_size"] == 7
     assert protocol["num_images"] == 24 and protocol["num_classes"] == 10 and protocol["inference"] == "batch"
     assert protocol["attacks"] == {"apgd-t": {"iterations": 10, "targets": 2}}
     assert {"torch", "timm", "timm-hpm", "pyautoattack", "python"} == set(protocol["versions"])

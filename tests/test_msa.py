@@ -145,7 +145,7 @@ def test_no_attack_breaks_more_than_the_closed_form_allows_under_any_surrogate(m
 def run(attack: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel,
         budget: Budget) -> torch.Tensor:
     """Returns the candidates of one component on a model without an HPM head, all images in one batch."""
-    return COMPONENTS[attack](AttackBatch(SplitModel(model), ["model"], images, labels), threat, budget, Notes())
+    return COMPONENTS[attack](AttackBatch(SplitModel(model, images), ["model"], images, labels), threat, budget, Notes())
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -232,7 +232,7 @@ THREAT = ThreatModel("Linf", 0.2)
 def test_components_find_what_autoattack_finds(digits_model, norm, eps):
     # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
     images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
-    split = SplitModel(timm_hpm.PixelModel(digits_model))
+    split = SplitModel(timm_hpm.PixelModel(digits_model), images)
 
     def logits(pixels):
         return split.logits("fc", split.features(pixels))
@@ -264,7 +264,8 @@ def test_components_find_what_autoattack_finds(digits_model, norm, eps):
 
 def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
     model, images, labels = prototype_problem("batch")
-    batch = AttackBatch(SplitModel(model), ["fc", "ste"], images[:20], labels[:20])
+    split = SplitModel(model, images)
+    batch = AttackBatch(split, ["fc", "ste"], images[:20], labels[:20])
     threat = ThreatModel("Linf", 0.06)
     points = COMPONENTS["square"](batch, threat, Budget(60), Notes())
     placed = (batch.points != batch.clean).flatten(1).any(dim=1)
@@ -272,7 +273,7 @@ def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
     assert torch.equal(batch.points[placed], points[placed])
     # Where a row stands the head sees its candidate: those fooled last are fooled among all the others.
     with torch.no_grad():
-        expected = model(batch.points[20:])
+        expected = model(batch.points[20:]) * split.head.scale() / model[1].scale()
     torch.testing.assert_close(batch.current_logits()[20:], expected, rtol=1e-4, atol=1e-4)
     assert not torch.equal(expected.argmax(dim=1), model(images[:20]).argmax(dim=1))
 
@@ -491,7 +492,8 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
     torch.testing.assert_close(logits[1:], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:1], expected_fc, rtol=1e-4, atol=1e-4)
     if surrogate == "ste":
-        torch.testing.assert_close(logits[1:], pixel_model(whole)[[0, 5, 23]], rtol=1e-4, atol=1e-4)
+        answers = pixel_model(whole)[[0, 5, 23]] * split.head.scale() / digits_model.fc.scale()
+        torch.testing.assert_close(logits[1:], answers, rtol=1e-4, atol=1e-4)
 
 
 def test_passes_of_an_unbreakable_point_are_what_the_components_cost():

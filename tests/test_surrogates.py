@@ -93,7 +93,7 @@ def test_the_surrogates_of_a_mixing_mode_all_differ():
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answer(surrogate, mode):
     head, features = problem(mode)
-    split = SplitModel(nn.Sequential(nn.Flatten(), head).eval())
+    split = SplitModel(nn.Sequential(nn.Flatten(), head).eval(), features)
     moved = features.clone()
     moved[1:] += 1.0
     changed = (split.logits(surrogate, features)[0] - split.logits(surrogate, moved)[0]).abs().max() > 1e-3
@@ -104,6 +104,6 @@ def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answ
 def test_the_twin_answers_as_the_true_model(mode):
     head, features = problem(mode)
     model = nn.Sequential(nn.Flatten(), head).eval()
-    split = SplitModel(model)
+    split = SplitModel(model, features)
     torch.testing.assert_close(split.logits(split.twin(), split.features(features)), model(features),
                                rtol=1e-5, atol=1e-5)

@@ -568,7 +568,11 @@ def test_infinite_logits_are_an_error(digits):
     ({"labels": "negative"}, r"label -1 of image 4 is out of range"),
     ({"labels": "float"}, r"class indices"),
     ({"batch_size": 0}, r"batch_size is 0; expected at least 1"),
-    ({"surrogates": ["fc", "hard"]}, r"unknown surrogate 'hard'; this model has fc, dataset, soft, ste, mixed"),
+    ({"surrogates": ["fc", "hard"]}, r"unknown surrogate 'hard'; expected some of fc, dataset, soft, ste, mixed"),
+    ({"surrogates": ("fc",) * 0}, r"unknown surrogate \(none given\)"),
+    ({"budgets": {"apgd_ce": Budget(1)}}, r"unknown attack 'apgd_ce'; expected some of apgd-ce, "),
+    ({"budgets": {"fab-t": Budget(5)}}, r"the budget of fab-t has no targets.*Budget\(5, targets=9\)"),
+    ({"save_adversarial": Path("/dev/null/x.safetensors")}, r"cannot write into the output folder /dev/null"),
     ({"attacks": ["pgd"]}, r"unknown attack 'pgd'; expected some of apgd-ce, apgd-t, fab-t, square"),
     ({"surrogates_at_once": 0}, r"surrogates_at_once is 0"),
 ])
@@ -581,13 +585,60 @@ def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, me
              "negative": lambda: labels.index_fill(0, torch.tensor(4), -1), "float": lambda: labels.float()}
     arguments = {"images": images, "labels": labels}
     arguments |= {name: wrong[value]() if isinstance(value, str) else value for name, value in change.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         mixed_surrogate_attack(digits_model, threat=THREAT, **arguments)
 
 
-def test_a_model_in_train_mode_is_refused(digits_model, digits):
-    with pytest.raises(ValueError, match=r"train mode.*call model.eval\(\)"):
-        mixed_surrogate_attack(copy.deepcopy(digits_model).train(), *digits, THREAT)
+@pytest.mark.parametrize("argument", ["surrogates", "attacks"])
+def test_a_text_in_the_place_of_a_list_of_names_is_refused(digits_model, digits, argument):
+    with pytest.raises(ValueError, match=rf"{argument} is the text 'fc'; expected a list of names, such as \['fc'\]"):
+        mixed_surrogate_attack(digits_model, *digits, THREAT, **{argument: "fc"})
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-1, 2), (5, -1)])
+def test_a_budget_that_spends_nothing_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected at least 1 iteration, and 0 or more targets"):
+        Budget(*arguments)
+
+
+@pytest.mark.parametrize("part", ["", "stages.0.0.bn1"])
+def test_a_model_in_train_mode_is_refused_and_left_as_it_was(digits_model, digits, part, tmp_path):
+    mixed_surrogate_attack(digits_model, *digits, THREAT, surrogates=["fc"], attacks=["apgd-ce"], budgets=SMALL,
+                           save_adversarial=tmp_path / "adversarial.safetensors")
+    model = copy.deepcopy(digits_model)
+    model.get_submodule(part).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for ask in (lambda: mixed_surrogate_attack(model, *digits, THREAT),
+                lambda: timm_hpm.judge(model, *digits, 8),
+                lambda: timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors")):
+        with pytest.raises(ValueError, match=rf"train mode \(at {part or 'its top'}\).*call model.eval\(\)"):
+            ask()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+    ({"images": torch.zeros(0, 1, 8, 8)}, "N above 0"),
+    ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels have the shape \(3,\)"),
+])
+def test_a_judge_refuses_what_it_cannot_judge(digits_model, digits, change, message):
+    arguments = {"images": digits[0], "labels": digits[1], "batch_size": 8} | change
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.judge(digits_model, **arguments)
+
+
+@pytest.mark.parametrize(("side", "works"), [(4, False), (5, True), (8, True), (12, False), (14, False), (16, True),
+                                             (18, False), (19, False), (24, False), (28, True), (32, True)])
+def test_square_under_l2_takes_the_image_sizes_that_it_can_tile(side, works):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(side ** 2, 3)).eval()
+    images = torch.rand(4, 1, side, side)
+    labels = model(images).argmax(dim=1)
+    arguments = {"attacks": ["square"], "budgets": {"square": Budget(3)}}
+    if works:
+        assert mixed_surrogate_attack(model, images, labels, ThreatModel("L2", 0.5), **arguments).num_images == 4
+    else:
+        with pytest.raises(ValueError, match=rf"cannot tile images of {side}×{side} pixels.*leave it out"):
+            mixed_surrogate_attack(model, images, labels, ThreatModel("L2", 0.5), **arguments)
 
 
 def test_a_head_that_is_not_last_is_refused(digits):

@@ -187,6 +187,7 @@ def test_a_fresh_process_unpickles_the_models(tmp_path):
     # It imports neither timm_hpm nor the models' classes by itself.
     code = """
 import sys, torch
+torch.set_num_threads(1)  # as many as here, for the same rounding
 for model, x, logits in torch.load(sys.argv[1], weights_only=False):
     assert torch.equal(model(x), logits)
     model.reset_classifier(3)

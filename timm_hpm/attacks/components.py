@@ -248,8 +248,8 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
 def square_tiles(height: int, width: int) -> bool:
     """Returns whether AutoAttack's Square can start under L2 on such images: whole tiles of a fifth of the height."""
     tile = height // 5
-    if tile < 1:
-        return False
+    if tile < 2:  # a tile of one pixel may begin beyond the edge
+        return tile == 1
     start = (height - 5 * tile) // 2
     return all(start + side // tile * tile <= side for side in (height, width))
 

@@ -25,7 +25,7 @@ from ..head import HPMHead, find_head, head_name, inference_mode
 from ..report import TRUE_MODEL, AttackReport
 from ..threat import ThreatModel
 from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite, square_tiles
-from .surrogates import SplitModel
+from .surrogates import SplitModel, check_names
 
 
 def mixed_surrogate_attack(
@@ -94,7 +94,12 @@ def mixed_surrogate_attack(
     check_pixels(images, labels, num_classes)
     split = SplitModel(pixel_model, example)
     names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
-    plan = _plan(split, names, _check_attacks(attacks), surrogates_at_once)
+    plan = _plan(
+        split,
+        names,
+        tuple(COMPONENTS) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS)),
+        surrogates_at_once,
+    )
 
     if threat.norm == "L2" and any(attack == "square" for _, attack in plan) and not square_tiles(*images.shape[-2:]):
         raise ValueError(f"Square under L2 cannot tile images of {images.shape[-2]}×{images.shape[-1]} pixels (nor can "
@@ -206,22 +211,10 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(metadata["protocol"])
 
 
-def _check_attacks(attacks: Sequence[str] | None) -> tuple[str, ...]:
-    if attacks is None:
-        return tuple(COMPONENTS)
-    unknown = [attack for attack in attacks if attack not in COMPONENTS]
-    if unknown or not attacks:
-        raise ValueError(f"unknown attack {', '.join(map(repr, unknown)) or '(none given)'}; "
-                         f"expected some of {', '.join(COMPONENTS)}")
-    return tuple(dict.fromkeys(attacks))
-
-
 def _check_budgets(budgets: Mapping[str, Budget] | None) -> dict[str, Budget]:
     """Returns the budget of every component."""
-    unknown = [attack for attack in budgets or () if attack not in COMPONENTS]
-    if unknown:
-        raise ValueError(f"budgets for unknown attacks {', '.join(map(repr, unknown))}; "
-                         f"expected some of {', '.join(COMPONENTS)}")
+    if budgets:
+        check_names("attack", list(budgets), tuple(COMPONENTS))
     chosen = STANDARD_BUDGETS | dict(budgets or {})
     for attack, standard in STANDARD_BUDGETS.items():
         if standard.targets and not chosen[attack].targets:

@@ -95,6 +95,17 @@ def moderate_scale(head: HPMHead, features: Tensor) -> None:
         head.log_scale.sub_(math.log(lead / _LARGEST_LEAD))
 
 
+def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Returns `names` without repetitions, or raises a ValueError that lists the `known` ones of their kind."""
+    if isinstance(names, str):
+        raise ValueError(f"{kind}s is the text {names!r}; expected a list of names, such as [{names!r}]")
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown)) or '(none given)'}; "
+                         f"expected some of {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
 class SplitModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
@@ -168,9 +179,4 @@ class SplitModel:
 
     def check_surrogates(self, names: Sequence[str]) -> tuple[str, ...]:
         """Returns `names` without repetitions, or raises a ValueError that lists the surrogates of this model."""
-        known = (PLAIN,) if self.head is None else tuple(SURROGATES)
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise ValueError(f"unknown surrogate {', '.join(map(repr, unknown)) or '(none given)'}; "
-                             f"this model has {', '.join(known)}")
-        return tuple(dict.fromkeys(names))
+        return check_names("surrogate", names, (PLAIN,) if self.head is None else tuple(SURROGATES))

@@ -15,7 +15,7 @@ from timm_hpm.head import HPMConvHead, head_name
 from timm_hpm.models import hpm_timm
 from timm_hpm.models._builder import _HEAD_ARGS, _HEAD_ENTRIES
 
-VARIANTS = timm.list_models("hpm_*", module="hpm_timm")
+VARIANTS = [f"hpm_{base}" for base in hpm_timm._BASES]
 # timm's own small networks: one with a plain classifier, one with a norm in front, one with positions that are
 # resized while loading, and one with a 1x1 convolution.
 for _base in ("test_resnet", "test_convnext", "test_vit", "dla46x_c"):
@@ -42,6 +42,7 @@ def test_the_table_is_registered():
             "hpm_deit3_small_patch16_224", "hpm_deit3_base_patch16_224", "hpm_xcit_small_12_p16_224",
             "hpm_xcit_medium_24_p16_224", "hpm_xcit_large_24_p16_224", "hpm_efficientnet_b0",
             "hpm_mobilenetv3_large_100", "hpm_regnety_016"} <= set(VARIANTS)
+    assert set(VARIANTS) <= set(timm.list_models("hpm_*", module="hpm_timm"))
     assert not any(timm.models.is_model_pretrained(name) for name in VARIANTS)
 
 

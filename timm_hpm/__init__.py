@@ -5,6 +5,9 @@ Importing the package registers the `hpm_*` models with timm.
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+from typing import Any
+
 from . import models  # registers the models
 from .attacks import NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
 from .data import PixelModel, load_split
@@ -25,8 +28,10 @@ __all__ = [
     "ThreatModel",
     "UnsupportedHeadError",
     "add_hpm_head",
+    "cards",
     "find_head",
     "fit_prototypes",
+    "hub",
     "inference_mode",
     "judge",
     "load_split",
@@ -37,3 +42,10 @@ __all__ = [
     "rejudge",
     "remove_hpm_head",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only those who push, pull or write cards pay for the import of what that needs.
+    if name in ("cards", "hub"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

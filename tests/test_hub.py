@@ -1,0 +1,494 @@
+"""The Hub for real: its own client and timm's functions, in processes of their own, against a server on loopback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import pytest
+
+TESTS = Path(__file__).parent
+TOKEN = "hf_Secret0123456789abcdefghijklmnopqr"
+#: Of the embedded weights, measured by evaluate.py.
+REPORT = TESTS.parent / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json"
+EMBEDDED = {"name": "hpm_wrn10_2.digits_linf", "pretrained": True, "fitted": False}
+
+
+class Failed(Exception):
+    """An error in the client's process."""
+
+
+class Client:
+    """A process of the Hub's client; see hub_client.py."""
+
+    def __init__(self, folder: Path, **environ: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        environ = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **environ}
+        environ.pop("HF_TOKEN", None)
+        environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, str(TESTS / "hub_client.py"), str(folder)], env=environ,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer: dict[str, Any] = {}
+        self.ready = False
+
+    def __call__(self, function: str, *, environ: dict[str, str] | None = None, **arguments: Any) -> Any:
+        """Returns what a function of hub_client.py returns; raises `Failed` with its error."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if not self.ready:
+            self.ready = json.loads(self.process.stdout.readline()) == "ready"
+        request = {"function": function, "arguments": arguments, "environ": environ or {}}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        self.answer = json.loads(self.process.stdout.readline())
+        # Whatever happened: nobody has said the token.
+        assert TOKEN not in json.dumps(self.answer), "the token leaked"
+        if self.answer["error"] is not None:
+            raise Failed(f"{self.answer['type']}: {self.answer['error']}")
+        return self.answer["result"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def python_blocks(card: str) -> list[str]:
+    """Returns the Python code of a card."""
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with hub_server.running() as running:
+        running.tokens[TOKEN] = "someone"
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    client = Client(tmp_path_factory.mktemp("client"), HF_ENDPOINT=server.url)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def loader(server, tmp_path_factory):
+    """Another process, as of another user, with a cache of its own."""
+    loader = Client(tmp_path_factory.mktemp("loader"), HF_ENDPOINT=server.url)
+    yield loader
+    loader.close()
+
+
+@pytest.fixture(autouse=True)
+def no_faults(server):
+    server.faults = hub_server.Faults()
+    server.lfs = True
+    server.requests.clear()
+
+
+# Up and down
+
+
+@pytest.mark.parametrize("lfs", [True, False])
+def test_what_is_pushed_comes_back(server, client, loader, lfs):
+    server.lfs = lfs
+    repo_id = f"org/way-{lfs}"
+    pushed = client("push", repo_id=repo_id, token=TOKEN)
+    assert pushed.pop("url") == f"{server.url}/{repo_id}"
+    assert sorted(server.files(repo_id)) == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+    assert len(server.repos[repo_id].commits) == 2  # the repository's own, and one
+    assert any("lfs" in path for _, path, _ in server.requests) == lfs
+    assert loader("pull", repo_id=repo_id) == pushed
+    assert loader("create", name=f"hf-hub:{repo_id}") == pushed
+
+
+@pytest.mark.parametrize(("model", "architecture"), [
+    ({"name": "hpm_wrn10_2.untrained_deepmind", "inference": "dataset", "mix": 0.125, "ema_decay": 0.75,
+      "depths": [2, 1, 1], "in_chans": 1, "num_classes": 7}, "hpm_wrn10_2"),
+    ({"name": "hpm_resnet18", "inference": "sample", "num_classes": 5, "in_chans": 1}, "hpm_resnet18"),
+    ({"name": "resnet18", "add": True, "num_classes": 5}, "hpm_resnet18"),
+    ({"name": "test_vit", "add": True, "img_size": 96, "num_classes": 3}, "hpm_test_vit"),
+])
+def test_architecture_and_head_come_back(server, client, loader, model, architecture):
+    repo_id = f"org/{model['name']}-{model.get('add', False)}"
+    pushed = client("push", repo_id=repo_id, model=model, token=TOKEN)
+    pushed.pop("url")
+    assert json.loads(server.files(repo_id)["config.json"])["architecture"] == architecture
+    register = "test_vit" if architecture == "hpm_test_vit" else ""
+    card = server.files(repo_id)["README.md"].decode()
+    assert ('timm_hpm.register_hpm("test_vit")' in card) == bool(register)
+    if register:
+        with pytest.raises(Failed, match="Unknown model"):
+            loader("create", name=f"hf-hub:{repo_id}")
+    # pull registers what is missing; create_model is used as the card says.
+    assert loader("pull", repo_id=repo_id) == pushed
+    assert loader("create", name=f"hf-hub:{repo_id}", register=register) == pushed
+
+
+@pytest.mark.parametrize("odd", ["channels_last", "aliased", "half", "wrapped", "training"])
+def test_odd_tensors_are_saved(client, loader, odd):
+    pushed = client("push_odd", repo_id=f"org/{odd}", odd=odd, token=TOKEN)
+    assert loader("pull", repo_id=f"org/{odd}") == pushed
+
+
+def test_an_unfitted_head_comes_back_unfitted(server, client, loader):
+    pushed = client("push", repo_id="org/unfitted", model={"fitted": False}, token=TOKEN)
+    assert pushed["fitted"] is False
+    assert "No prototypes yet" in server.files("org/unfitted")["README.md"].decode()
+    pushed.pop("url")
+    assert loader("pull", repo_id="org/unfitted") == pushed
+
+
+def test_a_second_push_updates_and_an_equal_one_adds_no_commit(server, client, loader):
+    client("push", repo_id="org/twice", token=TOKEN, report=str(REPORT), model=EMBEDDED)
+    assert json.loads(server.files("org/twice")["report.json"])["robust_accuracy"] == 0.9
+    second = client("push", repo_id="org/twice", model={"seed": 2}, token=TOKEN, commit_message="another")
+    repo = server.repos["org/twice"]
+    assert list(repo.messages.values())[1:] == ["Push a model of timm_hpm", "another"]
+    # The report was of the first model.
+    assert sorted(server.files("org/twice")) == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+    again = client("push", repo_id="org/twice", model={"seed": 2}, token=TOKEN)
+    assert len(repo.commits) == 3 and again == second
+    second.pop("url")
+    assert loader("pull", repo_id="org/twice") == second
+
+
+def test_the_name_alone_means_ones_own(server, client):
+    assert client("push", repo_id="mine", token=TOKEN)["url"] == f"{server.url}/someone/mine"
+
+
+def test_the_environment_gives_the_token_too(server, client, loader):
+    environ = {"HF_TOKEN": TOKEN}
+    pushed = client("push", repo_id="org/environ", private=True, environ=environ)
+    pushed.pop("url")
+    assert loader("create", name="hf-hub:org/environ", environ=environ) == pushed
+
+
+def test_the_cards_usage_runs_as_it_stands(server, client, loader):
+    client("push", repo_id="org/usage", token=TOKEN, model={"name": "test_resnet", "add": True, "num_classes": 4})
+    usage, = python_blocks(server.files("org/usage")["README.md"].decode())
+    loader("run", code=usage + """
+import torch
+assert timm_hpm.find_head(model).inference == "sample" and pixel_model(torch.rand(2, 3, 160, 160)).shape == (2, 4)
+""")
+
+
+# Private, revisions, pull requests
+
+
+def test_a_private_repository_needs_a_token(server, client, loader):
+    pushed = client("push", repo_id="org/private", private=True, token=TOKEN)
+    assert server.repos["org/private"].private
+    for function, name in (("pull", "repo_id"), ("create", "name")):
+        with pytest.raises(Failed, match="org/private"):
+            client(function, **{name: "org/private" if name == "repo_id" else "hf-hub:org/private"})
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/private: the Hub knows no such repository for this "
+                                     r"login \(HTTP 401\).* it is private.*hf auth login"):
+        loader("pull", repo_id="org/private")
+    pushed.pop("url")
+    assert loader("pull", repo_id="org/private", token=TOKEN) == pushed
+
+
+def test_private_is_not_promised_for_what_is_public(server, client):
+    server.add("org/public", {"README.md": b"mine"})
+    with pytest.raises(Failed, match=r"cannot push to org/public with private=True: it exists and is public"):
+        client("push", repo_id="org/public", private=True, token=TOKEN)
+    assert server.files("org/public") == {"README.md": b"mine"}
+
+
+def test_revisions(server, client, loader):
+    first = client("push", repo_id="org/revisions", token=TOKEN)
+    second = client("push", repo_id="org/revisions", model={"seed": 3}, revision="v1", token=TOKEN)
+    assert second.pop("url") == f"{server.url}/org/revisions/tree/v1"
+    first.pop("url")
+    assert loader("pull", repo_id="org/revisions") == first
+    assert loader("pull", repo_id="org/revisions", revision="v1") == second
+    assert loader("create", name="hf-hub:org/revisions@v1") == second
+    oid = server.repos["org/revisions"].refs["v1"]
+    assert loader("pull", repo_id="org/revisions", revision=oid) == second
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/revisions@v2: it has no such revision"):
+        loader("pull", repo_id="org/revisions", revision="v2")
+
+
+def test_a_pull_request_changes_nothing_until_it_is_merged(server, client, loader):
+    server.add("other/model", {"README.md": b"theirs"})
+    pushed = client("push", repo_id="other/model", create_pr=True, token=TOKEN)
+    assert pushed.pop("url") == f"{server.url}/other/model/discussions/1"
+    assert server.files("other/model") == {"README.md": b"theirs"}
+    assert loader("pull", repo_id="other/model", revision="refs/pr/1") == pushed
+
+
+# Folders, cache, offline
+
+
+def test_a_saved_folder_is_a_local_dir(client, loader):
+    folder = client.folder / "saved"
+    saved = client("save", folder=str(folder), model={"name": "hpm_wrn10_2", "stem_stride": 2})
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert loader("create", name=f"local-dir:{folder}") == saved
+
+
+def test_the_cache_serves_without_a_network(server, client, loader, tmp_path):
+    pushed = client("push", repo_id="org/cached", token=TOKEN)
+    pushed.pop("url")
+    assert loader("pull", repo_id="org/cached", cache_dir=str(tmp_path)) == pushed
+    assert loader("create", name="hf-hub:org/cached", cache_dir=str(tmp_path)) == pushed
+    before = len(server.requests)
+    offline = Client(tmp_path / "offline", HF_ENDPOINT=server.url, HF_HUB_OFFLINE="1")
+    try:
+        assert offline("pull", repo_id="org/cached", cache_dir=str(tmp_path)) == pushed
+        assert offline("create", name="hf-hub:org/cached", cache_dir=str(tmp_path)) == pushed
+        with pytest.raises(Failed, match=r"HubError: cannot pull org/revisions: HF_HUB_OFFLINE is set and the cache"):
+            offline("pull", repo_id="org/revisions", cache_dir=str(tmp_path))
+        with pytest.raises(Failed, match=r"HubError: cannot push to org/cached: HF_HUB_OFFLINE is set"):
+            offline("push", repo_id="org/cached", token=TOKEN)
+    finally:
+        offline.close()
+    assert len(server.requests) == before
+
+
+def test_no_network(client, tmp_path):
+    cut_off = Client(tmp_path, HF_ENDPOINT="http://127.0.0.1:9")  # the discard port: nobody listens
+    try:
+        for function, doing in (("pull", "pull"), ("push", "push to")):
+            with pytest.raises(Failed, match=rf"HubError: cannot {doing} org/x: the connection to http://127.0.0.1:9 "
+                                             r"failed \(ConnectError: .*Check the network"):
+                cut_off(function, repo_id="org/x", **({"token": TOKEN} if function == "push" else {}))
+    finally:
+        cut_off.close()
+
+
+# Faults
+
+
+@pytest.fixture(scope="module")
+def good(server, client):
+    """The files of a pushed model, and its facts."""
+    pushed = client("push", repo_id="org/good", token=TOKEN)
+    pushed.pop("url")
+    return server.files("org/good"), pushed
+
+
+def test_a_repository_that_is_not_there(loader):
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/nowhere: the Hub knows no such repository .*HTTP 401"):
+        loader("pull", repo_id="org/nowhere")
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/nowhere: the Hub knows no such repository .*HTTP 404"):
+        loader("pull", repo_id="org/nowhere", token=TOKEN)
+    with pytest.raises(Failed, match=r"HubError: cannot pull a/b/c: that is no name of a repository .*organisation/na"):
+        loader("pull", repo_id="a/b/c")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_file_that_is_not_there(server, loader, good, missing):
+    repo_id = f"org/without-{missing}"
+    server.add(repo_id, {name: content for name, content in good[0].items() if name != missing})
+    with pytest.raises(Failed, match=rf"HubError: cannot load {repo_id}: it has no {missing}.*Check the name"):
+        loader("pull", repo_id=repo_id)
+
+
+def test_a_wrong_token(server, client, good):
+    wrong = "hf_wrongwrongwrong"
+    for function, doing in (("pull", "pull"), ("push", "push to")):
+        with pytest.raises(Failed, match=rf"HubError: cannot {doing} org/good2: the Hub refused the login \(HTTP 401"):
+            client(function, repo_id="org/good2", token=wrong)
+        assert wrong not in json.dumps(client.answer)
+    with pytest.raises(Failed, match=r"HubError: cannot push to other/new: the login may not do that \(HTTP 403.*"
+                                     r"write access to other; .*create_pr"):
+        client("push", repo_id="other/new", token=TOKEN)
+    with pytest.raises(Failed, match=r"HubError: cannot push to org/new: the Hub refused the login \(HTTP 401"):
+        client("push", repo_id="org/new")
+    assert "org/new" not in server.repos and "other/new" not in server.repos
+
+
+def test_a_server_that_repeats_the_token(server, client):
+    server.faults.echo_token = True
+    server.faults.answer = {"/api/.*": (418, "a teapot")}
+    for function in ("pull", "push"):
+        with pytest.raises(Failed, match=r"HubError: .*HTTP 418 .*a teapot \(got Bearer <token>\)"):
+            client(function, repo_id="org/teapot", token=TOKEN)
+        with pytest.raises(Failed, match=r"HubError: .*HTTP 418 .*a teapot \(got Bearer <token>\)"):
+            client(function, repo_id="org/teapot", environ={"HF_TOKEN": TOKEN})
+
+
+def test_a_token_with_a_line_break(client, loader, good):
+    assert loader("pull", repo_id="org/good", token=f"{TOKEN}\n") == good[1]
+    for token in (f"{TOKEN}\n{TOKEN}", f"{TOKEN} x", f"{TOKEN}\u00e9"):
+        for function, process in (("pull", loader), ("push", client)):
+            with pytest.raises(Failed, match="ValueError: the token holds spaces, line breaks or letters"):
+                process(function, repo_id="org/good", token=token)
+
+
+def test_a_file_that_arrives_short(server, loader, good, tmp_path):
+    server.faults.shorten_to["model.safetensors"] = 1000
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/good: a file arrived cut short \(.*Repeat it"):
+        loader("pull", repo_id="org/good", cache_dir=str(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    server.faults.shorten_to.clear()
+    assert loader("pull", repo_id="org/good", cache_dir=str(tmp_path)) == good[1]
+
+
+def test_a_connection_that_breaks_is_resumed(server, loader, good, tmp_path):
+    server.faults.break_after["model.safetensors"] = 700_000
+    server.faults.breaks = 2
+    assert loader("pull", repo_id="org/good", cache_dir=str(tmp_path)) == good[1]
+
+
+@pytest.mark.slow  # the client tries for ten seconds
+def test_a_connection_that_never_gets_there(server, loader, good, tmp_path):
+    server.faults.break_after["model.safetensors"] = 0
+    with pytest.raises(Failed, match=r"HubError: cannot pull org/good: the connection to .* failed \(RemoteProtocol"):
+        loader("pull", repo_id="org/good", cache_dir=str(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("how", ["header", "length", "short", "empty"])
+def test_damaged_weights(server, loader, good, how):
+    weights = good[0]["model.safetensors"]
+    damaged = {"header": weights[:8] + b"\xff" * 40 + weights[48:], "length": b"\xff" * 8 + weights[8:],
+               "short": weights[:5000], "empty": b""}[how]
+    repo_id = f"org/damaged-{how}"
+    server.add(repo_id, {**good[0], "model.safetensors": damaged})
+    with pytest.raises(Failed, match=rf"HubError: cannot load {repo_id}: model.safetensors is damaged .*pushed again"):
+        loader("pull", repo_id=repo_id)
+
+
+@pytest.mark.parametrize("config", [b"", b"{", b"[]", b"null", b'{"num_classes": 10}', b"\xff\xfe"])
+def test_a_damaged_config(server, loader, good, config):
+    repo_id = "org/damaged-config"
+    server.add(repo_id, {**good[0], "config.json": config})
+    with pytest.raises(Failed, match=r"HubError: cannot load org/damaged-config: its config.json is damaged or not"):
+        loader("pull", repo_id=repo_id)
+
+
+def test_weights_of_another_architecture(server, loader, good):
+    config = json.loads(good[0]["config.json"])
+    for architecture, error in (
+        ("hpm_preact_resnet18", "model.safetensors and config.json do not give a model of the architecture 'hpm_pre"),
+        ("hpm_nonsense", "its architecture 'hpm_nonsense' is unknown here"),
+        ("nonsense", "do not give a model of the architecture 'nonsense'"),
+    ):
+        changed = {"architecture": architecture, "num_classes": 10, "pretrained_cfg": config["pretrained_cfg"]}
+        server.add("org/other", {**good[0], "config.json": json.dumps(changed).encode()})
+        with pytest.raises(Failed, match=f"HubError: cannot load org/other: .*{error}"):
+            loader("pull", repo_id="org/other")
+
+
+def test_a_pickle_is_not_opened(server, loader, good, tmp_path):
+    """A repository with a pickle in the place of safetensors, which would write a file if it were run."""
+    trap = tmp_path / "ran"
+    code = f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode()
+    server.add("org/pickle", {"config.json": good[0]["config.json"], "pytorch_model.bin": code})
+    with pytest.raises(Failed, match=r"HubError: cannot load org/pickle: it has no model.safetensors"):
+        loader("pull", repo_id="org/pickle")
+    with pytest.raises(Failed, match=r"weights_only|Weights only"):
+        loader("create", name="hf-hub:org/pickle")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("lfs", [False, pytest.param(True, marks=pytest.mark.slow)])  # LFS is tried for 25 seconds
+def test_a_server_that_stops_in_the_middle_of_an_upload(server, client, loader, lfs):
+    server.lfs = lfs
+    repo_id = f"org/stops-{lfs}"
+    before = client("push", repo_id=repo_id, token=TOKEN)
+    files = dict(server.files(repo_id))
+    if lfs:
+        server.faults.stop_lfs_after = 100_000
+    else:
+        server.faults.stop_commit_after = 100_000
+    with pytest.raises(Failed, match=rf"HubError: cannot push to {repo_id}: the connection to .* failed .*and repeat"):
+        client("push", repo_id=repo_id, token=TOKEN, model={"seed": 4})
+    assert server.files(repo_id) == files
+    before.pop("url")
+    assert loader("pull", repo_id=repo_id) == before
+    server.faults = hub_server.Faults()
+    after = client("push", repo_id=repo_id, token=TOKEN, model={"seed": 4})
+    after.pop("url")
+    assert loader("pull", repo_id=repo_id) == after != before
+
+
+def test_a_server_in_trouble(server, client):
+    server.faults.answer = {"/api/repos/create": (507, "no room")}
+    with pytest.raises(Failed, match=r"HubError: cannot push to org/x: the Hub answered HTTP 507 .*no room.*later"):
+        client("push", repo_id="org/x", token=TOKEN)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 600 kB: half of the weights."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs takes Linux and root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(server, client, loader, good, small_disk):
+    with pytest.raises(Failed, match=r"HubError: .*cannot pull org/good: the disk is full \(.*Free space.*cache_dir"):
+        loader("pull", repo_id="org/good", cache_dir=str(small_disk))
+    assert not list(small_disk.rglob("*.safetensors"))
+    for path in small_disk.iterdir():
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    with pytest.raises(Failed, match=r"HubError: .*cannot save PreActNet into .*disk is full"):
+        client("save", folder=str(small_disk / "saved"))
+    assert not list((small_disk / "saved").iterdir())
+    with pytest.raises(Failed, match=r"HubError: .*disk is full .*TMPDIR"):
+        client("push", repo_id="org/full", token=TOKEN, temporary=str(small_disk))
+    assert "org/full" not in server.repos and not list((small_disk).glob("timm_hpm-*"))
+
+
+# Reports, and models that cannot be restored
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    ({}, "architecture"), ({"name": "hpm_wrn10_2.digits_linf", "inference": "sample"}, "inference"),
+    ({"name": "hpm_wrn10_2.digits_linf", "mix": 0.25}, "mix"),
+])
+def test_a_report_of_another_model_is_refused(server, client, model, name, tmp_path):
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    if name == "architecture":
+        report["protocol"]["architecture"] = "hpm_wrn28_10"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(Failed, match=f"ValueError: the report was measured with {name} "):
+        client("push", repo_id="org/refused", model=model, report=str(tmp_path / "report.json"), token=TOKEN)
+    assert "org/refused" not in server.repos
+
+
+def test_what_would_not_come_back_is_not_pushed(server, client):
+    with pytest.raises(Failed, match=r"HubError: cannot save a model for org/changed: .*gives other logits"):
+        client("push_odd", repo_id="org/changed", odd="changed", token=TOKEN)
+    with pytest.raises(Failed, match=r"ValueError: ResNet has no HPM head"):
+        client("push_odd", repo_id="org/changed", odd="headless", token=TOKEN)
+    assert "org/changed" not in server.repos
+
+
+# The command line
+
+
+def test_the_command_line(server, client, loader, tmp_path):
+    words = ["push", "org/shell", "--model", "hpm_wrn10_2.digits_linf", "--report", str(REPORT), "--private"]
+    assert client("shell", words=words, environ={"HF_TOKEN": TOKEN}) == 0
+    assert client.answer["written"].endswith(f"pushed: {server.url}/org/shell\n")
+    assert server.repos["org/shell"].private and "report.json" in server.files("org/shell")
+    words = ["pull", "org/shell", "--output", str(tmp_path / "model")]
+    assert loader("shell", words=words, environ={"HF_TOKEN": TOKEN}) == 0
+    assert "org/shell: hpm_wrn10_2, 10 classes, 303," in loader.answer["written"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == server.files("org/shell")["model.safetensors"]
+
+
+def test_the_command_line_says_errors_in_one_line(server, tmp_path):
+    environ = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN,
+               "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-m", "timm_hpm.hub", "pull", "org/not-there"], env=environ,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and TOKEN not in done.stderr
+    assert done.stderr.startswith("timm_hpm.hub: cannot pull org/not-there: the Hub knows no such repository")

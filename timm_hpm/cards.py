@@ -1,0 +1,353 @@
+"""Model cards for the Hub: of a model with a report, and of a public checkpoint whose figures others published."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg, split_model_name_tag
+
+from .head import HPMHead, find_head
+from .report import AttackReport
+from .threat import ThreatModel
+
+TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
+METHOD_URL: Final = "https://arxiv.org/abs/2606.01746"
+
+# Our names of data sets: the Hub's id, and how a sentence calls it.
+_DATASETS: Final = {
+    "digits": ("sklearn-digits", "handwritten digits of scikit-learn"),
+    "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
+    "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
+    "svhn": ("ufldl-stanford/svhn", "SVHN"),
+    "tiny_imagenet": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
+    "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
+}
+_ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+
+_MODES = """\
+| mode | an image's answer | depends on its batch |
+|---|---|---|
+| `batch` | ℓ2 distance to prototypes mixed with the batch's own (the paper's form) | yes |
+| `sample` | each image is a batch of its own | no |
+| `dataset` | ℓ2 distance to the data set's prototypes | no |
+| `fc` | the FC classifier | no |
+
+In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer, and
+adaptive attacks on the batch itself are in no figure of this card. A service that batches strangers' images together
+must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
+
+_WHOSE = f"""\
+The method is that of [arXiv 2606.01746]({METHOD_URL}): an ℓ2-reclassifier on prototypes mixed of the data set's, kept
+by an exponential moving average, and the batch's, made through a straight-through estimator; and attacks on several
+surrogates of it with AutoAttack. We could read its abstract and the caption of its first figure, not its equations or
+its tables. Ours are the equations as implemented, which surrogates are attacked, the inference modes other than
+`batch`, and every figure {{figures}}. No figure here is the paper's. `docs/method.md` of timm_hpm has the details.
+
+AutoAttack's components come from `pyautoattack`; please cite Croce and Hein (arXiv 2003.01690) with them."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What others published about a checkpoint. Accuracies are in %, as printed there.
+
+    Arguments:
+        dataset: our name of the data set, such as "cifar10".
+        threat: as `ThreatModel.parse` takes it, such as "Linf:8/255"; None where none is published.
+        clean: clean accuracy; None where none is published.
+        robust: robust accuracy under `attack`; None where none is published.
+        attack: the attack and the images, such as "AutoAttack, 10,000 test images".
+        source: where it stands: a URL, or a sentence with one.
+    """
+
+    dataset: str
+    threat: str | None
+    clean: float | None
+    robust: float | None
+    attack: str
+    source: str
+
+
+def model_card(
+        title: str,
+        name: str,
+        cfg: Mapping[str, Any],
+        *,
+        head: HPMHead | None = None,
+        parameters: int | None = None,
+        report: AttackReport | None = None,
+        published: Published | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        notes: str = "",
+        register: bool = False,
+) -> str:
+    """Returns the text of a card, README.md on the Hub.
+
+    Arguments:
+        title: its heading, such as "org/name" or a tag.
+        name: what `timm.create_model` takes.
+        cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url and paper_ids count.
+        head: the model's; None for a checkpoint without prototypes.
+        parameters: their number.
+        report: what was measured; without it the card says that nothing was.
+        published: what others measured.
+        license: in place of the cfg's.
+        base_model: Hub id of the model it was made from.
+        notes: Markdown by hand: what stands before the first `## ` opens the card, the rest follows the usage.
+        register: whether the loader must register the architecture first.
+    """
+    opening, sections = _split(notes)
+    fitted = head is not None and head.is_fitted()
+    parts = [
+        f"# {title}",
+        opening or _opening(cfg, parameters, fitted),
+        _usage(name, cfg, register),
+        "" if fitted else _unfitted(name),
+        sections,
+        _evaluation(name, report) if report else _not_measured(published),
+        f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
+        "## What is the paper's and what is ours\n\n" + _WHOSE.format(
+            figures="above" if report else "that timm_hpm will measure"),
+        _origin(cfg),
+    ]
+    data = _data(title, cfg, report, published, license, base_model)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+
+
+def tag_card(
+        name: str,
+        *,
+        report: AttackReport | str | Path | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        notes: str = "",
+) -> str:
+    """Returns the card of a registered tag, such as "hpm_wrn10_2.digits_linf", without loading a public checkpoint.
+
+    Arguments:
+        name: architecture and tag; the default tag where none is given.
+        report: see `model_card`; a file is read.
+        license, base_model, notes: see `model_card`.
+
+    Raises:
+        ValueError: no such tag, or one without weights.
+    """
+    architecture, tag = split_model_name_tag(name)
+    cfg = get_pretrained_cfg(architecture) if not tag else get_pretrained_cfg(name, allow_unregistered=False)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(f"{name!r} is no tag with weights; expected one of timm.list_pretrained('hpm_*')")
+    name = f"{architecture}.{cfg.tag}"
+    if isinstance(report, str | Path):
+        report = AttackReport.load(report)
+    found: dict[str, Any] = {}
+    if cfg.file and Path(cfg.file).is_file():
+        model = timm.create_model(name, pretrained=True)
+        found = {"head": find_head(model), "parameters": sum(p.numel() for p in model.parameters())}
+    published = PUBLISHED.get(name)
+    return model_card(name, name, cfg.to_dict(), report=report, published=published, license=license,
+                      base_model=base_model or cfg.hf_hub_id, notes=notes, **found)
+
+
+def _split(notes: str) -> tuple[str, str]:
+    opening, mark, sections = f"\n{notes.strip()}".partition("\n## ")
+    return opening.strip(), (mark + sections).strip()
+
+
+def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
+    size = "" if parameters is None else f" ({_count(parameters)} parameters)"
+    head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
+    return (f"`{cfg['architecture']}`{size} with {head}, for images of {_times(cfg['input_size'])} and "
+            f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
+
+
+def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
+    size, classes = cfg["input_size"], cfg["num_classes"]
+    lines = ["import timm, timm_hpm"]
+    if register:
+        base = str(cfg["architecture"]).removeprefix("hpm_")
+        lines.append(f'timm_hpm.register_hpm("{base}")        # this architecture has no hpm_ name until then')
+    lines += [
+        f'model = timm.create_model("{name}", pretrained=True).eval()',
+        f"pixel_model = timm_hpm.PixelModel(model)      # {_shape(size)}, pixels in [0, 1], to logits (B, {classes})",
+    ]
+    text = "## Usage\n\n```python\n" + "\n".join(lines) + "\n```"
+    if name.startswith("hf-hub:"):
+        repo_id = name.removeprefix("hf-hub:")
+        text += f'\n\n`timm_hpm.hub.pull("{repo_id}")` does the same, also with a token and a revision.'
+    return text
+
+
+def _unfitted(name: str) -> str:
+    return (
+        "**No prototypes yet.** The head answers exactly as the checkpoint's own FC classifier until they are fitted:\n"
+        "\n```python\ntimm_hpm.fit_prototypes(model, loader, threat)  # loader: pixels in [0, 1] and labels\n```\n\n"
+        f"or the model is fine-tuned (`python train.py --model {name} --pretrained`).")
+
+
+def _mode_sentence(head: HPMHead | None) -> str:
+    if head is None:
+        return "A new HPM head has mix 0.5 and the mode `batch`; without prototypes every mode is `fc`."
+    if not head.is_fitted():
+        return f"This head has mix {head.mix} and the mode `{head.inference}`; without prototypes every mode is `fc`."
+    return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."
+
+
+def _evaluation(name: str, report: AttackReport) -> str:
+    measured, total = report.to_markdown().partition("\n## Protocol")[0], report.num_images
+    tables = measured.partition("\n\n")[2].strip()
+    parts = ["## Evaluation", f"    {_command(name, report)}", tables]
+    if report.baseline:
+        robust, baseline = round(report.robust_accuracy * total), round(report.baseline["worst"] * total)
+        sets, baseline_sets = len(report.correct) - 1, len(report.baseline_correct) - 1
+        apart = abs(robust - baseline) / total > (report.robust_accuracy_se ** 2 + _variance(baseline, total)) ** 0.5
+        parts.append(
+            f"Of these {total} images the head classified {robust} correctly throughout, its own FC classifier "
+            f"{baseline}: {'a difference beyond' if apart else 'no difference beyond'} the standard error. The head "
+            f"faced {sets} sets of candidates, the FC classifier {baseline_sets}.")
+    parts += ["\n".join(["| protocol | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _protocol(report))]),
+              "Another machine rounds otherwise, and an image near a boundary may fall the other way."]
+    if report.warnings:
+        parts.append("Warnings of the attacks:\n\n" + "\n".join(f"- {text}" for text in report.warnings))
+    return "\n\n".join(parts)
+
+
+def _protocol(report: AttackReport) -> list[tuple[str, str]]:
+    protocol = report.protocol
+    threat = ThreatModel.parse(protocol["threat"])
+    if "dataset" in protocol:
+        images = f"the first {protocol['num_images']} of the split {protocol['split']} of {protocol['dataset']}"
+    else:
+        images = f"{protocol['num_images']}, chosen by the caller"
+    attacks = ", ".join(f"{_ATTACKS.get(attack, attack)} {_budget(budget)}"
+                        for attack, budget in protocol["attacks"].items())
+    versions = protocol["versions"]
+    return [
+        ("threat model", f"{threat.norm}, eps {threat.eps:g}, pixels in [0, 1]"),
+        ("images", f"{images}, in batches of {protocol['batch_size']}"),
+        ("inference mode", f"`{protocol['inference']}`, mix {protocol['mix']}"),
+        ("surrogates", ", ".join(f"`{surrogate}`" for surrogate in protocol["surrogates"])),
+        ("attacks", f"{attacks}, on each surrogate"),
+        ("judge", "the true model, in its own mode, on whole batches; right only if right under every candidate"),
+        ("seed", str(protocol["seed"])),
+        ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())
+         + f", {protocol['device'].upper()}"),
+    ]
+
+
+def _command(name: str, report: AttackReport) -> str:
+    protocol = report.protocol
+    words = ["python evaluate.py", f"--model {name}"]
+    for option, key in (("--dataset", "dataset"), ("--split", "split"), ("--threat", "threat"),
+                        ("--num-images", "num_images"), ("--batch-size", "batch_size"), ("--seed", "seed")):
+        if key in protocol:
+            words.append(f"{option} {protocol[key]}")
+    return " ".join(words)
+
+
+def _not_measured(published: Published | None) -> str:
+    text = "## Evaluation\n\nThis checkpoint was not re-measured by timm_hpm."
+    if published is None:
+        return text
+    dataset = _DATASETS.get(published.dataset, (published.dataset, published.dataset))[1]
+    threat = "no threat model" if published.threat is None else published.threat
+    rows = [f"| {what} | {value:g} |" for what, value in (
+        ("clean", published.clean), (f"robust, {threat}, {published.attack}", published.robust)) if value is not None]
+    if not rows:
+        return text
+    return (f"{text} What others published of it on {dataset}:\n\n| accuracy | % |\n|---|---:|\n" + "\n".join(rows)
+            + f"\n\nSource: {published.source}")
+
+
+def _origin(cfg: Mapping[str, Any]) -> str:
+    lines = []
+    if cfg.get("hf_hub_id"):
+        file = f", file `{cfg['hf_hub_filename']}`" if cfg.get("hf_hub_filename") else ""
+        lines.append(f"- weights: [{cfg['hf_hub_id']}](https://huggingface.co/{cfg['hf_hub_id']}){file}")
+    elif cfg.get("url"):
+        lines.append(f"- weights: {cfg['url']}")
+    if cfg.get("origin_url"):
+        lines.append(f"- origin: {cfg['origin_url']}")
+    papers = cfg.get("paper_ids") or ()
+    if papers:
+        lines.append("- papers: " + ", ".join([papers] if isinstance(papers, str) else papers))
+    if cfg.get("mean") and cfg.get("std"):
+        lines.append(f"- pixels in [0, 1] are normalised by mean {_numbers(cfg['mean'])} and std {_numbers(cfg['std'])}"
+                     "; `PixelModel` does it")
+    return "\n".join(["## Origin", "", *lines]) if lines else ""
+
+
+def _data(
+        title: str,
+        cfg: Mapping[str, Any],
+        report: AttackReport | None,
+        published: Published | None,
+        license: str | None,
+        base_model: str | None,
+) -> ModelCardData:
+    dataset = published.dataset if published else None
+    results: list[EvalResult] | None = None
+    if report is not None:
+        dataset = report.protocol.get("dataset")
+        results = _results(report)
+    hub_id = _DATASETS.get(dataset, (None,))[0] if dataset else None
+    return ModelCardData(
+        license=(license or cfg.get("license") or "unknown").lower(),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=list(TAGS),
+        datasets=[hub_id] if hub_id else None,
+        base_model=base_model,
+        metrics=["accuracy"],
+        model_name=title if results else None,
+        eval_results=results,
+    )
+
+
+def _results(report: AttackReport) -> list[EvalResult]:
+    protocol = report.protocol
+    dataset = protocol.get("dataset", "unknown")
+    hub_id, text = _DATASETS.get(dataset, (dataset, dataset))
+    where: dict[str, Any] = {
+        "task_type": "image-classification", "dataset_type": hub_id, "dataset_name": text,
+        "dataset_split": protocol.get("split"), "metric_type": "accuracy",
+    }
+    attacked = f"Mixed Surrogate Attack, {protocol['threat']}, mode {protocol['inference']}"
+    metrics = [
+        (f"Clean accuracy of {report.num_images} images", report.clean_accuracy),
+        (f"Robust accuracy of {report.num_images} images, {attacked}", report.robust_accuracy),
+    ]
+    return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **where) for name, value in metrics]
+
+
+def _variance(correct: int, total: int) -> float:
+    return correct / total * (1 - correct / total) / total
+
+
+def _budget(budget: Mapping[str, Any]) -> str:
+    steps = f"{budget['iterations']:,}" if "iterations" in budget else ""
+    rest = ", ".join(f"{name} {value}" for name, value in budget.items() if name not in ("iterations", "targets"))
+    times = f"{budget['targets']} × {steps}" if "targets" in budget else steps
+    return " ".join(part for part in (times, rest) if part)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number / 1e3:.0f} thousand"
+
+
+def _times(size: Any) -> str:
+    return "×".join(str(number) for number in size)
+
+
+def _shape(size: Any) -> str:
+    return "(B, " + ", ".join(str(number) for number in size) + ")"
+
+
+def _numbers(values: Any) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+# By tag: what others published of the public checkpoints, none of it re-measured here.
+PUBLISHED: Final[dict[str, Published]] = {}

@@ -1,7 +1,15 @@
-"""Model cards for the Hub: of a model with a report, and of a public checkpoint whose figures others published."""
+"""Model cards for the Hub: of a model with a report, and of a public checkpoint whose figures others published.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+    python -m timm_hpm.cards FOLDER
+
+writes the card of each tag with weights into the folder `hub_cards`, with its `<tag>.report.json` and the hand-written
+`<tag>.notes.md` where the folder has them.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,20 +17,21 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
+from .files import writable_folder, write_text
 from .head import HPMHead, find_head
-from .report import AttackReport
+from .report import TRUE_MODEL, AttackReport
 from .threat import ThreatModel
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
 METHOD_URL: Final = "https://arxiv.org/abs/2606.01746"
 
-# Our names of data sets: the Hub's id, and how a sentence calls it.
+# Data sets by their names in `timm_hpm.data` and in tags: the Hub's id, and how a sentence calls it.
 _DATASETS: Final = {
     "digits": ("sklearn-digits", "handwritten digits of scikit-learn"),
     "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
     "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
     "svhn": ("ufldl-stanford/svhn", "SVHN"),
-    "tiny_imagenet": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
+    "tiny": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
     "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
 }
 _ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
@@ -40,34 +49,13 @@ adaptive attacks on the batch itself are in no figure of this card. A service th
 must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
 
 _WHOSE = f"""\
-The method is that of [arXiv 2606.01746]({METHOD_URL}): an ℓ2-reclassifier on prototypes mixed of the data set's, kept
-by an exponential moving average, and the batch's, made through a straight-through estimator; and attacks on several
-surrogates of it with AutoAttack. We could read its abstract and the caption of its first figure, not its equations or
-its tables. Ours are the equations as implemented, which surrogates are attacked, the inference modes other than
-`batch`, and every figure {{figures}}. No figure here is the paper's. `docs/method.md` of timm_hpm has the details.
+The method is that of [arXiv 2606.01746]({METHOD_URL}): an ℓ2-reclassifier on prototypes mixed of
+the data set's, kept by an exponential moving average, and the batch's, made through a straight-through estimator; and
+attacks with AutoAttack on several surrogates of it. We could read its abstract and the caption of its first figure,
+not its equations or tables. Ours are the equations as implemented, the choice of surrogates, and the inference modes
+other than `batch`; {{figures}}. `docs/method.md` of timm_hpm has the details.
 
 AutoAttack's components come from `pyautoattack`; please cite Croce and Hein (arXiv 2003.01690) with them."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What others published about a checkpoint. Accuracies are in %, as printed there.
-
-    Arguments:
-        dataset: our name of the data set, such as "cifar10".
-        threat: as `ThreatModel.parse` takes it, such as "Linf:8/255"; None where none is published.
-        clean: clean accuracy; None where none is published.
-        robust: robust accuracy under `attack`; None where none is published.
-        attack: the attack and the images, such as "AutoAttack, 10,000 test images".
-        source: where it stands: a URL, or a sentence with one.
-    """
-
-    dataset: str
-    threat: str | None
-    clean: float | None
-    robust: float | None
-    attack: str
-    source: str
 
 
 def model_card(
@@ -78,7 +66,6 @@ def model_card(
         head: HPMHead | None = None,
         parameters: int | None = None,
         report: AttackReport | None = None,
-        published: Published | None = None,
         license: str | None = None,
         base_model: str | None = None,
         notes: str = "",
@@ -93,7 +80,6 @@ def model_card(
         head: the model's; None for a checkpoint without prototypes.
         parameters: their number.
         report: what was measured; without it the card says that nothing was.
-        published: what others measured.
         license: in place of the cfg's.
         base_model: Hub id of the model it was made from.
         notes: Markdown by hand: what stands before the first `## ` opens the card, the rest follows the usage.
@@ -107,13 +93,13 @@ def model_card(
         _usage(name, cfg, register),
         "" if fitted else _unfitted(name),
         sections,
-        _evaluation(name, report) if report else _not_measured(published),
+        _evaluation(name, report, register) if report else _not_measured(cfg),
         f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
         "## What is the paper's and what is ours\n\n" + _WHOSE.format(
-            figures="above" if report else "that timm_hpm will measure"),
+            figures="so is every figure above, and none the paper's" if report else "no figure here is the paper's"),
         _origin(cfg),
     ]
-    data = _data(title, cfg, report, published, license, base_model)
+    data = _data(title, cfg, report, license, base_model)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
 
@@ -135,8 +121,11 @@ def tag_card(
     Raises:
         ValueError: no such tag, or one without weights.
     """
-    architecture, tag = split_model_name_tag(name)
-    cfg = get_pretrained_cfg(architecture) if not tag else get_pretrained_cfg(name, allow_unregistered=False)
+    architecture, _ = split_model_name_tag(name)
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        cfg = None
     if cfg is None or not cfg.has_weights:
         raise ValueError(f"{name!r} is no tag with weights; expected one of timm.list_pretrained('hpm_*')")
     name = f"{architecture}.{cfg.tag}"
@@ -146,9 +135,21 @@ def tag_card(
     if cfg.file and Path(cfg.file).is_file():
         model = timm.create_model(name, pretrained=True)
         found = {"head": find_head(model), "parameters": sum(p.numel() for p in model.parameters())}
-    published = PUBLISHED.get(name)
-    return model_card(name, name, cfg.to_dict(), report=report, published=published, license=license,
-                      base_model=base_model or cfg.hf_hub_id, notes=notes, **found)
+    return model_card(name, name, cfg.to_dict(), report=report, license=license, base_model=base_model or cfg.hf_hub_id,
+                      notes=notes, **found)
+
+
+def tag_cards(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of the card of each tag with weights.
+
+    Arguments:
+        folder: where `<tag>.report.json` and `<tag>.notes.md` lie, for the tags that have them.
+    """
+    for name in timm.list_pretrained("hpm_*"):
+        report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
+        yield name, tag_card(
+            name, report=report if report.is_file() else None,
+            notes=notes.read_text(encoding="utf-8") if notes.is_file() else "")
 
 
 def _split(notes: str) -> tuple[str, str]:
@@ -159,8 +160,8 @@ def _split(notes: str) -> tuple[str, str]:
 def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
     size = "" if parameters is None else f" ({_count(parameters)} parameters)"
     head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
-    return (f"`{cfg['architecture']}`{size} with {head}, for images of {_times(cfg['input_size'])} and "
-            f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
+    return _wrapped(f"`{cfg['architecture']}`{size} with {head}, for images of {_times(cfg['input_size'])} and "
+                    f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
 
 
 def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
@@ -182,9 +183,9 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
 
 def _unfitted(name: str) -> str:
     return (
-        "**No prototypes yet.** The head answers exactly as the checkpoint's own FC classifier until they are fitted:\n"
-        "\n```python\ntimm_hpm.fit_prototypes(model, loader, threat)  # loader: pixels in [0, 1] and labels\n```\n\n"
-        f"or the model is fine-tuned (`python train.py --model {name} --pretrained`).")
+        "**No prototypes yet.** Until they are fitted, the head answers exactly as the weights' own FC classifier.\n"
+        "`timm_hpm.fit_prototypes(model, loader, threat)` does it, with a loader of pixels in [0, 1] and labels, or\n"
+        f"fine-tuning: `python train.py --model {name} --pretrained`.")
 
 
 def _mode_sentence(head: HPMHead | None) -> str:
@@ -195,20 +196,23 @@ def _mode_sentence(head: HPMHead | None) -> str:
     return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."
 
 
-def _evaluation(name: str, report: AttackReport) -> str:
+def _evaluation(name: str, report: AttackReport, register: bool) -> str:
     measured, total = report.to_markdown().partition("\n## Protocol")[0], report.num_images
     tables = measured.partition("\n\n")[2].strip()
-    parts = ["## Evaluation", f"    {_command(name, report)}", tables]
+    parts = ["## Evaluation", *([] if register else [_command(name, report)]), tables]
     if report.baseline:
         robust, baseline = round(report.robust_accuracy * total), round(report.baseline["worst"] * total)
-        sets, baseline_sets = len(report.correct) - 1, len(report.baseline_correct) - 1
+        # Square on the true model is the twin of Square on one of the surrogates.
+        sets = sum("/" in row and not row.startswith(f"{TRUE_MODEL}/") for row in report.correct)
+        baseline_sets = len(report.baseline_correct) - 1
         apart = abs(robust - baseline) / total > (report.robust_accuracy_se ** 2 + _variance(baseline, total)) ** 0.5
-        parts.append(
+        parts.append(_wrapped(
             f"Of these {total} images the head classified {robust} correctly throughout, its own FC classifier "
             f"{baseline}: {'a difference beyond' if apart else 'no difference beyond'} the standard error. The head "
-            f"faced {sets} sets of candidates, the FC classifier {baseline_sets}.")
+            f"faced {sets} sets of candidates, the FC classifier {baseline_sets}."))
     parts += ["\n".join(["| protocol | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _protocol(report))]),
-              "Another machine rounds otherwise, and an image near a boundary may fall the other way."]
+              _wrapped("Another machine, or another number of threads, rounds otherwise, and an image near a boundary "
+                       "may fall the other way.")]
     if report.warnings:
         parts.append("Warnings of the attacks:\n\n" + "\n".join(f"- {text}" for text in report.warnings))
     return "\n\n".join(parts)
@@ -239,26 +243,20 @@ def _protocol(report: AttackReport) -> list[tuple[str, str]]:
 
 def _command(name: str, report: AttackReport) -> str:
     protocol = report.protocol
-    words = ["python evaluate.py", f"--model {name}"]
+    words = [f"python evaluate.py --model {name}"]
     for option, key in (("--dataset", "dataset"), ("--split", "split"), ("--threat", "threat"),
                         ("--num-images", "num_images"), ("--batch-size", "batch_size"), ("--seed", "seed")):
         if key in protocol:
             words.append(f"{option} {protocol[key]}")
-    return " ".join(words)
+    lines = textwrap.wrap(" ".join(words), 116, break_on_hyphens=False, initial_indent=4 * " ",
+                          subsequent_indent=8 * " ")
+    return " \\\n".join(lines)
 
 
-def _not_measured(published: Published | None) -> str:
-    text = "## Evaluation\n\nThis checkpoint was not re-measured by timm_hpm."
-    if published is None:
-        return text
-    dataset = _DATASETS.get(published.dataset, (published.dataset, published.dataset))[1]
-    threat = "no threat model" if published.threat is None else published.threat
-    rows = [f"| {what} | {value:g} |" for what, value in (
-        ("clean", published.clean), (f"robust, {threat}, {published.attack}", published.robust)) if value is not None]
-    if not rows:
-        return text
-    return (f"{text} What others published of it on {dataset}:\n\n| accuracy | % |\n|---|---:|\n" + "\n".join(rows)
-            + f"\n\nSource: {published.source}")
+def _not_measured(cfg: Mapping[str, Any]) -> str:
+    text = "## Evaluation\n\ntimm_hpm has measured nothing of these weights."
+    notes = "\n".join(f"- {note}" for note in cfg.get("notes") or ())
+    return f"{text} What is said of them elsewhere:\n\n{notes}" if notes else text
 
 
 def _origin(cfg: Mapping[str, Any]) -> str:
@@ -279,20 +277,23 @@ def _origin(cfg: Mapping[str, Any]) -> str:
     return "\n".join(["## Origin", "", *lines]) if lines else ""
 
 
+def _dataset(cfg: Mapping[str, Any], report: AttackReport | None) -> str | None:
+    """Returns our name of the data set: the report's, or one that the tag names."""
+    if report is not None:
+        return report.protocol.get("dataset")
+    return next((part for part in str(cfg.get("tag") or "").split("_") if part in _DATASETS), None)
+
+
 def _data(
         title: str,
         cfg: Mapping[str, Any],
         report: AttackReport | None,
-        published: Published | None,
         license: str | None,
         base_model: str | None,
 ) -> ModelCardData:
-    dataset = published.dataset if published else None
-    results: list[EvalResult] | None = None
-    if report is not None:
-        dataset = report.protocol.get("dataset")
-        results = _results(report)
-    hub_id = _DATASETS.get(dataset, (None,))[0] if dataset else None
+    dataset = _dataset(cfg, report)
+    hub_id = _DATASETS[dataset][0] if dataset in _DATASETS else None
+    results = _results(report) if report is not None else None
     return ModelCardData(
         license=(license or cfg.get("license") or "unknown").lower(),
         library_name="timm",
@@ -322,6 +323,10 @@ def _results(report: AttackReport) -> list[EvalResult]:
     return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **where) for name, value in metrics]
 
 
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _variance(correct: int, total: int) -> float:
     return correct / total * (1 - correct / total) / total
 
@@ -349,5 +354,20 @@ def _numbers(values: Any) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-# By tag: what others published of the public checkpoints, none of it re-measured here.
-PUBLISHED: Final[dict[str, Published]] = {}
+def main(argv: list[str] | None = None) -> int:
+    """Writes the cards; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m timm_hpm.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = writable_folder(parser.parse_args(argv).folder)
+    for name, text in tag_cards(folder):
+        write_text(folder / f"{name}.md", text)
+        print(f"written: {folder / name}.md")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"timm_hpm.cards: {error}")

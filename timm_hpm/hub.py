@@ -213,6 +213,8 @@ def _config(model: Any, head: HPMHead, path: Path) -> dict[str, Any]:
         raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with arguments "
                          "that JSON can hold") from error
     config = json.loads(path.read_text(encoding="utf-8"))
+    # What others published of the tag's own weights need not hold for these.
+    config["pretrained_cfg"].pop("notes", None)
     if not architecture.startswith("hpm_"):
         config["architecture"] = f"hpm_{architecture}"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -224,7 +226,9 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, PreActNet):
         return {}
     info: list[dict[str, Any]] = model.feature_info
-    return {
+    # A network with one kind of shortcut does not name it.
+    shortcut = {"shortcut": model.shortcut} if hasattr(model, "shortcut") else {}
+    return shortcut | {
         "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
         "channels": [level["num_chs"] for level in info[1:]],
         "stem_chs": model.conv1.out_channels,

@@ -509,6 +509,11 @@ def test_the_head_forms_nothing_larger_than_its_prototypes_and_logits():
         assert largest.numel <= max(batch * num_classes, num_classes * width, batch * width)
 
 
+@pytest.mark.parametrize("inference", INFERENCE_MODES)
+def test_a_head_on_the_meta_device_says_the_shape(inference):
+    assert HPMHead(16, 10, inference=inference, device="meta")(torch.randn(4, 16, device="meta")).shape == (4, 10)
+
+
 compilers = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 

@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Returns whether an autocast region is open on the device of `x`; some devices, as meta, have none."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 @torch.fx.wrap
 def linear_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x` (m, k) @ `weight`ᵀ (k, n) + `bias` (n,) in their own precision, also inside an autocast region."""
     if not torch.jit.is_scripting():
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
+        if in_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
                 return F.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -189,9 +189,8 @@ class HPMHead(nn.Linear):
 def conv_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns the convolution of `x` (B, d, 1, 1), like `functional.linear_without_autocast`."""
     if not torch.jit.is_scripting():
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
+        if functional.in_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
                 return F.conv2d(x, weight, bias)
     return F.conv2d(x, weight, bias)
 

@@ -225,6 +225,11 @@ class Handler(BaseHTTPRequestHandler):
     def tag(self, repo_id: str, revision: str) -> None:
         self.ref(repo_id, self.read_json()["tag"], revision)
 
+    def settings(self, repo_id: str) -> None:
+        data = self.read_json()
+        self.writable(repo_id).private = data.get("visibility") == "private" or bool(data.get("private"))
+        self.send_json({})
+
     def ref(self, repo_id: str, name: str, revision: str) -> None:
         repo = self.writable(repo_id)
         if name in repo.refs:
@@ -407,6 +412,7 @@ ROUTES: list[tuple[tuple[str, ...], str, str]] = [
     (("POST",), "/api/repos/create", "create"),
     (("POST",), f"/api/models/{_ID}/branch/([^/]+)", "branch"),
     (("POST",), f"/api/models/{_ID}/tag/([^/]+)", "tag"),
+    (("PUT",), f"/api/models/{_ID}/settings", "settings"),
     (("POST",), f"/api/models/{_ID}/preupload/([^/]+)", "preupload"),
     (("POST",), f"/api/models/{_ID}/commit/([^/]+)", "commit"),
     (("POST",), f"/api/models/{_ID}/paths-info/([^/]+)", "paths_info"),

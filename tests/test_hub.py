@@ -485,7 +485,7 @@ device, num_images, batch_size = "cpu", 10, 120
 budgets = {attack: Budget(2, targets=2 * bool(budget.targets)) for attack, budget in STANDARD_BUDGETS.items()}
 about = {"dataset": "digits", "split": "test"}
 train, held_out, test = (timm_hpm.load_split("digits", split) for split in ("train", "val", "test"))
-published_clean = 0.986
+published_clean = 0.9917
 """
 
 

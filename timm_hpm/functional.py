@@ -17,9 +17,10 @@ def in_autocast(x: Tensor) -> bool:
 @torch.fx.wrap
 def linear_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x` (m, k) @ `weight`ᵀ (k, n) + `bias` (n,) in their own precision, also inside an autocast region."""
-    if not torch.jit.is_scripting() and in_autocast(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight, bias)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile a joint condition)
+        if in_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -12,12 +12,15 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_hpm import HPMHead, find_head
+from timm_hpm import HPMHead, UnfittedHeadWarning, find_head
 from timm_hpm.models._builder import checkpoint_filter_fn
 from timm_hpm.models.preact import PreActBlock, PreActNet, conv3x3
 
 # WideResNets and PreActResNet, both layouts, and the default tag of hpm_wrn10_2 with its small images of one channel.
-NAMES = ("hpm_wrn10_2", "hpm_wrn10_2.untrained_deepmind", "hpm_wrn16_4", "hpm_preact_resnet18")
+NAMES = (
+    "hpm_wrn10_2", "hpm_wrn10_2.untrained_deepmind", "hpm_wrn16_4", "hpm_preact_resnet18",
+    "hpm_preact_resnet18.untrained_deepmind",
+)
 BODY = "hpm_wrn10_2.untrained"
 HPM_ENTRIES = {"fc.prototypes", "fc.num_updates", "fc.log_scale"}
 
@@ -56,14 +59,14 @@ def test_all_variants_are_registered():
     assert timm.list_models("hpm_*", module="hpm_preact_resnet") == ["hpm_preact_resnet18"]
     assert timm.get_pretrained_cfg("hpm_wrn10_2").tag == "digits_linf"
     assert timm.models.is_model_pretrained("hpm_wrn10_2")
-    assert not timm.models.is_model_pretrained("hpm_wrn28_10")
+    assert not timm.models.is_model_pretrained("hpm_wrn34_10")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cfg_describes_the_model(name):
     model = timm.create_model(name).eval()
     cfg, x = model.default_cfg, images(model, 1)
-    assert cfg["license"] == "apache-2.0" and cfg["origin_url"] and cfg["paper_ids"]
+    assert cfg["license"] in ("apache-2.0", "mit") and cfg["origin_url"] and cfg["paper_ids"]
     assert f"{cfg['first_conv']}.weight" in model.state_dict()
     assert f"{cfg['classifier']}.weight" in model.state_dict()
     assert cfg["num_classes"] == model.num_classes == 10
@@ -187,17 +190,19 @@ def test_padding_of_the_layouts():
     assert torch.equal(trades(x), x[..., ::2, ::2])
 
 
+@pytest.mark.parametrize("shortcut", ["activated", "raw", "raw3x3"])
 @pytest.mark.parametrize(("in_chs", "out_chs", "stride"), [(4, 4, 1), (4, 8, 1), (4, 4, 2), (4, 8, 2)])
-def test_shortcut_starts_behind_the_activation_only_where_it_projects(in_chs, out_chs, stride):
-    block = fit(PreActBlock(in_chs, out_chs, stride, "trades")).eval()
+def test_a_shortcut_projects_where_the_shape_changes(in_chs, out_chs, stride, shortcut):
+    block = fit(PreActBlock(in_chs, out_chs, stride, "trades", shortcut=shortcut)).eval()
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, in_chs, 6, 6)
     if (in_chs, stride) == (out_chs, 1):
         assert isinstance(block.shortcut, nn.Identity)
         assert torch.equal(block(x), x)
     else:
-        assert block.shortcut.kernel_size == (1, 1) and block.shortcut.bias is None
-        assert torch.equal(block(x), block.shortcut(block.bn1(x).relu()))
+        assert block.shortcut.kernel_size == ((3, 3) if shortcut == "raw3x3" else (1, 1))
+        assert block.shortcut.bias is None
+        assert torch.equal(block(x), block.shortcut(block.bn1(x).relu() if shortcut == "activated" else x))
 
 
 def test_layouts_share_state_dicts_and_answer_differently():
@@ -237,6 +242,7 @@ def test_deepmind_stem_of_stride_2_pads_as_its_other_convolutions():
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"layout": "keras"}, "unknown layout 'keras'; expected one of trades, deepmind"),
+    ({"shortcut": "long"}, "unknown shortcut 'long'; expected one of activated, raw, raw3x3"),
     ({"depths": (1, 1)}, r"depths \(1, 1\) and channels \(32, 64, 128\) differ in length"),
     ({"global_pool": ""}, "Pass a global_pool such as 'avg', or num_classes=0"),
     ({"inference": "oracle"}, "unknown inference mode 'oracle'"),
@@ -510,7 +516,8 @@ def test_a_forced_new_head_keeps_no_stale_prototypes(source, load):
 def test_plain_fc_weights_load_strictly_and_answer_as_fc(source, load, tmp_path):
     plain = {key: value for key, value in source.state_dict().items() if key not in HPM_ENTRIES}
     save_file(plain, tmp_path / "plain.safetensors")
-    model, x = load({"file": str(tmp_path / "plain.safetensors")}), images(source)
+    with pytest.warns(UnfittedHeadWarning, match=r"of hpm_wrn10_2\.digits_linf hold no prototypes.*fit_prototypes"):
+        model, x = load({"file": str(tmp_path / "plain.safetensors")}), images(source)
     assert not model.fc.is_fitted()
     assert torch.equal(model(x), source.fc.fc_logits(source.forward_head(source.forward_features(x), pre_logits=True)))
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from . import models  # registers the models
 from .attacks import NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
+from .checkpoints import CheckpointError
 from .data import PixelModel, load_split
-from .head import INFERENCE_MODES, HPMHead, find_head, inference_mode
+from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
 from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport
@@ -21,11 +22,13 @@ from .threat import ThreatModel
 __all__ = [
     "INFERENCE_MODES",
     "AttackReport",
+    "CheckpointError",
     "HPMHead",
     "NonFiniteLogitsError",
     "PixelModel",
     "PrototypeFit",
     "ThreatModel",
+    "UnfittedHeadWarning",
     "UnsupportedHeadError",
     "add_hpm_head",
     "cards",

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,33 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which takes its place when the block ends without an error.
+
+    Raises:
+        OSError: `path` exists and is no empty folder, or cannot be written; the message says what to do.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OSError(f"{path} exists already; choose another --output, or remove it")
+    writable_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        probe = temporary / ".probe"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        for file in temporary.iterdir():
+            # safetensors leaves a file that only its owner can read.
+            file.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -13,6 +13,10 @@ from . import functional
 INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
 
 
+class UnfittedHeadWarning(UserWarning):
+    """Pretrained weights without prototypes: the HPM head answers as its FC classifier until it is given some."""
+
+
 def check_inference(mode: str) -> str:
     """Returns `mode`, or raises a ValueError that lists the inference modes."""
     if mode not in INFERENCE_MODES:

@@ -1,7 +1,9 @@
 """What the entrypoints of the `hpm_*` models share: pretrained cfgs, model arguments of a tag, and weight loading."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..head import HPMHead, find_head, head_name
+from ..checkpoints import fitting, native_state_dict, plain_state_dict, reading, unwrap
+from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
+from ..threat import ThreatModel
 from .preact import PreActNet
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -25,6 +29,11 @@ CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 # Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
 _HEAD_ENTRIES = ("prototypes", "num_updates", "log_scale")
+# How the notes of a pretrained cfg begin that say what its weights were trained against, and their accuracies.
+_THREAT_NOTE = "threat model: "
+_PUBLISHED_NOTE = "published, not re-measured: "
+# Arguments that make another network than the one of a checkpoint, which timm then loads loosely.
+_LOOSE_ARGS = ("num_classes", "in_chans", "img_size", "global_pool", "features_only", "feature_cls", "out_indices")
 # What a pretrained cfg says about its weights, not about the network.
 _OF_WEIGHTS = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "label_offset",
@@ -47,6 +56,30 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def weight_notes(threat: str, published: str | None = None) -> tuple[str, ...]:
+    """Returns the `notes` of a pretrained cfg with weights.
+
+    Arguments:
+        threat: what they were trained against, as `ThreatModel.parse` reads it.
+        published: for weights of others, the accuracies that their authors state, and where.
+    """
+    ThreatModel.parse(threat)  # a mistake shows here
+    notes = (f"{_THREAT_NOTE}{threat}",)
+    return notes if published is None else (*notes, f"{_PUBLISHED_NOTE}{published}")
+
+
+def threat_of(cfg: PretrainedCfg) -> ThreatModel | None:
+    """Returns the threat model that a pretrained cfg's weights were trained against; None where it names none."""
+    notes = [note for note in cfg.notes or () if note.startswith(_THREAT_NOTE)]
+    return ThreatModel.parse(notes[0].removeprefix(_THREAT_NOTE)) if notes else None
+
+
+def published_of(cfg: PretrainedCfg) -> str | None:
+    """Returns the accuracies that the authors of a pretrained cfg's weights state; None where it says nothing."""
+    notes = [note for note in cfg.notes or () if note.startswith(_PUBLISHED_NOTE)]
+    return notes[0].removeprefix(_PUBLISHED_NOTE) if notes else None
 
 
 def tag_args(variant: str, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,20 +112,32 @@ def build_preact_net(
     `arch_args` are the architecture's model arguments, `table` those of its tags (see `tag_args`). A tag's win over
     the architecture's, and the caller's `kwargs` over both.
     """
-    return build_model_with_cfg(
-        PreActNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={
-            "out_indices": tuple(range(len(arch_args["depths"]) + 1)),
-            "flatten_sequential": True,
-        },
-        **{**arch_args, **tag_args(variant, table, kwargs), **kwargs},
-    )
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    others = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    overlay: dict[str, Any] = {}
+    if pretrained:
+        # The source would win over the state dict.
+        overlay = {"state_dict": read_checkpoint(cfg, kwargs.get("cache_dir")), "source": None}
+    with fitting(weights_place(cfg), variant):
+        model = build_model_with_cfg(
+            PreActNet,
+            variant,
+            pretrained,
+            pretrained_cfg=cfg.to_dict(),
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={
+                "out_indices": tuple(range(len(arch_args["depths"]) + 1)),
+                "flatten_sequential": True,
+            },
+            **{**arch_args, **tag_args(variant, table, kwargs), **others},
+        )
+    return loaded(model, cfg) if pretrained else model
 
 
-def build_variant(base: str, variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+def build_variant(
+        base: str, variant: str, pretrained: bool, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any],
+) -> nn.Module:
     """Returns timm's architecture `base` with an HPM head, under the cfg of the name `variant`.
 
     The base's own entrypoint builds the network and loads its weights, so that whatever it accepts (image size,
@@ -103,58 +148,124 @@ def build_variant(base: str, variant: str, pretrained: bool, kwargs: Mapping[str
         base: timm's name of the architecture.
         variant: the name with a registered pretrained cfg.
         pretrained: whether to load weights.
+        table: model arguments of the tags; see `tag_args`.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
 
     Raises:
         UnsupportedHeadError: a base, or arguments, with another kind of head.
-        RuntimeError: a tag without weights, or a checkpoint that does not fit (by timm).
+        CheckpointError: a checkpoint that cannot be read or does not fit.
+        RuntimeError: a tag without weights (by timm).
     """
-    kwargs = dict(kwargs)
+    kwargs = {**tag_args(variant, table, kwargs), **kwargs}
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
     asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(variant, *asked)
+    create = model_entrypoint(base)
     state_dict: dict[str, Tensor] = {}
     overlay: dict[str, Any] = {}
     # A foreign format (`custom_load`) is read by the network itself, and knows no HPM head.
-    if pretrained and not cfg.custom_load:
+    converted = pretrained and not cfg.custom_load
+    if converted:
         state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
-        # The source would win over the state dict.
-        overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
-    model = model_entrypoint(base)(
-        pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
-    if overlay:
-        del model.pretrained_cfg["state_dict"]
-        if cfg.source is not None:
-            model.pretrained_cfg["source"] = cfg.source
+    with fitting(weights_place(cfg), variant):
+        if converted:
+            state_dict = plain_state_dict(state_dict, cfg.mean, cfg.std)
+            # The source would win over the state dict.
+            overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
+            other_classes = cfg.num_classes < 0 or kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes
+            if other_classes or kwargs.get("features_only"):
+                _check_keys(create, cfg, overlay, kwargs)
+        model = create(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
     if kwargs.get("features_only"):
-        return model
+        return loaded(model, cfg) if converted else model
     add_hpm_head(model, **head_args)
     entries = head_entries(state_dict, model)
     if entries:
         head = find_head(model)
-        head.load_state_dict({"weight": head.weight, "bias": head.bias, **entries})
+        with fitting(weights_place(cfg), variant):
+            head.load_state_dict({"weight": head.weight, "bias": head.bias, **entries})
+    return loaded(model, cfg) if converted else model
+
+
+def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """Loads a checkpoint into a network of its own classes, strictly.
+
+    For other classes and for features timm loads loosely: what it does not know it leaves out, what is missing stays
+    random.
+
+    Raises:
+        RuntimeError: entries that the network does not have or the checkpoint lacks (by torch).
+    """
+    classifier = overlay["state_dict"].get(f"{cfg.classifier}.weight")
+    num_classes = cfg.num_classes if classifier is None else len(classifier)
+    if num_classes < 0:
+        return
+    same = {name: value for name, value in kwargs.items() if name not in _LOOSE_ARGS}
+    try:
+        create(pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay={**overlay, "num_classes": num_classes},
+               num_classes=num_classes, **same)
+    except RuntimeError as error:
+        # Other shapes are an error in the real load as well, unless they are the classifier's.
+        if "Unexpected key(s)" in str(error) or "Missing key(s)" in str(error):
+            raise
+
+
+def loaded(model: Any, cfg: PretrainedCfg) -> Any:
+    """Returns a model whose weights came as a state dict with the cfg that they came from.
+
+    Warns where that leaves its HPM head without prototypes: the classes are the checkpoint's, so it looks complete.
+    """
+    model.pretrained_cfg.pop("state_dict", None)
+    if cfg.source is not None:
+        model.pretrained_cfg["source"] = cfg.source
+    own_classes = getattr(model, "num_classes", None) == cfg.num_classes
+    if own_classes and head_name(model) is not None and not find_head(model).is_fitted():
+        name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
+        warnings.warn(
+            f"the weights of {name} hold no prototypes: its HPM head answers as its FC classifier until "
+            "timm_hpm.fit_prototypes(model, loader, threat), or fine-tuning, gives it some",
+            UnfittedHeadWarning, stacklevel=2)
     return model
 
 
+def weights_place(cfg: PretrainedCfg) -> str:
+    """Returns where a pretrained cfg's weights come from, for messages."""
+    name = cfg.hf_hub_filename or "the weights"
+    if cfg.source == "hf-hub":
+        return f"{name} of the Hugging Face repository {cfg.hf_hub_id}"
+    if cfg.state_dict:
+        return "the given state dict"
+    if cfg.file:
+        return f"the weights in {cfg.file}"
+    if cfg.hf_hub_id:
+        return f"{name} of the Hugging Face repository {cfg.hf_hub_id}"
+    return f"the weights at {cfg.url}"
+
+
 def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Returns the state dict that timm finds for a pretrained cfg, as it stands in the file.
+    """Returns the state dict that timm finds for a pretrained cfg, by the file's own names; code in it does not run.
 
     Raises:
+        CheckpointError: no such file, a damaged one, one that holds more than tensors, or a server's error.
         RuntimeError: a cfg without weights (by timm).
     """
     found: dict[str, Tensor] = {}
 
-    def keep(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        found.update(state_dict)
+    def keep(checkpoint: Any, model: nn.Module) -> dict[str, Tensor]:
+        found.update(unwrap(checkpoint))
         return {}
 
     source = {**cfg.to_dict(), "first_conv": None, "classifier": None}
-    load_pretrained(nn.Module(), source, filter_fn=keep, cache_dir=cache_dir)
+    anything = cfg.has_weights or cfg.state_dict or cfg.source
+    with reading(weights_place(cfg)) if anything else nullcontext():
+        load_pretrained(nn.Module(), source, filter_fn=keep, cache_dir=cache_dir)
     return found
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:
     """Returns the entries of a checkpoint that `model` shall load; leaves `state_dict` as it is.
+
+    It may be any checkpoint that `native_state_dict` knows, with the training script's other entries.
 
     timm itself drops only the classifier's `weight` and `bias`, where the model's class count is not the pretrained
     cfg's (or the cfg's is overlaid by -1, which asks for a new head). Prototypes belong to the classes just as much:
@@ -163,10 +274,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     - a model with other classes, or a new head, keeps its own prototypes, update counts and scale;
     - plain FC weights are completed with the model's own, so that they load strictly and the head of a fresh model
       answers as its FC classifier.
+
+    Raises:
+        CheckpointError: what `native_state_dict` refuses.
     """
+    cfg = _cfg(model)
+    state_dict = native_state_dict(
+        state_dict, model.state_dict().keys(), layout=model.layout, shortcut=model.shortcut,
+        mean=cfg["mean"], std=cfg["std"])
     name = head_name(model)
     if name is None:
-        classifier = _cfg(model).get("classifier") or "fc"
+        classifier = cfg.get("classifier") or "fc"
         return {key: value for key, value in state_dict.items() if not key.startswith(f"{classifier}.")}
     entries = head_entries(state_dict, model) or own_entries(find_head(model))
     return {**without_head_entries(state_dict, name), **{f"{name}.{key}": value for key, value in entries.items()}}
@@ -200,7 +318,7 @@ def without_head_entries(state_dict: Mapping[str, Tensor], classifier: str | Non
     return {key: value for key, value in state_dict.items() if key not in own}
 
 
-def _cfg(model: nn.Module) -> dict[str, Any]:
+def _cfg(model: Any) -> dict[str, Any]:
     """Returns the pretrained cfg of a model, empty where it has none."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     return cfg or {}

@@ -1,17 +1,19 @@
 """timm's architectures with an HPM head: `hpm_{base}` for the bases listed here, any other by `register_hpm`."""
 
+import dataclasses
 from difflib import get_close_matches
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ._builder import build_variant, variant_cfg
+from ._builder import build_variant, variant_cfg, weight_notes
 
 _BASES = (
     # residual networks
-    "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
     # ConvNeXt
     "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnextv2_tiny", "convnextv2_base",
     # transformers
@@ -25,14 +27,108 @@ _BASES = (
 
 __all__ = ["register_hpm"]
 
+# What every public ImageNet checkpoint below has in common, whatever the base's own default is.
+_IMAGENET = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "test_input_size": None,
+    "test_crop_pct": None,
+    "test_pool_size": None,
+    "crop_pct": 0.875,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+}
+
+# Salman et al. 2020, "Do Adversarially Robust ImageNet Models Transfer Better?": published clean accuracies in %, of
+# the radii Linf in 255ths and L2. The base's name and the radius make the file's name.
+_SALMAN2020_RADII = {
+    "linf": ("4.0", "0.5", "1.0", "2.0", "8.0"),
+    "l2": ("3", "0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "5"),
+}
+_SALMAN2020_CLEAN = {
+    "resnet18": {
+        "linf": (52.49, 66.13, 63.46, 59.63, 42.11),
+        "l2": (53.12, 69.90, 69.24, 69.15, 68.77, 67.43, 65.49, 62.32, 45.59),
+    },
+    "resnet50": {
+        "linf": (63.86, 73.73, 72.05, 69.10, 54.53),
+        "l2": (62.83, 75.68, 75.76, 75.59, 74.78, 74.14, 73.16, 70.43, 56.13),
+    },
+    "wide_resnet50_2": {
+        "linf": (68.41, 75.82, 74.65, 72.35, 60.82),
+        "l2": (66.90, 77.25, 77.26, 77.17, 76.74, 76.21, 75.11, 73.41, 60.94),
+    },
+}
+
+# Liu et al. 2023 (ARES 2.0), "A Comprehensive Study on Robustness of Image Classification Models": the file's part of
+# the name, the published accuracies where they are at hand, and the model arguments.
+_LIU2023: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "resnet50": ("ResNet50", "67.0 % clean, 34.1 % under PGD-100", {}),
+    "resnet101": ("ResNet101", "", {}),
+    "resnet152": ("ResNet152", "", {"act_layer": "gelu"}),
+    "wide_resnet50_2": ("Wide_ResNet50_2", "", {"act_layer": "gelu"}),
+    "convnext_small": ("ConvNext_Small", "77.3 % clean, 54.3 % under PGD-100", {}),
+    "convnext_base": ("ConvNext_Base", "77.2 % clean, 56.8 % under PGD-100, 55.82 % under AutoAttack", {}),
+    "convnext_large": ("ConvNext_Large", "78.8 % clean, 60.1 % under PGD-100, 58.48 % under AutoAttack", {}),
+    "vit_small_patch16_224": ("ViT_small_patch16_224", "70.7 % clean, 43.7 % under PGD-100", {}),
+    "vit_base_patch16_224": ("ViT_base_patch16_224", "74.7 % clean, 49.7 % under PGD-100", {}),
+    "swin_small_patch4_window7_224": (
+        "Swin_small_patch4_window7_224", "76.6 % clean, 55.6 % under PGD-100", {}),
+    "swin_base_patch4_window7_224": (
+        "Swin_base_patch4_window7_224", "76.6 % clean, 57.3 % under PGD-100, 56.16 % under AutoAttack", {}),
+    "swin_large_patch4_window7_224": (
+        "Swin_large_patch4_window7_224", "79.7 % clean, 62.3 % under PGD-100, 59.56 % under AutoAttack", {}),
+}
+
 default_cfgs: dict[str, DefaultCfg] = {}
+# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
+_TAG_ARGS: dict[str, dict[str, Any]] = {
+    f"hpm_{_base}.liu2023_imagenet_linf": _args for _base, (_, _, _args) in _LIU2023.items() if _args
+}
+
+
+def _public_tags(base: str) -> dict[str, dict[str, Any]]:
+    """Returns the tags of `hpm_{base}` with public weights, the default first, and what they change in its cfg."""
+    tags = {}
+    for norm, accuracies in _SALMAN2020_CLEAN.get(base, {}).items():
+        for radius, clean in zip(_SALMAN2020_RADII[norm], accuracies, strict=True):
+            eps = radius.removesuffix(".0")
+            tags[f"salman2020_imagenet_{norm}_eps{eps.replace('.', '_')}"] = {
+                **_IMAGENET,
+                "hf_hub_id": "madrylab/robust-imagenet-models",
+                "hf_hub_filename": f"{base}_{norm}_eps{radius}.ckpt",
+                "interpolation": "bilinear",
+                "license": "mit",
+                "origin_url": "https://github.com/microsoft/robust-models-transfer",
+                "paper_ids": ("arXiv:2007.08489", "arXiv:2606.01746"),
+                "paper_name": "Do Adversarially Robust ImageNet Models Transfer Better?",
+                "notes": weight_notes(
+                    f"Linf:{eps}/255" if norm == "linf" else f"L2:{eps}",
+                    f"{clean:.2f} % clean (its authors' README; no robust accuracy there)"),
+            }
+    if base in _LIU2023:
+        file, published, _ = _LIU2023[base]
+        tags["liu2023_imagenet_linf"] = {
+            **_IMAGENET,
+            "url": f"https://ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/ARES_{file}_AT.pth",
+            "interpolation": "bicubic",
+            "license": "apache-2.0",
+            "origin_url": "https://github.com/thu-ml/ares",
+            "paper_ids": ("arXiv:2302.14301", "arXiv:2606.01746"),
+            "paper_name": "A Comprehensive Study on Robustness of Image Classification Models: Benchmarking and "
+                          "Rethinking",
+            "notes": weight_notes(
+                "Linf:4/255", f"{published} (its authors' benchmark, 1,000 images)" if published else None),
+        }
+    return tags
 
 
 def register_hpm(base: str) -> str:
     """Registers `hpm_{base}`, timm's architecture `base` with an HPM head, and returns that name.
 
-    Its one tag, `untrained`, has no weights. A name registered before stays as it is. The network is made when a model
-    is created; a base whose head an HPM head cannot replace fails then, by `UnsupportedHeadError`.
+    Its tag `untrained` has no weights; bases of public robust checkpoints have further ones, the first of which is the
+    default. A name registered before stays as it is. The network is made when a model is created; a base whose head an
+    HPM head cannot replace fails then, by `UnsupportedHeadError`.
 
     Arguments:
         base: an architecture of timm's, or one registered with timm, without a tag.
@@ -49,10 +145,11 @@ def register_hpm(base: str) -> str:
         nearest = ", ".join(get_close_matches(base.partition(".")[0], known, n=5)) or "see timm.list_models()"
         raise ValueError(f"unknown base {base!r}; expected an architecture of timm's, without a tag. "
                          f"The nearest: {nearest}")
-    default_cfgs.update(generate_default_cfgs({f"{name}.untrained": cfg}))
+    public = {f"{name}.{tag}": dataclasses.replace(cfg, **fields) for tag, fields in _public_tags(base).items()}
+    default_cfgs.update(generate_default_cfgs({**public, f"{name}.untrained": cfg}))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_variant(base, name, pretrained, kwargs)
+        return build_variant(base, name, pretrained, _TAG_ARGS, kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head` for mix, ema_decay and inference."

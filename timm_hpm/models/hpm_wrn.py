@@ -5,7 +5,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
-from ._builder import build_preact_net, cifar_cfg
+from ._builder import build_preact_net, cifar_cfg, weight_notes
 from .preact import PreActNet
 
 _PAPERS = ("arXiv:1605.07146", "arXiv:2606.01746")
@@ -32,10 +32,50 @@ _CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
         std=(0.3760,),
         origin_url="https://arxiv.org/abs/2606.01746",
         paper_ids=_PAPERS,
+        notes=weight_notes("Linf:0.1"),
     ),
 }
 # 'arch.tag' to model arguments: a pretrained cfg has no field for them.
 _TAG_ARGS: dict[str, dict[str, Any]] = {"hpm_wrn10_2.digits_linf": {"stem_stride": 2}}
+
+_CIFAR100 = {"num_classes": 100, "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+_SVHN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_TINY_IMAGENET = {
+    "num_classes": 200,
+    "input_size": (3, 64, 64),
+    "pool_size": (16, 16),
+    "mean": (0.4802, 0.4481, 0.3975),
+    "std": (0.2302, 0.2265, 0.2262),
+}
+# Wang et al. 2023, "Better Diffusion Models Further Improve Adversarial Training": architecture and tag, repository
+# and file, threat model, published accuracies in % (clean, AutoAttack), and what is not as with CIFAR-10.
+_WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...] = (
+    ("hpm_wrn28_10.wang2023_cifar10_linf", "DM-Improves-AT/cifar10_linf_wrn28-10", "Linf:8/255", (92.44, 67.31), {}),
+    ("hpm_wrn28_10.wang2023_cifar10_l2", "DM-Improves-AT/cifar10_l2_wrn28-10", "L2:128/255", (95.16, 83.63), {}),
+    ("hpm_wrn28_10.wang2023_cifar100_linf", "DM-Improves-AT/cifar100_linf_wrn28-10", "Linf:8/255", (72.58, 38.83),
+     _CIFAR100),
+    ("hpm_wrn28_10.wang2023_svhn_linf", "DM-Improves-AT1/svhn_linf_wrn28-10", "Linf:8/255", (95.56, 64.01), _SVHN),
+    ("hpm_wrn28_10.wang2023_tiny_linf", "DM-Improves-AT1/tiny_linf_wrn28-10", "Linf:8/255", (65.19, 31.30),
+     _TINY_IMAGENET),
+    ("hpm_wrn70_16.wang2023_cifar10_linf", "DM-Improves-AT/cifar10_linf_wrn70-16", "Linf:8/255", (93.25, 70.69), {}),
+    ("hpm_wrn70_16.wang2023_cifar10_l2", "DM-Improves-AT/cifar10_l2_wrn70-16", "L2:128/255", (95.54, 84.86), {}),
+    ("hpm_wrn70_16.wang2023_cifar100_linf", "DM-Improves-AT/cifar100_linf_wrn70-16", "Linf:8/255", (75.22, 42.67),
+     _CIFAR100),
+)
+for _name, _file, _threat, (_clean, _robust), _data in _WANG2023:
+    _repository, _file = _file.split("/")
+    _CFGS[_name] = cifar_cfg(
+        hf_hub_id=f"wzekai99/{_repository}",
+        hf_hub_filename=f"checkpoint/{_file}.pt",
+        license="mit",
+        origin_url="https://github.com/wzekai99/DM-Improves-AT",
+        paper_ids=("arXiv:2302.04638", *_PAPERS),
+        paper_name="Better Diffusion Models Further Improve Adversarial Training",
+        notes=weight_notes(_threat, f"{_clean:.2f} % clean, {_robust:.2f} % under AutoAttack (its authors' README)"),
+        **_data,
+    )
+    _TAG_ARGS[_name] = {"layout": "deepmind"}
+
 for _name in _VARIANTS:
     _CFGS[f"{_name}.untrained"] = cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS)
     _CFGS[f"{_name}.untrained_deepmind"] = cifar_cfg(origin_url=_DEEPMIND_URL, paper_ids=_PAPERS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..head import HPMHead
 
 LAYOUTS: Final = ("trades", "deepmind")
+SHORTCUTS: Final = ("activated", "raw", "raw3x3")
 
 
 class EndPadConv2d(nn.Conv2d):
@@ -38,8 +39,7 @@ def conv3x3(in_chs: int, out_chs: int, stride: int, layout: str, **factory: Any)
 class PreActBlock(nn.Module):
     """A pre-activation basic block: act(bn1) → conv1 → act(bn2) → conv2, plus the shortcut.
 
-    Where the block changes the shape, the shortcut is a 1x1 convolution of the activated input; otherwise it is the
-    raw input.
+    Where the block changes the shape, the shortcut is a convolution (see `PreActNet`); otherwise it is the raw input.
     """
 
     def __init__(
@@ -49,18 +49,22 @@ class PreActBlock(nn.Module):
             stride: int,
             layout: str,
             drop_path_rate: float = 0.0,
+            shortcut: str = "activated",
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = stride != 1 or in_chs != out_chs
+        self.project_raw = shortcut != "activated"
         self.bn1 = nn.BatchNorm2d(in_chs, **factory)
         self.conv1 = conv3x3(in_chs, out_chs, stride, layout, **factory)
         self.bn2 = nn.BatchNorm2d(out_chs, **factory)
         self.conv2 = conv3x3(out_chs, out_chs, 1, layout, **factory)
         self.shortcut: nn.Module = nn.Identity()
-        if self.project:
+        if self.project and shortcut == "raw3x3":
+            self.shortcut = conv3x3(in_chs, out_chs, stride, layout, **factory)
+        elif self.project:
             self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **factory)
         self.act = activation(layout)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -68,7 +72,7 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output (B, out_chs, H/stride, W/stride) for `x` (B, in_chs, H, W)."""
         out = self.act(self.bn1(x))
-        shortcut = self.shortcut(out) if self.project else x
+        shortcut = self.shortcut(x if self.project_raw else out) if self.project else x
         out = self.conv2(self.act(self.bn2(self.conv1(out))))
         return self.drop_path(out) + shortcut
 
@@ -94,6 +98,10 @@ class PreActNet(nn.Module):
         layout: "trades" (ReLU, padding 1) or "deepmind" (SiLU, and the convolutions of stride 2 pad below and to the
             right only; their maps must have even sizes). Weights of one give other logits in the other.
         final_norm: whether a BatchNorm and an activation follow the last stage.
+        shortcut: where a block changes the shape: "activated" (a 1x1 convolution of the block's activated input, as in
+            the WideResNets), "raw" (the same of its raw input, as in PreActResNets of the fast adversarial training)
+            or "raw3x3" (a 3x3 convolution of its raw input, as in DeepMind's PreActResNet). Weights of "activated"
+            and "raw" fit each other and give other logits.
         drop_rate: dropout in front of the head, in [0, 1).
         drop_path_rate: rate of stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         mix: see `HPMHead`.
@@ -101,8 +109,8 @@ class PreActNet(nn.Module):
         inference: see `HPMHead`.
 
     Raises:
-        ValueError: an unknown layout, depths and channels of different lengths, classes without pooling, or what
-            `HPMHead` refuses.
+        ValueError: an unknown layout or shortcut, depths and channels of different lengths, classes without pooling,
+            or what `HPMHead` refuses.
 
     Sources: pre-activation blocks arXiv 1603.05027; wide networks arXiv 1605.07146; the layouts
     https://github.com/yaodongyu/TRADES and https://github.com/google-deepmind/deepmind-research
@@ -121,6 +129,7 @@ class PreActNet(nn.Module):
             stem_stride: int = 1,
             layout: str = "trades",
             final_norm: bool = True,
+            shortcut: str = "activated",
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
             mix: float = 0.5,
@@ -131,11 +140,14 @@ class PreActNet(nn.Module):
     ):
         if layout not in LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"unknown shortcut {shortcut!r}; expected one of {', '.join(SHORTCUTS)}")
         if len(depths) != len(channels):
             raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} differ in length; "
                              "expected one of each a stage")
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layout, self.shortcut = layout, shortcut
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -149,7 +161,7 @@ class PreActNet(nn.Module):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
                 rate = drop_path_rate * index / max(sum(depths) - 1, 1)
-                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, rate, **factory))
+                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, rate, shortcut, **factory))
                 in_chs, reduction, index = out_chs, reduction * stride, index + 1
             stages.append(nn.Sequential(*blocks))
             feature_info.append({"num_chs": out_chs, "reduction": reduction, "module": f"stages.{stage}"})

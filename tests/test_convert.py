@@ -1,0 +1,658 @@
+"""Checkpoints of other projects: the same logits as their own networks, the tags, the command, and what is refused.
+
+None of the public files can be had here: their formats are made with random weights, which the original architectures
+(RobustBench's, torchvision's, timm's) compute the expected logits with.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg, save_for_hf
+from torch import nn
+
+import timm_hpm
+from timm_hpm import CheckpointError, PixelModel, ThreatModel, UnfittedHeadWarning, find_head, register_hpm
+from timm_hpm.checkpoints import FORMATS, native_state_dict, plain_state_dict, unwrap
+from timm_hpm.convert import convert
+from timm_hpm.models._builder import published_of, threat_of
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NONE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+PUBLIC = [name for name in timm.list_pretrained("hpm_*") if name != "hpm_wrn10_2.digits_linf"]
+
+for _base in ("test_resnet", "test_convnext"):
+    register_hpm(_base)
+
+
+def robustbench(name: str):
+    """Returns a module of RobustBench's architectures.
+
+    Without its packages' own __init__: those import data sets, attacks and a timm of 2024.
+    """
+    if "robustbench" not in sys.modules:
+        spec = importlib.util.find_spec("robustbench")
+        if spec is None:
+            pytest.skip("RobustBench is not installed, whose architectures give the expected logits; run: "
+                        "pip install --no-deps robustbench==1.1.1 (with its dependencies it would replace timm)")
+        root = Path(spec.submodule_search_locations[0])
+        for package, folder in (("robustbench", root), ("robustbench.model_zoo", root / "model_zoo")):
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module(f"robustbench.model_zoo.architectures.{name}")
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Gives a network random BatchNorm statistics and a classifier that tells images apart."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.2)
+    return model.eval()
+
+
+def normalised(model: nn.Module, mean, std) -> nn.Module:
+    return PixelModel(model, mean, std)
+
+
+def prefixed(state_dict, prefix):
+    return {prefix + key: value for key, value in state_dict.items()}
+
+
+def load(name, path, overlay=None, **kwargs):
+    """Returns what plain `timm.create_model` makes of a file, which has no prototypes."""
+    with pytest.warns(UnfittedHeadWarning, match="fit_prototypes"):
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **(overlay or {})}, **kwargs).eval()
+
+
+@torch.no_grad()
+def assert_same_logits(model, original, size=32):
+    """Asserts relative equality to 1e-4 on pixels; and that the logits depend on the image."""
+    pixels = torch.rand(4, 3, size, size)
+    ours, theirs = PixelModel(model)(pixels), original(pixels)
+    assert theirs.std(dim=0).min() > 1e-4
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+# Parity with RobustBench's architectures
+
+
+def trades_wrn(depth=10, **kwargs):
+    return randomised(robustbench("wide_resnet").WideResNet(depth, widen_factor=2, **kwargs))
+
+
+def deepmind_wrn(depth=10, **kwargs):
+    return randomised(robustbench("dm_wide_resnet").DMWideResNet(depth=depth, width=2, activation_fn=nn.SiLU, **kwargs))
+
+
+def preact_resnet(**kwargs):
+    resnet = robustbench("resnet")
+    return randomised(resnet.PreActResNet(resnet.PreActBlock, [2, 2, 2, 2], **kwargs))
+
+
+@pytest.mark.parametrize(("sub_block1", "wrap"), [
+    (False, lambda weights: weights),
+    (False, lambda weights: {"state_dict": prefixed(weights, "module."), "epoch": 3}),
+    (True, lambda weights: prefixed(weights, "module.")),
+    (True, lambda weights: {"last": prefixed(weights, "module.model.")}),
+])
+def test_trades_wide_resnet(tmp_path, sub_block1, wrap):
+    original = trades_wrn(16, sub_block1=sub_block1)
+    torch.save(wrap(original.state_dict()), tmp_path / "theirs.pt")
+    model = load("hpm_wrn10_2.untrained", tmp_path / "theirs.pt", NONE, depths=(2, 2, 2))
+    assert_same_logits(model, original)
+
+
+@pytest.mark.parametrize("prefix", ["module.0.", "module.1.", ""])
+def test_deepmind_wide_resnet(tmp_path, prefix):
+    original = deepmind_wrn(16)
+    raw = {key: torch.zeros_like(value) for key, value in original.state_dict().items()}
+    torch.save({
+        "model_state_dict": prefixed(original.state_dict(), prefix),
+        "unaveraged_model_state_dict": prefixed(raw, prefix),
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 400,
+    }, tmp_path / "theirs.pt")
+    model = load("hpm_wrn10_2.untrained_deepmind", tmp_path / "theirs.pt", depths=(2, 2, 2))
+    assert_same_logits(model, original)
+
+
+@pytest.mark.parametrize(("tag", "size"), [
+    ("cifar10_linf", 32), ("cifar10_l2", 32), ("cifar100_linf", 32), ("svhn_linf", 32), ("tiny_linf", 64)])
+def test_wang2023_tags(tmp_path, tag, size):
+    """The tag's own classes and normalisation, and its layout, in a network of a size for tests."""
+    cfg = get_pretrained_cfg(f"hpm_wrn28_10.wang2023_{tag}")
+    original = deepmind_wrn(num_classes=cfg.num_classes, mean=cfg.mean, std=cfg.std)
+    if size == 64:
+        # RobustBench's pools 8x8 maps.
+        original.forward = types.MethodType(_forward_any_size, original)
+    torch.save({"model_state_dict": prefixed(original.state_dict(), "module.0.")}, tmp_path / "theirs.pt")
+    model = load(f"hpm_wrn28_10.wang2023_{tag}", tmp_path / "theirs.pt", depths=(1, 1, 1), channels=(32, 64, 128))
+    assert (model.num_classes, model.pretrained_cfg["input_size"]) == (cfg.num_classes, (3, size, size))
+    assert_same_logits(model, original, size)
+
+
+def _forward_any_size(self, x):
+    x = self.layer(self.init_conv((x - self.mean) / self.std))
+    return self.logits(self.relu(self.batchnorm(x)).mean(dim=(2, 3)))
+
+
+def test_deepmind_preact_resnet(tmp_path):
+    dm = robustbench("dm_wide_resnet")
+    original = randomised(dm.DMPreActResNet(depth=18, activation_fn=nn.SiLU))
+    torch.save({"state_dict": prefixed(original.state_dict(), "module.")}, tmp_path / "theirs.pt")
+    model = load("hpm_preact_resnet18.untrained_deepmind", tmp_path / "theirs.pt")
+    assert_same_logits(model, original)
+
+
+def test_robust_overfitting_preact_resnet(tmp_path):
+    """The default tag: shortcuts behind the activation, a final BatchNorm, normalisation outside."""
+    original = preact_resnet(bn_before_fc=True, out_shortcut=True)
+    torch.save({"epoch": 105, "model_state_dict": original.state_dict(), "optimizer_state_dict": {"state": {}}},
+               tmp_path / "epoch_105.pt")
+    model = load("hpm_preact_resnet18", tmp_path / "epoch_105.pt")
+    assert model.pretrained_cfg["tag"] == "du2026_cifar10_linf"
+    assert_same_logits(model, normalised(original, CIFAR_MEAN, CIFAR_STD))
+
+
+def test_fast_adversarial_preact_resnet(tmp_path):
+    """Shortcuts of the raw input, no final BatchNorm, and the normalisation's buffers in the file."""
+    original = preact_resnet()
+    buffers = {"mu": torch.tensor(CIFAR_MEAN).view(1, 3, 1, 1), "sigma": torch.tensor(CIFAR_STD).view(1, 3, 1, 1)}
+    torch.save({"last": {**original.state_dict(), **buffers}}, tmp_path / "theirs.pt")
+    model = load("hpm_preact_resnet18.untrained", tmp_path / "theirs.pt", final_norm=False, shortcut="raw")
+    assert_same_logits(model, normalised(original, CIFAR_MEAN, CIFAR_STD))
+
+
+@pytest.mark.parametrize("base", ["test_resnet", "test_convnext"])
+def test_normalised_timm_models(tmp_path, base):
+    """`normalize.*` and `model.*`, as of RobustBench's ImageNet models."""
+    original = robustbench("utils_architectures").normalize_timm_model(randomised(timm.create_model(base)))
+    torch.save(original.state_dict(), tmp_path / "theirs.pt")
+    model = load(f"hpm_{base}", tmp_path / "theirs.pt")
+    assert_same_logits(model, original, 64)
+
+
+def test_xcit(tmp_path):
+    xcit = robustbench("xcit")
+    original = randomised(xcit.debenedetti2022light_xcit_s12_imagenet_linf(num_classes=7))
+    torch.save(original.state_dict(), tmp_path / "theirs.pt")
+    model = load("hpm_xcit_small_12_p16_224", tmp_path / "theirs.pt", {**NONE, "num_classes": 7})
+    assert_same_logits(model, original, 224)
+
+
+# Parity with torchvision's and timm's networks, in other projects' formats
+
+
+def madrylab(original, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Returns a checkpoint of MadryLab's robustness library: DataParallel of AttackerModel."""
+    weights, normaliser = original.state_dict(), {
+        "new_mean": torch.tensor(mean).view(3, 1, 1), "new_std": torch.tensor(std).view(3, 1, 1)}
+    return {
+        "model": {
+            **prefixed(normaliser, "module.normalizer."), **prefixed(weights, "module.model."),
+            **prefixed(normaliser, "module.attacker.normalize."), **prefixed(weights, "module.attacker.model."),
+        },
+        "optimizer": {"state": {}}, "schedule": None, "epoch": 90, "nat_prec1": torch.tensor(52.5),
+    }
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("resnet50", 64), ("wide_resnet50_2", 64)])
+def test_madrylab_resnets(tmp_path, name, size):
+    original = randomised(getattr(torchvision.models, name)())
+    torch.save(madrylab(original), tmp_path / "theirs.ckpt")
+    model = load(f"hpm_{name}.salman2020_imagenet_l2_eps3", tmp_path / "theirs.ckpt")
+    assert_same_logits(model, normalised(original, IMAGENET_MEAN, IMAGENET_STD), size)
+
+
+# Networks of the ARES tags' architectures, made small.
+ARES = {
+    "resnet50": {"layers": (1, 1, 1, 1)},
+    "resnet152": {"layers": (1, 1, 1, 1)},
+    "wide_resnet50_2": {"layers": (1, 1, 1, 1)},
+    "convnext_small": {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
+    "vit_small_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "swin_small_patch4_window7_224": {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("base", ARES)
+def test_ares(tmp_path, base):
+    gelu = {"act_layer": nn.GELU} if base in ("resnet152", "wide_resnet50_2") else {}
+    if gelu:
+        # torch's GELU takes no `inplace`.
+        gelu = {"act_layer": type("ResNetGELU", (nn.GELU,), {"__init__": lambda self, inplace: nn.GELU.__init__(self)})}
+    original = randomised(timm.create_model(base, **ARES[base], **gelu))
+    weights = original.state_dict()
+    if base.startswith("swin"):
+        weights = swin_of_2023(weights)
+    torch.save(weights, tmp_path / "ARES.pth")
+    name = f"hpm_{base}.liu2023_imagenet_linf"
+    model = load(name, tmp_path / "ARES.pth", **ARES[base])
+    assert_same_logits(model, normalised(original, IMAGENET_MEAN, IMAGENET_STD), 224)
+    # A new classifier, for which timm loads loosely.
+    overlay = {"file": str(tmp_path / "ARES.pth")}
+    other = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, **ARES[base])
+    assert other.num_classes == 5 and not find_head(other).is_fitted()
+
+
+def swin_of_2023(weights):
+    """Returns a Swin's state dict by the names of timm 0.6: downsampling at the end of a stage, no `head.fc`."""
+    old = {}
+    for key, value in weights.items():
+        key = re.sub(r"layers\.(\d)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+        old[key.replace("head.fc.", "head.")] = value
+    return {**old, "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.long)}
+
+
+# Tags
+
+
+def test_every_family_has_its_tags():
+    tags = {}
+    for name in PUBLIC:
+        cfg = get_pretrained_cfg(name)
+        tags.setdefault(cfg.hf_hub_id or cfg.url.rpartition("/")[0], set()).add(cfg.hf_hub_filename or cfg.url)
+    assert tags["wzekai99/DM-Improves-AT"] == {
+        f"checkpoint/{data}_{net}.pt" for data in ("cifar10_linf", "cifar10_l2", "cifar100_linf")
+        for net in ("wrn28-10", "wrn70-16")}
+    assert tags["wzekai99/DM-Improves-AT1"] == {
+        "checkpoint/svhn_linf_wrn28-10.pt", "checkpoint/tiny_linf_wrn28-10.pt"}
+    assert tags["KaiwenDu/robust-overfitting-checkpoints"] == {"epoch_105.pt"}
+    assert tags["madrylab/robust-imagenet-models"] == {
+        f"{net}_{eps}.ckpt" for net in ("resnet18", "resnet50", "wide_resnet50_2")
+        for eps in (*(f"linf_eps{eps}" for eps in ("0.5", "1.0", "2.0", "4.0", "8.0")),
+                    *(f"l2_eps{eps}" for eps in ("0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "3", "5")))}
+    ares = "https://ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet"
+    assert {url.removeprefix(f"{ares}/ARES_").removesuffix("_AT.pth") for url in tags[ares]} == {
+        "ResNet50", "ResNet101", "ResNet152", "Wide_ResNet50_2", "ConvNext_Small", "ConvNext_Base", "ConvNext_Large",
+        "ViT_small_patch16_224", "ViT_base_patch16_224", "Swin_small_patch4_window7_224",
+        "Swin_base_patch4_window7_224", "Swin_large_patch4_window7_224"}
+    assert len(tags) == 5
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_tag_says_what_its_weights_are(name):
+    cfg = get_pretrained_cfg(name)
+    assert isinstance(threat_of(cfg), ThreatModel)
+    assert cfg.license in ("mit", "apache-2.0") and cfg.origin_url.startswith("https://github.com/")
+    assert cfg.paper_name and any(re.fullmatch(r"arXiv:\d{4}\.\d{5}", paper) for paper in cfg.paper_ids)
+    # One image size for training, testing and the network.
+    assert cfg.test_input_size is None and len(cfg.mean) == len(cfg.std) == cfg.input_size[0] == 3
+    model = timm.create_model(name, device="meta")
+    assert model.num_classes == cfg.num_classes
+    assert f"{cfg.first_conv}.weight" in model.state_dict() and f"{cfg.classifier}.weight" in model.state_dict()
+    assert model.pretrained_cfg["tag"] == name.partition(".")[2]
+
+
+def test_a_tag_s_threat_model_and_published_accuracies_can_be_read():
+    cfg = get_pretrained_cfg("hpm_wrn70_16.wang2023_cifar10_l2")
+    assert threat_of(cfg) == ThreatModel("L2", 128 / 255)
+    assert published_of(cfg) == "95.54 % clean, 84.86 % under AutoAttack (its authors' README)"
+    half = get_pretrained_cfg("hpm_resnet18.salman2020_imagenet_linf_eps0_5")
+    assert threat_of(half) == ThreatModel("Linf", 0.5 / 255)
+    assert threat_of(get_pretrained_cfg("hpm_wrn10_2")) == ThreatModel("Linf", 0.1)
+    assert published_of(get_pretrained_cfg("hpm_wrn10_2")) is None
+    assert threat_of(get_pretrained_cfg("hpm_wrn10_2.untrained")) is None
+
+
+def test_default_tags():
+    defaults = {
+        "hpm_wrn28_10": "wang2023_cifar10_linf", "hpm_wrn70_16": "wang2023_cifar10_linf",
+        "hpm_preact_resnet18": "du2026_cifar10_linf", "hpm_resnet50": "salman2020_imagenet_linf_eps4",
+        "hpm_convnext_base": "liu2023_imagenet_linf", "hpm_wrn34_10": "untrained", "hpm_resnet34": "untrained",
+    }
+    assert {name: get_pretrained_cfg(name).tag for name in defaults} == defaults
+
+
+def test_a_tag_s_arguments_are_those_of_its_network():
+    assert timm.create_model("hpm_wrn28_10", device="meta").layout == "deepmind"
+    assert timm.create_model("hpm_wrn28_10.untrained", device="meta").layout == "trades"
+    assert type(timm.create_model("hpm_resnet152", device="meta").act1) is timm.layers.GELU
+    assert type(timm.create_model("hpm_resnet152.untrained", device="meta").act1) is nn.ReLU
+    assert type(timm.create_model("hpm_resnet152", act_layer=nn.SiLU, device="meta").act1) is nn.SiLU
+
+
+# The warning
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A file of plain FC weights for hpm_wrn10_2.untrained."""
+    state_dict = timm.create_model("hpm_wrn10_2.untrained").state_dict()
+    path = tmp_path / "plain.safetensors"
+    save_file({key: value for key, value in state_dict.items() if key not in (
+        "fc.prototypes", "fc.num_updates", "fc.log_scale")}, path)
+    return path
+
+
+def test_a_head_without_prototypes_warns_once(plain):
+    with pytest.warns(UnfittedHeadWarning) as record:
+        timm.create_model("hpm_wrn10_2.untrained", pretrained=True, pretrained_cfg_overlay={"file": str(plain)})
+    assert len(record) == 1
+    assert "its HPM head answers as its FC classifier until timm_hpm.fit_prototypes" in str(record[0].message)
+    # Under the default filters as well.
+    code = ("import timm, timm_hpm; timm.create_model('hpm_wrn10_2.untrained', pretrained=True, "
+            f"pretrained_cfg_overlay={{'file': {str(plain)!r}}})")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.count("UnfittedHeadWarning") == 1
+
+
+def test_no_warning_where_the_head_is_new_or_fitted(plain):
+    overlay = {"file": str(plain)}
+    timm.create_model("hpm_wrn10_2.untrained")
+    timm.create_model("hpm_wrn28_10", device="meta")
+    timm.create_model("hpm_wrn10_2.untrained", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    timm.create_model("hpm_wrn10_2.untrained", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    timm.create_model("hpm_wrn10_2.untrained", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+    assert find_head(timm.create_model("hpm_wrn10_2", pretrained=True)).is_fitted()
+
+
+# What is refused. The formats are written by hand: these tests need no RobustBench.
+
+
+def deepmind_state_dict(depths=(1, 1, 1)):
+    """Returns the state dict of a native network by DeepMind's names."""
+    names = {"conv1": "init_conv", "norm": "batchnorm", "fc": "logits"}
+    inner = {"bn1": "batchnorm_0", "conv1": "conv_0", "bn2": "batchnorm_1", "conv2": "conv_1", "shortcut": "shortcut"}
+    theirs = {}
+    for key, value in timm.create_model("hpm_wrn10_2.untrained_deepmind", depths=depths).state_dict().items():
+        if match := re.fullmatch(r"stages\.(\d)\.(\d)\.(\w+)\.(.*)", key):
+            theirs[f"layer.{match[1]}.block.{match[2]}.{inner[match[3]]}.{match[4]}"] = value
+        elif key not in ("fc.prototypes", "fc.num_updates", "fc.log_scale"):
+            module, _, leaf = key.partition(".")
+            theirs[f"{names[module]}.{leaf}"] = value
+    return theirs
+
+
+def trades_state_dict():
+    theirs = {}
+    for key, value in timm.create_model("hpm_wrn10_2.untrained").state_dict().items():
+        if match := re.fullmatch(r"stages\.(\d)\.(\d)\.(\w+)\.(.*)", key):
+            name = "convShortcut" if match[3] == "shortcut" else match[3]
+            theirs[f"block{int(match[1]) + 1}.layer.{match[2]}.{name}.{match[4]}"] = value
+        elif key not in ("fc.prototypes", "fc.num_updates", "fc.log_scale"):
+            theirs[key.replace("norm.", "bn1.")] = value
+    return theirs
+
+
+@pytest.fixture
+def refuse(tmp_path):
+    """Returns a function that saves a checkpoint, and asserts that it is refused, with its file in the message."""
+
+    def check(checkpoint, message, name="hpm_wrn10_2.untrained_deepmind", overlay=None, **kwargs):
+        path = tmp_path / "theirs.pt"
+        torch.save(checkpoint, path)
+        with pytest.raises(CheckpointError, match=message) as error:
+            timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **(overlay or {})}, **kwargs)
+        assert str(path) in str(error.value)
+
+    return check
+
+
+@pytest.mark.parametrize("classes", [10, 3, 0])
+def test_a_layout_is_never_loaded_into_the_other(refuse, classes):
+    refuse(deepmind_state_dict(), "of DeepMind's WideResNet and needs layout='deepmind'; the network has 'trades'.*"
+                                  r"\.untrained_deepmind", "hpm_wrn10_2.untrained", num_classes=classes)
+    refuse(trades_state_dict(), "of TRADES' WideResNet and needs layout='trades'; the network has 'deepmind'.*"
+                                r"such as \.untrained with", num_classes=classes)
+    # The tag's own layout is what the weights are checked against, unless the caller has another.
+    refuse(trades_state_dict(), "needs layout='trades'", "hpm_wrn28_10", depths=(1, 1, 1), channels=(32, 64, 128),
+           num_classes=classes)
+    refuse(deepmind_state_dict(), "needs layout='deepmind'", "hpm_wrn28_10", layout="trades", num_classes=classes)
+
+
+@pytest.mark.parametrize("classes", [10, 3, 0])
+def test_keys_unaccounted_for_are_listed(refuse, classes):
+    weights = deepmind_state_dict()
+    extra = {**weights, "layer.0.block.0.gate.weight": torch.ones(3), "aux.bias": torch.ones(1)}
+    refuse({"model_state_dict": prefixed(extra, "module.0.")},
+           r"no place for: layer\.0\.block\.0\.gate\.weight, aux\.bias\. .*lacks: none", num_classes=classes)
+    fewer = {key: value for key, value in weights.items() if "batchnorm_1.running" not in key}
+    refuse(fewer, r"no place for: none\. .*lacks: stages\.0\.0\.bn2\.running_mean", num_classes=classes)
+    refuse(deepmind_state_dict((2, 1, 1)), r"layer\.0\.block\.1\.conv_0\.weight", num_classes=classes)
+
+
+@pytest.mark.parametrize("classes", [1000, 3, 0])
+@pytest.mark.parametrize("base", ["test_resnet", "test_convnext"])
+def test_keys_unaccounted_for_are_listed_for_timm_s_networks(refuse, base, classes):
+    weights = timm.create_model(base).state_dict()
+    refuse({"state_dict": {**weights, "extra.weight": torch.ones(3)}}, r"Unexpected key\(s\).*extra\.weight",
+           f"hpm_{base}", num_classes=classes)
+    last = next(key for key in weights if key.endswith("conv2.weight") or key.endswith("mlp.fc2.weight"))
+    del weights[last]
+    refuse({"state_dict": weights}, rf"Missing key\(s\).*{re.escape(last)}", f"hpm_{base}", num_classes=classes)
+    refuse({"state_dict": {**weights, "extra.weight": torch.ones(3)}}, r"extra\.weight", f"hpm_{base}",
+           features_only=True)
+
+
+def test_another_architecture_is_refused(refuse):
+    resnet = timm.create_model("test_resnet").state_dict()
+    refuse(resnet, r"unknown format: .*conv1\.0\.weight.*Known: timm_hpm, DeepMind's WideResNet")
+    refuse(deepmind_state_dict(), r"(?s)into hpm_test_resnet: .*Unexpected.*init_conv\.weight", "hpm_test_resnet")
+    wide = timm.create_model("hpm_wrn16_4", num_classes=10, depths=(1, 1, 1)).state_dict()
+    refuse(wide, r"(?s)into hpm_wrn10_2: .*size mismatch for stages\.0\.0\.conv1\.weight")
+    cifar_resnet = {"conv1.weight": resnet["conv1.0.weight"], "bn1.weight": torch.ones(1),
+                    "layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
+    refuse(cifar_resnet, "of a ResNet for small images, with activations behind the blocks")
+    preact = {"layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
+    refuse(preact, "needs shortcut='activated'; the network has 'raw3x3'", layout="trades", shortcut="raw3x3")
+
+
+@pytest.mark.parametrize(("checkpoint", "message"), [
+    ({}, "it is empty"),
+    ({"epoch": 3, "lr": 0.1}, "holds no state dict: epoch, lr"),
+    ({"unaveraged_model_state_dict": {"w": torch.ones(1)}}, "holds no state dict: unaveraged_model_state_dict"),
+    ([torch.ones(1)], "no checkpoint"),
+    (torch.ones(1), "no checkpoint"),
+])
+def test_a_file_without_a_state_dict_is_refused(refuse, checkpoint, message):
+    for name in ("hpm_wrn10_2.untrained", "hpm_test_resnet"):
+        refuse(checkpoint, message, name)
+
+
+def test_another_normalisation_is_refused(refuse, tmp_path):
+    buffers = {"mean": torch.tensor((0.5, 0.5, 0.5)).view(3, 1, 1), "std": torch.tensor(CIFAR_STD).view(3, 1, 1)}
+    checkpoint = {**deepmind_state_dict(), **buffers}
+    refuse(checkpoint, r"by mean = \(0\.5, 0\.5, 0\.5\), the network by mean = \(0\.4914, .*overlay=dict\(mean=")
+    torch.save(checkpoint, tmp_path / "theirs.pt")
+    model = load("hpm_wrn10_2.untrained_deepmind", tmp_path / "theirs.pt", {"mean": (0.5, 0.5, 0.5)})
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    checkpoint = madrylab(timm.create_model("test_resnet"), std=(1.0, 1.0, 1.0))
+    refuse(checkpoint, r"normalises by normalizer\.new_std = \(1\.0, 1\.0, 1\.0\)", "hpm_test_resnet", {
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+
+
+def test_two_different_networks_in_one_file_are_refused(refuse):
+    checkpoint = madrylab(timm.create_model("test_resnet"))
+    checkpoint["model"]["module.attacker.model.bn1.weight"] = torch.zeros(32)
+    checkpoint["model"]["module.attacker.model.other"] = torch.zeros(1)
+    refuse(checkpoint, r"two networks.*differ in attacker\.model\.bn1\.weight, attacker\.model\.other;",
+           "hpm_test_resnet", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_resnet18.untrained"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
+    weights = timm.create_model(name).state_dict()
+    torch.save({"state_dict": weights, "schedule": Malicious(tmp_path / "ran")}, tmp_path / "theirs.ckpt",
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save") as error:
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "theirs.ckpt")})
+    assert str(tmp_path / "theirs.ckpt") in str(error.value)
+    run = subprocess.run(
+        [sys.executable, "-m", "timm_hpm.convert", tmp_path / "theirs.ckpt", "--model", name, "--output",
+         tmp_path / "out"], capture_output=True, text=True)
+    assert run.returncode == 1 and "refused posix.mkdir" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "ran").exists()
+    assert os.listdir(tmp_path) == ["theirs.ckpt"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("damage", ["cut", "header", "empty", "page", "missing"])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet"])
+def test_a_damaged_file_is_named(tmp_path, name, suffix, damage):
+    path = tmp_path / f"theirs.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(timm.create_model(name).state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes({
+        "cut": whole[:len(whole) // 2], "header": b"\xff" * 64 + whole[64:], "empty": b"",
+        "page": b"<!DOCTYPE html><html>Not found</html>", "missing": whole}[damage])
+    if damage == "missing":
+        path.unlink()
+    message = "there is no such file" if damage == "missing" else "cut short, damaged, or no checkpoint; remove it"
+    with pytest.raises(CheckpointError, match=message) as error:
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert str(error.value).startswith(f"cannot read the weights in {path}: ")
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    overlay = {"url": "http://127.0.0.1:9/ARES.pth", "hf_hub_id": None}
+    with pytest.raises(CheckpointError, match=r"cannot read the weights at http://127\.0\.0\.1:9/ARES\.pth: .*cache"):
+        timm.create_model("hpm_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+
+
+# The functions
+
+
+def test_conversion_leaves_the_checkpoint_alone_and_its_own_result_as_it_is():
+    arguments = {"layout": "deepmind", "shortcut": "activated", "mean": CIFAR_MEAN, "std": CIFAR_STD}
+    expected = timm.create_model("hpm_wrn10_2.untrained_deepmind").state_dict().keys()
+    checkpoint = {"model_state_dict": prefixed(deepmind_state_dict(), "module.0."), "epoch": 1}
+    before = dict(checkpoint["model_state_dict"])
+    converted = native_state_dict(checkpoint, expected, **arguments)
+    assert checkpoint["model_state_dict"].keys() == before.keys()
+    again = native_state_dict(converted, expected, **arguments)
+    assert converted.keys() == again.keys() and all(value is again[key] for key, value in converted.items())
+
+
+def test_the_average_of_the_weights_is_taken():
+    average, raw = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    assert unwrap({"unaveraged_model_state_dict": raw, "model_state_dict": average})["w"] is average["w"]
+    assert unwrap({"model": raw, "model_ema": average})["w"] is average["w"]
+    assert unwrap({"state_dict": raw, "state_dict_ema": None})["w"] is raw["w"]
+    assert unwrap({"checkpoint": torch.ones(1)}).keys() == {"checkpoint"}
+    for nothing in ([torch.ones(1)], torch.ones(1)):
+        with pytest.raises(CheckpointError, match=f"the checkpoint is a {type(nothing).__name__}; expected a state"):
+            unwrap(nothing)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "module.1.", "0."])
+def test_prefixes_go(prefix):
+    weights = {"a.weight": torch.ones(1), "b.0.bias": torch.ones(1)}
+    assert plain_state_dict(prefixed(weights, prefix), CIFAR_MEAN, CIFAR_STD).keys() == weights.keys()
+    # A prefix of some keys is a name.
+    mixed = {"model.weight": torch.ones(1), "fc.weight": torch.ones(1)}
+    assert plain_state_dict(mixed, CIFAR_MEAN, CIFAR_STD).keys() == mixed.keys()
+
+
+def test_formats_exclude_each_other():
+    for known in FORMATS:
+        keys = set(known.marks)
+        assert [other for other in FORMATS if other.fits(keys)] == [known]
+
+
+# The command
+
+
+@pytest.fixture
+def deepmind_file(tmp_path):
+    torch.save({"model_state_dict": prefixed(deepmind_state_dict(), "module.0.")}, tmp_path / "theirs.pt")
+    return tmp_path / "theirs.pt"
+
+
+def test_the_command_writes_a_folder_that_timm_loads(tmp_path, deepmind_file):
+    output = tmp_path / "new" / "folder"
+    run = subprocess.run(
+        [sys.executable, "-m", "timm_hpm.convert", deepmind_file, "--model", "hpm_wrn10_2.untrained_deepmind",
+         "--output", output], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"written: {output / 'model.safetensors'}, {output / 'config.json'}: "
+                                 "hpm_wrn10_2.untrained_deepmind, 10 classes")
+    assert "RuntimeWarning" not in run.stderr and run.stderr.count("UnfittedHeadWarning") == 1
+    assert sorted(os.listdir(output)) == ["config.json", "model.safetensors"]
+    assert json.loads((output / "config.json").read_text())["architecture"] == "hpm_wrn10_2"
+    expected = load("hpm_wrn10_2.untrained_deepmind", deepmind_file)
+    with pytest.warns(UnfittedHeadWarning):
+        model = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), expected(x)) and model.layout == "deepmind"
+
+
+def test_the_command_s_options_reach_the_folder(tmp_path):
+    weights = trades_state_dict()
+    weights["fc.weight"], weights["fc.bias"] = torch.randn(7, 128), torch.randn(7)
+    torch.save(weights, tmp_path / "theirs.pt")
+    subprocess.run(
+        [sys.executable, "-m", "timm_hpm.convert", tmp_path / "theirs.pt", "--model", "hpm_wrn10_2.untrained_deepmind",
+         "--output", tmp_path / "out", "--num-classes", "7", "--mean", "0", "0", "0", "--std", "1", "1", "1",
+         "--model-kwargs", "layout=trades", "mix=0.25"], check=True, capture_output=True)
+    with pytest.warns(UnfittedHeadWarning):
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert (model.layout, model.num_classes, find_head(model).mix) == ("trades", 7, 0.25)
+    assert tuple(model.pretrained_cfg["mean"]) == (0, 0, 0) and tuple(model.pretrained_cfg["std"]) == (1, 1, 1)
+
+
+def test_a_variant_keeps_its_tag_s_arguments_in_the_folder(tmp_path):
+    small = {"layers": (1, 1, 1, 1)}
+    torch.save(timm.create_model("resnet152", **small).state_dict(), tmp_path / "ARES.pth")
+    with pytest.warns(UnfittedHeadWarning):
+        convert(tmp_path / "ARES.pth", "hpm_resnet152", tmp_path / "out", **small)
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert type(model.act1) is timm.layers.GELU and len(model.layer3) == 1
+
+
+def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, deepmind_file, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "model.safetensors").write_text("mine")
+    with pytest.raises(OSError, match=r"kept exists already; choose another --output"):
+        convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", kept)
+    assert (kept / "model.safetensors").read_text() == "mine"
+    with pytest.raises(ValueError, match="needs layout='deepmind'"):
+        convert(deepmind_file, "hpm_wrn10_2.untrained", tmp_path / "out")
+    with pytest.raises(ValueError, match="Unknown model"):
+        convert(deepmind_file, "hpm_nosuch", tmp_path / "out")
+
+    def fill_the_disk(model, folder, **kwargs):
+        save_for_hf(model, folder, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_hpm.convert.save_for_hf", fill_the_disk)
+    with pytest.warns(UnfittedHeadWarning), pytest.raises(OSError, match="No space left"):
+        convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["kept", "theirs.pt"]
+
+
+def test_the_package_names_its_errors():
+    assert issubclass(timm_hpm.CheckpointError, RuntimeError) and issubclass(timm_hpm.UnfittedHeadWarning, UserWarning)

@@ -1,0 +1,302 @@
+"""Checkpoints of other projects: what they hold, and their names in ours.
+
+A format is known by its keys. Whatever it does not account for is an error that lists it: a checkpoint of another
+network may fit by chance, and then answers wrongly without a word. Nothing here reads files or runs what lies in them.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+# Where training scripts keep the weights, best first: an average of them comes before the raw ones.
+_WRAPPERS: Final = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", "model", "last")
+# Prefixes that every key has: of nn.DataParallel, torch.compile, a wrapper's attribute, and a Sequential.
+_PREFIXES: Final = ("module.", "_orig_mod.", "model.", "0.", "1.")
+# Modules that normalise pixels, and what they call their buffers. Our networks get normalised images.
+_NORMALISERS: Final = ("", "0.", "normalize.", "normalizer.", "attacker.normalize.")
+_MEANS: Final = ("mean", "mu", "new_mean")
+_STDS: Final = ("std", "sigma", "new_std")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or is not of the network that it is loaded into; the message says why."""
+
+
+# A regular expression, and what replaces a match of it.
+_Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Names of a pre-activation network elsewhere, and what else its weights need of a `PreActNet`.
+
+    Arguments:
+        name: as messages call it.
+        marks: keys that it has.
+        without: keys that it has not.
+        layout: the `layout` that its weights need; None where the keys do not tell.
+        shortcuts: every `shortcut` that its weights may need; empty where no `PreActNet` computes it.
+        renames: regular expressions and their replacements, applied to each key one after the other.
+        unused: a regular expression of keys that its network holds and never uses.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    layout: str | None
+    shortcuts: tuple[str, ...]
+    renames: tuple[_Rename, ...] = ()
+    without: tuple[str, ...] = ()
+    unused: str = "(?!)"
+
+    def fits(self, keys: Collection[str]) -> bool:
+        """Returns whether a state dict with these keys is of this format."""
+        return all(mark in keys for mark in self.marks) and not any(mark in keys for mark in self.without)
+
+    def rename(self, key: str) -> str:
+        """Returns the name of `key` in a `PreActNet`; a key of no known place stays as it is."""
+        for pattern, target in self.renames:
+            key = re.sub(pattern, target, key)
+        return key
+
+
+def _block(first: int) -> Callable[[re.Match[str]], str]:
+    """Returns what replaces the prefix of a block, where stages are counted from `first`."""
+    return lambda match: f"stages.{int(match[1]) - first}.{match[2]}."
+
+
+_BLOCK: Final = r"^(stages\.\d+\.\d+)\."
+
+FORMATS: Final = (
+    Format("timm_hpm", ("conv1.weight", "stages.0.0.conv1.weight"), None, ("activated", "raw", "raw3x3")),
+    Format(
+        "DeepMind's WideResNet", ("init_conv.weight", "logits.weight"), "deepmind", ("activated",),
+        (
+            (r"^init_conv\.", "conv1."), (r"^batchnorm\.", "norm."), (r"^logits\.", "fc."),
+            (r"^layer\.(\d+)\.block\.(\d+)\.", _block(0)),
+            (_BLOCK + r"conv_1\.", r"\1.conv2."), (_BLOCK + r"conv_0\.", r"\1.conv1."),
+            (_BLOCK + r"batchnorm_1\.", r"\1.bn2."), (_BLOCK + r"batchnorm_0\.", r"\1.bn1."),
+        ),
+    ),
+    Format(
+        "DeepMind's PreActResNet", ("conv_2d.weight", "logits.weight"), "deepmind", ("raw3x3",),
+        (
+            (r"^conv_2d\.", "conv1."), (r"^batchnorm\.", "norm."), (r"^logits\.", "fc."),
+            (r"^layer_(\d+)\.(\d+)\.", _block(0)),
+            (_BLOCK + r"conv_2d_(\d)\.", r"\1.conv\2."),
+            (_BLOCK + r"batchnorm_1\.", r"\1.bn2."), (_BLOCK + r"batchnorm_0\.", r"\1.bn1."),
+        ),
+    ),
+    Format(
+        "TRADES' WideResNet", ("conv1.weight", "block1.layer.0.conv1.weight"), "trades", ("activated",),
+        (
+            (r"^bn1\.", "norm."), (r"^block(\d+)\.layer\.(\d+)\.", _block(1)),
+            (_BLOCK + r"convShortcut\.", r"\1.shortcut."),
+        ),
+        unused=r"sub_block1\.layer\..*",
+    ),
+    Format(
+        "a PreActResNet for small images", ("layer1.0.conv1.weight", "linear.weight"), "trades", ("activated", "raw"),
+        (
+            (r"^bn\.", "norm."), (r"^linear\.", "fc."), (r"^layer(\d+)\.(\d+)\.", _block(1)),
+            (_BLOCK + r"shortcut\.0\.", r"\1.shortcut."),
+        ),
+        without=("bn1.weight",),
+    ),
+    # Known, so that it is refused by its name.
+    Format("a ResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn1.weight"), "trades", ()),
+)
+
+
+def unwrap(checkpoint: Any) -> dict[str, Tensor]:
+    """Returns the state dict inside a training script's checkpoint; of several, the average of the weights.
+
+    Raises:
+        CheckpointError: no state dict; the message says what was found.
+    """
+    found = checkpoint
+    while isinstance(found, Mapping):
+        inner = next((found[name] for name in _WRAPPERS if isinstance(found.get(name), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"the checkpoint is a {type(found).__name__}; expected a state dict, alone or under one "
+                              f"of the names {', '.join(_WRAPPERS)}")
+    others = [str(key) for key, value in found.items() if not isinstance(value, Tensor)]
+    if others or not found:
+        raise CheckpointError(f"the checkpoint holds no state dict: {', '.join(others) or 'it is empty'}. Expected "
+                              f"named tensors, alone or under one of the names {', '.join(_WRAPPERS)}")
+    return dict(found)
+
+
+def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
+    """Returns the network's own state dict: without wrappers, prefixes, a second copy, and normalisation.
+
+    Arguments:
+        checkpoint: what a file holds.
+        mean, std: the normalisation that the network is to be used with, a value a channel; what the checkpoint says
+            about its own must agree.
+
+    Raises:
+        CheckpointError: no state dict, another normalisation, or a second copy that differs from the first.
+    """
+    state_dict = unwrap(checkpoint)
+    while True:
+        state_dict = _without_second_copy(_without_normaliser(state_dict, mean, std))
+        prefix = next((p for p in _PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None)
+        if prefix is None:
+            return state_dict
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+
+
+def _without_normaliser(
+        state_dict: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
+    """Returns a state dict without the buffers that normalise pixels, once they agree with mean and std."""
+    rest = dict(state_dict)
+    for names, expected, argument in ((_MEANS, mean, "mean"), (_STDS, std, "std")):
+        for key in [module + name for module in _NORMALISERS for name in names if module + name in rest]:
+            found = rest.pop(key).flatten().float()
+            wanted = torch.tensor(expected, dtype=torch.float32)
+            # Published figures have four digits.
+            if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=1e-4):
+                values = tuple(round(value, 4) for value in found.tolist())
+                raise CheckpointError(f"the checkpoint normalises by {key} = {values}, the network by {argument} = "
+                                      f"{tuple(expected)}. Where the checkpoint is right, pass pretrained_cfg_overlay="
+                                      f"dict({argument}={values})")
+    return rest
+
+
+def _without_second_copy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict without MadryLab's `attacker.model.*`, the same network once more."""
+    copies = [key for key in state_dict if key.startswith("attacker.model.")]
+    first = {key: state_dict.get(key.removeprefix("attacker.")) for key in copies}
+    different = [key for key, value in first.items() if value is None or not torch.equal(value, state_dict[key])]
+    if different:
+        raise CheckpointError("the checkpoint holds two networks, model.* and attacker.model.*, that differ in "
+                              f"{', '.join(different)}; expected the same one twice")
+    return {key: value for key, value in state_dict.items() if key not in first}
+
+
+def native_state_dict(
+        checkpoint: Any,
+        expected: Collection[str],
+        *,
+        layout: str,
+        shortcut: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+) -> dict[str, Tensor]:
+    """Returns a checkpoint of any of the `FORMATS` under the names of a `PreActNet`.
+
+    Arguments:
+        checkpoint: what a file holds; stays as it is.
+        expected: the network's own keys.
+        layout, shortcut: the network's.
+        mean, std: see `plain_state_dict`.
+
+    Raises:
+        CheckpointError: another format, or one whose weights need another layout or shortcut, or keys that the network
+            and the checkpoint do not share. A missing classifier is none of them: it may be a new one.
+    """
+    state_dict = plain_state_dict(checkpoint, mean, std)
+    found = next((known for known in FORMATS if known.fits(state_dict)), None)
+    if found is None:
+        known = ", ".join(known.name for known in FORMATS)
+        raise CheckpointError(f"unknown format: no network that is known here has the keys {', '.join(state_dict)}. "
+                              f"Known: {known}")
+    if not found.shortcuts:
+        raise CheckpointError(f"the checkpoint is of {found.name}, with activations behind the blocks; a PreActNet has "
+                              "them in front and cannot compute it")
+    if found.layout is not None and found.layout != layout:
+        tag = ".untrained_deepmind" if found.layout == "deepmind" else ".untrained"
+        raise CheckpointError(
+            f"the checkpoint is of {found.name} and needs layout={found.layout!r}; the network has {layout!r}. The "
+            f"keys would match, and the logits be others. Pass layout={found.layout!r}, or take a tag that has it, "
+            f"such as {tag} with pretrained_cfg_overlay=dict(file=...)")
+    if shortcut not in found.shortcuts:
+        raise CheckpointError(f"the checkpoint is of {found.name} and needs shortcut={found.shortcuts[0]!r}; the "
+                              f"network has {shortcut!r}. Pass shortcut={found.shortcuts[0]!r}")
+    renamed = {found.rename(key): key for key in state_dict if not re.fullmatch(found.unused, key)}
+    classifier = {"fc.weight", "fc.bias", "fc.prototypes", "fc.num_updates", "fc.log_scale"}
+    unknown = [key for name, key in renamed.items() if name not in expected and name not in classifier]
+    missing = [name for name in expected if name not in renamed and not name.startswith("fc.")]
+    if unknown or missing:
+        raise CheckpointError(f"the checkpoint, of {found.name}, is of another network. Keys that this one has no "
+                              f"place for: {', '.join(unknown) or 'none'}. Entries that it lacks: "
+                              f"{', '.join(missing) or 'none'}")
+    return {name: state_dict[key] for name, key in renamed.items()}
+
+
+@contextmanager
+def fitting(place: str, network: str) -> Iterator[None]:
+    """Names the checkpoint and the network where the block finds that they do not fit.
+
+    Raises:
+        CheckpointError: for one from the block, and for torch's RuntimeError about keys and shapes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, CheckpointError) and "loading state_dict" not in str(error):
+            raise
+        raise CheckpointError(f"cannot load {place} into {network}: {error}") from error
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Says of any error in the block, which reads a checkpoint, where it happened and what to do.
+
+    Raises:
+        CheckpointError: for every error of the block.
+    """
+    try:
+        yield
+    # What a damaged file or a server can cause is beyond listing; nothing but reading happens here.
+    except Exception as error:
+        raise CheckpointError(f"cannot read {place}: {_cause(error)}") from error
+
+
+_RESAVE: Final = (
+    "It holds pickled objects beside tensors. Loading those can run code, so nothing was loaded. If you trust the "
+    "file, save its weights alone, on a machine where nothing is at stake: `import torch, dill; checkpoint = "
+    "torch.load(FILE, map_location='cpu', pickle_module=dill, weights_only=False); "
+    "torch.save({'state_dict': checkpoint['model']}, NEW)` (without dill, leave out pickle_module). Then pass "
+    "pretrained_cfg_overlay=dict(file=NEW)")
+
+
+def _cause(error: BaseException) -> str:
+    """Returns what a reading error means, and what to do."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    chain = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__
+    text = " ".join(str(link) for link in chain)
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    names = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if re.search(r"unsupported (global|class)|not an allowed global", text, re.IGNORECASE):
+        refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)
+        return f"PyTorch refused {', '.join(dict.fromkeys(refused)) or 'what it holds'}. {_RESAVE}"
+    if "UnpicklingError" in names:
+        # timm's and torch's own texts advise to load it unsafely.
+        first = "it holds nothing that torch.save writes"
+    if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
+        return f"{first}. The repository has no such file; see its list of files"
+    if names & {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"}:
+        return f"{first}. Check the name and revision; a private repository needs a token (`hf auth login`)"
+    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "URLError", "ConnectionError"}:
+        return (f"{first}. There is no connection and no copy in the cache; download the file elsewhere and pass "
+                "pretrained_cfg_overlay=dict(file=...)")
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if names & {"HfHubHTTPError", "HTTPError", "TimeoutError"}:
+        return f"{first}. Try again later"
+    return (f"{first}. The file is cut short, damaged, or no checkpoint; remove it (from the cache as well) and "
+            "download it again")

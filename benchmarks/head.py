@@ -51,7 +51,7 @@ def print_ratios(name: str, forward: Callable[[Tensor], Tensor], other: Callable
 def nets() -> None:
     """Prints what the head adds to whole networks."""
     for name, size in (("hpm_resnet50", 224), ("hpm_wrn28_10", 32)):
-        model = timm.create_model(name).eval()
+        model = timm.create_model(f"{name}.untrained").eval()
         head = fitted_(find_head(model))
         plain = copy.deepcopy(model)
         classifier = nn.Linear(head.in_features, head.out_features)

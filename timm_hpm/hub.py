@@ -28,6 +28,7 @@ from timm.utils import ParseKwargs, unwrap_model
 from torch import Tensor, nn
 
 from . import __version__, cards
+from .checkpoints import CheckpointError
 from .files import replacing, writable_folder, write_text
 from .head import HPMHead, find_head
 from .models.create import create_model, load_checkpoint
@@ -334,11 +335,12 @@ def _load(folder: Path, where: str) -> Any:
                            "timm and timm_hpm, or register the base with timm first") from None
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except SafetensorError as error:
-        raise HubError(f"cannot load {where}: {WEIGHTS} is damaged ({error}). Remove {folder / WEIGHTS} and the file "
-                       "it links to, to download it again; if that gives the same, the file on the Hub is damaged and "
-                       "has to be pushed again") from None
-    except Exception as error:  # whatever a network makes of a foreign config
+    except Exception as error:  # whatever a damaged file, or a network with a foreign config, makes of it
+        damage = error.__cause__ if isinstance(error, CheckpointError) else error
+        if isinstance(damage, SafetensorError):
+            raise HubError(f"cannot load {where}: {WEIGHTS} is damaged ({damage}). Remove {folder / WEIGHTS} and the "
+                           "file it links to, to download it again; if that gives the same, the file on the Hub is "
+                           "damaged and has to be pushed again") from None
         text = str(error)
         raise HubError(f"cannot load {where}: {WEIGHTS} and {CONFIG} do not give a model of the architecture "
                        f"{architecture!r} ({type(error).__name__}: {text[:600]}{'...' if len(text) > 600 else ''}). "

@@ -48,6 +48,11 @@ In the mode `batch` whoever chooses the other images of a batch, even clean ones
 adaptive attacks on the batch itself are in no figure of this card. A service that batches strangers' images together
 must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
 
+_UNFITTED = """\
+**No prototypes yet.** Until they are fitted, the head answers exactly as the weights' own FC classifier.
+`timm_hpm.fit_prototypes(model, loader, threat)` fits them, with a loader of pixels in [0, 1] and labels;
+`docs/release.md` of timm_hpm goes from there to measured weights."""
+
 _WHOSE = f"""\
 The method is that of [arXiv 2606.01746]({METHOD_URL}): an ℓ2-reclassifier on prototypes mixed of
 the data set's, kept by an exponential moving average, and the batch's, made through a straight-through estimator; and
@@ -91,7 +96,7 @@ def model_card(
         f"# {title}",
         opening or _opening(cfg, parameters, fitted),
         _usage(name, cfg, register),
-        "" if fitted else _unfitted(name),
+        "" if fitted else _UNFITTED,
         sections,
         _evaluation(name, report, register) if report else _not_measured(cfg),
         f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
@@ -145,7 +150,8 @@ def tag_cards(folder: str | Path) -> Iterator[tuple[str, str]]:
     Arguments:
         folder: where `<tag>.report.json` and `<tag>.notes.md` lie, for the tags that have them.
     """
-    for name in timm.list_pretrained("hpm_*"):
+    # timm leaves names open that differ in leading zeros only.
+    for name in sorted(timm.list_pretrained("hpm_*")):
         report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
         yield name, tag_card(
             name, report=report if report.is_file() else None,
@@ -179,13 +185,6 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
         repo_id = name.removeprefix("hf-hub:")
         text += f'\n\n`timm_hpm.hub.pull("{repo_id}")` does the same, also with a token and a revision.'
     return text
-
-
-def _unfitted(name: str) -> str:
-    return (
-        "**No prototypes yet.** Until they are fitted, the head answers exactly as the weights' own FC classifier.\n"
-        "`timm_hpm.fit_prototypes(model, loader, threat)` does it, with a loader of pixels in [0, 1] and labels, or\n"
-        f"fine-tuning: `python train.py --model {name} --pretrained`.")
 
 
 def _mode_sentence(head: HPMHead | None) -> str:

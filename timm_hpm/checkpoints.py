@@ -279,7 +279,9 @@ def _cause(error: BaseException) -> str:
         chain.append(cause)
         cause = cause.__cause__
     text = " ".join(str(link) for link in chain)
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # The Hub's client says the status first, and then of what.
+    first = ": ".join(lines[:2]) if re.search(r"^\d{3} .* Error", lines[0]) else lines[0]
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     if re.search(r"unsupported (global|class)|not an allowed global", text, re.IGNORECASE):
         refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)

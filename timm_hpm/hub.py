@@ -209,7 +209,10 @@ def _config(model: Any, head: HPMHead, path: Path) -> dict[str, Any]:
                          "it again. Expected a model that timm.create_model made")
     try:
         # Newer versions of timm add what create_model was given; older ones write these alone.
-        save_config_for_hf(model, path, model_args={**_network_args(model), **head.config()})  # type: ignore[arg-type]
+        args = {**_network_args(model), **head.config()}
+        if _in_chans(model) != cfg["input_size"][0]:
+            args["in_chans"] = _in_chans(model)
+        save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with arguments "
                          "that JSON can hold") from error
@@ -227,16 +230,22 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, PreActNet):
         return {}
     info: list[dict[str, Any]] = model.feature_info
-    # A network with one kind of shortcut does not name it.
-    shortcut = {"shortcut": model.shortcut} if hasattr(model, "shortcut") else {}
-    return shortcut | {
+    return {
         "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
         "channels": [level["num_chs"] for level in info[1:]],
         "stem_chs": model.conv1.out_channels,
         "stem_stride": model.conv1.stride[0],
-        "layout": "deepmind" if isinstance(model.stages[0][0].act, nn.SiLU) else "trades",  # type: ignore[index]
+        "layout": model.layout,
+        "shortcut": model.shortcut,
         "final_norm": not isinstance(model.norm, nn.Identity),
     }
+
+
+def _in_chans(model: nn.Module) -> int:
+    """Returns how many channels a network takes, whatever its pretrained cfg says."""
+    cfg: Any = model.pretrained_cfg
+    conv = dict(model.named_modules()).get(cfg["first_conv"]) if isinstance(cfg.get("first_conv"), str) else None
+    return conv.in_channels if isinstance(conv, nn.Conv2d) else cfg["input_size"][0]
 
 
 def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
@@ -261,8 +270,8 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         back = _load(folder, repo_id).to(parameter.device, parameter.dtype).eval()
-        size = timm.data.resolve_model_data_config(back)["input_size"]
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        size = timm.data.resolve_model_data_config(back)["input_size"][1:]
+        images = torch.randn(2, _in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():

@@ -28,6 +28,7 @@ from timm_hpm import CheckpointError, PixelModel, ThreatModel, UnfittedHeadWarni
 from timm_hpm.checkpoints import FORMATS, native_state_dict, plain_state_dict, unwrap
 from timm_hpm.convert import convert
 from timm_hpm.models._builder import published_of, threat_of
+from timm_hpm.models.create import load_checkpoint
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -518,6 +519,29 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
     assert run.returncode == 1 and "refused posix.mkdir" in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "ran").exists()
     assert os.listdir(tmp_path) == ["theirs.ckpt"]
+
+
+class TypeErrorUnlessUnpickled:
+    """A tensor with a state that pickle sets, and that loading weights only cannot."""
+
+    def __reduce__(self):
+        return *torch.ones(1).__reduce_ex__(2)[:2], (False, None, None)
+
+
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_resnet18.untrained"])
+@pytest.mark.parametrize("source", ["file", "url"])
+def test_code_does_not_run_at_a_second_attempt_either(tmp_path, name, source, monkeypatch):
+    """timm loads a checkpoint from a URL once more, unsafely, where the safe attempt ends in a TypeError."""
+    path = tmp_path / "theirs.pth"
+    torch.save({"a": TypeErrorUnlessUnpickled(), "b": Malicious(tmp_path / "ran")}, path)
+    overlay = {"file": str(path)} if source == "file" else {"url": path.as_uri(), "file": None, "hf_hub_id": None}
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match=r"cannot read the weights .*no checkpoint"):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="cannot load the checkpoint"):
+        load_checkpoint(timm.create_model(name), str(path))
+    assert not (tmp_path / "ran").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

@@ -1,9 +1,10 @@
 """Checkpoints of other projects: what they hold, and their names in ours.
 
 A format is known by its keys. Whatever it does not account for is an error that lists it: a checkpoint of another
-network may fit by chance, and then answers wrongly without a word. Nothing here reads files or runs what lies in them.
+network may fit by chance, and then answers wrongly without a word.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,14 +249,34 @@ def fitting(place: str, network: str) -> Iterator[None]:
 
 
 @contextmanager
+def weights_only() -> Iterator[None]:
+    """Keeps PyTorch in the block, in the whole process, from loading anything but weights.
+
+    timm asks for that, and asks once more without it where the first attempt ended in a TypeError, which a crafted file
+    can bring about: its code would run then.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update(before)
+
+
+@contextmanager
 def reading(place: str) -> Iterator[None]:
     """Says of any error in the block, which reads a checkpoint, where it happened and what to do.
+
+    Code in the checkpoint does not run.
 
     Raises:
         CheckpointError: for every error of the block.
     """
     try:
-        yield
+        with weights_only():
+            yield
     # What a damaged file or a server can cause is beyond listing; nothing but reading happens here.
     except Exception as error:
         raise CheckpointError(f"cannot read {place}: {_cause(error)}") from error
@@ -286,7 +307,7 @@ def _cause(error: BaseException) -> str:
     if re.search(r"unsupported (global|class)|not an allowed global", text, re.IGNORECASE):
         refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)
         return f"PyTorch refused {', '.join(dict.fromkeys(refused)) or 'what it holds'}. {_RESAVE}"
-    if "UnpicklingError" in names:
+    if "UnpicklingError" in names or "weights_only" in first:
         # timm's and torch's own texts advise to load it unsafely.
         first = "it holds nothing that torch.save writes"
     if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:

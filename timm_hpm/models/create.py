@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..checkpoints import weights_only
+
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`.
@@ -33,7 +35,8 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(f"the checkpoint {path} is not a file")
     try:
-        timm.models.load_checkpoint(model, path, weights_only=True)
+        with weights_only():
+            timm.models.load_checkpoint(model, path, weights_only=True)
     except (RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot load the checkpoint {path} into "
                          f"{type(model).__name__}: {str(error)[:600]}") from error

@@ -182,8 +182,9 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
     ]
     text = "## Usage\n\n```python\n" + "\n".join(lines) + "\n```"
     if name.startswith("hf-hub:"):
-        repo_id = name.removeprefix("hf-hub:")
-        text += f'\n\n`timm_hpm.hub.pull("{repo_id}")` does the same, also with a token and a revision.'
+        repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+        arguments = f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"'
+        text += f"\n\n`timm_hpm.hub.pull({arguments})` does the same, with a token where one is needed."
     return text
 
 

@@ -91,9 +91,12 @@ def push(
     token = _usable_token(token)
     with _explained(repo_id, f"cannot push to {repo_id}", token):
         hf.utils.validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            repo_id = f"{hf.HfApi(token=token).whoami()['name']}/{repo_id}"
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         folder = Path(temporary)
-        save(model, folder, repo_id=repo_id, report=report, license=license, base_model=base_model, notes=notes)
+        where = repo_id if revision is None or create_pr else f"{repo_id}@{revision}"
+        save(model, folder, repo_id=where, report=report, license=license, base_model=base_model, notes=notes)
         with _explained(repo_id, f"cannot push to {repo_id}", token):
             return _upload(folder, repo_id, private, revision, create_pr, token, commit_message)
 
@@ -149,7 +152,7 @@ def save(
     Arguments:
         model, report, license, base_model, notes: see `push`.
         folder: made where it is missing.
-        repo_id: the repository that the card's usage names; None for the folder's name.
+        repo_id: the repository that the card's usage names, "org/name" or "org/name@revision"; None for the folder.
 
     Raises:
         ValueError: no HPM head, or a report of another model.
@@ -170,7 +173,8 @@ def save(
             save_file(_tensors(model), built / WEIGHTS, {"format": "pt"})
             config = _config(model, head, built / CONFIG)
             card = cards.model_card(
-                repo_id or folder.name, name, config["pretrained_cfg"] | {"architecture": config["architecture"]},
+                (repo_id or folder.name).partition("@")[0], name,
+                config["pretrained_cfg"] | {"architecture": config["architecture"]},
                 head=head, parameters=sum(p.numel() for p in model.parameters()), report=report, license=license,
                 base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import())
             (built / CARD).write_text(card, encoding="utf-8")
@@ -279,11 +283,17 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
-    if got.shape != expected.shape or not torch.allclose(
+    state, restored = model.state_dict(), back.state_dict()
+    # timm resizes what was made for another image size, and the logits may hardly tell.
+    same_shapes = {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in restored.items()}
+    if not same_shapes or got.shape != expected.shape or not torch.allclose(
             got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True):
+        difference = "gives other logits" if same_shapes else "has weights of other shapes"
         raise HubError(f"cannot save a model for {repo_id}: loaded again from config.json and model.safetensors it "
-                       "gives other logits. Something was changed after timm.create_model, or given to a class "
-                       "directly; make the model by timm.create_model with those arguments. Nothing was uploaded")
+                       f"{difference}. Something was changed after timm.create_model, or given to a class directly, or "
+                       "is not recorded by this version of timm. Make the model by timm.create_model with those "
+                       "arguments, or update timm. Nothing was uploaded")
 
 
 def _registered_at_import() -> set[str]:
@@ -303,8 +313,7 @@ def _upload(
         commit_message: str,
 ) -> str:
     api = hf.HfApi(token=token, **_LIBRARY)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo_id = repo.repo_id  # with the user's name in front, where none was given
+    api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise HubError(f"cannot push to {repo_id} with private=True: it exists and is public. Make it private in its "
                        "settings on the Hub first, or push with private=False. Nothing was uploaded")
@@ -371,13 +380,12 @@ def _explained(repo_id: str, doing: str, token: str | None) -> Iterator[None]:
 
 
 def _explanation(error: BaseException, repo_id: str, doing: str, token: str | None) -> HubError:
-    # What was not in the cache either has the true reason as its cause.
-    cause = error.__cause__ if isinstance(error, hf_errors.LocalEntryNotFoundError) and error.__cause__ else error
+    cause = _telling(error)
     status = getattr(getattr(cause, "response", None), "status_code", None)
     detail = _without_tokens(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token)
     if len(detail) > 400:
         detail = f"{detail[:400]}..."
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left" in str(cause):
         return HubError(f"{doing}: the disk is full ({detail}). Free space, or choose another place by cache_dir= or "
                         "HF_HOME (downloads) or TMPDIR (uploads), and repeat")
     if isinstance(cause, hf_errors.HFValidationError):
@@ -409,6 +417,18 @@ def _explanation(error: BaseException, repo_id: str, doing: str, token: str | No
     else:
         why = f"{detail}. Nothing is half-written; mend the cause and repeat"
     return HubError(f"{doing}: {why}")
+
+
+def _telling(error: BaseException) -> BaseException:
+    """Returns the error among an error and its causes that says what happened."""
+    link: BaseException | None = error
+    while link is not None:
+        # The client wraps what broke an upload, and why it looked into the cache in vain.
+        if not isinstance(link, hf_errors.LocalEntryNotFoundError) and (isinstance(link, OSError)
+                                                                       or _is_of_transport(link)):
+            return link
+        link = link.__cause__
+    return error
 
 
 def _usable_token(token: str | None) -> str | None:

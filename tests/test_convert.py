@@ -20,7 +20,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 import timm_hpm
@@ -669,11 +669,11 @@ def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, 
     with pytest.raises(ValueError, match="Unknown model"):
         convert(deepmind_file, "hpm_nosuch", tmp_path / "out")
 
-    def fill_the_disk(model, folder, **kwargs):
-        save_for_hf(model, folder, **kwargs)
+    def fill_the_disk(model, path, **kwargs):
+        Path(path).write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("timm_hpm.convert.save_for_hf", fill_the_disk)
+    monkeypatch.setattr("timm_hpm.convert.save_config_for_hf", fill_the_disk)
     with pytest.warns(UnfittedHeadWarning), pytest.raises(OSError, match="No space left"):
         convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["kept", "theirs.pt"]

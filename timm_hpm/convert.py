@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -45,7 +46,9 @@ def convert(
     with new_folder(output) as folder:
         model = create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
         model_args = {**model_args, **find_head(model).config()}
-        save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+        save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        # Annotated as a text, which older versions of timm do not take.
+        save_config_for_hf(model, folder / "config.json", model_args=model_args)  # type: ignore[arg-type]
     return model
 
 

@@ -37,7 +37,7 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     try:
         with weights_only():
             timm.models.load_checkpoint(model, path, weights_only=True)
-    except (RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, TypeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot load the checkpoint {path} into "
                          f"{type(model).__name__}: {str(error)[:600]}") from error
 

@@ -142,7 +142,11 @@ def test_training_sees_what_the_head_sees(kind):
     fit(add_hpm_head(model))
     trunk = PixelTrunk(model)
     pixels = x.sigmoid()
-    _, hpm_logits, fc_logits = trunk(pixels)
+    modes = []
+    with find_head(model).register_forward_hook(lambda head, *_: modes.append(head.inference)):
+        _, hpm_logits, fc_logits = trunk(pixels)
+        # One pass for both answers; the HPM logits are computed once.
+        assert modes == ["fc", "batch"]
     assert torch.equal(hpm_logits, trunk.pixel_model(pixels))
     with inference_mode(model, "fc"):
         assert torch.equal(fc_logits, trunk.pixel_model(pixels))

@@ -51,16 +51,23 @@ def soft_presence(assignment: Tensor) -> Tensor:
     return -torch.expm1(torch.log1p(-assignment.clamp(max=1.0 - 1e-6)).sum(dim=0))
 
 
+def prototype_weights(assignment: Tensor) -> Tensor:
+    """Returns a_ic / Σ_i a_ic (B, C), what image i weighs in the batch-level prototype of class c; 0 without any mass.
+
+    Its gradients are finite there, too.
+    """
+    mass = assignment.sum(dim=0)
+    # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
+    return assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
+
+
 def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
     """Returns m_c = Σ_i a_ic z_i / Σ_i a_ic, the batch-level prototypes (C, d).
 
     `features` is (B, d), `assignment` (B, C). The row of a class without any mass is zero, with finite gradients; what
     it says is masked by the presence in `mix_prototypes`.
     """
-    mass = assignment.sum(dim=0)
-    # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
-    weights = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
-    return linear_without_autocast(weights.t(), features.t())
+    return linear_without_autocast(prototype_weights(assignment).t(), features.t())
 
 
 def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mix: float) -> Tensor:
@@ -137,9 +144,7 @@ def mixed_squared_distances_by_products(
     """
     origin = prototypes.detach().mean(dim=0)  # see `squared_distances`
     z, p = features - origin, prototypes - origin
-    mass = assignment.sum(dim=0)
-    v = assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
-    k = mix * presence
+    v, k = prototype_weights(assignment), mix * presence
     zz = linear_without_autocast(z, z)
     zp = linear_without_autocast(z, p)
     zm = linear_without_autocast(zz, v.t())

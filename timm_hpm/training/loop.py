@@ -24,7 +24,7 @@ from ..attacks.pgd import pgd
 from ..attacks.surrogates import SURROGATES
 from ..data import PixelModel, data_source, load_split, random_shift
 from ..files import replacing, writable_folder, write_text
-from ..head import HPMHead, find_head
+from ..head import HPMHead, find_head, inference_mode
 from ..models.create import create_model
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
@@ -62,23 +62,23 @@ class PixelTrunk(nn.Module):
         super().__init__()
         self.pixel_model = PixelModel(model)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """Returns the head's input (B, d) for `pixels` (B, channels, H, W)."""
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the head's input (B, d) and its FC classifier's logits (B, C) for `pixels` (B, channels, H, W)."""
         seen: list[Tensor] = []
         # Not timm's pre_logits: a norm or an MLP may stand between those and the head.
-        with find_head(self.pixel_model).register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0])):
-            self.pixel_model(pixels)
-        return seen[0]
+        with inference_mode(self.pixel_model, "fc") as head, \
+                head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+            fc_logits = self.pixel_model(pixels)
+        return seen[0], fc_logits
 
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
-        return SURROGATES[surrogate].logits(find_head(self.pixel_model.model), self.features(pixels))
+        return SURROGATES[surrogate].logits(find_head(self.pixel_model), self.features(pixels)[0])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the features (B, d), and the logits (B, C) of the HPM head and of its FC classifier."""
-        features = self.features(pixels)
-        head = find_head(self.pixel_model.model)
-        return features, head(features).float(), head.fc_logits(features).float()
+        features, fc_logits = self.features(pixels)
+        return features, find_head(self.pixel_model)(features).float(), fc_logits
 
 
 def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], None] = print) -> dict[str, float]:

@@ -186,6 +186,14 @@ def test_fast_adversarial_preact_resnet(tmp_path):
     assert_same_logits(model, normalised(original, CIFAR_MEAN, CIFAR_STD))
 
 
+def test_weights_without_a_final_norm_need_raw_shortcuts(tmp_path):
+    """What an error about missing norm.* leads to; the keys would match with the default shortcut as well."""
+    torch.save(preact_resnet().state_dict(), tmp_path / "theirs.pt")
+    with pytest.raises(CheckpointError, match=r"without a final BatchNorm and needs shortcut='raw'; .*'activated'"):
+        timm.create_model("hpm_preact_resnet18.untrained", pretrained=True, final_norm=False,
+                          pretrained_cfg_overlay={"file": str(tmp_path / "theirs.pt")})
+
+
 @pytest.mark.parametrize("base", ["test_resnet", "test_convnext"])
 def test_normalised_timm_models(tmp_path, base):
     """`normalize.*` and `model.*`, as of RobustBench's ImageNet models."""
@@ -330,9 +338,10 @@ def test_default_tags():
 def test_a_tag_s_arguments_are_those_of_its_network():
     assert timm.create_model("hpm_wrn28_10", device="meta").layout == "deepmind"
     assert timm.create_model("hpm_wrn28_10.untrained", device="meta").layout == "trades"
-    assert type(timm.create_model("hpm_resnet152", device="meta").act1) is timm.layers.GELU
-    assert type(timm.create_model("hpm_resnet152.untrained", device="meta").act1) is nn.ReLU
-    assert type(timm.create_model("hpm_resnet152", act_layer=nn.SiLU, device="meta").act1) is nn.SiLU
+    public = "hpm_resnet152.liu2023_imagenet_linf"
+    assert type(timm.create_model(public, device="meta").act1) is timm.layers.GELU
+    assert type(timm.create_model("hpm_resnet152", device="meta").act1) is nn.ReLU
+    assert type(timm.create_model(public, act_layer=nn.SiLU, device="meta").act1) is nn.SiLU
 
 
 # The warning
@@ -373,6 +382,10 @@ def test_no_warning_where_the_head_is_new_or_fitted(plain):
 # What is refused. The formats are written by hand: these tests need no RobustBench.
 
 
+# What only our own state dicts hold.
+OURS = ("function", "fc.prototypes", "fc.num_updates", "fc.log_scale")
+
+
 def deepmind_state_dict(depths=(1, 1, 1)):
     """Returns the state dict of a native network by DeepMind's names."""
     names = {"conv1": "init_conv", "norm": "batchnorm", "fc": "logits"}
@@ -381,7 +394,7 @@ def deepmind_state_dict(depths=(1, 1, 1)):
     for key, value in timm.create_model("hpm_wrn10_2.untrained_deepmind", depths=depths).state_dict().items():
         if match := re.fullmatch(r"stages\.(\d)\.(\d)\.(\w+)\.(.*)", key):
             theirs[f"layer.{match[1]}.block.{match[2]}.{inner[match[3]]}.{match[4]}"] = value
-        elif key not in ("fc.prototypes", "fc.num_updates", "fc.log_scale"):
+        elif key not in OURS:
             module, _, leaf = key.partition(".")
             theirs[f"{names[module]}.{leaf}"] = value
     return theirs
@@ -393,7 +406,7 @@ def trades_state_dict():
         if match := re.fullmatch(r"stages\.(\d)\.(\d)\.(\w+)\.(.*)", key):
             name = "convShortcut" if match[3] == "shortcut" else match[3]
             theirs[f"block{int(match[1]) + 1}.layer.{match[2]}.{name}.{match[4]}"] = value
-        elif key not in ("fc.prototypes", "fc.num_updates", "fc.log_scale"):
+        elif key not in OURS:
             theirs[key.replace("norm.", "bn1.")] = value
     return theirs
 
@@ -458,7 +471,7 @@ def test_another_architecture_is_refused(refuse):
     cifar_resnet = {"conv1.weight": resnet["conv1.0.weight"], "bn1.weight": torch.ones(1),
                     "layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
     refuse(cifar_resnet, "of a ResNet for small images, with activations behind the blocks")
-    preact = {"layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
+    preact = {"layer1.0.conv1.weight": torch.ones(1), "bn.weight": torch.ones(1), "linear.weight": torch.ones(1)}
     refuse(preact, "needs shortcut='activated'; the network has 'raw3x3'", layout="trades", shortcut="raw3x3")
 
 
@@ -585,7 +598,10 @@ def test_conversion_leaves_the_checkpoint_alone_and_its_own_result_as_it_is():
 def test_the_average_of_the_weights_is_taken():
     average, raw = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
     assert unwrap({"unaveraged_model_state_dict": raw, "model_state_dict": average})["w"] is average["w"]
-    assert unwrap({"model": raw, "model_ema": average})["w"] is average["w"]
+    for kind, of_it in (("model_state_dict", "model_ema"), ("model", "ema"), ("state_dict", "ema_state_dict"),
+                        ("state_dict", "state_dict_ema"), ("net", "model_ema")):
+        assert unwrap({kind: raw, of_it: average})["w"] is average["w"]
+    assert unwrap({"net": raw, "acc": 0.9})["w"] is raw["w"]
     assert unwrap({"state_dict": raw, "state_dict_ema": None})["w"] is raw["w"]
     assert unwrap({"checkpoint": torch.ones(1)}).keys() == {"checkpoint"}
     for nothing in ([torch.ones(1)], torch.ones(1)):
@@ -652,7 +668,7 @@ def test_a_variant_keeps_its_tag_s_arguments_in_the_folder(tmp_path):
     small = {"layers": (1, 1, 1, 1)}
     torch.save(timm.create_model("resnet152", **small).state_dict(), tmp_path / "ARES.pth")
     with pytest.warns(UnfittedHeadWarning):
-        convert(tmp_path / "ARES.pth", "hpm_resnet152", tmp_path / "out", **small)
+        convert(tmp_path / "ARES.pth", "hpm_resnet152.liu2023_imagenet_linf", tmp_path / "out", **small)
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert type(model.act1) is timm.layers.GELU and len(model.layer3) == 1
 

@@ -1,5 +1,6 @@
 """The `hpm_*` networks: what timm asks of a model, the two layouts, tags, and loading of weights."""
 
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -14,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from timm_hpm import HPMHead, UnfittedHeadWarning, find_head
 from timm_hpm.models._builder import checkpoint_filter_fn
+from timm_hpm.models.create import load_checkpoint
 from timm_hpm.models.preact import PreActBlock, PreActNet, conv3x3
 
 # WideResNets and PreActResNet, both layouts, and the default tag of hpm_wrn10_2 with its small images of one channel.
@@ -208,7 +210,8 @@ def test_a_shortcut_projects_where_the_shape_changes(in_chs, out_chs, stride, sh
 def test_layouts_share_state_dicts_and_answer_differently():
     trades = fit(timm.create_model("hpm_wrn16_4.untrained")).eval()
     deepmind = timm.create_model("hpm_wrn16_4.untrained_deepmind").eval()
-    deepmind.load_state_dict(trades.state_dict())
+    # As a checkpoint of others, which does not say of which network it is.
+    deepmind.load_state_dict({key: value for key, value in trades.state_dict().items() if key != "function"})
     x = images(trades)
     assert not torch.allclose(trades(x), deepmind(x), rtol=0.01)
     # Not by the activation alone: the padding of the same weights counts too.
@@ -216,6 +219,23 @@ def test_layouts_share_state_dicts_and_answer_differently():
         if hasattr(module, "act"):
             module.act = nn.ReLU()
     assert not torch.allclose(trades(x), deepmind(x), rtol=0.01)
+
+
+@pytest.mark.parametrize("arguments", [{"layout": "deepmind"}, {"shortcut": "raw"}, {"stem_stride": 2}])
+def test_own_weights_that_fit_another_function_are_refused_on_every_way(arguments, tmp_path):
+    source, path = timm.create_model(BODY, **arguments), tmp_path / "model.safetensors"
+    save_file(source.state_dict(), path)
+    message = rf"layout='{source.layout}', shortcut='{source.shortcut}', stem_stride={source.stem_stride}; this one has"
+    for load in (lambda **own: timm.create_model(BODY, **own).load_state_dict(source.state_dict()),
+                 lambda **own: timm.create_model(BODY, checkpoint_path=str(path), **own),
+                 lambda **own: timm.create_model(
+                     BODY, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **own),
+                 lambda **own: load_checkpoint(timm.create_model(BODY, **own), str(path))):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfittedHeadWarning)
+            load(**arguments)
 
 
 def test_without_final_norm_the_sum_of_the_last_block_is_pooled():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 # Where training scripts keep the weights, best first: an average of them comes before the raw ones.
-_WRAPPERS: Final = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", "model", "last")
+_WRAPPERS: Final = (
+    "state_dict_ema", "ema_state_dict", "model_ema", "ema", "model_state_dict", "state_dict", "model", "net", "last")
 # Prefixes that every key has: of nn.DataParallel, torch.compile, a wrapper's attribute, and a Sequential.
 _PREFIXES: Final = ("module.", "_orig_mod.", "model.", "0.", "1.")
 # Modules that normalise pixels, and what they call their buffers. Our networks get normalised images.
@@ -72,6 +73,11 @@ def _block(first: int) -> Callable[[re.Match[str]], str]:
 
 _BLOCK: Final = r"^(stages\.\d+\.\d+)\."
 
+_PREACT_RESNET: Final[tuple[_Rename, ...]] = (
+    (r"^bn\.", "norm."), (r"^linear\.", "fc."), (r"^layer(\d+)\.(\d+)\.", _block(1)),
+    (_BLOCK + r"shortcut\.0\.", r"\1.shortcut."),
+)
+
 FORMATS: Final = (
     Format("timm_hpm", ("conv1.weight", "stages.0.0.conv1.weight"), None, ("activated", "raw", "raw3x3")),
     Format(
@@ -101,12 +107,13 @@ FORMATS: Final = (
         unused=r"sub_block1\.layer\..*",
     ),
     Format(
-        "a PreActResNet for small images", ("layer1.0.conv1.weight", "linear.weight"), "trades", ("activated", "raw"),
-        (
-            (r"^bn\.", "norm."), (r"^linear\.", "fc."), (r"^layer(\d+)\.(\d+)\.", _block(1)),
-            (_BLOCK + r"shortcut\.0\.", r"\1.shortcut."),
-        ),
-        without=("bn1.weight",),
+        "a PreActResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn.weight"), "trades",
+        ("activated", "raw"), _PREACT_RESNET, without=("bn1.weight",),
+    ),
+    # None that is known here activates in front of its shortcuts.
+    Format(
+        "a PreActResNet for small images without a final BatchNorm", ("layer1.0.conv1.weight", "linear.weight"),
+        "trades", ("raw",), _PREACT_RESNET, without=("bn1.weight", "bn.weight"),
     ),
     # Known, so that it is refused by its name.
     Format("a ResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn1.weight"), "trades", ()),
@@ -225,7 +232,7 @@ def native_state_dict(
     renamed = {found.rename(key): key for key in state_dict if not re.fullmatch(found.unused, key)}
     classifier = {"fc.weight", "fc.bias", "fc.prototypes", "fc.num_updates", "fc.log_scale"}
     unknown = [key for name, key in renamed.items() if name not in expected and name not in classifier]
-    missing = [name for name in expected if name not in renamed and not name.startswith("fc.")]
+    missing = [name for name in expected if name not in renamed and not name.startswith("fc.") and name != "function"]
     if unknown or missing:
         raise CheckpointError(f"the checkpoint, of {found.name}, is of another network. Keys that this one has no "
                               f"place for: {', '.join(unknown) or 'none'}. Entries that it lacks: "
@@ -261,7 +268,7 @@ def weights_only() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[names[0]]
+        os.environ.pop(names[0], None)  # another thread may have ended its block first
         os.environ.update(before)
 
 

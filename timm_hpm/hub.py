@@ -238,7 +238,7 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
         "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
         "channels": [level["num_chs"] for level in info[1:]],
         "stem_chs": model.conv1.out_channels,
-        "stem_stride": model.conv1.stride[0],
+        "stem_stride": model.stem_stride,
         "layout": model.layout,
         "shortcut": model.shortcut,
         "final_norm": not isinstance(model.norm, nn.Identity),

@@ -126,9 +126,10 @@ def _public_tags(base: str) -> dict[str, dict[str, Any]]:
 def register_hpm(base: str) -> str:
     """Registers `hpm_{base}`, timm's architecture `base` with an HPM head, and returns that name.
 
-    Its tag `untrained` has no weights; bases of public robust checkpoints have further ones, the first of which is the
-    default. A name registered before stays as it is. The network is made when a model is created; a base whose head an
-    HPM head cannot replace fails then, by `UnsupportedHeadError`.
+    Its tag `untrained` has no weights; bases of public robust checkpoints have further ones. The first of those is the
+    default, unless it is for another activation or normalisation than the base's: under the bare name the base's own
+    weights must answer as they do there. A name registered before stays as it is. The network is made when a model is
+    created; a base whose head an HPM head cannot replace fails then, by `UnsupportedHeadError`.
 
     Arguments:
         base: an architecture of timm's, or one registered with timm, without a tag.
@@ -146,7 +147,11 @@ def register_hpm(base: str) -> str:
         raise ValueError(f"unknown base {base!r}; expected an architecture of timm's, without a tag. "
                          f"The nearest: {nearest}")
     public = {f"{name}.{tag}": dataclasses.replace(cfg, **fields) for tag, fields in _public_tags(base).items()}
-    default_cfgs.update(generate_default_cfgs({**public, f"{name}.untrained": cfg}))
+    first = next(iter(public), None)
+    another = first is not None and (
+        first in _TAG_ARGS or (public[first].mean, public[first].std) != (cfg.mean, cfg.std))
+    # The star makes a tag the default, before those with weights.
+    default_cfgs.update(generate_default_cfgs({**public, f"{name}.untrained{'*' if another else ''}": cfg}))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_variant(base, name, pretrained, _TAG_ARGS, kwargs)

@@ -147,7 +147,11 @@ class PreActNet(nn.Module):
                              "expected one of each a stage")
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.layout, self.shortcut = layout, shortcut
+        self.layout, self.shortcut, self.stem_stride = layout, shortcut, stem_stride
+        # What the weights do not show: they fit other networks, and answer wrongly there.
+        self.function: Tensor
+        self.register_buffer(
+            "function", torch.tensor([LAYOUTS.index(layout), SHORTCUTS.index(shortcut), stem_stride], device=device))
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -180,6 +184,20 @@ class PreActNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:
+        """Refuses weights that say they are of another layout, shortcut or stem; others' checkpoints do not say."""
+        own = [LAYOUTS.index(self.layout), SHORTCUTS.index(self.shortcut), self.stem_stride]
+        given = state_dict.setdefault(f"{prefix}function", torch.tensor(own))
+        if not given.is_meta and given.tolist() != own:
+            layout, shortcut, stem_stride = given.tolist()
+            error_msgs.append(
+                f"the weights are of a network with layout={LAYOUTS[layout]!r}, shortcut={SHORTCUTS[shortcut]!r}, "
+                f"stem_stride={stem_stride}; this one has {self.layout!r}, {self.shortcut!r}, {self.stem_stride}. They "
+                "would fit and give other logits; create the model with those arguments")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _set_head(self, num_classes: int, global_pool: str, **factory: Any) -> None:
         """Sets the pooling and a fresh `fc`; leaves the model as it was where it raises."""

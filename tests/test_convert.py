@@ -4,6 +4,7 @@ None of the public files can be had here: their formats are made with random wei
 (RobustBench's, torchvision's, timm's) compute the expected logits with.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -11,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import types
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -581,6 +584,72 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
         timm.create_model("hpm_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """Answers every request by the status that its path names, and with the secret that it was told."""
+
+    def do_GET(self):
+        self.send_error(int(self.path.split("/")[1]), "hf_secret")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+# urllib's error keeps its socket until it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize(("status", "advice"), [
+    (401, r"\(HTTP 401\)\. It needs a login with access: `hf auth login`"),
+    (403, r"\(HTTP 403\)\. It needs a login with access"),
+    (404, "Try again later"),
+    (418, "Try again later"),
+    (500, "Try again later"),
+])
+def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_traceback(tmp_path, status, advice):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    overlay = {"url": f"http://127.0.0.1:{server.server_port}/{status}/x.pth", "hf_hub_id": None}
+    with pytest.raises(CheckpointError, match=advice) as error:
+        timm.create_model("hpm_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+    server.shutdown()
+    server.server_close()
+    # Whatever the server says stays out of what Python prints of the causes.
+    assert error.value.__suppress_context__
+    error.value.__context__ = None
+    gc.collect()
+
+
+# Whose the weights are
+
+FOREIGN = {"license": "mit", "origin_url": "https://github.com/wzekai99/DM-Improves-AT"}
+
+
+def test_a_network_that_starts_at_random_or_from_ones_own_file_is_nobody_elses(tmp_path):
+    tag = "hpm_wrn28_10.wang2023_cifar10_linf"
+    small = {"depths": (1, 1, 1), "channels": (32, 64, 128)}
+    scratch = timm.create_model(tag, **small)
+    torch.save(scratch.state_dict(), tmp_path / "mine.pt")
+    mine = load(tag, tmp_path / "mine.pt", **small)
+    for model in (scratch, mine):
+        cfg = model.pretrained_cfg
+        assert cfg["license"] == "apache-2.0" and "wzekai99" not in cfg["origin_url"] and not cfg.get("notes")
+        assert "arXiv:2302.04638" not in cfg["paper_ids"] and not cfg.get("paper_name")
+        assert model.layout == "deepmind" and cfg["mean"] == CIFAR_MEAN
+    # The tag's own weights are their authors'.
+    theirs = get_pretrained_cfg(tag)
+    assert (theirs.license, theirs.origin_url) == (FOREIGN["license"], FOREIGN["origin_url"]) and theirs.notes
+    assert timm.create_model("hpm_wrn10_2", pretrained=True).pretrained_cfg["notes"]
+
+
+def test_a_converted_checkpoint_says_nothing_of_the_tag_s_authors(tmp_path):
+    torch.save(deepmind_state_dict(), tmp_path / "mine.pt")
+    with pytest.warns(UnfittedHeadWarning):
+        convert(tmp_path / "mine.pt", "hpm_wrn28_10", tmp_path / "out", depths=(1, 1, 1), channels=(32, 64, 128))
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert not re.search("wzekai99|2302.04638|92.44|Better Diffusion", config)
+    assert json.loads(config)["model_args"]["layout"] == "deepmind"
+
+
 # The functions
 
 
@@ -673,6 +742,20 @@ def test_a_variant_keeps_its_tag_s_arguments_in_the_folder(tmp_path):
     assert type(model.act1) is timm.layers.GELU and len(model.layer3) == 1
 
 
+@pytest.mark.parametrize("how", ["argument", "cfg"])
+def test_conversion_keeps_the_classifier_of_other_class_counts(tmp_path, how):
+    source = timm.create_model("hpm_wrn10_2.untrained_deepmind", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "seven.pt")
+    given = {"num_classes": 7} if how == "argument" else {"cfg": {"num_classes": 7}}
+    with pytest.warns(UnfittedHeadWarning):
+        model = convert(tmp_path / "seven.pt", "hpm_wrn10_2.untrained_deepmind", tmp_path / "out", **given)
+    assert model.num_classes == 7 and torch.equal(model.fc.weight, source.fc.weight)
+    for wrong, message in ((5, "size mismatch for fc.weight"), (0, "num_classes is 0; expected that of the")):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "seven.pt", "hpm_wrn10_2.untrained_deepmind", tmp_path / "no", num_classes=wrong)
+        assert not (tmp_path / "no").exists()
+
+
 def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, deepmind_file, monkeypatch):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -689,7 +772,7 @@ def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, 
         Path(path).write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("timm_hpm.convert.save_config_for_hf", fill_the_disk)
+    monkeypatch.setattr("timm_hpm.models.saving.save_config_for_hf", fill_the_disk)
     with pytest.warns(UnfittedHeadWarning), pytest.raises(OSError, match="No space left"):
         convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["kept", "theirs.pt"]

@@ -1,13 +1,18 @@
 """`AttackReport` in closed form from hand-made verdicts, and the files it and others are written to."""
 
+import copy
 import dataclasses
 import json
 import math
+import re
 
 import pytest
+import timm
+import torch
 
 from timm_hpm import AttackReport
 from timm_hpm.files import replacing, writable_folder, write_text
+from timm_hpm.report import weights_digest
 
 
 @pytest.fixture
@@ -200,6 +205,18 @@ def test_replacing_leaves_the_old_file_and_no_other_when_the_block_raises(tmp_pa
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_digest_tells_weights_apart_and_nothing_else():
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    digest = weights_digest(model)
+    assert re.fullmatch("[0-9a-f]{16}", digest) and weights_digest(copy.deepcopy(model).eval()) == digest
+    assert weights_digest(copy.deepcopy(model).to(memory_format=torch.channels_last)) == digest
+    for name in model.state_dict():
+        changed = copy.deepcopy(model)
+        changed.state_dict()[name].view(-1)[0] += 1
+        assert weights_digest(changed) != digest, name
+    assert weights_digest(model.bfloat16()) != digest
 
 
 def test_write_text_writes_utf_8(tmp_path):

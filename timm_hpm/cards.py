@@ -281,6 +281,8 @@ def _dataset(cfg: Mapping[str, Any], report: AttackReport | None) -> str | None:
     """Returns our name of the data set: the report's, or one that the tag names."""
     if report is not None:
         return report.protocol.get("dataset")
+    if not cfg.get("notes"):  # weights of one's own, whatever tag the network was built by
+        return None
     return next((part for part in str(cfg.get("tag") or "").split("_") if part in _DATASETS), None)
 
 

@@ -286,7 +286,8 @@ def reading(place: str) -> Iterator[None]:
             yield
     # What a damaged file or a server can cause is beyond listing; nothing but reading happens here.
     except Exception as error:
-        raise CheckpointError(f"cannot read {place}: {_cause(error)}") from error
+        # Without the cause, whose text may hold what a server answered, and that the token.
+        raise CheckpointError(f"cannot read {place}: {_cause(error)}") from None
 
 
 _RESAVE: Final = (
@@ -311,6 +312,10 @@ def _cause(error: BaseException) -> str:
     # The Hub's client says the status first, and then of what.
     first = ": ".join(lines[:2]) if re.search(r"^\d{3} .* Error", lines[0]) else lines[0]
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    # urllib's errors have a code, those of the Hub's client a response.
+    codes = [getattr(link, "code", None) or getattr(getattr(link, "response", None), "status_code", None)
+             for link in chain]
+    status = next((code for code in codes if isinstance(code, int)), None)
     if re.search(r"unsupported (global|class)|not an allowed global", text, re.IGNORECASE):
         refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)
         return f"PyTorch refused {', '.join(dict.fromkeys(refused)) or 'what it holds'}. {_RESAVE}"
@@ -321,12 +326,15 @@ def _cause(error: BaseException) -> str:
         return f"{first}. The repository has no such file; see its list of files"
     if names & {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"}:
         return f"{first}. Check the name and revision; a private repository needs a token (`hf auth login`)"
-    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "URLError", "ConnectionError"}:
+    if status in (401, 403):
+        return f"{first} (HTTP {status}). It needs a login with access: `hf auth login`, or HF_TOKEN, for the Hub"
+    if status is None and names & {
+            "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "URLError", "ConnectionError"}:
         return (f"{first}. There is no connection and no copy in the cache; download the file elsewhere and pass "
                 "pretrained_cfg_overlay=dict(file=...)")
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    if names & {"HfHubHTTPError", "HTTPError", "TimeoutError"}:
+    if status is not None or names & {"HfHubHTTPError", "HTTPError", "TimeoutError"}:
         return f"{first}. Try again later"
     return (f"{first}. The file is cut short, damaged, or no checkpoint; remove it (from the cache as well) and "
             "download it again")

@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from timm.utils import ParseKwargs
 from torch import nn
 
 from .files import new_folder
-from .head import find_head
 from .models.create import create_model
+from .models.saving import write_model
 
 
 def convert(
@@ -36,19 +34,22 @@ def convert(
         model_name: the `hpm_*` model, with a tag where the default one is not meant.
         output: the folder to make; it appears whole or not at all.
         cfg: fields of the pretrained cfg that are not the tag's, such as mean, std and num_classes.
-        model_args: arguments of `timm.create_model`.
+        model_args: arguments of `timm.create_model`; `num_classes` is that of the checkpoint.
 
     Raises:
         ValueError: a checkpoint that cannot be read or is of another network, or an unknown model.
         OSError: a folder that holds something already, or cannot be written.
     """
     overlay = {**(cfg or {}), "file": str(checkpoint)}
+    if "num_classes" in model_args:
+        # As an argument it would ask timm for a new classifier in the place of the checkpoint's.
+        overlay["num_classes"] = model_args.pop("num_classes")
+    if overlay.get("num_classes", 1) < 1:
+        raise ValueError(f"num_classes is {overlay['num_classes']}; expected that of the checkpoint, whose classifier "
+                         "is converted with the rest")
     with new_folder(output) as folder:
         model = create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
-        model_args = {**model_args, **find_head(model).config()}
-        save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-        # Annotated as a text, which older versions of timm do not take.
-        save_config_for_hf(model, folder / "config.json", model_args=model_args)  # type: ignore[arg-type]
+        write_model(model, folder, **model_args)
     return model
 
 

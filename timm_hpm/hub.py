@@ -22,10 +22,8 @@ import timm
 import torch
 from huggingface_hub import errors as hf_errors
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 from timm.utils import ParseKwargs, unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
 from . import __version__, cards
 from .checkpoints import CheckpointError
@@ -33,11 +31,9 @@ from .files import replacing, writable_folder, write_text
 from .head import HPMHead, find_head
 from .models.create import create_model, load_checkpoint
 from .models.hpm_timm import register_hpm
-from .models.preact import PreActNet
-from .report import AttackReport
+from .models.saving import CONFIG, WEIGHTS, in_chans, write_model
+from .report import AttackReport, weights_digest
 
-WEIGHTS: Final = "model.safetensors"
-CONFIG: Final = "config.json"
 CARD: Final = "README.md"
 REPORT: Final = "report.json"
 
@@ -170,8 +166,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".timm_hpm-", dir=folder) as temporary:
             built = Path(temporary)
-            save_file(_tensors(model), built / WEIGHTS, {"format": "pt"})
-            config = _config(model, head, built / CONFIG)
+            config = write_model(model, built)
             card = cards.model_card(
                 (repo_id or folder.name).partition("@")[0], name,
                 config["pretrained_cfg"] | {"architecture": config["architecture"]},
@@ -184,6 +179,8 @@ def save(
             for file in built.iterdir():
                 with replacing(folder / file.name) as path:
                     file.rename(path)
+            if report is None:
+                (folder / REPORT).unlink(missing_ok=True)  # of the model that stood here before
     except HubError:
         raise
     except (OSError, SafetensorError) as error:
@@ -191,72 +188,11 @@ def save(
             from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's state dict as safetensors takes it: on the CPU, contiguous, and no two in one storage."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
-
-
-def _config(model: Any, head: HPMHead, path: Path) -> dict[str, Any]:
-    """Writes timm's config.json of a model and returns it."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture = cfg.get("architecture")
-    if not architecture:
-        raise ValueError(f"{type(model).__name__} has no architecture in its pretrained_cfg, so timm could not build "
-                         "it again. Expected a model that timm.create_model made")
-    try:
-        # Newer versions of timm add what create_model was given; older ones write these alone.
-        args = {**_network_args(model), **head.config()}
-        if _in_chans(model) != cfg["input_size"][0]:
-            args["in_chans"] = _in_chans(model)
-        save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with arguments "
-                         "that JSON can hold") from error
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # What others published of the tag's own weights need not hold for these.
-    config["pretrained_cfg"].pop("notes", None)
-    if not architecture.startswith("hpm_"):
-        config["architecture"] = f"hpm_{architecture}"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return config
-
-
-def _network_args(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of a `PreActNet` as it is now, whichever tag or caller gave them."""
-    if not isinstance(model, PreActNet):
-        return {}
-    info: list[dict[str, Any]] = model.feature_info
-    return {
-        "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
-        "channels": [level["num_chs"] for level in info[1:]],
-        "stem_chs": model.conv1.out_channels,
-        "stem_stride": model.stem_stride,
-        "layout": model.layout,
-        "shortcut": model.shortcut,
-        "final_norm": not isinstance(model.norm, nn.Identity),
-    }
-
-
-def _in_chans(model: nn.Module) -> int:
-    """Returns how many channels a network takes, whatever its pretrained cfg says."""
-    cfg: Any = model.pretrained_cfg
-    conv = dict(model.named_modules()).get(cfg["first_conv"]) if isinstance(cfg.get("first_conv"), str) else None
-    return conv.in_channels if isinstance(conv, nn.Conv2d) else cfg["input_size"][0]
-
-
 def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
     """Raises a ValueError where a report is not of this model in its present state."""
     architecture = model.pretrained_cfg.get("architecture")
     now = {"architecture": architecture, "num_classes": head.out_features, "prototypes_fitted": head.is_fitted(),
-           "inference": head.inference, "mix": head.mix}
+           "inference": head.inference, "mix": head.mix, "weights_digest": weights_digest(model)}
     for name, value in now.items():
         measured = report.protocol.get(name, value)
         if name == "architecture":
@@ -275,7 +211,7 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
         warnings.simplefilter("ignore")
         back = _load(folder, repo_id).to(parameter.device, parameter.dtype).eval()
         size = timm.data.resolve_model_data_config(back)["input_size"][1:]
-        images = torch.randn(2, _in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        images = torch.randn(2, in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -354,7 +290,8 @@ def _load(folder: Path, where: str) -> Any:
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # whatever a damaged file, or a network with a foreign config, makes of it
-        damage = error.__cause__ if isinstance(error, CheckpointError) else error
+        # It is raised without its cause, so that a traceback shows no server's text.
+        damage = error.__context__ if isinstance(error, CheckpointError) else error
         if isinstance(damage, SafetensorError):
             raise HubError(f"cannot load {where}: {WEIGHTS} is damaged ({damage}). Remove {folder / WEIGHTS} and the "
                            "file it links to, to download it again; if that gives the same, the file on the Hub is "

@@ -1,5 +1,6 @@
 """`AttackReport`: what an evaluation found, image by image, with the protocol it stands under."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,12 +8,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from torch import nn
+
 from .files import write_text
 
 SCHEMA_VERSION: Final = 1
 
 #: The name of the true model's row: what attacks it directly, not through a surrogate.
 TRUE_MODEL: Final = "true"
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Returns 16 hexadecimal digits that tell a model's parameters and buffers from any others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import as_pixel_model, check_answers_alike, check_pixels
+from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
 from ..files import replacing, writable_folder
 from ..head import HPMHead, find_head, head_name, inference_mode
-from ..report import TRUE_MODEL, AttackReport
+from ..report import TRUE_MODEL, AttackReport, weights_digest
 from ..threat import ThreatModel
 from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite, square_tiles
 from .surrogates import SplitModel, check_names
@@ -392,6 +392,7 @@ def _protocol(
     head = None if split.head is None else find_head(model)
     return {
         "architecture": cfg.get("architecture") or type(model).__name__,
+        "weights_digest": weights_digest(model.model if isinstance(model, PixelModel) else model),
         "threat": str(threat),
         "num_images": len(images),
         "num_classes": num_classes,

@@ -41,6 +41,10 @@ _OF_WEIGHTS = (
 )
 
 
+# What it says of how they came about.
+_OF_TRAINING = ("license", "origin_url", "paper_ids", "paper_name", "notes")
+
+
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     """Returns the pretrained cfg of a `PreActNet` for CIFAR-10, with `kwargs` in place of what stands here."""
     return {
@@ -82,6 +86,24 @@ def published_of(cfg: PretrainedCfg) -> str | None:
     return notes[0].removeprefix(_PUBLISHED_NOTE) if notes else None
 
 
+def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> PretrainedCfg:
+    """Returns the pretrained cfg that an entrypoint was asked for, without what is true of the tag's own weights only.
+
+    That is their licence, origin, paper and accuracies: a network that starts at random, or from a file of the
+    caller's, has those of the tag `untrained`. A cfg given as a whole, as by `hf-hub:`, speaks for itself.
+    """
+    asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    cfg = resolve_pretrained_cfg(variant, asked, overlay)
+    whole = asked is not None and not isinstance(asked, str)
+    if whole or (pretrained and not (overlay or {}).keys() & {"file", "url", "state_dict", "hf_hub_id"}):
+        return cfg
+    registered = get_pretrained_cfg(f"{variant}.{cfg.tag}") if cfg.tag else None
+    if registered is not None and not registered.has_weights:
+        return cfg
+    neutral = get_pretrained_cfg(f"{variant}.untrained")
+    return dataclasses.replace(cfg, **{name: getattr(neutral, name) for name in _OF_TRAINING})
+
+
 def tag_args(variant: str, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the model arguments that belong to the pretrained tag which an entrypoint was asked for.
 
@@ -112,7 +134,7 @@ def build_preact_net(
     `arch_args` are the architecture's model arguments, `table` those of its tags (see `tag_args`). A tag's win over
     the architecture's, and the caller's `kwargs` over both.
     """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    cfg = own_cfg(variant, pretrained, kwargs)
     others = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
     overlay: dict[str, Any] = {}
     if pretrained:
@@ -158,8 +180,8 @@ def build_variant(
     """
     kwargs = {**tag_args(variant, table, kwargs), **kwargs}
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
-    asked = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    cfg = resolve_pretrained_cfg(variant, *asked)
+    cfg = own_cfg(variant, pretrained, kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
     create = model_entrypoint(base)
     state_dict: dict[str, Tensor] = {}
     overlay: dict[str, Any] = {}

@@ -91,3 +91,18 @@ def test_notes_by_hand_open_the_card_and_follow_the_usage():
 def test_a_tag_without_weights_has_no_card(name):
     with pytest.raises(ValueError, match=r"is no tag with weights; expected one of timm\.list_pretrained"):
         cards.tag_card(name)
+
+
+def test_a_folder_s_report_is_of_the_weights_in_it(tmp_path):
+    model, report = timm.create_model(EMBEDDED, pretrained=True), FOLDER / f"{EMBEDDED}.report.json"
+    timm_hpm.hub.save(model, tmp_path / "model", report=report)
+    assert (tmp_path / "model" / "report.json").is_file()
+    with torch.no_grad():
+        model.stages[0][0].conv1.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="the report was measured with weights_digest '[0-9a-f]{16}', the model has"):
+        timm_hpm.hub.save(model, tmp_path / "other", report=report)
+    assert not (tmp_path / "other").exists()
+    # Saved over the first, without a report of its own.
+    timm_hpm.hub.save(model, tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert "Robust accuracy" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ default_cfgs = generate_default_cfgs({
         origin_url="https://github.com/ItsKaiwenDu/Robust-Overfitting",
         paper_ids=("arXiv:2002.11569", *_PAPERS),
         paper_name="Overfitting in adversarially robust deep learning",
-        notes=weight_notes("Linf:8/255", "81.94 % clean, 45.91 % under PGD-20 (its author's README)"),
+        notes=weight_notes("Linf:8/255"),
     ),
     "hpm_preact_resnet18.untrained": cifar_cfg(
         pool_size=(4, 4),

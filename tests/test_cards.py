@@ -99,7 +99,7 @@ def test_a_folder_s_report_is_of_the_weights_in_it(tmp_path):
     assert (tmp_path / "model" / "report.json").is_file()
     with torch.no_grad():
         model.stages[0][0].conv1.weight.mul_(1.5)
-    with pytest.raises(ValueError, match="the report was measured with weights_digest '[0-9a-f]{16}', the model has"):
+    with pytest.raises(ValueError, match=r"was measured with weights_digest '[0-9a-f]{16}', the model has"):
         timm_hpm.hub.save(model, tmp_path / "other", report=report)
     assert not (tmp_path / "other").exists()
     # Saved over the first, without a report of its own.

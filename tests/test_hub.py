@@ -149,7 +149,7 @@ def test_an_unfitted_head_comes_back_unfitted(server, client, loader):
 
 def test_a_second_push_updates_and_an_equal_one_adds_no_commit(server, client, loader):
     client("push", repo_id="org/twice", token=TOKEN, report=str(REPORT), model=EMBEDDED)
-    assert json.loads(server.files("org/twice")["report.json"])["robust_accuracy"] == 0.9
+    assert json.loads(server.files("org/twice")["report.json"]) == json.loads(REPORT.read_text())
     second = client("push", repo_id="org/twice", model={"seed": 2}, token=TOKEN, commit_message="another")
     repo = server.repos["org/twice"]
     assert list(repo.messages.values())[1:] == ["Push a model of timm_hpm", "another"]
@@ -528,7 +528,7 @@ device, num_images, batch_size = "cpu", 10, 120
 budgets = {attack: Budget(2, targets=2 * bool(budget.targets)) for attack, budget in STANDARD_BUDGETS.items()}
 about = {"dataset": "digits", "split": "test"}
 train, held_out, test = (timm_hpm.load_split("digits", split) for split in ("train", "val", "test"))
-published_clean = 0.9917
+published_clean = 0.9889
 """
 
 

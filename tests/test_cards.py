@@ -70,13 +70,13 @@ def test_a_card_of_a_plain_report_claims_no_more_than_the_report():
     for key in ("dataset", "split", "model", "weights"):
         del report.protocol[key]
     report.baseline_correct.clear()
-    report.warnings.append("a zero gradient at image 4")
+    report.flags.append(timm_hpm.report.Flag("zero-gradient", "at image 4"))
     cfg = timm.get_pretrained_cfg("hpm_wrn10_2").to_dict()
     card = ModelCard(cards.model_card("org/name", "hf-hub:org/name", cfg, report=report, license="MIT"))
     assert card.data.license == "mit" and card.data.datasets is None
     assert "| images | 100, chosen by the caller, in batches of 100 |" in card.text
     assert "FC classifier of the same network" not in card.text and "its own FC classifier" not in card.text
-    assert "- a zero gradient at image 4" in card.text
+    assert "- zero-gradient: at image 4" in card.text and "unreliable" in card.text
 
 
 def test_notes_by_hand_open_the_card_and_follow_the_usage():

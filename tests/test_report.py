@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 
 from timm_hpm import AttackReport
 from timm_hpm.files import replacing, writable_folder, write_text
-from timm_hpm.report import weights_digest
+from timm_hpm.report import FLAGS, Flag, data_digest, weights_digest
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def report() -> AttackReport:
         baseline_correct={"clean": "1111111111", "fc/apgd-ce": "1010111111", "fc/square": "1111110000"},
         cost={"apgd-ce": {"seconds": 12.25, "forward_passes": 2010, "backward_passes": 2000},
               "all": {"seconds": 20.5, "forward_passes": 4020, "backward_passes": 2001}},
-        warnings=["fc: a zero gradient at image 4"],
+        flags=[Flag("saturated-softmax", "fc: one-hot at image 4"), Flag("zero-gradient", "at 9 of 10 images")],
     )
 
 
@@ -84,7 +85,9 @@ def test_a_saved_report_is_loaded_equal(report, tmp_path):
     assert loaded == report and loaded.same_results(report)
     data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert data["robust_accuracy"] == 0.5 and data["by_surrogate"]["fc"]["worst"] == 0.7
-    assert data["correct"] == report.correct and data["schema_version"] == 1
+    assert data["correct"] == report.correct and data["schema_version"] == 2
+    assert data["unreliable"] is True and len(data["flags"]) == 2
+    assert data["flags"][0] == {"name": "saturated-softmax", "text": "fc: one-hot at image 4"}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -106,7 +109,7 @@ def test_same_results_ignores_the_time_and_nothing_else(report):
         but(protocol={**report.protocol, "seed": 4}),
         but(correct={**report.correct, "clean": "1111111111"}),
         but(baseline_correct={}),
-        but(warnings=[]),
+        but(flags=[]),
     ):
         assert not report.same_results(other)
     assert report.cost["all"]["seconds"] == 20.5
@@ -127,12 +130,50 @@ def test_a_binary_file_is_not_loaded(tmp_path):
         AttackReport.load(tmp_path / "weights.bin")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1"])
+@pytest.mark.parametrize("version", [0, 3, "1"])
 def test_another_schema_version_is_named(report, version, tmp_path):
     data = report.to_dict() | {"schema_version": version}
     (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 1"):
+    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 1 to 2"):
         AttackReport.load(tmp_path / "report.json")
+
+
+def test_version_1_is_read_and_its_warnings_have_names(report, tmp_path):
+    data = report.to_dict() | {"schema_version": 1, "warnings": [
+        "apgd-ce on fc: the softmax of 3 of 10 clean answers is one-hot in float32", "there are 2 points with zero"]}
+    del data["flags"], data["unreliable"]
+    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
+    loaded = AttackReport.load(tmp_path / "report.json")
+    assert [flag.name for flag in loaded.flags] == ["saturated-softmax", "zero-loss-gradient"]
+    assert not loaded.unreliable and loaded.robust_accuracy == 0.5
+
+
+def test_an_unknown_flag_is_refused(report, tmp_path):
+    with pytest.raises(ValueError, match="unknown flag 'odd'; expected one of no-gradient"):
+        Flag("odd", "")
+    data = report.to_dict()
+    data["flags"][0]["name"] = "odd"
+    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is not a report of timm_hpm .*unknown flag 'odd'"):
+        AttackReport.load(tmp_path / "report.json")
+
+
+def test_each_flag_has_its_paragraph():
+    text = (Path(__file__).parent.parent / "docs" / "flags.md").read_text(encoding="utf-8")
+    paragraphs = dict(re.findall(r"^## ([a-z-]+)\n\n(.+?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert FLAGS.keys() <= paragraphs.keys()
+    assert all(len(paragraphs[name]) > 200 for name in FLAGS)
+
+
+def test_the_data_digest_tells_images_labels_and_their_order_apart():
+    images, labels = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    digest = data_digest(images, labels)
+    assert re.fullmatch("[0-9a-f]{16}", digest) and data_digest(images.clone(), labels.int()) == digest
+    assert data_digest(images.to(memory_format=torch.channels_last), labels) == digest
+    changed = images.clone()
+    changed[2, 0, 3, 3] += 0.01
+    others = [(changed, labels), (images, labels.flip(0)), (images.flip(0), labels), (images.view(3, 1, 2, 8), labels)]
+    assert len({digest, *(data_digest(*other) for other in others)}) == 5
 
 
 def test_a_missing_report_is_a_missing_file(tmp_path):
@@ -166,7 +207,8 @@ def test_markdown_holds_the_numbers(report):
     assert table_row(markdown, "attacks") == ["apgd-ce steps 100, restarts 5"]
     assert table_row(markdown, "apgd-ce") == ["12.2", "2010", "2000"]
     assert table_row(markdown, "all") == ["20.5", "4020", "2001"]
-    assert "\n- fc: a zero gradient at image 4\n" in markdown
+    assert "\n- [saturated-softmax](docs/flags.md#saturated-softmax): fc: one-hot at image 4\n" in markdown
+    assert "\n**Unreliable**: " in markdown and "[zero-gradient](docs/flags.md#zero-gradient): at 9 of" in markdown
 
 
 def test_markdown_of_a_plain_classifier_has_no_baseline_and_no_warnings():

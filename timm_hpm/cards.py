@@ -213,8 +213,9 @@ def _evaluation(name: str, report: AttackReport, register: bool) -> str:
     parts += ["\n".join(["| protocol | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _protocol(report))]),
               _wrapped("Another machine, or another number of threads, rounds otherwise, and an image near a boundary "
                        "may fall the other way.")]
-    if report.warnings:
-        parts.append("Warnings of the attacks:\n\n" + "\n".join(f"- {text}" for text in report.warnings))
+    if report.flags:
+        title = "Warnings, which make these numbers unreliable:" if report.unreliable else "Warnings of the attacks:"
+        parts.append(f"{title}\n\n" + "\n".join(f"- {flag.name}: {flag.text}" for flag in report.flags))
     return "\n\n".join(parts)
 
 

@@ -22,6 +22,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
+from ..report import Flag
 from ..threat import ThreatModel
 from .pgd import pgd
 from .surrogates import SplitModel
@@ -176,8 +177,9 @@ def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Not
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
     wrong = F.softmax(batch.clean_logits, dim=1).scatter(1, batch.labels.unsqueeze(1), 0.0).sum(dim=1)
     if (wrong == 0).any():
-        notes.warning(f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is one-hot in float32, "
-                      "and the gradient of the cross-entropy 0: the candidates of this attack prove little")
+        notes.flag("saturated-softmax", f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is "
+                   "one-hot in float32, and the gradient of the cross-entropy 0: the candidates of this attack prove "
+                   "little")
     attack = APGDAttack(_rows_model(batch, batch.rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
     candidates, _, _ = _apgd_run(attack, batch, batch.rows)
     return candidates
@@ -270,17 +272,21 @@ STANDARD_BUDGETS: Final = {
 
 
 class Notes:
-    """Gathers what AutoAttack warns of, each text once; it takes the place of a logger."""
+    """Gathers the flags that components raise, each once; it takes the place of a logger for AutoAttack's."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
+        self.flags: list[Flag] = []
         self.prefix = ""
 
+    def flag(self, name: str, text: str) -> None:
+        """Keeps a flag of the attack that `prefix` names."""
+        flag = Flag(name, self.prefix + text)
+        if flag not in self.flags:
+            self.flags.append(flag)
+
     def warning(self, message: str) -> None:
-        """Keeps a warning, without AutoAttack's reference to a file that its package does not have."""
-        text = self.prefix + message.replace(" See flags_doc.md for details.", "")
-        if text not in self.texts:
-            self.texts.append(text)
+        """Keeps AutoAttack's one warning within a component, without its reference to a file it does not have."""
+        self.flag("zero-loss-gradient", message.replace(" See flags_doc.md for details.", ""))
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:

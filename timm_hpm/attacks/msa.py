@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,10 @@ from tqdm import tqdm
 from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
 from ..files import replacing, writable_folder
 from ..head import HPMHead, find_head, head_name, inference_mode
-from ..report import TRUE_MODEL, AttackReport, weights_digest
+from ..report import TRUE_MODEL, AttackReport, Flag, data_digest, weights_digest
 from ..threat import ThreatModel
 from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite, square_tiles
+from .flags import GRADIENT_FREE, check_model, verdict_flag
 from .surrogates import SplitModel, check_names
 
 
@@ -94,12 +95,13 @@ def mixed_surrogate_attack(
     check_pixels(images, labels, num_classes)
     split = SplitModel(pixel_model, example)
     names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
-    plan = _plan(
-        split,
-        names,
-        tuple(COMPONENTS) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS)),
-        surrogates_at_once,
-    )
+    chosen = tuple(COMPONENTS) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS))
+    checks = _no_cost()
+    with _seeded(device, seed, "checks"):
+        flags = _check_model(pixel_model, example, labels[:batch_size].to(device), checks)
+    if any(flag.name == "no-gradient" for flag in flags):
+        chosen = _without_gradients(chosen)
+    plan = _plan(split, names, chosen, surrogates_at_once)
 
     if threat.norm == "L2" and any(attack == "square" for _, attack in plan) and not square_tiles(*images.shape[-2:]):
         raise ValueError(f"Square under L2 cannot tile images of {images.shape[-2]}×{images.shape[-1]} pixels (nor can "
@@ -121,17 +123,17 @@ def mixed_surrogate_attack(
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    total = {key: sum(row[key] for row in crafting.cost.values()) for key in _no_cost()}
+    total = {key: checks[key] + sum(row[key] for row in crafting.cost.values()) for key in _no_cost()}
     total["forward_passes"] += court.judged
     total["seconds"] = time.perf_counter() - start
 
     report = AttackReport(
-        protocol=dict(about or {}) | _protocol(model, split, images, threat, batch_size, names, budget_of,
+        protocol=dict(about or {}) | _protocol(model, split, images, labels, threat, batch_size, names, budget_of,
                                                surrogates_at_once, seed, num_classes, device),
         correct=correct,
         baseline_correct=court.baseline,
         cost=crafting.cost | {"all": total},
-        warnings=crafting.notes.texts,
+        flags=flags + crafting.notes.flags + [flag for flag in [verdict_flag(correct)] if flag],
     )
     if save_adversarial is not None:
         with replacing(save_adversarial) as temporary:
@@ -221,6 +223,32 @@ def _check_budgets(budgets: Mapping[str, Budget] | None) -> dict[str, Budget]:
             raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they are; "
                              f"expected such as Budget({chosen[attack].iterations}, targets={standard.targets})")
     return chosen
+
+
+# Enough to see what `check_model` looks for.
+_NUM_CHECKED: Final = 32
+
+
+def _check_model(pixel_model: nn.Module, images: Tensor, labels: Tensor, cost: dict[str, float]) -> list[Flag]:
+    """Returns the flags of `check_model` on some of a batch's images, and adds its passes to `cost`."""
+    images, labels = images[:_NUM_CHECKED], labels[:_NUM_CHECKED]
+
+    def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        cost["forward_passes"] += len(inputs[0])
+
+    with pixel_model.register_forward_pre_hook(count):
+        flags = check_model(pixel_model, images, labels)
+    cost["backward_passes"] += len(images)
+    return flags
+
+
+def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the attacks that need no gradient."""
+    usable = tuple(attack for attack in attacks if attack in GRADIENT_FREE)
+    if not usable:
+        raise ValueError(f"the model's logits have no gradient with respect to the pixels, which {', '.join(attacks)} "
+                         f"need; look for a detach() or torch.no_grad() in it, or attack by {', '.join(GRADIENT_FREE)}")
+    return usable
 
 
 def _plan(
@@ -379,6 +407,7 @@ def _protocol(
         model: nn.Module,
         split: SplitModel,
         images: Tensor,
+        labels: Tensor,
         threat: ThreatModel,
         batch_size: int,
         surrogates: tuple[str, ...],
@@ -395,6 +424,7 @@ def _protocol(
         "weights_digest": weights_digest(model.model if isinstance(model, PixelModel) else model),
         "threat": str(threat),
         "num_images": len(images),
+        "data_digest": data_digest(images, labels),
         "num_classes": num_classes,
         "batch_size": batch_size,
         "inference": "none" if head is None else head.inference,

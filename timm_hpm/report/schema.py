@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .files import write_text
+from ..files import write_text
+from .flags import Flag
 
-SCHEMA_VERSION: Final = 1
+#: Written; version 1, which had texts without names in the place of the flags, is read too.
+SCHEMA_VERSION: Final = 2
 
 #: The name of the true model's row: what attacks it directly, not through a surrogate.
 TRUE_MODEL: Final = "true"
@@ -24,8 +26,20 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def data_digest(images: Tensor, labels: Tensor) -> str:
+    """Returns 16 hexadecimal digits that tell images (N, ...) and labels (N,), in their order, from any others."""
+    digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
+    digest.update(_bytes(images.float()))
+    digest.update(_bytes(labels.long()))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -40,14 +54,14 @@ class AttackReport:
         baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier
             (plain AutoAttack); empty without an HPM head.
         cost: seconds, and images that went forward and backward through the backbone, for each attack and in all.
-        warnings: what AutoAttack's components warned of.
+        flags: named warnings, of the model and of the attacks.
     """
 
     protocol: dict[str, Any]
     correct: dict[str, str]
     baseline_correct: dict[str, str] = field(default_factory=dict)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    flags: list[Flag] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
@@ -82,14 +96,20 @@ class AttackReport:
         rows = {name.rpartition("/")[2]: _accuracy([row]) for name, row in self.baseline_correct.items()}
         return rows | {"worst": _accuracy(list(self.baseline_correct.values()))}
 
+    @property
+    def unreliable(self) -> bool:
+        """Whether a flag says that the robust accuracy may be far too high."""
+        return any(flag.unreliable for flag in self.flags)
+
     def same_results(self, other: "AttackReport") -> bool:
-        """Returns whether protocol, verdicts, passes and warnings are equal: all but the time they took."""
+        """Returns whether protocol, verdicts, passes and flags are equal: all but the time they took."""
         return _without_time(self) == _without_time(other)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it, with the accuracies computed, in JSON's types."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "unreliable": self.unreliable,
             "num_images": self.num_images,
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
@@ -112,12 +132,15 @@ class AttackReport:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
-            if version == SCHEMA_VERSION:
-                return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            if version == 1:
+                data["flags"] = [asdict(_flag_of_version_1(text)) for text in data["warnings"]]
+            if version in (1, SCHEMA_VERSION):
+                values = {name: data[name] for name in cls.__dataclass_fields__}
+                return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]]})
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
                              "expected the report.json that evaluate.py wrote") from error
-        raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads {SCHEMA_VERSION}. "
+        raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads 1 to {SCHEMA_VERSION}. "
                          "Evaluate again, or install the version that wrote it")
 
     def to_markdown(self) -> str:
@@ -136,8 +159,11 @@ class AttackReport:
         lines += ["", "## Cost", "", "| attack | seconds | images forward | images backward |", "|---|---:|---:|---:|"]
         lines += [f"| {name} | {row['seconds']:.1f} | {row['forward_passes']:.0f} | {row['backward_passes']:.0f} |"
                   for name, row in self.cost.items()]
-        if self.warnings:
-            lines += ["", "## Warnings", "", *[f"- {text}" for text in self.warnings]]
+        if self.flags:
+            lines += ["", "## Warnings", ""]
+            if self.unreliable:
+                lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
+            lines += [f"- {flag.to_markdown()}" for flag in self.flags]
         return "\n".join(lines) + "\n"
 
     def _table(self) -> list[str]:
@@ -167,6 +193,11 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
             "worst": _accuracy(list(rows.values()))}
         for surrogate, rows in table.items()
     }
+
+
+def _flag_of_version_1(text: str) -> Flag:
+    # Its components warned of two things.
+    return Flag("saturated-softmax" if "one-hot" in text else "zero-loss-gradient", text)
 
 
 def _cell(value: Any) -> str:

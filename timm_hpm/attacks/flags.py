@@ -1,0 +1,123 @@
+"""Checks for false robustness: what in a model or in its verdicts says that an attack's failure proves little.
+
+Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients); Croce and Hein, arXiv 2003.01690 (the
+checks of AutoAttack). docs/flags.md says what each flag means and what to do about it.
+"""
+
+from contextlib import nullcontext
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from ..head import head_name, inference_mode
+from ..report import TRUE_MODEL, Flag
+from .components import margin_loss
+
+#: Attacks that need no gradient.
+GRADIENT_FREE: Final = ("square",)
+
+# Of the largest logit: rounding that a batch of another size, or the same one again, may cause.
+_ROUNDING: Final = 1e-3
+_ROUNDING_IN_HALF: Final = 5e-2
+# Of the images: a dead unit or two may leave an honest network without a gradient at an image.
+_FEW: Final = 0.05
+
+
+def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Flag]:
+    """Returns what is suspicious in how a model answers some images; costs up to eight passes forward and one backward.
+
+    Arguments:
+        model: pixels (B, channels, H, W) in [0, 1] to logits (B, C), in eval mode. Its buffers are as before.
+        images: (B, channels, H, W), pixels in [0, 1]; a few dozen are enough.
+        labels: (B,), class indices.
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        checks = (gradient_flag(model, images, labels), random_flag(model, images), batch_flag(model, images))
+        return [flag for flag in (*checks, _state_flag(model, before)) if flag is not None]
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and not _same(buffer, before[name]):
+                    buffer.copy_(before[name])
+
+
+def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor) -> Flag | None:
+    """Returns `no-gradient` or `zero-gradient` where the margin max_{c≠y} z_c − z_y has no usable gradient."""
+    pixels = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss = margin_loss(model(pixels), labels).sum()
+    gradient = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        return Flag("no-gradient", "the logits have no gradient with respect to the pixels")
+    size = gradient.flatten(1).abs().sum(dim=1)
+    useless = int(((size == 0) | ~size.isfinite()).sum())
+    if useless <= _FEW * len(images):
+        return None
+    return Flag("zero-gradient", f"the gradient of the margin is zero or not finite at {useless} of {len(images)} "
+                                 "clean images")
+
+
+@torch.no_grad()
+def random_flag(model: nn.Module, images: Tensor) -> Flag | None:
+    """Returns `random-forward` where the same images, asked again, get other logits."""
+    difference = _difference(model, model(images), model(images))
+    return Flag("random-forward", f"{len(images)} images, asked twice: {difference}") if difference else None
+
+
+@torch.no_grad()
+def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
+    """Returns `batch-dependent` where images among others get other logits than by themselves.
+
+    An HPM head's batch mode is meant to, and attacked as what it is: there the network below it is checked.
+    """
+    with inference_mode(model, "fc") if head_name(model) is not None else nullcontext():
+        alone = model(images)
+        if _difference(model, alone, model(images)):
+            return None  # a random answer says nothing of the batch
+        among_others = model(torch.cat([images, 1 - images]))[:len(images)]
+    difference = _difference(model, alone, among_others)
+    if not difference:
+        return None
+    return Flag("batch-dependent", f"{len(images)} images by themselves and with as many others: {difference}")
+
+
+def verdict_flag(correct: dict[str, str]) -> Flag | None:
+    """Returns `black-box-stronger` where Square broke images that no attack with gradients broke.
+
+    More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`.
+    """
+    with_gradients = [row for name, row in correct.items() if name.rpartition("/")[2] not in ("clean", *GRADIENT_FREE)]
+    without = {name: row for name, row in correct.items() if name.rpartition("/")[2] in GRADIENT_FREE}
+    if not with_gradients or not without:
+        return None
+    survive = [all(row[i] == "1" for row in (correct["clean"], *with_gradients)) for i in range(len(correct["clean"]))]
+    broken = sum(survives and any(row[i] == "0" for row in without.values()) for i, survives in enumerate(survive))
+    if broken < 3 or broken <= 0.02 * len(survive):
+        return None
+    where = ", ".join(name.rpartition("/")[0] for name in without if not name.startswith(f"{TRUE_MODEL}/"))
+    return Flag("black-box-stronger", f"Square (on {where or 'the true model'}) broke {broken} of the {sum(survive)} "
+                                      "images that the attacks with gradients left")
+
+
+def _state_flag(model: nn.Module, before: dict[str, Tensor]) -> Flag | None:
+    after = dict(model.named_buffers())
+    changed = sorted(name for name in before.keys() | after.keys()
+                     if name not in before or name not in after or not _same(after[name], before[name]))
+    return Flag("changes-state", f"answering changed {', '.join(changed[:5])}") if changed else None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _difference(model: nn.Module, one: Tensor, other: Tensor) -> str:
+    """Returns how far two answers (B, C) to the same images are apart, or nothing where it may be rounding."""
+    parameter = next(model.parameters(), one)
+    in_half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(one.device.type)
+    largest, apart = float(one.float().abs().max()), float((one.float() - other.float()).abs().max())
+    if apart <= (_ROUNDING_IN_HALF if in_half else _ROUNDING) * largest:
+        return ""
+    changed = int((one.argmax(dim=1) != other.argmax(dim=1)).sum())
+    return f"logits differ by up to {apart:.2g} (the largest is {largest:.2g}), {changed} predictions change"

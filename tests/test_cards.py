@@ -107,3 +107,10 @@ def test_a_folder_s_report_is_of_the_weights_in_it(tmp_path):
     timm_hpm.hub.save(model, tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert "Robust accuracy" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_in_the_current_folder_has_that_folder_s_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm_hpm.hub.save(timm.create_model(EMBEDDED, pretrained=True), ".", report=FOLDER / f"{EMBEDDED}.report.json")
+    card = ModelCard.load("README.md")
+    assert f"\n# {tmp_path.name}\n" in card.text and card.data.model_name == tmp_path.name

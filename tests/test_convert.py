@@ -772,10 +772,22 @@ def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, 
         Path(path).write_text("{")
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "empty").mkdir()
     monkeypatch.setattr("timm_hpm.models.saving.save_config_for_hf", fill_the_disk)
-    with pytest.warns(UnfittedHeadWarning), pytest.raises(OSError, match="No space left"):
-        convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["kept", "theirs.pt"]
+    for output in ("out", "empty"):
+        with pytest.warns(UnfittedHeadWarning), pytest.raises(OSError, match="No space left"):
+            convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", tmp_path / output)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "kept", "theirs.pt"] and not os.listdir(tmp_path / "empty")
+
+
+def test_an_empty_current_folder_is_filled_and_stays_the_current_one(tmp_path, deepmind_file, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.warns(UnfittedHeadWarning):
+        convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", ".")
+        assert sorted(os.listdir()) == sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+        timm.create_model("local-dir:.", pretrained=True)
 
 
 def test_the_package_names_its_errors():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_hpm import INFERENCE_MODES, HPMHead, find_head, inference_mode
+from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
 from timm_hpm.attacks.surrogates import SURROGATES
 
 HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
@@ -263,6 +263,25 @@ def test_a_linear_state_dict_lacks_only_the_own_entries():
     assert set(keys.missing_keys) == HPM_ENTRIES and not keys.unexpected_keys
     features = torch.randn(5, 16)
     assert torch.equal(head(features), linear(features))
+
+
+def test_weights_without_prototypes_leave_none_of_other_weights():
+    model, plain = nn.Sequential(nn.Linear(8, 16), fitted()), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 10))
+    before, features = copy.deepcopy(model.state_dict()), torch.randn(5, 8)
+    # What says nothing of the classifier, or says all of the head, leaves it as it is.
+    model.load_state_dict(plain[0].state_dict(prefix="0."), strict=False)
+    model.load_state_dict({**model.state_dict(), "1.bias": plain[1].bias}, strict=False)
+    assert all(torch.equal(model.state_dict()[f"1.{entry}"], before[f"1.{entry}"]) for entry in HPM_ENTRIES)
+
+    with pytest.warns(UnfittedHeadWarning, match="hold no prototypes, and those of the HPM head were of other weights"):
+        keys = model.load_state_dict(plain.state_dict(), strict=False)
+    assert set(keys.missing_keys) == {f"1.{entry}" for entry in HPM_ENTRIES}
+    assert torch.equal(model(features), plain(features))
+    assert not any(model.state_dict()[f"1.{entry}"].any() for entry in HPM_ENTRIES)
+    model.load_state_dict(plain.state_dict(), strict=False)  # nothing is lost any more, so nothing is said
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1.log_scale", "1.prototypes"'):
+        model.load_state_dict(plain.state_dict())
+    HPMHead(16, 10, device="meta").load_state_dict(plain[1].state_dict(), strict=False, assign=True)
 
 
 # Prototypes

@@ -26,16 +26,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which takes its place when the block ends without an error.
+    """Yields a temporary folder, which becomes `path`, or fills that empty one, when the block ends without an error.
 
     Raises:
         OSError: `path` exists and is no empty folder, or cannot be written; the message says what to do.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    exists = path.exists()
+    if exists and not (path.is_dir() and not any(path.iterdir())):
         raise OSError(f"{path} exists already; choose another --output, or remove it")
-    writable_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writable_folder(path if exists else path.parent)
+    # A folder that exists may be a shell's current one or a mount point: it is filled, not replaced.
+    temporary = path / f".{os.getpid()}.tmp" if exists else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
         yield temporary
@@ -43,10 +45,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()
-        for file in temporary.iterdir():
+        files = list(temporary.iterdir())
+        for file in files:
             # safetensors leaves a file that only its owner can read.
             file.chmod(mode)
-        os.replace(temporary, path)
+        if exists:
+            for file in files:
+                file.rename(path / file.name)
+        else:
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

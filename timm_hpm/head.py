@@ -1,5 +1,6 @@
 """`HPMHead`, the classifier of Hybrid Prototype Mixing, and how to find it in a model and switch its inference mode."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -14,7 +15,7 @@ INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
 
 
 class UnfittedHeadWarning(UserWarning):
-    """Pretrained weights without prototypes: the HPM head answers as its FC classifier until it is given some."""
+    """Weights without prototypes were loaded: the HPM head answers as its FC classifier until it is given some."""
 
 
 def check_inference(mode: str) -> str:
@@ -32,7 +33,9 @@ class HPMHead(nn.Linear):
     (num_classes, in_features) and `num_updates` (num_classes,), how often each class has been updated, and the
     learnable `log_scale` (), whose exponential is the scale s of the logits −s·‖z − Q_c‖².
 
-    Until every class has a prototype, the head answers exactly as its FC classifier.
+    Until every class has a prototype, the head answers exactly as its FC classifier. Weights that come without
+    prototypes, by `load_state_dict(..., strict=False)`, reset what it has of them, with an `UnfittedHeadWarning`: those
+    were means of another network's features.
 
     Arguments:
         in_features: width d of the features.
@@ -182,6 +185,19 @@ class HPMHead(nn.Linear):
         if not features.isfinite().all():
             raise ValueError("features are not finite; they would spoil the prototypes for good. Look at the loss and "
                              "the learning rate")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" not in state_dict or f"{prefix}prototypes" in state_dict:
+            return
+        if not self.num_updates.is_meta and self.num_updates.any():
+            warnings.warn(
+                "the weights that were loaded hold no prototypes, and those of the HPM head were of other weights: it "
+                "is reset, and answers as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
+                "fine-tuning, gives it some", UnfittedHeadWarning, stacklevel=2)
+        with torch.no_grad():
+            for entry in (self.prototypes, self.num_updates, self.log_scale):
+                entry.zero_()
 
     def extra_repr(self) -> str:
         """Returns the arguments that `print(model)` shows."""

@@ -168,7 +168,7 @@ def save(
             built = Path(temporary)
             config = write_model(model, built)
             card = cards.model_card(
-                (repo_id or folder.name).partition("@")[0], name,
+                (repo_id or folder.resolve().name).partition("@")[0], name,
                 config["pretrained_cfg"] | {"architecture": config["architecture"]},
                 head=head, parameters=sum(p.numel() for p in model.parameters()), report=report, license=license,
                 base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import())

@@ -18,13 +18,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..checkpoints import fitting, native_state_dict, plain_state_dict, reading, unwrap
+from ..data import DATASETS
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from ..threat import ThreatModel
 from .preact import PreActNet
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 # Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
@@ -53,8 +51,8 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
         "pool_size": (8, 8),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
+        "mean": DATASETS["torch/cifar10"].mean,
+        "std": DATASETS["torch/cifar10"].std,
         "first_conv": "conv1",
         "classifier": "fc",
         "license": "apache-2.0",

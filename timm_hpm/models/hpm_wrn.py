@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
+from ..data import DATASETS
 from ._builder import build_preact_net, cifar_cfg, weight_notes
 from .preact import PreActNet
 
@@ -27,9 +28,8 @@ _CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
         file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
         input_size=(1, 8, 8),
         pool_size=(1, 1),
-        # of the training split
-        mean=(0.3053,),
-        std=(0.3760,),
+        mean=DATASETS["digits"].mean,
+        std=DATASETS["digits"].std,
         origin_url="https://arxiv.org/abs/2606.01746",
         paper_ids=_PAPERS,
         notes=weight_notes("Linf:0.1"),
@@ -38,7 +38,7 @@ _CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
 # 'arch.tag' to model arguments: a pretrained cfg has no field for them.
 _TAG_ARGS: dict[str, dict[str, Any]] = {"hpm_wrn10_2.digits_linf": {"stem_stride": 2}}
 
-_CIFAR100 = {"num_classes": 100, "mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
+_CIFAR100 = {"num_classes": 100, "mean": DATASETS["torch/cifar100"].mean, "std": DATASETS["torch/cifar100"].std}
 _SVHN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _TINY_IMAGENET = {
     "num_classes": 200,

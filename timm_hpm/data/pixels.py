@@ -1,74 +1,10 @@
-"""Data sets as pixels in [0, 1], and `PixelModel`, the boundary between pixels and a model's normalised inputs."""
+"""Pixels in [0, 1]: `PixelModel`, their boundary to a model's normalised inputs, checks and augmentation."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-
-SPLITS: Final = ("train", "val", "test")
-
-# Of the splits only: what is trained, chosen and measured must never share an image, whatever the run's own seed.
-_SPLIT_SEED: Final = 0
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """A data set that `load_split` knows: how to read a split, and the threat model it is usually measured under."""
-
-    load: Callable[[str], tuple[Tensor, Tensor]]
-    num_classes: int
-    threat: str
-
-
-def load_split(dataset: str, split: str) -> TensorDataset:
-    """Returns a split as a `TensorDataset` of images (N, C, H, W) in [0, 1], float32, and labels (N,), int64.
-
-    Arguments:
-        dataset: `"digits"`, the 1,797 real 8×8 images that lie inside scikit-learn: 1,077 for training, 360 for
-            validation, 360 for testing, stratified by class, shuffled, always the same.
-        split: `"train"`, `"val"` or `"test"`.
-
-    Raises:
-        ValueError: an unknown data set or split; the message lists the known ones.
-        ModuleNotFoundError: a package that the data set comes with is missing; the message says how to install it.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-    images, labels = data_source(dataset).load(split)
-    return TensorDataset(images, labels)
-
-
-def data_source(dataset: str) -> DataSource:
-    """Returns the entry of a data set, or raises a ValueError that lists the known ones."""
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
-    return DATASETS[dataset]
-
-
-def _load_digits(split: str) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the data set 'digits' lies inside scikit-learn, which is not installed; "
-                                  "run: pip install scikit-learn") from error
-    digits = load_digits()
-    indices = range(len(digits.target))
-    rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=_SPLIT_SEED)
-    train, val = train_test_split(rest, test_size=0.25, stratify=digits.target[rest], random_state=_SPLIT_SEED)
-    chosen = {"train": train, "val": val, "test": test}[split]
-    # Grey levels 0 to 16.
-    images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
-    return images, torch.from_numpy(digits.target[chosen]).long()
-
-
-DATASETS: Final = {
-    "digits": DataSource(_load_digits, num_classes=10, threat="Linf:0.1"),
-}
 
 
 class PixelModel(nn.Module):
@@ -130,6 +66,12 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     y = down + torch.arange(height, device=images.device).view(1, -1, 1)
     x = right + torch.arange(width, device=images.device).view(1, 1, -1)
     return padded.permute(0, 2, 3, 1)[index, y, x].permute(0, 3, 1, 2).contiguous()
+
+
+def random_flip(images: Tensor, probability: float = 0.5) -> Tensor:
+    """Returns `images` (B, channels, H, W), each mirrored left to right with `probability`, on its own."""
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(flipped, images.flip(-1), images)
 
 
 def as_pixel_model(model: nn.Module) -> nn.Module:

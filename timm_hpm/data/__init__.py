@@ -1,0 +1,24 @@
+"""Data sets as pixels in [0, 1], and the boundary between pixels and a model's normalised inputs."""
+
+from .pixels import PixelModel, as_pixel_model, check_answers_alike, check_pixels, random_flip, random_shift
+from .sources import DATASETS, DataSource, data_source
+from .splits import SPLITS, ImageSplit, check_every_class, first_images, hold_out, load_split, open_split
+
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "DataSource",
+    "ImageSplit",
+    "PixelModel",
+    "as_pixel_model",
+    "check_answers_alike",
+    "check_every_class",
+    "check_pixels",
+    "data_source",
+    "first_images",
+    "hold_out",
+    "load_split",
+    "open_split",
+    "random_flip",
+    "random_shift",
+]

@@ -1,0 +1,269 @@
+"""The data sets: where their images lie, how they are read, and what is usual for them."""
+
+import difflib
+import gzip
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
+from torch import Tensor
+
+_DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_HINT: Final = ("fetch it with: apt-get install dataset-fashion-mnist (Debian, Ubuntu); or put the four "
+                              "original files, gzipped or not, into the folder of --data-dir")
+# timm takes these names for folders, in this order.
+_FOLDER_NAMES: Final = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"),
+                        "test": ("test", "testing")}
+_STREAMED: Final = ("hfids/", "tfds/", "wds/")
+
+
+class Part(NamedTuple):
+    """One part of a data set as it lies on disk: its images, labels (N,), int64, and how many classes it knows.
+
+    `images` is a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
+    """
+
+    images: "Tensor | EncodedImages"
+    labels: Tensor
+    num_classes: int
+
+
+class EncodedImages:
+    """The images of a map-style data set of timm or torchvision, opened one by one as they are asked for."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Returns image `index`.
+
+        Past the data set's own `__getitem__`, since timm's gives the next image in place of one that it cannot read.
+
+        Raises:
+            ValueError: the file is no image, or a damaged one; the message names it.
+        """
+        reader = getattr(self.dataset, "reader", None)
+        with reader[index][0] if reader else open(self.dataset.samples[index][0], "rb") as file:
+            try:
+                image = Image.open(file)
+                image.load()
+                return image
+            except (OSError, SyntaxError) as error:
+                name = reader.filename(index, absolute=True) if reader else file.name
+                raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set: how to read it, and what is usual for it.
+
+    Arguments:
+        parts: takes `data_dir` and returns which of "train", "val" and "test" the data set has by itself.
+        read: takes a part, `data_dir` and `download`, and returns the part.
+        threat: the threat model it is usually measured under.
+        mean, std: what its models usually normalise by, one value a channel; None where nothing is usual.
+        num_classes: None where only the files say.
+    """
+
+    parts: Callable[[Path | None], Collection[str]]
+    read: Callable[[str, Path | None, bool], Part]
+    threat: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    num_classes: int | None = None
+
+
+def data_source(dataset: str) -> DataSource:
+    """Returns the `DataSource` of a name: one of `DATASETS`, "" for "folder", or "hfds/" and a name of the Hub.
+
+    Raises:
+        ValueError: an unknown data set, or one that can only be streamed; the message says what is near.
+    """
+    prefix, slash, name = dataset.partition("/")
+    if prefix.lower() == "hfds" and name:
+        return DataSource(partial(_hfds_parts, name), partial(_read_hfds, name), "Linf:4/255",
+                          IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if f"{prefix.lower()}{slash}" in _STREAMED:
+        raise ValueError(f"the data set {dataset!r} is streamed: its images have no numbers, by which a validation "
+                         "split is held out and a run resumes; use a folder of images, or hfds/...")
+    known = dataset.lower() if slash else dataset or "folder"
+    if known not in DATASETS:
+        near = [name for name in DATASETS if known.lower() == name.rpartition("/")[2]]
+        near += [name for name in difflib.get_close_matches(known, DATASETS, n=3) if name not in near]
+        raise ValueError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}, hfds/NAME"
+                         + (f". Did you mean {' or '.join(near)}?" if near else ""))
+    return DATASETS[known]
+
+
+def _digits_parts(data_dir: Path | None) -> Collection[str]:
+    return "train", "val", "test"
+
+
+def _read_digits(part: str, data_dir: Path | None, download: bool) -> Part:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the data set 'digits' lies inside scikit-learn, which is not installed; "
+                                  "run: pip install scikit-learn") from error
+    digits = load_digits()
+    indices = range(len(digits.target))
+    rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=0)
+    train, val = train_test_split(rest, test_size=0.25, stratify=digits.target[rest], random_state=0)
+    chosen = {"train": train, "val": val, "test": test}[part]
+    # Grey levels 0 to 16.
+    images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
+    return Part(images, torch.from_numpy(digits.target[chosen]).long(), 10)
+
+
+def _train_and_test(data_dir: Path | None) -> Collection[str]:
+    return "train", "test"
+
+
+def _read_fashion_mnist(part: str, data_dir: Path | None, download: bool) -> Part:
+    folders = [_DEBIAN_FASHION_MNIST]
+    if data_dir is not None:
+        # The second is where torchvision puts them.
+        folders = [data_dir, data_dir / "FashionMNIST" / "raw", *folders]
+    prefix = {"train": "train", "test": "t10k"}[part]
+    images = _read_idx(_find(f"{prefix}-images-idx3-ubyte", folders), dimensions=3)
+    file = _find(f"{prefix}-labels-idx1-ubyte", folders)
+    labels = _read_idx(file, dimensions=1)
+    if len(labels) != len(images):
+        raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images; {_FASHION_MNIST_HINT}")
+    return Part(images.unsqueeze(1), labels.long(), 10)
+
+
+def _find(name: str, folders: list[Path]) -> Path:
+    for folder in folders:
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return file
+    raise FileNotFoundError(f"no {name}[.gz] in {', '.join(map(str, folders))}; {_FASHION_MNIST_HINT}")
+
+
+def _read_idx(file: Path, dimensions: int) -> Tensor:
+    """Returns the bytes of an idx file, gzipped or not, as a uint8 tensor of as many dimensions as it should have.
+
+    Source: http://yann.lecun.com/exdb/mnist: two zeros, 8 for bytes, the number of dimensions, each dimension's size
+    as a big-endian uint32, the values.
+    """
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, then {_FASHION_MNIST_HINT}") from error
+    start = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
+        raise ValueError(f"{file} does not begin as an idx file of bytes in {dimensions} dimensions; remove it, then "
+                         f"{_FASHION_MNIST_HINT}")
+    shape = np.frombuffer(data, ">u4", dimensions, offset=4).tolist()
+    values = np.frombuffer(data, np.uint8, offset=start)
+    if values.size != np.prod(shape):
+        raise ValueError(f"{file} has {values.size} bytes of data, {np.prod(shape)} by its header; remove it, then "
+                         f"{_FASHION_MNIST_HINT}")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> Part:
+    """Reads a part of torchvision's data set `name`, whose "test" is what timm calls "validation"."""
+    where = data_dir or Path("data")
+    try:
+        dataset = create_dataset(f"torch/{name}", str(where), split={"train": "train", "test": "validation"}[part],
+                                 download=download)
+    except RuntimeError as error:
+        hint = ("download its archives from https://image-net.org/download into that folder" if name == "imagenet"
+                else f"fetch it with --dataset-download --data-dir {where}, or choose another --data-dir")
+        raise FileNotFoundError(f"no undamaged torch/{name} in {where} ({str(error).splitlines()[0]}); "
+                                f"{hint}") from error
+    labels = torch.as_tensor(dataset.targets).long()
+    if not hasattr(dataset, "data"):
+        return Part(EncodedImages(dataset), labels, len(dataset.classes))
+    images = torch.as_tensor(dataset.data)
+    # CIFAR: (N, H, W, 3); the MNISTs: (N, H, W).
+    images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images.unsqueeze(1)
+    return Part(images, labels, len(dataset.classes))
+
+
+def _folders(data_dir: Path | None) -> dict[str, Path]:
+    """Returns the folder of each part; one without such subfolders is itself the test part."""
+    if data_dir is None:
+        raise ValueError("a folder of images needs --data-dir: the folder that has train/, val/ and test/")
+    if not data_dir.exists():
+        raise FileNotFoundError(f"there is no folder {data_dir}; choose another --data-dir")
+    found = {part: data_dir / name for part, names in _FOLDER_NAMES.items() for name in reversed(names)
+             if (data_dir / name).is_dir()}
+    return found or {"test": data_dir}
+
+
+def _read_folder(part: str, data_dir: Path | None, download: bool) -> Part:
+    folders = _folders(data_dir)
+    dataset = _image_folder(folders[part])
+    classes = dataset.reader.class_to_idx
+    if part != "train" and "train" in folders:
+        # A class that is missing here must not move the numbers of those after it.
+        trained = _image_folder(folders["train"]).reader.class_to_idx
+        unknown = sorted(classes.keys() - trained.keys())
+        if unknown:
+            raise ValueError(f"{folders[part]} has the class {unknown[0]!r} ({len(unknown)} such), which "
+                             f"{folders['train']} has not; both need the same subfolders, one a class")
+        numbers = {classes[name]: trained[name] for name in classes}
+    else:
+        trained, numbers = classes, {number: number for number in classes.values()}
+    labels = torch.tensor([numbers[label] for _, label in dataset.reader.samples])
+    return Part(EncodedImages(dataset), labels, len(trained))
+
+
+def _image_folder(folder: Path) -> Any:
+    try:
+        return create_dataset("", str(folder), search_split=False)
+    except RuntimeError as error:
+        raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it "
+                         f"({error})") from error
+
+
+def _hfds_parts(name: str, data_dir: Path | None) -> dict[str, str]:
+    """Returns what a data set of the Hub calls each part."""
+    try:
+        from datasets import get_dataset_split_names
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the data set 'hfds/{name}' is read by the package datasets, which is not "
+                                  "installed; run: pip install datasets") from error
+    has = get_dataset_split_names(name)
+    return {part: own for part, names in _FOLDER_NAMES.items() for own in reversed(names) if own in has}
+
+
+def _read_hfds(name: str, part: str, data_dir: Path | None, download: bool) -> Part:
+    dataset = create_dataset(f"hfds/{name}", None if data_dir is None else str(data_dir),
+                             split=_hfds_parts(name, data_dir)[part])
+    reader = dataset.reader
+    if reader.label_key not in reader.dataset.column_names:
+        raise ValueError(f"hfds/{name} has no column {reader.label_key!r}, but {', '.join(reader.dataset.column_names)}"
+                         "; convert it to a folder of images")
+    labels = torch.tensor(reader.dataset[reader.label_key]).long()
+    return Part(EncodedImages(dataset), labels, len(reader.class_to_idx) or int(labels.max()) + 1)
+
+
+def _torch(name: str, num_classes: int, threat: str, mean: tuple[float, ...] | None = None,
+           std: tuple[float, ...] | None = None) -> DataSource:
+    return DataSource(_train_and_test, partial(_read_torch, name), threat, mean, std, num_classes)
+
+
+DATASETS: Final = {
+    # mean and std of its training split
+    "digits": DataSource(_digits_parts, _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10),
+    "fashion_mnist": DataSource(_train_and_test, _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10),
+    "folder": DataSource(_folders, _read_folder, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "torch/cifar10": _torch("cifar10", 10, "Linf:8/255", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "torch/cifar100": _torch("cifar100", 100, "Linf:8/255", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,)),
+    "torch/kmnist": _torch("kmnist", 10, "Linf:0.1"),
+    "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,)),
+    "torch/imagenet": _torch("imagenet", 1000, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}

@@ -1,0 +1,265 @@
+"""`open_split`: the images to train on, to choose an epoch by and to measure with, of which no two share any."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor
+
+from .sources import DataSource, Part, data_source
+
+SPLITS: Final = ("train", "val", "test")
+
+# Of the splits only: what is trained, chosen and measured must never share an image, whatever the run's own seed.
+_SPLIT_SEED: Final = 0
+# What is held out for validation where nobody says how much.
+_VAL_FRACTION: Final = 0.1
+_MOST_VAL_IMAGES: Final = 5000
+_MODES: Final = {1: "L", 3: "RGB"}
+
+
+class ImageSplit(Dataset):
+    """A split of a data set: pairs of an image (C, H, W), float32 in [0, 1], and its label; made by `open_split`.
+
+    Attributes:
+        labels: (N,), int64, known without reading an image.
+        num_classes: classes of the data set; a split may lack some, see `check_every_class`.
+        num_channels: channels of an image.
+        in_memory: whether the images lie in memory, small and all of one size; others are read from files, resized.
+        threat: the threat model that the data set is usually measured under, such as "Linf:8/255".
+        mean, std: what models of it usually normalise by, one value a channel; None where nothing is usual.
+    """
+
+    def __init__(self, name: str, source: DataSource, part: Part, indices: Tensor, num_channels: int,
+                 transform: Callable[[Any], Any] | None, seed: int | None):
+        self.labels = part.labels[indices]
+        self.num_classes = part.num_classes
+        self.num_channels = num_channels
+        self.in_memory = isinstance(part.images, Tensor)
+        self.threat = source.threat
+        self.mean = source.mean
+        self.std = source.std
+        self._name = name
+        self._images = part.images
+        self._indices = indices
+        self._transform = transform
+        self._seed = seed
+        # Shared with those workers of a DataLoader that live from epoch to epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = range(len(self))[index]
+        image = self._images[int(self._indices[index])]
+        if isinstance(image, Image.Image):
+            image = image.convert(_MODES[self.num_channels])
+        with self._random_state(index):
+            image = self._transform(image) if self._transform else image
+        return _as_pixels(image), int(self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Returns what `__getitem__` does of each index, faster where the images lie in memory; for a DataLoader."""
+        if not isinstance(self._images, Tensor) or self._transform:
+            return [self[index] for index in indices]
+        chosen = torch.as_tensor(indices)
+        return list(zip(_as_pixels(self._images[self._indices[chosen]]), self.labels[chosen].tolist(), strict=True))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the random crops from now on, which are a function of the seed, the epoch and an image's index."""
+        self._epoch.fill_(epoch)
+
+    @contextmanager
+    def _random_state(self, index: int) -> Iterator[None]:
+        if self._seed is None:
+            yield
+            return
+        text = f"{self._seed} {int(self._epoch)} {index}"
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed accelerators too.
+            torch.default_generator.manual_seed(
+                int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+            yield
+
+
+def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,
+               input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
+               download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
+               random_resized_crop_seed: int | None = None) -> ImageSplit:
+    """Opens a split of a data set, without reading more of it than it must.
+
+    A validation split that the data set has not is held out from its training images: stratified by class, always
+    the same ones. Files are often sorted by class, so their splits come in an order that is shuffled, once for all.
+
+    Arguments:
+        dataset: one of `DATASETS`, or "hfds/" and a data set of the Hugging Face Hub; see docs/data.md.
+        split: `"train"`, `"val"` or `"test"`.
+        data_dir: where its files are.
+        input_size: (channels, height, width) of the model. Images from files are made so: grey or colour, resized by
+            `crop_pct` and cropped at the centre, as timm does. Those in memory must be so already. None takes these
+            as they are.
+        crop_pct: the part of the resized image's shorter side that is kept.
+        interpolation: "bicubic", "bilinear" or another of timm's.
+        download: whether a "torch/..." data set that is missing may be downloaded; by one process at a time.
+        num_classes: the model's, which all labels must be below.
+        val_fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
+        random_resized_crop_seed: None, or the seed of random resized crops and flips in place of the centre crop; see
+            `ImageSplit.set_epoch`.
+
+    Raises:
+        ValueError: an unknown data set or split, images or labels that do not fit the model, no image, a damaged
+            file; the message says how to mend it.
+        OSError: files that are not there; the message says how to fetch them.
+        ModuleNotFoundError: a package that the data set comes with is missing; the message says how to install it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; expected a number above 0 and below 1")
+    source = data_source(dataset)
+    part, indices = _read(source, split, None if data_dir is None else Path(data_dir), download, val_fraction)
+    name = f"the split {split} of {dataset or 'folder'}"
+    if not len(indices):
+        raise ValueError(f"{name} has no image; give another --data-dir"
+                         + (", or a larger val_fraction" if split == "val" else ""))
+    _check_labels(name, part.labels[indices], num_classes)
+    seed, size = random_resized_crop_seed, input_size
+    if isinstance(part.images, Tensor):
+        size = part.images.shape[1:]
+        _check_size(name, tuple(size), None if input_size is None else tuple(input_size))
+    else:
+        if size is None:
+            raise ValueError(f"{name} has images of any size; give input_size=(channels, height, width)")
+        if size[0] not in _MODES:
+            raise ValueError(f"the model takes images of {size[0]} channels; files can be read as 1 (grey) or 3 (RGB)")
+        indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SPLIT_SEED))]
+    transform: Callable[[Any], Any] | None
+    if seed is not None:
+        mode = str_to_interp_mode(interpolation)
+        transform = Compose([RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()])
+    elif isinstance(part.images, Tensor):
+        transform = None
+    else:
+        transform = create_transform((size[0], size[1], size[2]), interpolation=interpolation,
+                                     crop_pct=crop_pct, normalize=False)
+    return ImageSplit(name, source, part, indices, size[0], transform, seed)
+
+
+def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:
+    """Returns a whole split as a `TensorDataset` of images (N, C, H, W) in [0, 1], float32, and labels (N,), int64.
+
+    Arguments and errors are `open_split`'s.
+    """
+    return TensorDataset(*first_images(open_split(dataset, split, **options)))
+
+
+def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns the first `n` images (n, C, H, W), float32 in [0, 1], and labels (n,) of a split, 0 for all.
+
+    No other image is read.
+
+    Raises:
+        ValueError: a number below 0 or above the split's.
+    """
+    if not 0 <= n <= len(split):
+        raise ValueError(f"asked for the first {n} images; {split} has {len(split)} (0 for all)")
+    n = n or len(split)
+    return torch.stack([image for image, _ in split.__getitems__(range(n))]), split.labels[:n]
+
+
+def check_every_class(split: ImageSplit, num_classes: int) -> None:
+    """Raises a ValueError unless each of `num_classes` has an image in `split`: no prototype comes of nothing."""
+    missing = (split.labels.bincount(minlength=num_classes)[:num_classes] == 0).nonzero().flatten().tolist()
+    if missing:
+        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{split} has no image of {len(missing)} of the model's {num_classes} classes ({some}); add "
+                         f"images of them, or choose a model of fewer classes (--num-classes)")
+
+
+def hold_out(labels: Tensor, fraction: float | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the indices, ascending, of the images to train on and of those held out for validation.
+
+    Each class gives its share, rounded so that the sum is right, and keeps at least one image to train on. Which
+    images depends on nothing but the labels.
+
+    Arguments:
+        labels: (N,), int64.
+        fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
+    """
+    counts = labels.bincount()
+    total = max(1, round(len(labels) * (fraction or _VAL_FRACTION)))
+    if fraction is None:
+        total = min(total, _MOST_VAL_IMAGES)
+    shares = total * counts.double() / max(1, len(labels))
+    quotas = shares.long()
+    largest_rests = (shares - quotas).argsort(descending=True, stable=True)
+    quotas[largest_rests[:total - int(quotas.sum())]] += 1
+    quotas = quotas.minimum((counts - 1).clamp(min=0))
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for number, quota in enumerate(quotas.tolist()):
+        members = (labels == number).nonzero().flatten()
+        held_out[members[torch.randperm(len(members), generator=generator)[:quota]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
+          val_fraction: float | None) -> tuple[Part, Tensor]:
+    """Returns the part of the data set that a split is taken from, and the indices of its images there."""
+    has = source.parts(data_dir)
+    if split == "test":
+        own = "test" if "test" in has else "val"
+    else:
+        # The one thing to measure with is nothing to choose by.
+        own = split if "val" in has and "test" in has else "train"
+    if own not in has:
+        where = "" if data_dir is None else f" in {data_dir}"
+        raise FileNotFoundError(f"there are no images for the split {split}{where}: it has {', '.join(has)} only; "
+                                "expected train/, and test/ or val/ or both, with one subfolder a class in each")
+    part = source.read(own, data_dir, download)
+    if split == "test" or ("val" in has and "test" in has):
+        if val_fraction is not None and split != "test":
+            raise ValueError("the data set has a validation split of its own; leave out val_fraction")
+        return part, torch.arange(len(part.labels))
+    return part, hold_out(part.labels, val_fraction)[split == "val"]
+
+
+def _as_pixels(image: Tensor | Image.Image) -> Tensor:
+    values: Tensor = image if isinstance(image, Tensor) else pil_to_tensor(image)
+    # Interpolation of numbers that are no bytes may leave the range.
+    return values.float() / 255 if values.dtype == torch.uint8 else values.clamp(0, 1)
+
+
+def _check_labels(name: str, labels: Tensor, num_classes: int | None) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise ValueError(f"{name} has the label {low}; expected 0 and above. Are its labels public?")
+    if num_classes is not None and high >= num_classes:
+        raise ValueError(f"{name} has labels up to {high}, the model the classes 0 to {num_classes - 1}; choose "
+                         f"another model, or give it more classes (--num-classes {high + 1})")
+
+
+def _check_size(name: str, size: tuple[int, ...], input_size: tuple[int, ...] | None) -> None:
+    if input_size is None or input_size == size:
+        return
+    hints = []
+    if input_size[0] != size[0]:
+        hints.append(f"--model-kwargs in_chans={size[0]}")
+    if input_size[1:] != size[1:]:
+        hints.append(f"--img-size {size[1]}")
+    raise ValueError(f"{name} has images of (channels, height, width) {size}, the model takes {tuple(input_size)}; "
+                     f"they are not converted: give {' and '.join(hints)}")

@@ -20,6 +20,7 @@ from timm_hpm.attacks.msa import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, data_source
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, load_checkpoint, usable_device
+from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,14 +58,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
                        help="attack nothing: judge that folder's adversarial.safetensors again, compare with its "
                             "report.json, and say whether they agree")
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"),
+                       help="attack nothing: print two reports on the same images side by side, with the paired "
+                            "significance of their difference (McNemar)")
+    group.add_argument("--robustbench-json", type=Path, metavar="FILE", help="also write RobustBench's model_info")
+    group.add_argument("--robustbench-info", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
+                       help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
     args = parse_args(argv)
+    if args.compare:
+        first, second = map(timm_hpm.AttackReport.load, args.compare)
+        print(first.compare(second).to_markdown())
+        return 0
     if args.rejudge and args.inference:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
+    check_known(args.robustbench_info)
+    if args.robustbench_json:
+        writable_folder(args.robustbench_json.parent)
     model = load_model(args)
     if args.rejudge:
         return rejudge(model, args.rejudge)
@@ -94,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     report.save(output / "report.json")
     write_text(output / "report.md", report.to_markdown())
+    if args.robustbench_json:
+        save_model_info(report, args.robustbench_json, args.robustbench_info)
     print(report.to_markdown())
     print(f"written: {output / 'report.json'}, {output / 'report.md'}")
     return 0

@@ -1,5 +1,6 @@
 """`AttackReport` and what is made of it: digests, flags, comparison, Markdown, HTML."""
 
+from .compare import Comparison, PairedRow, mcnemar_p_value
 from .flags import FLAGS, Flag
 from .schema import SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
 
@@ -8,7 +9,10 @@ __all__ = [
     "SCHEMA_VERSION",
     "TRUE_MODEL",
     "AttackReport",
+    "Comparison",
     "Flag",
+    "PairedRow",
     "data_digest",
+    "mcnemar_p_value",
     "weights_digest",
 ]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_text
+from .compare import Comparison, compare
 from .flags import Flag
+from .verdicts import worst_accuracy
 
 #: Written; version 1, which had texts without names in the place of the flags, is read too.
 SCHEMA_VERSION: Final = 2
@@ -71,12 +73,12 @@ class AttackReport:
     @property
     def clean_accuracy(self) -> float:
         """Accuracy on the clean images."""
-        return _accuracy([self.correct["clean"]])
+        return worst_accuracy([self.correct["clean"]])
 
     @property
     def robust_accuracy(self) -> float:
         """Fraction of the images that are classified correctly clean and under every candidate (point-wise worst)."""
-        return _accuracy(list(self.correct.values()))
+        return worst_accuracy(self.correct.values())
 
     @property
     def robust_accuracy_se(self) -> float:
@@ -93,13 +95,21 @@ class AttackReport:
         """Accuracy of the FC classifier: `"clean"`, each attack, and `"worst"`; empty without an HPM head."""
         if not self.baseline_correct:
             return {}
-        rows = {name.rpartition("/")[2]: _accuracy([row]) for name, row in self.baseline_correct.items()}
-        return rows | {"worst": _accuracy(list(self.baseline_correct.values()))}
+        rows = {name.rpartition("/")[2]: worst_accuracy([row]) for name, row in self.baseline_correct.items()}
+        return rows | {"worst": worst_accuracy(self.baseline_correct.values())}
 
     @property
     def unreliable(self) -> bool:
         """Whether a flag says that the robust accuracy may be far too high."""
         return any(flag.unreliable for flag in self.flags)
+
+    def compare(self, other: "AttackReport") -> Comparison:
+        """Returns this report and another on the same images side by side, with paired significance.
+
+        Raises:
+            ValueError: reports of different images, or one that does not say which images it is of.
+        """
+        return compare(self, other)
 
     def same_results(self, other: "AttackReport") -> bool:
         """Returns whether protocol, verdicts, passes and flags are equal: all but the time they took."""
@@ -177,11 +187,6 @@ class AttackReport:
         return lines
 
 
-def _accuracy(rows: list[str]) -> float:
-    """Returns the fraction of the images that are right in each of the rows."""
-    return sum(all(verdict == "1" for verdict in verdicts) for verdicts in zip(*rows, strict=True)) / len(rows[0])
-
-
 def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, str]] = {}
     for name, row in correct.items():
@@ -189,8 +194,8 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
         if attack:
             table.setdefault(surrogate, {})[attack] = row
     return {
-        surrogate: {attack: _accuracy([row]) for attack, row in rows.items()} | {
-            "worst": _accuracy(list(rows.values()))}
+        surrogate: {attack: worst_accuracy([row]) for attack, row in rows.items()} | {
+            "worst": worst_accuracy(rows.values())}
         for surrogate, rows in table.items()
     }
 

@@ -1,0 +1,145 @@
+"""Two reports compared image by image, and RobustBench's file: against answers counted by hand and by SciPy."""
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from scipy.stats import binomtest
+
+from timm_hpm import AttackReport
+from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
+from timm_hpm.robustbench import model_info, save_model_info
+
+PROTOCOL = {"architecture": "hpm_wrn10_2", "threat": "Linf:8/255", "data_digest": "0123456789abcdef", "seed": 0,
+            "dataset": "digits", "num_classes": 10, "batch_size": 10, "inference": "batch", "prototypes_fitted": True,
+            "surrogates": ["fc", "ste"],
+            "attacks": {"apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
+                        "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}}}
+
+
+@pytest.fixture
+def a() -> AttackReport:
+    return AttackReport(
+        protocol=copy.deepcopy(PROTOCOL),
+        correct={"clean": "1111111110", "fc/apgd-ce": "1111100011", "ste/apgd-ce": "1111110001"},
+        baseline_correct={"clean": "1111111111", "fc/apgd-ce": "0000011111"})
+
+
+@pytest.fixture
+def b() -> AttackReport:
+    return AttackReport(
+        protocol=PROTOCOL | {"seed": 1, "mix": 0.5},
+        correct={"clean": "1111111101", "fc/apgd-ce": "0111111111", "ste/apgd-ce": "1111111111"},
+        baseline_correct={"clean": "1111111111", "fc/apgd-ce": "1111111111"})
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 3), (2, 9), (9, 2), (40, 61), (1500, 1700)])
+def test_the_p_value_is_the_binomial_test_s(only_a, only_b):
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert mcnemar_p_value(only_a, only_b) == pytest.approx(expected)
+
+
+def test_images_are_paired(a, b):
+    clean, robust, baseline = a.compare(b).rows
+    assert (clean.a, clean.b, clean.only_a, clean.only_b, clean.p_value) == (0.9, 0.9, 1, 1, 1.0)
+    # a is right throughout on images 0 to 4, b on 1 to 7 and 9.
+    assert (robust.a, robust.b, robust.only_a, robust.only_b) == (0.5, 0.8, 1, 4)
+    assert robust.difference == pytest.approx(0.3) and robust.p_value == pytest.approx(2 * (1 + 5) / 32)
+    assert (baseline.only_a, baseline.only_b) == (0, 5) and baseline.p_value == 2 / 32
+
+
+def test_the_standard_error_is_that_of_the_paired_differences():
+    differences = [-1] * 3 + [1] * 7 + [0] * 90
+    mean = sum(differences) / 100
+    variance = sum((value - mean) ** 2 for value in differences) / 100
+    row = PairedRow("robust", 100, 0.5, 0.54, only_a=3, only_b=7)
+    assert row.difference == pytest.approx(mean) and row.difference_se == pytest.approx(math.sqrt(variance / 100))
+
+
+def test_turned_round_the_difference_changes_its_sign_only(a, b):
+    for one, other in zip(a.compare(b).rows, b.compare(a).rows, strict=True):
+        assert one.difference == -other.difference
+        assert (one.p_value, one.difference_se) == (other.p_value, other.difference_se)
+
+
+def test_the_table_names_what_differs(a, b):
+    text = a.compare(b).to_markdown()
+    assert "| robust, worst case | 50.0 | 80.0 | +30.0 ± 20.2 | 1 | 4 | 0.38 |" in text
+    assert "| seed | 0 | 1 |" in text and "| mix | None | 0.5 |" in text and "| threat |" not in text
+    assert "unreliable" not in text
+    flagged = dataclasses.replace(b, flags=[Flag("zero-gradient", "everywhere")])
+    assert "**Report b is unreliable**" in a.compare(flagged).to_markdown()
+
+
+def test_a_report_without_a_baseline_compares_what_both_have(a, b):
+    assert len(a.compare(dataclasses.replace(b, baseline_correct={})).rows) == 2
+
+
+def test_other_images_are_not_paired(a, b):
+    b.protocol["data_digest"] = "f" * 16
+    with pytest.raises(ValueError, match=r"different images or labels.*10 images of digits \(data_digest ffff"):
+        a.compare(b)
+    del b.protocol["data_digest"]
+    with pytest.raises(ValueError, match="the second report does not say which images"):
+        a.compare(b)
+    with pytest.raises(ValueError, match="the first report does not say which images"):
+        b.compare(a)
+
+
+def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent), *sys.path])
+    import evaluate
+
+    a.save(tmp_path / "a.json")
+    b.save(tmp_path / "b.json")
+    assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert a.compare(b).to_markdown() in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
+    with pytest.raises(ValueError, match=r"unknown field 'author' .*expected some of link, name"):
+        evaluate.main(["--robustbench-json", str(tmp_path / "info.json"), "--robustbench-info", "author=me"])
+
+
+# RobustBench
+
+
+def test_model_info_of_a_report(a, tmp_path):
+    known = {"name": "A title", "additional_data": False, "reported": "51.0"}
+    save_model_info(a, tmp_path / "info.json", known)
+    assert json.loads((tmp_path / "info.json").read_text(encoding="utf-8")) == {
+        "link": "", "name": "A title", "authors": "", "additional_data": False, "number_forward_passes": 1,
+        "dataset": "digits", "venue": "", "architecture": "hpm_wrn10_2", "eps": "8/255", "clean_acc": "90.00",
+        "reported": "51.0",
+        # Under the attacks on the model itself six images are right, under those on every surrogate five.
+        "autoattack_acc": "60.00", "external": "50.00",
+        "footnote": "Measured by timm_hpm on 10 images, inference mode batch, batches of 10."}
+
+
+def test_other_attacks_than_autoattack_s_are_not_called_that(a):
+    a.protocol["attacks"]["square"] = {"iterations": 100}
+    info = model_info(a)
+    assert info["autoattack_acc"] == "" and info["external"] == "50.00" and info["additional_data"] is None
+
+
+def test_fewer_classes_have_fewer_targets(a):
+    a.protocol["num_classes"] = 3
+    assert model_info(a)["autoattack_acc"] == ""
+    a.protocol["attacks"] |= {"apgd-t": {"iterations": 100, "targets": 2}, "fab-t": {"iterations": 100, "targets": 2}}
+    assert model_info(a)["autoattack_acc"] == "60.00"
+
+
+def test_a_plain_classifier_has_no_external_number_and_a_suspicious_one_says_so():
+    protocol = PROTOCOL | {"inference": "none", "surrogates": ["model"], "prototypes_fitted": None, "threat": "L2:0.5"}
+    report = AttackReport(protocol, {"clean": "1110", "model/apgd-ce": "1011"}, flags=[Flag("random-forward", "")])
+    info = model_info(report)
+    assert "external" not in info and info["autoattack_acc"] == "50.00" and info["eps"] == "0.5"
+    assert info["unreliable"] is True
+
+
+def test_a_field_that_robustbench_does_not_have_is_refused(a):
+    with pytest.raises(ValueError, match="unknown field 'accuracy'"):
+        model_info(a, {"accuracy": 1})

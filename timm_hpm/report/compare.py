@@ -1,0 +1,121 @@
+"""Two reports on the same images, compared image by image."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .verdicts import right_in_all, worst_accuracy
+
+if TYPE_CHECKING:
+    from .schema import AttackReport
+
+
+@dataclass(frozen=True)
+class PairedRow:
+    """One accuracy of two reports, a and b, on the same images.
+
+    Arguments:
+        name: which accuracy.
+        num_images: N, number of images.
+        a, b: the two accuracies, fractions in [0, 1].
+        only_a, only_b: number of images that are right in the one report only.
+    """
+
+    name: str
+    num_images: int
+    a: float
+    b: float
+    only_a: int
+    only_b: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of b minus that of a."""
+        return (self.only_b - self.only_a) / self.num_images
+
+    @property
+    def difference_se(self) -> float:
+        """Standard error of the paired difference."""
+        apart = self.only_a + self.only_b
+        return math.sqrt(max(0.0, apart / self.num_images - self.difference ** 2) / self.num_images)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of McNemar's exact test, `mcnemar_p_value`."""
+        return mcnemar_p_value(self.only_a, self.only_b)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `AttackReport.compare` returns.
+
+    Arguments:
+        rows: clean accuracy, robust accuracy and, where both reports have it, that of the FC classifier.
+        differing: the entries of the protocols that differ, as name: (in a, in b); None where it is missing.
+        unreliable: names (`"a"`, `"b"`) of the reports whose flags make them unreliable.
+    """
+
+    rows: list[PairedRow]
+    differing: dict[str, tuple[Any, Any]]
+    unreliable: list[str]
+
+    def to_markdown(self) -> str:
+        """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
+        lines = ["| accuracy | a % | b % | b − a | right only in a | right only in b | McNemar p |",
+                 "|---|---:|---:|---:|---:|---:|---:|"]
+        lines += [f"| {row.name} | {100 * row.a:.1f} | {100 * row.b:.1f} | {100 * row.difference:+.1f} ± "
+                  f"{100 * row.difference_se:.1f} | {row.only_a} | {row.only_b} | {row.p_value:.2g} |"
+                  for row in self.rows]
+        lines += ["", f"The same {self.rows[0].num_images} images, paired; ± is a standard error, p that of McNemar's "
+                      "exact two-sided test."]
+        lines += [f"**Report {name} is unreliable**: see its warnings." for name in self.unreliable]
+        if self.differing:
+            lines += ["", "| protocol | a | b |", "|---|---|---|"]
+            lines += [f"| {name} | {a} | {b} |" for name, (a, b) in self.differing.items()]
+        return "\n".join(lines) + "\n"
+
+
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Returns the two-sided p-value of McNemar's exact test: of images right in one report only, either is as likely.
+
+    Under that hypothesis `only_a` is binomial(only_a + only_b, 1/2); 1 where no image differs.
+
+    Source: McNemar, Psychometrika 12 (1947).
+    """
+    total, term, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):
+        tail += term
+        term = term * (total - k) // (k + 1)
+    return min(1.0, 2 * tail / 2 ** total)
+
+
+def compare(a: "AttackReport", b: "AttackReport") -> Comparison:
+    """Returns the comparison of two reports; see `AttackReport.compare`."""
+    for name, report in (("first", a), ("second", b)):
+        if "data_digest" not in report.protocol:
+            raise ValueError(f"the {name} report does not say which images it is of (no data_digest in its protocol); "
+                             "evaluate again with this version")
+    if a.protocol["data_digest"] != b.protocol["data_digest"]:
+        raise ValueError("the reports are of different images or labels, which cannot be paired: "
+                         f"{_images(a)} and {_images(b)}. Evaluate both on the same images in the same order")
+    rows = [_paired("clean", [a.correct["clean"]], [b.correct["clean"]]),
+            _paired("robust, worst case", a.correct.values(), b.correct.values())]
+    if a.baseline_correct and b.baseline_correct:
+        rows.append(_paired("FC classifier, worst case", a.baseline_correct.values(), b.baseline_correct.values()))
+    names = dict.fromkeys([*a.protocol, *b.protocol])
+    differing = {name: (a.protocol.get(name), b.protocol.get(name)) for name in names
+                 if a.protocol.get(name) != b.protocol.get(name)}
+    return Comparison(rows, differing, [name for name, report in (("a", a), ("b", b)) if report.unreliable])
+
+
+def _paired(name: str, a: Collection[str], b: Collection[str]) -> PairedRow:
+    pairs = list(zip(right_in_all(a), right_in_all(b), strict=True))
+    return PairedRow(name, len(pairs), worst_accuracy(a), worst_accuracy(b), pairs.count((True, False)),
+                     pairs.count((False, True)))
+
+
+def _images(report: "AttackReport") -> str:
+    protocol = report.protocol
+    return (f"{report.num_images} images of {protocol.get('dataset', 'an unnamed data set')} "
+            f"(data_digest {protocol['data_digest']})")

@@ -1,0 +1,18 @@
+"""Verdicts: texts with a character an image, `1` where it is classified correctly and `0` where not."""
+
+from collections.abc import Iterable
+
+
+def right_in_all(rows: Iterable[str]) -> list[bool]:
+    """Returns for each image whether it is right in every row (point-wise worst case).
+
+    Raises:
+        ValueError: rows of different lengths.
+    """
+    return [all(verdict == "1" for verdict in verdicts) for verdicts in zip(*rows, strict=True)]
+
+
+def worst_accuracy(rows: Iterable[str]) -> float:
+    """Returns the fraction of the images that are right in every row."""
+    right = right_in_all(rows)
+    return sum(right) / len(right)

@@ -1,0 +1,87 @@
+"""The model_info file by which RobustBench lists a model."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from .attacks import STANDARD_BUDGETS
+from .files import write_text
+from .report import AttackReport
+from .report.verdicts import worst_accuracy
+from .threat import ThreatModel
+
+#: What a report cannot know and its author may: the title, its authors, ...
+AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", "architecture", "dataset", "reported",
+                         "footnote")
+
+# The surrogate that computes the true model's logits, by inference mode: attacks on it are AutoAttack on the model.
+_OWN: Final = {"none": "model", "fc": "fc", "dataset": "dataset", "sample": "ste", "batch": "ste"}
+
+
+def check_known(known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns `known`, or raises a ValueError that lists the fields of which it may hold some."""
+    unknown = sorted(known.keys() - set(AUTHORS_FIELDS))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(map(repr, unknown))} of RobustBench's model_info; expected some of "
+                         f"{', '.join(AUTHORS_FIELDS)}")
+    return known
+
+
+def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns RobustBench's model_info of an evaluated model; what nobody said is empty (`""` or None).
+
+    `autoattack_acc` is the accuracy under AutoAttack's four components at their standard budgets on the model itself,
+    and empty where the report's attacks are others. `external` is the report's worst case over all surrogates, where it
+    has more than that one.
+
+    Arguments:
+        report: what was measured.
+        known: some of `AUTHORS_FIELDS`.
+
+    Raises:
+        ValueError: `known` has another field.
+
+    Source: the files of RobustBench's folder model_info.
+    """
+    known = check_known(known or {})
+    protocol = report.protocol
+    own = _OWN[protocol["inference"] if protocol["prototypes_fitted"] is not False else "fc"]
+    measured = {
+        "link": "", "name": "", "authors": "", "additional_data": None, "number_forward_passes": 1,
+        "dataset": protocol.get("dataset", ""), "venue": "", "architecture": protocol["architecture"],
+        "eps": str(ThreatModel.parse(protocol["threat"])).partition(":")[2],
+        "clean_acc": _percent(report.clean_accuracy), "reported": "",
+        "autoattack_acc": _percent(_accuracy_under(report, own)) if _is_standard(protocol, own) else "",
+    }
+    if protocol["surrogates"] != [own] or not measured["autoattack_acc"]:
+        measured["external"] = _percent(report.robust_accuracy)
+    if report.unreliable:
+        measured["unreliable"] = True
+    footnote = f"Measured by timm_hpm on {report.num_images} images"
+    if protocol["inference"] != "none":
+        footnote += f", inference mode {protocol['inference']}, batches of {protocol['batch_size']}"
+    return measured | {"footnote": f"{footnote}."} | dict(known)
+
+
+def save_model_info(report: AttackReport, path: str | os.PathLike, known: Mapping[str, Any] | None = None) -> None:
+    """Writes `model_info` as JSON, whole or not at all."""
+    write_text(path, json.dumps(model_info(report, known), indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
+    budgets = {attack: asdict(budget.for_classes(protocol["num_classes"]))
+               for attack, budget in STANDARD_BUDGETS.items()}
+    standard = {attack: {name: value for name, value in budget.items() if value} for attack, budget in budgets.items()}
+    return own in protocol["surrogates"] and protocol["attacks"] == standard
+
+
+def _accuracy_under(report: AttackReport, surrogate: str) -> float:
+    """Returns the accuracy, point by point, on the clean images and on what was found on a surrogate."""
+    return worst_accuracy(row for name, row in report.correct.items()
+                          if name == "clean" or name.startswith(f"{surrogate}/"))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -177,11 +178,19 @@ def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> 
     try:
         dataset = create_dataset(f"torch/{name}", str(where), split={"train": "train", "test": "validation"}[part],
                                  download=download)
-    except RuntimeError as error:
-        hint = ("download its archives from https://image-net.org/download into that folder" if name == "imagenet"
-                else f"fetch it with --dataset-download --data-dir {where}, or choose another --data-dir")
-        raise FileNotFoundError(f"no undamaged torch/{name} in {where} ({str(error).splitlines()[0]}); "
+    except (RuntimeError, AssertionError, URLError) as error:
+        if name == "imagenet":
+            hint = "put its archives there, from https://image-net.org/download"
+        elif download:
+            hint = "see that this machine can download, or bring the files from one that can"
+        else:
+            hint = f"fetch it with --dataset-download --data-dir {where}, or choose another --data-dir"
+        raise FileNotFoundError(f"no undamaged torch/{name} in {where} ({str(error).partition(chr(10))[0]}); "
                                 f"{hint}") from error
+    return _torchvision_part(dataset)
+
+
+def _torchvision_part(dataset: Any) -> Part:
     labels = torch.as_tensor(dataset.targets).long()
     if not hasattr(dataset, "data"):
         return Part(EncodedImages(dataset), labels, len(dataset.classes))
@@ -195,7 +204,7 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
     """Returns the folder of each part; one without such subfolders is itself the test part."""
     if data_dir is None:
         raise ValueError("a folder of images needs --data-dir: the folder that has train/, val/ and test/")
-    if not data_dir.exists():
+    if not data_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {data_dir}; choose another --data-dir")
     found = {part: data_dir / name for part, names in _FOLDER_NAMES.items() for name in reversed(names)
              if (data_dir / name).is_dir()}
@@ -243,9 +252,11 @@ def _read_hfds(name: str, part: str, data_dir: Path | None, download: bool) -> P
     dataset = create_dataset(f"hfds/{name}", None if data_dir is None else str(data_dir),
                              split=_hfds_parts(name, data_dir)[part])
     reader = dataset.reader
-    if reader.label_key not in reader.dataset.column_names:
-        raise ValueError(f"hfds/{name} has no column {reader.label_key!r}, but {', '.join(reader.dataset.column_names)}"
-                         "; convert it to a folder of images")
+    for column in (reader.image_key, reader.label_key):
+        # The reader has added an image column of nothing where there was none.
+        if column not in reader.dataset.column_names or (len(reader.dataset) and reader.dataset[0][column] is None):
+            raise ValueError(f"hfds/{name} has no column {column!r}; save it as a folder of images, train/ and test/ "
+                             "with one subfolder a class in each")
     labels = torch.tensor(reader.dataset[reader.label_key]).long()
     return Part(EncodedImages(dataset), labels, len(reader.class_to_idx) or int(labels.max()) + 1)
 

@@ -108,7 +108,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     Arguments:
         dataset: one of `DATASETS`, or "hfds/" and a data set of the Hugging Face Hub; see docs/data.md.
         split: `"train"`, `"val"` or `"test"`.
-        data_dir: where its files are.
+        data_dir: where its files are; None takes what the system has of "fashion_mnist", and data/ for "torch/...".
         input_size: (channels, height, width) of the model. Images from files are made so: grey or colour, resized by
             `crop_pct` and cropped at the centre, as timm does. Those in memory must be so already. None takes these
             as they are.

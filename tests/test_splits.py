@@ -1,0 +1,512 @@
+"""Data sets from files: Fashion-MNIST's idx files, torchvision's, folders of images, the Hub's, and their splits."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+
+from timm_hpm import load_split
+from timm_hpm.data import (
+    DATASETS,
+    SPLITS,
+    check_every_class,
+    check_pixels,
+    data_source,
+    first_images,
+    hold_out,
+    open_split,
+    random_flip,
+    sources,
+)
+from timm_hpm.threat import ThreatModel
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def grey_levels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_idx(file: Path, array: np.ndarray, magic: int = 8) -> None:
+    """Writes an idx file, gzipped where its name says so."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = bytes([0, 0, magic, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+
+
+def write_fashion_mnist(folder: Path, suffix: str = "", labels: int = 4) -> dict[str, np.ndarray]:
+    """Writes the four files with few images, a tenth of the real classes missing, and returns what is in them."""
+    arrays = {
+        "train-images-idx3-ubyte": grey_levels(40, 28, 28),
+        "train-labels-idx1-ubyte": np.arange(40, dtype=np.uint8) % labels,
+        "t10k-images-idx3-ubyte": grey_levels(12, 28, 28, seed=1),
+        "t10k-labels-idx1-ubyte": np.arange(12, dtype=np.uint8) % labels,
+    }
+    for name, array in arrays.items():
+        write_idx(folder / f"{name}{suffix}", array)
+    return arrays
+
+
+def write_folder(folder: Path, classes: dict[str, int], size: tuple[int, int] = (40, 60), seed: int = 0) -> None:
+    """Writes so many PNGs of each class, of noise."""
+    for number, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            image = grey_levels(*size, 3, seed=10_000 * seed + 100 * number + i)
+            Image.fromarray(image).save(folder / name / f"{i}.png")
+
+
+def contents(split) -> list[bytes]:
+    return [image.numpy().tobytes() for image, _ in split]
+
+
+# What every data set has
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_usual_values_of_every_data_set_can_be_used(name):
+    source = data_source(name)
+    assert str(ThreatModel.parse(source.threat)) == source.threat
+    assert (source.mean is None) == (source.std is None)
+    assert source.mean is None or len(source.mean) == len(source.std) in (1, 3)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME\. Did you mean torch/cifar10"),
+    ("fashionmnist", r"Did you mean fashion_mnist"),
+    ("torch/cifar11", r"Did you mean torch/cifar10"),
+    ("hfds/", "unknown data set 'hfds/'"),
+    ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
+    ("HFIDS/some/thing", "is streamed"),
+])
+def test_a_name_that_cannot_be_opened_says_what_is_near(name, message):
+    with pytest.raises(ValueError, match=message):
+        open_split(name, "train")
+
+
+def test_the_digits_as_a_split_are_those_in_memory():
+    split = open_split("digits", "val", input_size=(1, 8, 8), num_classes=10)
+    images, labels = load_split("digits", "val").tensors
+    assert len(split) == 360 and split.num_classes == 10 and split.num_channels == 1 and split.in_memory
+    assert all(torch.equal(split[i][0], images[i]) and split[i][1] == labels[i] for i in range(360))
+    assert torch.equal(split.labels, labels) and type(split[0][1]) is int
+    assert torch.equal(split[-1][0], images[-1])
+    with pytest.raises(IndexError):
+        split[360]
+    for n, expected in ((7, 7), (0, 360), (360, 360)):
+        got = first_images(split, n)
+        assert torch.equal(got[0], images[:expected]) and torch.equal(got[1], labels[:expected])
+    for n in (-1, 361):
+        with pytest.raises(ValueError, match=rf"first {n} images; the split val of digits has 360"):
+            first_images(split, n)
+
+
+def test_a_split_in_memory_must_fit_the_model(tmp_path):
+    write_fashion_mnist(tmp_path)
+    with pytest.raises(ValueError, match=r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--model-kwargs in_chans=1$"):
+        open_split("fashion_mnist", "train", data_dir=tmp_path, input_size=(3, 28, 28))
+    with pytest.raises(ValueError, match=r"the model takes \(1, 32, 32\); they are not converted: give --img-size 28$"):
+        open_split("fashion_mnist", "train", data_dir=tmp_path, input_size=[1, 32, 32])
+    with pytest.raises(ValueError, match="in_chans=1 and --img-size 28"):
+        open_split("fashion_mnist", "train", data_dir=tmp_path, input_size=(3, 32, 32))
+    with pytest.raises(ValueError, match=r"labels up to 3, the model the classes 0 to 2; .*\(--num-classes 4\)"):
+        open_split("fashion_mnist", "train", data_dir=tmp_path, num_classes=3)
+    open_split("fashion_mnist", "train", data_dir=tmp_path, num_classes=4)
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    write_fashion_mnist(tmp_path)
+    split = open_split("fashion_mnist", "train", data_dir=tmp_path)
+    check_every_class(split, 4)
+    with pytest.raises(ValueError, match=r"train of fashion_mnist has no image of 1 of the model's 5 classes \(4\)"):
+        check_every_class(split, 5)
+    with pytest.raises(ValueError, match=r"no image of 6 of the model's 10 classes \(4, 5, 6, 7, 8, \.\.\.\)"):
+        check_every_class(split, 10)
+
+
+# The validation split that is held out
+
+
+@pytest.mark.parametrize("fraction", [None, 0.25, 0.5])
+def test_what_is_held_out_is_stratified_and_always_the_same(fraction):
+    torch.manual_seed(7)
+    labels = torch.randint(0, 7, (1003,)).clamp(max=5)
+    rest, held = hold_out(labels, fraction)
+    assert torch.equal(torch.cat([rest, held]).sort().values, torch.arange(1003))
+    expected = fraction or 0.1
+    assert len(held) == round(1003 * expected)
+    assert (labels[held].bincount(minlength=6) - expected * labels.bincount()).abs().max() < 1
+    torch.manual_seed(8)
+    assert torch.equal(hold_out(labels, fraction)[1], held)
+
+
+def test_what_is_held_out_stays_the_same_from_release_to_release():
+    held = hold_out(torch.arange(200) % 4)[1]
+    assert held.tolist() == [24, 28, 34, 68, 77, 79, 85, 105, 110, 115,
+                             122, 131, 133, 135, 139, 156, 162, 174, 176, 197]
+
+
+def test_at_most_5000_images_are_held_out_unless_one_asks_for_more():
+    labels = torch.arange(60_000) % 10
+    assert hold_out(labels)[1].numel() == 5000
+    assert hold_out(labels, 0.1)[1].numel() == 6000
+
+
+def test_every_class_keeps_an_image_to_train_on():
+    labels = torch.tensor([0] * 20 + [1] + [3] * 2)
+    rest, held = hold_out(labels, 0.9)
+    assert labels[rest].unique().tolist() == [0, 1, 3] and 1 not in labels[held]
+    rest, held = hold_out(torch.tensor([0, 1, 2]))
+    assert len(rest) == 3 and len(held) == 0
+    assert hold_out(torch.tensor([0, 0, 1, 1]))[1].numel() == 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_a_fraction_to_hold_out_is_between_0_and_1(fraction):
+    with pytest.raises(ValueError, match=r"val_fraction is .*; expected a number above 0 and below 1"):
+        open_split("digits", "train", val_fraction=fraction)
+
+
+def test_nothing_is_held_out_of_a_data_set_that_has_a_validation_split():
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="has a validation split of its own; leave out val_fraction"):
+            open_split("digits", split, val_fraction=0.2)
+    assert len(open_split("digits", "test", val_fraction=0.2)) == 360
+
+
+# Fashion-MNIST's files
+
+
+@pytest.mark.parametrize(("where", "suffix"), [(".", ""), (".", ".gz"), ("FashionMNIST/raw", "")])
+def test_fashion_mnist_is_read_from_its_original_files(tmp_path, where, suffix):
+    arrays = write_fashion_mnist(tmp_path / where, suffix)
+    parts = {split: load_split("fashion_mnist", split, data_dir=tmp_path, val_fraction=0.25).tensors
+             for split in SPLITS}
+    test = torch.from_numpy(arrays["t10k-images-idx3-ubyte"])[:, None].float() / 255
+    assert torch.equal(parts["test"][0], test)
+    assert parts["test"][1].tolist() == [0, 1, 2, 3] * 3
+    assert len(parts["train"][1]) == 30 and parts["val"][1].bincount().tolist() in ([3, 3, 2, 2], [2, 3, 3, 2])
+    both = torch.cat([parts["train"][0], parts["val"][0]])
+    expected = torch.from_numpy(arrays["train-images-idx3-ubyte"])[:, None].float() / 255
+    assert sorted(x.numpy().tobytes() for x in both) == sorted(x.numpy().tobytes() for x in expected)
+    for images, labels in parts.values():
+        check_pixels(images, labels, 10)
+
+
+def test_the_files_of_debian_are_found_beside_data_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    for data_dir in (None, tmp_path / "mine"):
+        with pytest.raises(FileNotFoundError, match=r"no t10k-images-idx3-ubyte\[.gz\] in .*debian; fetch it with: "
+                                                    "apt-get install dataset-fashion-mnist"):
+            open_split("fashion_mnist", "test", data_dir=data_dir)
+    write_fashion_mnist(tmp_path / "debian", ".gz")
+    assert len(open_split("fashion_mnist", "test")) == 12
+    write_idx(tmp_path / "mine" / "t10k-images-idx3-ubyte", grey_levels(5, 28, 28))
+    write_idx(tmp_path / "mine" / "t10k-labels-idx1-ubyte", np.zeros(5, np.uint8))
+    assert len(open_split("fashion_mnist", "test", data_dir=tmp_path / "mine")) == 5
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the real files: apt-get install dataset-fashion-mnist")
+def test_the_real_fashion_mnist():
+    splits = {name: open_split("fashion_mnist", name, input_size=(1, 28, 28), num_classes=10) for name in SPLITS}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 55_000, "val": 5000, "test": 10_000}
+    for split in splits.values():
+        assert (split.labels.bincount() == len(split) / 10).all()
+        check_every_class(split, 10)
+    images, _ = first_images(splits["train"])
+    assert images.mean().item() == pytest.approx(splits["train"].mean[0], abs=2e-4)
+    assert images.std().item() == pytest.approx(splits["train"].std[0], abs=2e-4)
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+@pytest.mark.parametrize(("suffix", "damage", "message"), [
+    ("", _cut, r"t10k-images-idx3-ubyte has 9308 bytes of data, 9408 by its header; remove it, then fetch it"),
+    (".gz", _cut, r"t10k-images-idx3-ubyte\.gz is damaged .*; remove it, then fetch it with: apt-get"),
+    (".gz", lambda file: file.write_bytes(b"<html>404</html>"), r"ubyte\.gz is damaged \(Not a gzipped file"),
+    ("", lambda file: write_idx(file, grey_levels(12, 28, 28), magic=13), "not begin as an idx file of bytes in 3"),
+    ("", lambda file: write_idx(file, grey_levels(12, 784)), "does not begin as an idx file of bytes in 3"),
+    ("", lambda file: file.write_bytes(b"\0\0\x08\x03\0"), "does not begin as an idx file"),
+    ("", lambda file: file.write_bytes(b""), "does not begin as an idx file"),
+    ("", lambda file: write_idx(file, grey_levels(11, 28, 28)), "labels-idx1-ubyte has 12 labels for 11 images"),
+])
+def test_a_damaged_idx_file_is_named_with_what_to_do(tmp_path, suffix, damage, message):
+    write_fashion_mnist(tmp_path, suffix)
+    damage(tmp_path / f"t10k-images-idx3-ubyte{suffix}")
+    with pytest.raises(ValueError, match=message):
+        open_split("fashion_mnist", "test", data_dir=tmp_path)
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    for part, number in (("t10k", 0), ("train", 3)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", grey_levels(number, 28, 28))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(number, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"the split test of fashion_mnist has no image; give another --data-dir$"):
+        open_split("fashion_mnist", "test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"the split val of fashion_mnist has no image; .* or a larger val_fraction"):
+        open_split("fashion_mnist", "val", data_dir=tmp_path)
+
+
+# torchvision's data sets
+
+
+@pytest.mark.parametrize(("name", "folder"), [("torch/mnist", "MNIST"), ("torch/kmnist", "KMNIST"),
+                                              ("Torch/Fashion_MNIST", "FashionMNIST")])
+def test_torchvision_reads_its_own_layout(tmp_path, name, folder):
+    arrays = write_fashion_mnist(tmp_path / folder / "raw")
+    split = open_split(name, "test", data_dir=tmp_path, input_size=(1, 28, 28))
+    assert split.num_classes == 10 and split.in_memory
+    images, labels = first_images(split, 3)
+    assert torch.equal(images, torch.from_numpy(arrays["t10k-images-idx3-ubyte"][:3, None]).float() / 255)
+    assert labels.tolist() == [0, 1, 2]
+    assert len(open_split(name, "train", data_dir=tmp_path)) + len(open_split(name, "val", data_dir=tmp_path)) == 40
+    _cut(tmp_path / folder / "raw" / "t10k-images-idx3-ubyte")
+    with pytest.raises(FileNotFoundError, match=r"no undamaged torch/.*mnist in"):
+        open_split(name, "test", data_dir=tmp_path)
+
+
+def write_cifar10(folder: Path) -> dict[str, np.ndarray]:
+    """Writes the pickled batches of CIFAR-10 with few images, and returns the images of each."""
+    folder.mkdir(parents=True)
+    batches = {}
+    for seed, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
+        batches[name] = grey_levels(6, 3, 32, 32, seed=seed)
+        entry = {"data": batches[name].reshape(6, 3072), "labels": [(seed + i) % 10 for i in range(6)]}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    return batches
+
+
+@pytest.mark.parametrize("name", ["torch/cifar10", "torch/cifar100", "torch/imagenet"])
+def test_files_of_torchvision_that_are_not_there_come_with_their_command(tmp_path, name):
+    command = f"--dataset-download --data-dir {re.escape(str(tmp_path))}"
+    if name == "torch/imagenet":
+        command = "image-net.org"
+    with pytest.raises(FileNotFoundError, match=f"no undamaged {name} in .*{command}"):
+        open_split(name, "test", data_dir=tmp_path)
+
+
+def test_cifar10_with_other_contents_than_the_official_ones_is_refused(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    with pytest.raises(FileNotFoundError, match="no undamaged torch/cifar10 in"):
+        open_split("torch/cifar10", "test", data_dir=tmp_path)
+
+
+def test_images_in_cifars_format_are_pixels(tmp_path):
+    # torchvision reads the official files only, which tests cannot fetch. As its CIFAR100 does, this says of CIFAR10
+    # which files and checksums are right, and torchvision checks and reads them.
+    batches = write_cifar10(tmp_path / "few")
+
+    def checksum(name: str) -> str:
+        return hashlib.md5((tmp_path / "few" / name).read_bytes()).hexdigest()
+
+    class FewCIFAR(CIFAR10):
+        base_folder: ClassVar = "few"
+        train_list: ClassVar = [[name, checksum(name)] for name in batches if name != "test_batch"]
+        test_list: ClassVar = [["test_batch", checksum("test_batch")]]
+        meta: ClassVar = {"filename": "batches.meta", "key": "label_names", "md5": checksum("batches.meta")}
+
+    part = sources._torchvision_part(FewCIFAR(str(tmp_path), train=False))
+    assert torch.equal(part.images, torch.from_numpy(batches["test_batch"]))
+    assert part.labels.tolist() == [0, 1, 2, 3, 4, 5] and part.num_classes == 10
+    part = sources._torchvision_part(FewCIFAR(str(tmp_path), train=True))
+    assert part.images.shape == (30, 3, 32, 32)
+    assert torch.equal(part.images[:6], torch.from_numpy(batches["data_batch_1"]))
+
+
+# Folders of images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Returns a folder with train/ (20 images of each of 3 classes) and val/ (5 of two of them)."""
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", {"ant": 20, "bee": 20, "cat": 20})
+    write_folder(root / "val", {"ant": 5, "cat": 5}, seed=1)
+    return root
+
+
+def test_a_folder_without_test_is_measured_on_val_and_holds_out_of_train(folder):
+    splits = {name: open_split("folder", name, data_dir=folder, input_size=(3, 16, 16)) for name in SPLITS}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 54, "val": 6, "test": 10}
+    assert splits["val"].labels.bincount().tolist() == [2, 2, 2]
+    # "cat" is class 2, though the folder of "test" has no "bee".
+    assert splits["test"].labels.bincount().tolist() == [5, 0, 5] and splits["test"].num_classes == 3
+    images = [content for split in splits.values() for content in contents(split)]
+    assert len(set(images)) == len(images) == 70
+    for split in splits.values():
+        assert not split.in_memory
+        pixels, labels = first_images(split)
+        assert pixels.shape[1:] == (3, 16, 16) and pixels.dtype == torch.float32
+        check_pixels(pixels, labels, 3)
+    with pytest.raises(ValueError, match=r"the split test of folder has no image of 1 of the model's 3 classes \(1\)"):
+        check_every_class(splits["test"], 3)
+
+
+def test_a_folder_with_all_three_parts_holds_nothing_out(tmp_path):
+    for seed, (part, count) in enumerate((("training", 4), ("validation", 2), ("test", 3))):
+        write_folder(tmp_path / part, {"a": count, "b": count}, (20, 20), seed)
+    sizes = {name: len(open_split("", name, data_dir=tmp_path, input_size=(3, 20, 20))) for name in SPLITS}
+    assert sizes == {"train": 8, "val": 4, "test": 6}
+
+
+def test_a_folder_of_classes_alone_can_be_measured_but_not_trained_on(folder):
+    split = open_split("folder", "test", data_dir=folder / "train", input_size=(3, 16, 16))
+    assert len(split) == 60
+    for name in ("train", "val"):
+        with pytest.raises(FileNotFoundError, match=f"no images for the split {name} in .*it has test only; expected"):
+            open_split("folder", name, data_dir=folder / "train", input_size=(3, 16, 16))
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes_and_always_the_same(folder):
+    first = first_images(open_split("folder", "test", data_dir=folder / "train", input_size=(3, 16, 16)), 12)
+    torch.manual_seed(99)
+    again = first_images(open_split("folder", "test", data_dir=folder / "train", input_size=(3, 16, 16)), 12)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert first[1].unique().tolist() == [0, 1, 2]
+
+
+def test_images_of_a_folder_are_resized_and_cropped_at_the_centre(folder):
+    # 40/32 is the resized image's size, 40×60, which the images have already: only the crop is left.
+    split = open_split("folder", "test", data_dir=folder, input_size=(3, 32, 32), crop_pct=0.8)
+    files = sorted((folder / "val").rglob("*.png"))
+    crops = [np.asarray(Image.open(file))[4:36, 14:46].transpose(2, 0, 1) for file in files]
+    expected = [(torch.from_numpy(crop.copy()).float() / 255).numpy().tobytes() for crop in crops]
+    assert sorted(contents(split)) == sorted(expected)
+    small, _ = open_split("folder", "test", data_dir=folder, input_size=(3, 8, 12))[0]
+    assert small.shape == (3, 8, 12)
+
+
+def test_images_of_a_folder_are_read_as_grey_where_the_model_takes_grey(folder):
+    grey, _ = open_split("folder", "test", data_dir=folder, input_size=(1, 32, 32), crop_pct=0.8)[0]
+    colour, _ = open_split("folder", "test", data_dir=folder, input_size=(3, 32, 32), crop_pct=0.8)[0]
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    assert grey.shape == (1, 32, 32)
+    assert (grey - (weights * colour).sum(dim=0)).abs().max() < 1.5 / 255
+    with pytest.raises(ValueError, match="images of 4 channels; files can be read as 1"):
+        open_split("folder", "test", data_dir=folder, input_size=(4, 32, 32))
+    with pytest.raises(ValueError, match=r"images of any size; give input_size=\(channels, height, width\)"):
+        open_split("folder", "test", data_dir=folder)
+
+
+def test_a_folder_that_is_wrong_says_how_to_mend_it(folder, tmp_path):
+    size = (3, 16, 16)
+    with pytest.raises(ValueError, match="a folder of images needs --data-dir"):
+        open_split("folder", "test", input_size=size)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; choose another --data-dir"):
+        open_split("folder", "test", data_dir=tmp_path / "nowhere", input_size=size)
+    with pytest.raises(ValueError, match=r"there is no image in .*; it needs one subfolder a class"):
+        open_split("folder", "test", data_dir=tmp_path, input_size=size)
+    with pytest.raises(ValueError, match="labels up to 2, the model the classes 0 to 1"):
+        open_split("folder", "train", data_dir=folder, input_size=size, num_classes=2)
+    write_folder(tmp_path / "train", {"ant": 1}, (20, 20))
+    write_folder(tmp_path / "val", {"ant": 1, "bee": 1}, (20, 20))
+    with pytest.raises(ValueError, match=r"val has the class 'bee' \(1 such\), which .*train has not"):
+        open_split("folder", "test", data_dir=tmp_path, input_size=size)
+
+
+def test_a_damaged_image_is_named_and_no_other_taken_in_its_place(tmp_path):
+    write_folder(tmp_path, {"a": 2, "b": 2}, (20, 20))
+    _cut(tmp_path / "b" / "1.png")
+    (tmp_path / "a" / "0.png").write_text("no image")
+    split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 20, 20))
+    messages = []
+    for index in range(4):
+        try:
+            split[index]
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) == 2
+    for name in (str(Path("a") / "0.png"), str(Path("b") / "1.png")):
+        assert any(re.search(rf"cannot read the image .*{re.escape(name)}: .*Mend it", text) for text in messages)
+
+
+# Random crops
+
+
+def test_random_crops_are_a_function_of_seed_epoch_and_index(folder):
+    def opened(seed: int | None, epoch: int = 0):
+        split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop_seed=seed)
+        split.set_epoch(epoch)
+        return split
+
+    state = torch.get_rng_state()
+    reference = contents(opened(5, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert contents(opened(5, 3)) == reference
+    backwards = opened(5, 3)
+    assert [backwards[i][0].numpy().tobytes() for i in reversed(range(54))] == reference[::-1]
+    for other in (opened(6, 3), opened(5, 4), opened(None, 3)):
+        assert not set(contents(other)) & set(reference)
+    check_pixels(*first_images(opened(5)), 3)
+
+
+def test_workers_that_live_on_draw_the_crops_of_the_epoch(folder):
+    split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop_seed=0)
+    loader = DataLoader(split, batch_size=16, num_workers=2, persistent_workers=True)
+    for epoch in (0, 1, 5):
+        split.set_epoch(epoch)
+        drawn = torch.cat([images for images, _ in loader])
+        assert torch.equal(drawn, first_images(split)[0])
+
+
+def test_random_crops_of_images_in_memory_are_pixels_too():
+    split = open_split("digits", "train", random_resized_crop_seed=0)
+    images, labels = first_images(split, 200)
+    assert images.shape == (200, 1, 8, 8) and torch.equal(labels, load_split("digits", "train").tensors[1][:200])
+    check_pixels(images, labels, 10)
+
+
+def test_a_split_travels_to_another_process(folder):
+    for split in (open_split("digits", "val"), open_split("folder", "val", data_dir=folder, input_size=(3, 16, 16))):
+        assert contents(pickle.loads(pickle.dumps(split))) == contents(split)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_random_flip_mirrors_each_image_on_its_own(probability):
+    torch.manual_seed(0)
+    images = torch.rand(1000, 2, 3, 4)
+    results = random_flip(images, probability)
+    flipped = (results == images.flip(-1)).flatten(1).all(dim=1)
+    kept = (results == images).flatten(1).all(dim=1)
+    assert torch.equal(flipped, ~kept)
+    assert flipped.float().mean().item() == pytest.approx(probability, abs=0.06 if 0 < probability < 1 else 0)
+
+
+# The Hub's
+
+
+def test_a_data_set_of_the_hubs_format_is_read_by_its_splits(folder, tmp_path):
+    splits = {name: open_split(f"hfds/{folder}", name, data_dir=tmp_path, input_size=(3, 16, 16)) for name in SPLITS}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 54, "val": 6, "test": 10}
+    assert splits["train"].num_classes == 3 and splits["val"].labels.bincount().tolist() == [2, 2, 2]
+    ours = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16))
+    theirs = splits["train"]
+    assert sorted(contents(theirs) + contents(splits["val"])) == sorted(
+        contents(ours) + contents(open_split("folder", "val", data_dir=folder, input_size=(3, 16, 16))))
+
+
+@pytest.mark.parametrize(("columns", "missing"), [
+    ({"img": [1, 2], "label": [0, 1]}, "image"),
+    ({"image": ["1.png", "2.png"], "fine_label": [0, 1]}, "label"),
+])
+def test_a_data_set_of_the_hubs_format_lacks_no_column(tmp_path, columns, missing):
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict(columns).to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(ValueError, match=f"has no column '{missing}'; save it as a folder of images"):
+        open_split(f"hfds/{tmp_path / 'set'}", "train", data_dir=tmp_path / "cache", input_size=(3, 16, 16))

@@ -2,7 +2,7 @@
 """Measures the robust accuracy of a classifier with the Mixed Surrogate Attack.
 
 Without options: the embedded `hpm_wrn10_2` on the first 100 held-out digits, at AutoAttack's standard budgets.
-Prints a table, and writes report.json and report.md into the output folder.
+Prints a table, and writes report.json, report.md and report.html into the output folder.
 """
 
 import argparse
@@ -108,10 +108,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     report.save(output / "report.json")
     write_text(output / "report.md", report.to_markdown())
+    write_text(output / "report.html", report.to_html())
     if args.robustbench_json:
         save_model_info(report, args.robustbench_json, args.robustbench_info)
     print(report.to_markdown())
-    print(f"written: {output / 'report.json'}, {output / 'report.md'}")
+    print(f"written: {output / 'report.json'}, {output / 'report.md'}, {output / 'report.html'}")
     return 0
 
 

@@ -13,7 +13,7 @@ import torch
 
 from timm_hpm import AttackReport
 from timm_hpm.files import replacing, writable_folder, write_text
-from timm_hpm.report import FLAGS, Flag, data_digest, weights_digest
+from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, data_digest, make_example, weights_digest
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def report() -> AttackReport:
         baseline_correct={"clean": "1111111111", "fc/apgd-ce": "1010111111", "fc/square": "1111110000"},
         cost={"apgd-ce": {"seconds": 12.25, "forward_passes": 2010, "backward_passes": 2000},
               "all": {"seconds": 20.5, "forward_passes": 4020, "backward_passes": 2001}},
+        examples=[make_example(3, 7, 1, "fc/apgd-ce", torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.1))],
         flags=[Flag("saturated-softmax", "fc: one-hot at image 4"), Flag("zero-gradient", "at 9 of 10 images")],
     )
 
@@ -141,7 +142,7 @@ def test_another_schema_version_is_named(report, version, tmp_path):
 def test_version_1_is_read_and_its_warnings_have_names(report, tmp_path):
     data = report.to_dict() | {"schema_version": 1, "warnings": [
         "apgd-ce on fc: the softmax of 3 of 10 clean answers is one-hot in float32", "there are 2 points with zero"]}
-    del data["flags"], data["unreliable"]
+    del data["flags"], data["unreliable"], data["examples"]
     (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
     loaded = AttackReport.load(tmp_path / "report.json")
     assert [flag.name for flag in loaded.flags] == ["saturated-softmax", "zero-loss-gradient"]
@@ -281,3 +282,14 @@ def test_writable_folder_names_the_folder_that_a_file_stands_in_the_way_of(tmp_p
     with pytest.raises(OSError, match=r"Choose another \(--output\)") as error:
         writable_folder(folder)
     assert str(error.value).startswith(f"cannot write into the output folder {folder}: ")
+
+
+def test_every_field_of_the_file_is_documented(report):
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# report.json, version {SCHEMA_VERSION}\n")
+    documented = re.findall(r"^\| `(\w+)`( †)? \|", text, re.MULTILINE)
+    assert [name for name, _ in documented] == list(report.to_dict())
+    assert {name for name, computed in documented if not computed} == {
+        "schema_version", *(field.name for field in dataclasses.fields(AttackReport))}
+    for name in dataclasses.fields(report.examples[0]):
+        assert f"`{name.name}`" in text

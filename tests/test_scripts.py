@@ -45,10 +45,12 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     assert "query" in done.stderr, "no progress bar"
     folder, = (tmp_path / "output").iterdir()
     assert folder.name.startswith("hpm_wrn10_2-")
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "adversarial.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "report.json", "report.md", "report.html", "adversarial.safetensors"}
     report = AttackReport.load(folder / "report.json")
     assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
     assert (folder / "report.md").read_text() == report.to_markdown()
+    assert (folder / "report.html").read_text() == report.to_html()
     assert report.to_markdown() in done.stdout
 
     assert evaluate_main(["--rejudge", str(folder)]) == 0

@@ -1,18 +1,22 @@
 """`AttackReport` and what is made of it: digests, flags, comparison, Markdown, HTML."""
 
 from .compare import Comparison, PairedRow, mcnemar_p_value
+from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
 from .schema import SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
 
 __all__ = [
     "FLAGS",
+    "NUM_EXAMPLES",
     "SCHEMA_VERSION",
     "TRUE_MODEL",
     "AttackReport",
     "Comparison",
+    "Example",
     "Flag",
     "PairedRow",
     "data_digest",
+    "make_example",
     "mcnemar_p_value",
     "weights_digest",
 ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 
 from ..files import write_text
 from .compare import Comparison, compare
+from .examples import Example
 from .flags import Flag
-from .verdicts import worst_accuracy
+from .html import cell, report_page
+from .verdicts import standard_error, worst_accuracy
 
 #: Written; version 1, which had texts without names in the place of the flags, is read too.
 SCHEMA_VERSION: Final = 2
@@ -57,6 +58,7 @@ class AttackReport:
             (plain AutoAttack); empty without an HPM head.
         cost: seconds, and images that went forward and backward through the backbone, for each attack and in all.
         flags: named warnings, of the model and of the attacks.
+        examples: the first few images that were broken, with small pictures.
     """
 
     protocol: dict[str, Any]
@@ -64,6 +66,12 @@ class AttackReport:
     baseline_correct: dict[str, str] = field(default_factory=dict)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The model's name, or its architecture's where it has none."""
+        return self.protocol.get("model", self.protocol["architecture"])
 
     @property
     def num_images(self) -> int:
@@ -83,7 +91,7 @@ class AttackReport:
     @property
     def robust_accuracy_se(self) -> float:
         """Standard error of `robust_accuracy`, by the binomial distribution."""
-        return math.sqrt(self.robust_accuracy * (1 - self.robust_accuracy) / self.num_images)
+        return standard_error(self.robust_accuracy, self.num_images)
 
     @property
     def by_surrogate(self) -> dict[str, dict[str, float]]:
@@ -143,10 +151,11 @@ class AttackReport:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
             if version == 1:
-                data["flags"] = [asdict(_flag_of_version_1(text)) for text in data["warnings"]]
+                data |= {"flags": [asdict(_flag_of_version_1(text)) for text in data["warnings"]], "examples": []}
             if version in (1, SCHEMA_VERSION):
                 values = {name: data[name] for name in cls.__dataclass_fields__}
-                return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]]})
+                return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
+                                       "examples": [Example(**example) for example in values["examples"]]})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
                              "expected the report.json that evaluate.py wrote") from error
@@ -155,17 +164,16 @@ class AttackReport:
 
     def to_markdown(self) -> str:
         """Returns the report as Markdown: the table of accuracies, what they come to, and the protocol."""
-        name = self.protocol.get("model", self.protocol["architecture"])
-        lines = [f"# Mixed Surrogate Attack: {name}", "", *self._table(), ""]
+        lines = [f"# Mixed Surrogate Attack: {self.name}", "", *self._table(), ""]
         lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
         rows = [("clean", self.clean_accuracy), ("**robust, worst case over all rows**", self.robust_accuracy)]
         if self.baseline:
             rows += [("FC classifier of the same network, clean", self.baseline["clean"]),
                      ("FC classifier of the same network, under AutoAttack's components", self.baseline["worst"])]
-        lines += [f"| {name} | {100 * value:.1f} | {100 * math.sqrt(value * (1 - value) / self.num_images):.1f} |"
+        lines += [f"| {name} | {100 * value:.1f} | {100 * standard_error(value, self.num_images):.1f} |"
                   for name, value in rows]
         lines += ["", "## Protocol", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {_cell(value)} |" for name, value in self.protocol.items()]
+        lines += [f"| {name} | {cell(value)} |" for name, value in self.protocol.items()]
         lines += ["", "## Cost", "", "| attack | seconds | images forward | images backward |", "|---|---:|---:|---:|"]
         lines += [f"| {name} | {row['seconds']:.1f} | {row['forward_passes']:.0f} | {row['backward_passes']:.0f} |"
                   for name, row in self.cost.items()]
@@ -175,6 +183,10 @@ class AttackReport:
                 lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
             lines += [f"- {flag.to_markdown()}" for flag in self.flags]
         return "\n".join(lines) + "\n"
+
+    def to_html(self) -> str:
+        """Returns the report as one HTML file with its plots and pictures, which opens offline."""
+        return report_page(self)
 
     def _table(self) -> list[str]:
         table = self.by_surrogate
@@ -203,12 +215,6 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
 def _flag_of_version_1(text: str) -> Flag:
     # Its components warned of two things.
     return Flag("saturated-softmax" if "one-hot" in text else "zero-loss-gradient", text)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Verdicts: texts with a character an image, `1` where it is classified correctly and `0` where not."""
 
+import math
 from collections.abc import Iterable
 
 
@@ -16,3 +17,8 @@ def worst_accuracy(rows: Iterable[str]) -> float:
     """Returns the fraction of the images that are right in every row."""
     right = right_in_all(rows)
     return sum(right) / len(right)
+
+
+def standard_error(accuracy: float, num_images: int) -> float:
+    """Returns the standard error of an accuracy, by the binomial distribution."""
+    return math.sqrt(accuracy * (1 - accuracy) / num_images)

@@ -1,0 +1,160 @@
+"""The HTML report: what is in it, that it asks for nothing from elsewhere, and that a real browser shows all of it."""
+
+import base64
+import dataclasses
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_hpm import AttackReport
+from timm_hpm.report import FLAGS, Flag, make_example, svg
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def report() -> AttackReport:
+    """The embedded model's report, with examples of shapes that real data have and every flag there is."""
+    committed = AttackReport.load(ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json")
+    examples = [make_example(i, 3, 8, "soft/fab-t", clean, (clean + 0.03 * torch.randn_like(clean)).clamp(0, 1))
+                for i, clean in enumerate([torch.rand(1, 8, 8), torch.rand(3, 32, 32), torch.rand(3, 300, 200),
+                                           torch.rand(5, 9, 9)])]
+    flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
+    return dataclasses.replace(committed, examples=examples, flags=flags)
+
+
+class Page(HTMLParser):
+    """Gathers a page's tags, and fails on one that is not closed."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_the_page_holds_the_report_s_numbers(report):
+    page = Page(report.to_html())
+    assert "Mixed Surrogate Attack: hpm_wrn10_2" in page.text
+    for value in (report.clean_accuracy, report.robust_accuracy, report.baseline["worst"]):
+        assert f"{100 * value:.1f} ± " in page.text
+    for name in report.correct:
+        assert f"after {name}: " in page.text
+    for surrogate, row in report.by_surrogate.items():
+        for attack, value in row.items():
+            assert re.search(rf"{surrogate}, {attack}: {100 * value:.1f} ± \d+\.\d %", page.text)
+    assert report.protocol["weights_digest"] in page.text and "Unreliable." in page.text
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(report):
+    html = report.to_html()
+    page = Page(html)
+    assert not page.all("script") and "http" not in html and "url(" not in html
+    assert all(tag["src"].startswith("data:image/png;base64,") for tag in page.all("img"))
+    assert len(page.all("img")) == 3 * len(report.examples) and all(tag["alt"] for tag in page.all("img"))
+    assert [tag["href"] for tag in page.all("link")] == ["data:,"]
+
+
+def test_every_warning_leads_to_its_paragraph(report):
+    page = Page(report.to_html())
+    links = [tag["href"] for tag in page.all("a")]
+    assert links == [f"#{flag.name}" for flag in report.flags]
+    assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
+    assert "seen at <3> images & more" in page.text
+
+
+def test_a_bare_report_is_a_whole_page():
+    page = Page(AttackReport({"architecture": "<b>Linear</b>"}, {"clean": "10"}).to_html())
+    assert "<b>Linear</b>" in page.text and "50.0 ± 35.4 %" in page.text and "Warnings" not in page.text
+    assert not page.all("img")
+
+
+def picture(png: str) -> torch.Tensor:
+    return pil_to_tensor(Image.open(BytesIO(base64.b64decode(png))))
+
+
+def test_an_example_s_pictures_are_what_they_say():
+    clean = torch.full((3, 4, 4), 100 / 255)
+    adversarial = clean.clone()
+    adversarial[:, 0, 0] += 10 / 255
+    adversarial[:, 3, 3] -= 10 / 255
+    example = make_example(5, 1, 2, "fc/square", clean, adversarial)
+    pictures = [picture(data) for data in (example.clean, example.perturbation, example.adversarial)]
+    assert torch.equal(pictures[0], torch.full((3, 4, 4), 100, dtype=torch.uint8))
+    assert example.amplification == pytest.approx(12.75)
+    assert (pictures[1][0, 0, 0], pictures[1][0, 1, 1], pictures[1][0, 3, 3]) == (255, 128, 0)
+    assert (pictures[2][0, 0, 0], pictures[2][0, 3, 3]) == (110, 90)
+
+
+def test_large_pictures_are_made_small_and_others_kept(report):
+    sizes = [tuple(picture(example.adversarial).shape) for example in report.examples]
+    assert sizes == [(1, 8, 8), (3, 32, 32), (3, 100, 67), (1, 9, 9)]
+
+
+def test_dots_stand_where_their_values_are():
+    plot = svg.dots({"fc": {"a": svg.Point(0, 0.5, 0.1), "b": svg.Point(0, 1.0)}}, {"clean": 1.0}, "a plot")
+    places = [float(x) for x in re.findall(r"<g>.*?<circle cx='([\d.]+)'", plot)]
+    # The axis begins at 30 %, the tenth below the error bar's end.
+    left, right = svg._LEFT, svg._WIDTH - svg._RIGHT
+    assert places == pytest.approx([left + (right - left) * 2 / 7, right], abs=0.1)
+
+
+def test_a_curve_of_one_point_and_a_flat_one_are_drawn():
+    plot = svg.curves({"batch": [svg.Point(0.1, 0.0)], "fc": [svg.Point(0.1, 1.0, 0.0)]}, "eps", "a plot")
+    assert plot.count("<polyline") == 2 and "nan" not in plot
+    assert "nan" not in svg.steps({"clean": 1.0}, "a plot") + svg.bars({"square": 0.0}, "s", "a plot")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
+    # The page itself has no script: this one is the test's, and writes down what it sees.
+    probe = """<script>addEventListener("load", () => {
+        const images = [...document.images], plots = [...document.querySelectorAll("svg")];
+        document.title = JSON.stringify([images.length, images.filter(i => i.complete && i.naturalWidth > 0).length,
+            plots.filter(p => p.getBoundingClientRect().height > 50).length,
+            [...document.querySelectorAll("svg text")].filter(t => {
+                const box = t.getBoundingClientRect(), plot = t.closest("svg").getBoundingClientRect();
+                return box.left < plot.left - 1 || box.right > plot.right + 1 || box.bottom > plot.bottom + 1;
+            }).map(t => t.textContent),
+            document.documentElement.scrollWidth <= innerWidth]); })</script>"""
+    (tmp_path / "report.html").write_text(report.to_html().replace("</head>", probe + "</head>"), encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900", "--enable-logging=stderr", "--v=0",
+         "--dump-dom", f"file://{tmp_path / 'report.html'}"],
+        capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
+    assert title == "[12,12,3,[],true]"
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]

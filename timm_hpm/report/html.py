@@ -1,0 +1,156 @@
+"""A report as one HTML file that opens offline: no script, and nothing that is loaded from elsewhere."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+from . import svg
+from .flags import FLAGS, Flag
+from .verdicts import standard_error, worst_accuracy
+
+if TYPE_CHECKING:
+    from .schema import AttackReport
+
+_STYLE: Final = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 2em auto;
+       padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
+th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; vertical-align: top;
+         overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+svg { max-width: 100%; height: auto; }
+.large { display: flex; flex-wrap: wrap; gap: 2.5em; } .large div { font-size: 13px; color: #555; }
+.large b { display: block; font-size: 26px; color: #111; }
+.unreliable { background: #fdecea; border-left: 5px solid #c62828; padding: .5em 1em; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 1em; }
+.examples figure { margin: 0; } .examples figcaption { font-size: 12px; }
+.examples .three { display: flex; gap: 5px; } .examples .three span { width: 118px; font-size: 11px; color: #555; }
+.examples img { display: block; width: 118px; image-rendering: pixelated; border: 1px solid #ccc; }
+"""
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """Returns a whole HTML file of a title and parts of HTML."""
+    return (f"<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n<title>{escape(title)}</title>\n"
+            "<link rel='icon' href='data:,'>\n"  # or a browser asks for one
+            f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n" + "\n".join(body)
+            + "\n</body>\n</html>\n")
+
+
+def report_page(report: "AttackReport") -> str:
+    """Returns a report as a whole HTML file."""
+    return page(f"Mixed Surrogate Attack: {report.name}", [
+        *unreliable_banner(report.flags),
+        _summary(report),
+        *flag_section(report.flags),
+        "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
+        "<h2>What the attacks came to, one after another</h2>", *_progress(report),
+        *_examples(report),
+        "<h2>Protocol</h2>", _table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
+        "<h2>Cost</h2>", *_cost(report),
+    ])
+
+
+def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
+    """Returns what must be read first, where a flag makes the numbers unreliable."""
+    if not any(flag.unreliable for flag in flags):
+        return []
+    return ["<p class='unreliable'><b>Unreliable.</b> The robust accuracy may be far too high; the warnings below say "
+            "why.</p>"]
+
+
+def flag_section(flags: Sequence[Flag]) -> list[str]:
+    """Returns the warnings, each with a link to what its name means."""
+    if not flags:
+        return []
+    parts = ["<h2>Warnings</h2><ul>"]
+    parts += [f"<li><a href='#{flag.name}'>{flag.name}</a>: {escape(flag.text)}</li>" for flag in flags]
+    parts.append("</ul><dl>")
+    for name in dict.fromkeys(flag.name for flag in flags):
+        parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{escape(FLAGS[name].meaning)} What to do: "
+                     f"<code>docs/flags.md#{name}</code> of timm_hpm.</dd>")
+    return [*parts, "</dl>"]
+
+
+def cell(value: Any) -> str:
+    """Returns a protocol's value in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _point(accuracy: float, report: "AttackReport", x: float = 0.0) -> svg.Point:
+    return svg.Point(x, accuracy, standard_error(accuracy, report.num_images))
+
+
+def _summary(report: "AttackReport") -> str:
+    rows = [("clean accuracy", report.clean_accuracy), ("robust accuracy, worst case", report.robust_accuracy)]
+    if report.baseline:
+        rows.append(("its FC classifier under attack", report.baseline["worst"]))
+    shown = "".join(f"<div><b>{100 * value:.1f} ± {100 * standard_error(value, report.num_images):.1f} %</b>"
+                    f"{escape(name)}</div>" for name, value in rows)
+    return (f"<div class='large'>{shown}</div><p>{report.num_images} images, "
+            f"{escape(str(report.protocol.get('threat', '')))}; ± is a standard error.</p>")
+
+
+def _by_surrogate(report: "AttackReport") -> list[str]:
+    if not report.by_surrogate:
+        return ["<p>No attack was run.</p>"]
+    groups = {surrogate: {attack: _point(value, report) for attack, value in row.items()}
+              for surrogate, row in report.by_surrogate.items()}
+    if report.baseline:
+        groups["FC alone"] = {attack: _point(value, report) for attack, value in report.baseline.items()
+                              if attack != "clean"}
+    lines = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
+    attacks = list(dict.fromkeys(attack for row in report.by_surrogate.values() for attack in row))
+    attacks.sort(key=lambda attack: attack == "worst")
+    rows = [[surrogate, *(f"{100 * row[attack].y:.1f}" if attack in row else "" for attack in attacks)]
+            for surrogate, row in groups.items()]
+    note = "FC alone is the FC classifier of the same network, under the attacks on it." if report.baseline else ""
+    return [svg.dots(groups, lines, "accuracy of the true model on the candidates of each attack on each surrogate"),
+            f"<p>Accuracy of the true model on the candidates of each attack on each surrogate; bars are standard "
+            f"errors. {note}</p>", _table(["surrogate, %", *attacks], rows)]
+
+
+def _progress(report: "AttackReport") -> list[str]:
+    after, seen = {}, []
+    for name, row in report.correct.items():
+        seen.append(row)
+        after[name] = worst_accuracy(seen)
+    return [svg.steps(after, "robust accuracy after each set of candidates"),
+            "<p>Fraction of the images that are right clean and under every set of candidates so far.</p>"]
+
+
+def _examples(report: "AttackReport") -> list[str]:
+    if not report.examples:
+        return []
+    parts = ["<h2>Images that were broken</h2>", "<div class='examples'>"]
+    for example in report.examples:
+        pictures = "".join(
+            f"<span><img src='data:image/png;base64,{data}' alt='{alt} of image {example.image}'>{caption}</span>"
+            for data, alt, caption in (
+                (example.clean, "clean", f"clean: {example.label}"),
+                (example.perturbation, "perturbation", f"perturbation × {example.amplification:.1f}"),
+                (example.adversarial, "adversarial", f"adversarial: {example.predicted}")))
+        parts.append(f"<figure><div class='three'>{pictures}</div><figcaption>image {example.image}, class "
+                     f"{example.label}, answered {example.predicted}; found by {escape(example.found_by)}</figcaption>"
+                     "</figure>")
+    return [*parts, "</div><p>The first that were broken. Below each picture stands what the true model answers; the "
+                    "perturbation is amplified as written, around a mid grey.</p>"]
+
+
+def _cost(report: "AttackReport") -> list[str]:
+    seconds = {name: row["seconds"] for name, row in report.cost.items() if name != "all"}
+    rows = [[name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
+            for name, row in report.cost.items()]
+    plot = [svg.bars(seconds, "s", "seconds by attack")] if seconds else []
+    return [*plot, _table(["attack", "seconds", "images forward", "images backward"], rows)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
+    """Returns a table; its columns from `numbers_from` on are right-aligned where they have a title."""
+    kinds = ["" if not title or i < numbers_from else " class='number'" for i, title in enumerate(head)]
+    lines = ["".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(row, kinds, strict=True))
+             for tag, row in [("th", head), *(("td", row) for row in rows)]]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

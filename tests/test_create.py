@@ -27,7 +27,7 @@ def test_a_model_that_cannot_be_is_explained(name, pretrained, kwargs, message):
 def test_a_checkpoint_is_loaded_or_explained(tmp_path, suffix):
     model, other = timm.create_model("hpm_wrn10_2.untrained"), timm.create_model("hpm_wrn10_2.untrained")
     path = tmp_path / f"model.{suffix}"
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*: there is no such file"):
         load_checkpoint(model, str(path))
     save = save_file if suffix == "safetensors" else torch.save
     save(other.state_dict(), path)
@@ -37,13 +37,23 @@ def test_a_checkpoint_is_loaded_or_explained(tmp_path, suffix):
     with pytest.raises(ValueError, match=r"(?s)into PreActNet: .*conv1"):
         load_checkpoint(timm.create_model("hpm_wrn16_4", num_classes=3), str(path))
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cannot load the checkpoint"):
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*cut short, damaged, or no checkpoint"):
         load_checkpoint(model, str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"R", b"<html>404</html>"])
+def test_what_is_no_checkpoint_is_explained(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pt: it holds nothing that torch\.save writes"):
+        load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))
+    torch.save([torch.ones(1)], tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="cut short, damaged, or no checkpoint"):
+        load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))
 
 
 def test_a_pickled_object_is_not_run(tmp_path):
     torch.save({"state_dict": timm.create_model("hpm_wrn10_2")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="cannot load the checkpoint"):
+    with pytest.raises(ValueError, match=r"PyTorch refused [\w.]*PreActNet.*save its weights alone"):
         load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))
 
 

@@ -86,7 +86,7 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
     (["--surrogates", "hard"], "unknown surrogate 'hard'"),
     (["--attacks", "pgd"], "unknown attack 'pgd'"),
-    (["--checkpoint", "missing.safetensors"], "the checkpoint missing.safetensors is not a file"),
+    (["--checkpoint", "missing.safetensors"], "cannot read the checkpoint missing.safetensors: there is no such file"),
     (["--rejudge", "missing"], "missing/report.json"),
     (["--rejudge", "missing", "--inference", "fc"], "leave out --inference"),
     (["--model", "nosuch"], "cannot create the model 'nosuch'"),

@@ -294,8 +294,8 @@ _RESAVE: Final = (
     "It holds pickled objects beside tensors. Loading those can run code, so nothing was loaded. If you trust the "
     "file, save its weights alone, on a machine where nothing is at stake: `import torch, dill; checkpoint = "
     "torch.load(FILE, map_location='cpu', pickle_module=dill, weights_only=False); "
-    "torch.save({'state_dict': checkpoint['model']}, NEW)` (without dill, leave out pickle_module). Then pass "
-    "pretrained_cfg_overlay=dict(file=NEW)")
+    "torch.save({'state_dict': checkpoint['model']}, NEW)` (without dill, leave out pickle_module). Then load "
+    "NEW in its place, with pretrained=True by pretrained_cfg_overlay=dict(file=NEW)")
 
 
 def _cause(error: BaseException) -> str:
@@ -319,8 +319,8 @@ def _cause(error: BaseException) -> str:
     if re.search(r"unsupported (global|class)|not an allowed global", text, re.IGNORECASE):
         refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)
         return f"PyTorch refused {', '.join(dict.fromkeys(refused)) or 'what it holds'}. {_RESAVE}"
-    if "UnpicklingError" in names or "weights_only" in first:
-        # timm's and torch's own texts advise to load it unsafely.
+    if names & {"UnpicklingError", "LookupError", "EOFError"} or "weights_only" in first:
+        # timm's and torch's own texts advise to load it unsafely, or name an opcode.
         first = "it holds nothing that torch.save writes"
     if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
         return f"{first}. The repository has no such file; see its list of files"

@@ -1,15 +1,12 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
-import pickle
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from ..checkpoints import weights_only
+from ..checkpoints import fitting, reading
 
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
@@ -32,14 +29,14 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: no such file, a damaged one, or weights of another model.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"the checkpoint {path} is not a file")
+    place = f"the checkpoint {path}"
     try:
-        with weights_only():
-            timm.models.load_checkpoint(model, path, weights_only=True)
-    except (RuntimeError, TypeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot load the checkpoint {path} into "
-                         f"{type(model).__name__}: {str(error)[:600]}") from error
+        with reading(place):
+            state_dict = timm.models.load_state_dict(path, weights_only=True)
+        with fitting(place, type(model).__name__):
+            model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(str(error)[:1000]) from error
 
 
 def usable_device(name: str) -> torch.device:

@@ -500,13 +500,14 @@ def test_a_data_set_of_the_hubs_format_is_read_by_its_splits(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("columns", "missing"), [
-    ({"img": [1, 2], "label": [0, 1]}, "image"),
-    ({"image": ["1.png", "2.png"], "fine_label": [0, 1]}, "label"),
+    ({"img": [1, 2], "label": ["a", "b"]}, "image"),
+    ({"image": ["1.png", "2.png"], "fine_label": ["a", "b"]}, "label"),
 ])
 def test_a_data_set_of_the_hubs_format_lacks_no_column(tmp_path, columns, missing):
     from datasets import Dataset
 
     (tmp_path / "set").mkdir()
-    Dataset.from_dict(columns).to_parquet(tmp_path / "set" / "train.parquet")
+    (label,) = columns.keys() - {"img", "image"}
+    Dataset.from_dict(columns).class_encode_column(label).to_parquet(tmp_path / "set" / "train.parquet")
     with pytest.raises(ValueError, match=f"has no column '{missing}'; save it as a folder of images"):
         open_split(f"hfds/{tmp_path / 'set'}", "train", data_dir=tmp_path / "cache", input_size=(3, 16, 16))

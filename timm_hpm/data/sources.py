@@ -56,7 +56,7 @@ class EncodedImages:
                 image = Image.open(file)
                 image.load()
                 return image
-            except (OSError, SyntaxError) as error:
+            except (OSError, SyntaxError, ValueError, EOFError) as error:
                 name = reader.filename(index, absolute=True) if reader else file.name
                 raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
 
@@ -244,7 +244,7 @@ def _hfds_parts(name: str, data_dir: Path | None) -> dict[str, str]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"the data set 'hfds/{name}' is read by the package datasets, which is not "
                                   "installed; run: pip install datasets") from error
-    has = get_dataset_split_names(name)
+    has = get_dataset_split_names(name, cache_dir=None if data_dir is None else str(data_dir))
     return {part: own for part, names in _FOLDER_NAMES.items() for own in reversed(names) if own in has}
 
 

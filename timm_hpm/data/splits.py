@@ -116,7 +116,8 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         interpolation: "bicubic", "bilinear" or another of timm's.
         download: whether a "torch/..." data set that is missing may be downloaded; by one process at a time.
         num_classes: the model's, which all labels must be below.
-        val_fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
+        val_fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images. "train" and
+            "val" share no image if both are opened with the same.
         random_resized_crop_seed: None, or the seed of random resized crops and flips in place of the centre crop; see
             `ImageSplit.set_epoch`.
 

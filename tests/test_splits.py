@@ -475,6 +475,12 @@ def test_a_split_travels_to_another_process(folder):
         assert contents(pickle.loads(pickle.dumps(split))) == contents(split)
 
 
+def test_a_split_in_memory_keeps_its_own_images_only(tmp_path):
+    write_fashion_mnist(tmp_path)
+    sizes = [len(pickle.dumps(open_split("fashion_mnist", split, data_dir=tmp_path))) for split in ("train", "val")]
+    assert 36 * 784 < sizes[0] < 40 * 784 and 4 * 784 < sizes[1] < 8 * 784
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_random_flip_mirrors_each_image_on_its_own(probability):
     torch.manual_seed(0)

@@ -142,6 +142,9 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     if isinstance(part.images, Tensor):
         size = part.images.shape[1:]
         _check_size(name, tuple(size), None if input_size is None else tuple(input_size))
+        # What is not of the split leaves the memory.
+        part = part._replace(images=part.images[indices], labels=part.labels[indices])
+        indices = torch.arange(len(indices))
     else:
         if size is None:
             raise ValueError(f"{name} has images of any size; give input_size=(channels, height, width)")

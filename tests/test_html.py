@@ -5,12 +5,12 @@ import dataclasses
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from html_page import Page
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -30,37 +30,6 @@ def report() -> AttackReport:
                                            torch.rand(5, 9, 9)])]
     flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
     return dataclasses.replace(committed, examples=examples, flags=flags)
-
-
-class Page(HTMLParser):
-    """Gathers a page's tags, and fails on one that is not closed."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(html)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def test_the_page_holds_the_report_s_numbers(report):

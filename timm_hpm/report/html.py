@@ -47,7 +47,7 @@ def report_page(report: "AttackReport") -> str:
         "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
         "<h2>What the attacks came to, one after another</h2>", *_progress(report),
         *_examples(report),
-        "<h2>Protocol</h2>", _table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
+        "<h2>Protocol</h2>", table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
         "<h2>Cost</h2>", *_cost(report),
     ])
 
@@ -110,7 +110,7 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
     note = "FC alone is the FC classifier of the same network, under the attacks on it." if report.baseline else ""
     return [svg.dots(groups, lines, "accuracy of the true model on the candidates of each attack on each surrogate"),
             f"<p>Accuracy of the true model on the candidates of each attack on each surrogate; bars are standard "
-            f"errors. {note}</p>", _table(["surrogate, %", *attacks], rows)]
+            f"errors. {note}</p>", table(["surrogate, %", *attacks], rows)]
 
 
 def _progress(report: "AttackReport") -> list[str]:
@@ -145,10 +145,10 @@ def _cost(report: "AttackReport") -> list[str]:
     rows = [[name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
             for name, row in report.cost.items()]
     plot = [svg.bars(seconds, "s", "seconds by attack")] if seconds else []
-    return [*plot, _table(["attack", "seconds", "images forward", "images backward"], rows)]
+    return [*plot, table(["attack", "seconds", "images forward", "images backward"], rows)]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
     """Returns a table; its columns from `numbers_from` on are right-aligned where they have a title."""
     kinds = ["" if not title or i < numbers_from else " class='number'" for i, title in enumerate(head)]
     lines = ["".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(row, kinds, strict=True))

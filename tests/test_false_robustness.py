@@ -1,0 +1,256 @@
+"""A zoo of defences that are known to fail: the attack breaks them, or says by name that its number is not reliable."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_hpm
+from timm_hpm import AttackReport, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
+from timm_hpm.attacks import Budget
+from timm_hpm.attacks.flags import batch_flag, check_model, gradient_flag, random_flag, verdict_flag
+from timm_hpm.report import FLAGS
+
+THREAT = ThreatModel("Linf", 0.1)
+BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
+           "square": Budget(400)}
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = timm_hpm.load_split("digits", "test").tensors
+    return images[:100], labels[:100]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """A small classifier of pixels, trained for a second or two against one step of PGD."""
+    torch.manual_seed(0)
+    images, labels = timm_hpm.load_split("digits", "train").tensors
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+                          nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        for rows in torch.randperm(len(images)).split(128):
+            x = pgd(model, images[rows], labels[rows], THREAT, steps=1)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels[rows]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def attack(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]) -> AttackReport:
+    return mixed_surrogate_attack(model.eval(), *digits, THREAT, batch_size=100, budgets=BUDGETS)
+
+
+@pytest.fixture(scope="module")
+def undefended(net, digits) -> AttackReport:
+    report = attack(net, digits)
+    # There is something to lose, and something to claim.
+    assert report.clean_accuracy > 0.9 and 0.3 < report.robust_accuracy < 0.85
+    assert report.flags == []
+    return report
+
+
+class Defence(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+
+class Saturated(Defence):
+    def forward(self, x):
+        return 1e4 * self.net(x)
+
+
+class Rounding(Defence):
+    """Eight grey levels: the step has no gradient."""
+
+    def forward(self, x):
+        return self.net((8 * x).round() / 8)
+
+
+class Shattered(Defence):
+    """A ripple too small to matter, with a gradient far larger than the net's."""
+
+    def forward(self, x):
+        return self.net(x + 0.02 * torch.sin(2_000 * x))
+
+
+class Noise(Defence):
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+
+class BatchMean(Defence):
+    """Subtracts the batch's mean image, and adds the one that the net was trained with."""
+
+    def __init__(self, net: nn.Module, mean: torch.Tensor):
+        super().__init__(net)
+        self.register_buffer("mean", mean)
+
+    def forward(self, x):
+        return self.net(x - x.mean(dim=0, keepdim=True) + self.mean)
+
+
+class BatchStatistics(Defence):
+    """A batch normalisation that has no running statistics, so that `eval()` changes nothing."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__(net)
+        self.norm = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
+
+    def forward(self, x):
+        return self.net(0.3 + 0.37 * self.norm(x))
+
+
+class HiddenTraining(Defence):
+    """A batch normalisation that goes on with its running statistics in eval mode."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__(net)
+        self.register_buffer("running_mean", torch.zeros(1))
+        self.register_buffer("running_var", torch.ones(1))
+
+    def forward(self, x):
+        return self.net(0.3 + 0.37 * F.batch_norm(x, self.running_mean, self.running_var, training=True))
+
+
+class NaNUnderAttack(Defence):
+    """NaN for images off the grid of grey levels that clean ones lie on."""
+
+    def forward(self, x):
+        on_grid = ((16 * x).round() == 16 * x).flatten(1).all(dim=1, keepdim=True)
+        return torch.where(on_grid, self.net(x), torch.nan)
+
+
+class NaNGradient(Defence):
+    """Right answers, but the root of zero has no finite derivative."""
+
+    def forward(self, x):
+        return self.net(x) + 0 * (x - x).abs().sqrt().sum(dim=(1, 2, 3)).unsqueeze(1)
+
+
+class Detached(Defence):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.net(x)
+
+
+class ThroughNumPy(Defence):
+    """Goes through NumPy, where PyTorch's graph ends."""
+
+    def forward(self, x):
+        return self.net(torch.from_numpy(x.detach().numpy().copy()))
+
+
+def zoo(name: str, net: nn.Module) -> nn.Module:
+    mean = timm_hpm.load_split("digits", "train").tensors[0].mean(dim=0, keepdim=True)
+    defences = {"saturated": Saturated, "rounding": Rounding, "shattered": Shattered, "noise": Noise,
+                "batch mean": lambda net: BatchMean(net, mean), "batch statistics": BatchStatistics,
+                "hidden training": HiddenTraining, "nan gradient": NaNGradient, "detached": Detached,
+                "through NumPy": ThroughNumPy}
+    return defences[name](net).eval()
+
+
+@pytest.mark.parametrize(("name", "flag"), [
+    ("saturated", None),
+    ("rounding", "zero-gradient"),
+    ("shattered", "black-box-stronger"),
+    ("noise", "random-forward"),
+    ("batch mean", "batch-dependent"),
+    ("batch statistics", "batch-dependent"),
+    ("hidden training", "changes-state"),
+    ("nan gradient", "zero-gradient"),
+    ("detached", "no-gradient"),
+    ("through NumPy", "no-gradient"),
+])
+def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flag, net, digits, undefended):
+    report = attack(zoo(name, net), digits)
+    assert report.unreliable or report.robust_accuracy <= undefended.robust_accuracy + 0.02
+    if flag is not None:
+        assert flag in [found.name for found in report.flags] and report.unreliable and FLAGS[flag].unreliable
+        assert f"docs/flags.md#{flag}" in report.to_markdown()
+
+
+def test_an_answer_of_nan_under_attack_ends_the_evaluation(net, digits):
+    assert check_model(NaNUnderAttack(net).eval(), *digits) == []
+    with pytest.raises(NonFiniteLogitsError, match=r"docs/flags\.md#non-finite-logits"):
+        attack(NaNUnderAttack(net), digits)
+
+
+def test_without_gradients_only_square_is_run(net, digits):
+    report = attack(Detached(net), digits)
+    assert list(report.protocol["attacks"]) == ["square"] and list(report.correct) == ["clean", "model/square"]
+    with pytest.raises(ValueError, match=r"have no gradient .* which apgd-ce, fab-t need; look for a detach\(\)"):
+        mixed_surrogate_attack(Detached(net).eval(), *digits, THREAT, attacks=["apgd-ce", "fab-t"])
+
+
+@pytest.mark.parametrize("mode", timm_hpm.INFERENCE_MODES)
+def test_an_honest_model_raises_no_flag(mode, digits):
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    with timm_hpm.inference_mode(model, mode):
+        assert check_model(timm_hpm.PixelModel(model), *digits) == []
+        half = timm_hpm.PixelModel(model.bfloat16())
+        assert check_model(half, *digits) == []
+
+
+def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.BatchNorm2d(module.num_features, track_running_stats=False))
+    pixel_model = timm_hpm.PixelModel(model.eval())
+    assert timm_hpm.find_head(model).inference == "batch"
+    assert [flag.name for flag in check_model(pixel_model, *digits)] == ["batch-dependent"]
+    assert timm_hpm.find_head(model).inference == "batch"
+
+
+def test_a_check_leaves_buffers_as_they_were(net, digits):
+    model = HiddenTraining(net).eval()
+    flags = check_model(model, *digits)
+    assert [flag.name for flag in flags] == ["batch-dependent", "changes-state"]
+    assert "running_mean, running_var" in flags[1].text
+    assert model.running_mean.item() == 0 and model.running_var.item() == 1
+
+
+def test_a_few_dead_images_are_no_flag_and_many_are(net, digits):
+    images, labels = digits
+
+    class PartlyDead(Defence):
+        def forward(self, x):
+            alive = (torch.arange(len(x)) >= self.dead).view(-1, 1, 1, 1)
+            return self.net(torch.where(alive, x, x.detach()))
+
+    model = PartlyDead(net)
+    model.dead = 5
+    assert gradient_flag(model, images, labels) is None
+    model.dead = 6
+    assert "zero or not finite at 6 of 100" in gradient_flag(model, images, labels).text
+
+
+def test_noise_below_rounding_is_no_flag_and_above_it_is(net, digits):
+    class Faint(Defence):
+        def forward(self, x):
+            logits = self.net(x)
+            return logits + self.size * logits.abs().max() * torch.randn_like(logits)
+
+    model = Faint(net)
+    for size, name in ((1e-5, None), (1e-2, "random-forward")):
+        model.size = size
+        assert getattr(random_flag(model, digits[0]), "name", None) == name
+        # What differs by itself says nothing of the batch.
+        assert batch_flag(model, digits[0]) is None
+
+
+def test_what_square_alone_broke_is_counted():
+    rows = {"clean": "1" * 96 + "0" * 4, "fc/apgd-ce": "0" * 10 + "1" * 90, "fc/square": "1" * 9 + "0" * 4 + "1" * 87}
+    # Images 10 to 12 fell to Square only.
+    flag = verdict_flag(rows)
+    assert flag.name == "black-box-stronger"
+    assert "(on fc) broke 3 of the 86 images that the attacks with gradients left" in flag.text
+    assert verdict_flag(rows | {"ste/apgd-t": "1" * 12 + "0" + "1" * 87}) is None
+    assert verdict_flag({name: row for name, row in rows.items() if "apgd" not in name}) is None
+    assert verdict_flag({name: row for name, row in rows.items() if "square" not in name}) is None

@@ -1,0 +1,110 @@
+"""Sweeps over inference modes and radii: the radii of a text, the reports of a tiny run, the page made of them."""
+
+import re
+
+import pytest
+import timm
+import torch
+from html_page import Page
+
+import timm_hpm
+from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+from timm_hpm.report import Flag
+from timm_hpm.sweep import curves, parse_radii, sweep, sweep_markdown, sweep_page
+
+
+@pytest.mark.parametrize(("text", "radii"), [
+    ("0:0.2:0.05", [0, 0.05, 0.1, 0.15, 0.2]),
+    ("0:0.3:0.1", [0, 0.1, 0.2, 0.3]),
+    ("2/255:8/255:3/255", [2 / 255, 5 / 255, 8 / 255]),
+    ("0.5:0.5:1", [0.5]),
+    ("0:1:0.4", [0, 0.4, 0.8]),
+])
+def test_radii_end_where_they_should(text, radii):
+    assert parse_radii(text) == radii
+
+
+@pytest.mark.parametrize("text", ["0.1", "0:1", "0:1:2:3", "a:b:c", "0:8/0:1", "0:1:0", "0:1:-0.1", "1:0:0.1",
+                                  "-1:1:0.5", "0:0:1", "0:1:0.0001", "", "0:nan:1", "0:inf:1"])
+def test_radii_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="radii"):
+        parse_radii(text)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = timm_hpm.load_split("digits", "test").tensors
+    return images[:10], labels[:10]
+
+
+OPTIONS = {"batch_size": 10, "surrogates": ["fc", "dataset"], "attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(3)}}
+
+
+@pytest.fixture(scope="module")
+def reports(model, digits) -> list[AttackReport]:
+    return list(sweep(model, *digits, "Linf", [0, 0.1, 0.3], ["batch", "dataset"], **OPTIONS))
+
+
+def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
+    assert [(report.protocol["inference"], report.protocol["threat"]) for report in reports] == [
+        ("batch", "Linf:0.1"), ("batch", "Linf:0.3"), ("dataset", "Linf:0.1"), ("dataset", "Linf:0.3")]
+    with timm_hpm.inference_mode(model, "dataset"):
+        alone = mixed_surrogate_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
+    assert alone.same_results(reports[3])
+    assert timm_hpm.find_head(model).inference == "batch"
+
+
+def test_reports_come_one_by_one_and_the_mode_is_the_callers_between_them(model, digits):
+    one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], **OPTIONS | {"surrogates": ["fc"]})
+    assert next(one_by_one).protocol["inference"] == "fc"
+    assert timm_hpm.find_head(model).inference == "batch"
+
+
+def test_a_model_without_an_hpm_head_has_one_curve(digits):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    found = list(sweep(net, *digits, "L2", [0.5], **OPTIONS | {"surrogates": None}))
+    assert list(curves(found)) == ["model"]
+    with pytest.raises(ValueError, match="has no HPM head"):
+        sweep(net, *digits, "L2", [0.5], ["batch"])
+
+
+def test_what_is_wrong_is_said_before_anything_is_attacked(model, digits):
+    with pytest.raises(ValueError, match=r"radii are \[0\]; expected at least one above 0"):
+        sweep(model, *digits, "Linf", [0])
+    with pytest.raises(ValueError, match=r"eps is 2\.0 for Linf"):
+        sweep(model, *digits, "Linf", [0.1, 2])
+    with pytest.raises(ValueError, match="unknown inference mode 'hard'"):
+        sweep(model, *digits, "Linf", [0.1], ["batch", "hard"])
+
+
+def test_curves_begin_clean_and_hold_the_robust_accuracies(reports):
+    found = curves(reports)
+    assert list(found) == ["batch", "dataset", "FC alone"]
+    assert [(point.x, point.y) for point in found["batch"]] == [
+        (0.0, reports[0].clean_accuracy), (0.1, reports[0].robust_accuracy), (0.3, reports[1].robust_accuracy)]
+    assert [point.y for point in found["FC alone"]] == [
+        reports[0].baseline["clean"], reports[0].baseline["worst"], reports[1].baseline["worst"]]
+    assert found["batch"][1].se == reports[0].robust_accuracy_se
+
+
+def test_the_page_and_the_table_hold_every_number(reports):
+    reports[2].flags.append(Flag("zero-gradient", "at 3 of 10 images"))
+    page = Page(sweep_page(reports, [f"{i}/report.html" for i in range(4)]))
+    markdown = sweep_markdown(reports)
+    assert markdown.startswith("| eps | batch | dataset | FC alone |\n")
+    row = next(line for line in markdown.splitlines() if line.startswith("| 0.1 |"))
+    dataset = f"{100 * reports[2].robust_accuracy:.1f}*"
+    assert row.split("|")[2:4] == [f" {100 * reports[0].robust_accuracy:.1f} ", f" {dataset} "]
+    assert dataset in page.text and "Unreliable." in page.text and "dataset, Linf:0.1: at 3 of 10 images" in page.text
+    assert [tag["href"] for tag in page.all("a")] == ["#zero-gradient", *(f"{i}/report.html" for i in range(4))]
+    assert len(page.all("polyline")) == 3 and not page.all("script")
+    for report in reports:
+        assert re.search(rf"{report.protocol['inference']} at {report.protocol['threat'][5:]}: "
+                         rf"{100 * report.robust_accuracy:.1f} ± ", page.text)
+    assert "Reports" not in Page(sweep_page(reports)).text

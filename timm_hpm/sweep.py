@@ -1,0 +1,170 @@
+"""One model in several inference modes and at several radii: a report for each, and a page for all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from html import escape
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from .attacks import mixed_surrogate_attack
+from .head import check_inference, find_head, inference_mode
+from .report import AttackReport, Flag, svg
+from .report.html import flag_section, page, table, unreliable_banner
+from .report.verdicts import standard_error
+from .threat import ThreatModel
+
+# More would be a typing error: a sweep costs as many evaluations.
+_MOST_RADII: Final = 1_000
+
+
+def parse_radii(text: str) -> list[float]:
+    """Returns the radii of a text `"first:last:step"` such as `"0:0.2:0.02"` or `"0:8/255:2/255"`, `last` included.
+
+    Raises:
+        ValueError: a text of another form, no step upwards, or no radius above 0.
+    """
+    try:
+        first, last, step = (_fraction(part) for part in text.split(":"))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"cannot read the radii {text!r}; expected FIRST:LAST:STEP such as 0:0.2:0.02 or "
+                         "0:8/255:2/255") from None
+    if first < 0 or step <= 0 or last <= 0 or last < first or (last - first) / step >= _MOST_RADII:
+        raise ValueError(f"the radii {text!r} go from {first} to {last} by {step}; expected from 0 or more upwards, "
+                         f"by a step above 0, and fewer than {_MOST_RADII} of them")
+    return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+
+
+def sweep(
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        norm: str,
+        radii: Sequence[float],
+        modes: Sequence[str] | None = None,
+        **options: Any,
+) -> Iterator[AttackReport]:
+    """Yields the report of each inference mode at each radius above 0, mode after mode, as soon as it is there.
+
+    At radius 0 there is nothing to attack: the robust accuracy is the clean one, which every report holds.
+
+    Arguments:
+        model, images, labels: as in `mixed_surrogate_attack`. The model's mode is afterwards as before.
+        norm: of the threat models.
+        radii: in units of the pixel range.
+        modes: inference modes of the HPM head; None means the model's own, or that of a model without an HPM head.
+        **options: arguments of `mixed_surrogate_attack`.
+
+    Raises:
+        ValueError: an unknown mode, modes for a model without an HPM head, or no radius above 0. Nothing was attacked
+            then.
+    """
+    threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
+    if not threats:
+        raise ValueError(f"the radii are {list(radii)}; expected at least one above 0")
+    for mode in modes or ():
+        check_inference(mode)
+        find_head(model)
+    # Not a generator itself: what is wrong is said at once.
+    return _reports(model, images, labels, threats, modes, options)
+
+
+def _reports(model: nn.Module, images: Tensor, labels: Tensor, threats: Sequence[ThreatModel],
+             modes: Sequence[str] | None, options: Mapping[str, Any]) -> Iterator[AttackReport]:
+    for mode in (None,) if modes is None else dict.fromkeys(modes):
+        for threat in threats:
+            with _mode(model, mode):
+                report = mixed_surrogate_attack(model, images, labels, threat, **options)
+            yield report
+
+
+def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
+    """Returns robust accuracy against the radius, a curve for each mode; it begins with the clean accuracy, at 0.
+
+    Where `fc` is no mode of the `reports` (of one model on the same images), `"FC alone"` is the FC classifier of the
+    same network under the attacks on it: `AttackReport.baseline`, of the first mode that has it.
+    """
+    found: dict[str, dict[float, svg.Point]] = {}
+    baseline: dict[float, svg.Point] = {}
+    for report in reports:
+        eps, curve = ThreatModel.parse(report.protocol["threat"]).eps, found.setdefault(_mode_name(report), {})
+        curve.setdefault(0.0, _point(0.0, report.clean_accuracy, report))
+        curve[eps] = _point(eps, report.robust_accuracy, report)
+        if report.baseline:
+            baseline.setdefault(0.0, _point(0.0, report.baseline["clean"], report))
+            baseline.setdefault(eps, _point(eps, report.baseline["worst"], report))
+    if baseline and "fc" not in found:
+        found["FC alone"] = baseline
+    return {name: [curve[eps] for eps in sorted(curve)] for name, curve in found.items()}
+
+
+def sweep_markdown(reports: Sequence[AttackReport]) -> str:
+    """Returns the robust accuracies in % as a table in Markdown, a row for each radius."""
+    head, rows = _table(reports)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    if any(report.unreliable for report in reports):
+        lines += ["", "\\* unreliable: see that report's warnings"]
+    return "\n".join(lines) + "\n"
+
+
+def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> str:
+    """Returns the curves, the table and the warnings as one HTML file that opens offline.
+
+    Arguments:
+        reports: of one model on the same images.
+        links: the address of each report's own page, relative to this one; none leaves the links out.
+    """
+    head, rows = _table(reports)
+    threat, total = ThreatModel.parse(reports[0].protocol["threat"]), reports[0].num_images
+    flags = list(dict.fromkeys(
+        Flag(flag.name, f"{_mode_name(report)}, {report.protocol['threat']}: {flag.text}")
+        for report in reports for flag in report.flags))
+    return page(f"Mixed Surrogate Attack: {reports[0].name}, accuracy against eps", [
+        *unreliable_banner(flags),
+        svg.curves(curves(reports), f"eps, {threat.norm}, pixels in [0, 1]",
+                   "robust accuracy against eps, a curve for each inference mode"),
+        f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are standard errors. At eps 0 "
+        "stands the clean accuracy. FC alone is the FC classifier of the same network, under the attacks on it.</p>",
+        table(head, rows, numbers_from=0),
+        "<p>* unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
+        *flag_section(flags),
+        *_links(reports, links),
+    ])
+
+
+def _links(reports: Sequence[AttackReport], links: Sequence[str]) -> list[str]:
+    if not links:
+        return []
+    items = (f"<li><a href='{escape(link, quote=True)}'>{escape(_mode_name(report))}, "
+             f"{escape(report.protocol['threat'])}</a></li>" for report, link in zip(reports, links, strict=True))
+    return ["<h2>Reports</h2><ul>", *items, "</ul>"]
+
+
+def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]:
+    by_name = {name: {point.x: f"{100 * point.y:.1f}" for point in curve}
+               for name, curve in curves(reports).items()}
+    for report in reports:
+        if report.unreliable:
+            by_name[_mode_name(report)][ThreatModel.parse(report.protocol["threat"]).eps] += "*"
+    radii = sorted({eps for cells in by_name.values() for eps in cells})
+    return ["eps", *by_name], [[f"{eps:.4g}", *(cells.get(eps, "") for cells in by_name.values())] for eps in radii]
+
+
+def _point(eps: float, accuracy: float, report: AttackReport) -> svg.Point:
+    return svg.Point(eps, accuracy, standard_error(accuracy, report.num_images))
+
+
+def _mode_name(report: AttackReport) -> str:
+    mode = report.protocol["inference"]
+    return "model" if mode == "none" else mode
+
+
+def _mode(model: nn.Module, mode: str | None) -> AbstractContextManager:
+    return nullcontext() if mode is None else inference_mode(model, mode)
+
+
+def _fraction(text: str) -> Fraction:
+    numerator, _, denominator = text.partition("/")
+    return Fraction(numerator) / Fraction(denominator or "1")

@@ -2,21 +2,29 @@
 """Measures the robust accuracy of a classifier with the Mixed Surrogate Attack.
 
 Without options: the embedded `hpm_wrn10_2` on the first 100 held-out digits, at AutoAttack's standard budgets.
-Prints a table, and writes report.json, report.md and report.html into the output folder.
+Prints a table, and writes report.json, report.md and report.html into the output folder. Several processes share the
+work:
+
+    torchrun --nproc_per_node 2 evaluate.py --device cpu
 """
 
 import argparse
+import json
+import os
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.utils import ParseKwargs
 
 import timm_hpm
-from timm_hpm.attacks import COMPONENTS, SURROGATES
-from timm_hpm.attacks.msa import saved_protocol
+from timm_hpm.attacks import COMPONENTS, PROTOCOLS, SURROGATES, Budget
+from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, data_source
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, load_checkpoint, usable_device
@@ -46,13 +54,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--threat", metavar="NORM:EPS", help="such as Linf:8/255 or L2:0.5 (the data set's usual one)")
     group.add_argument("-b", "--batch-size", type=int, default=100, metavar="N",
                        help="images in a judged batch; in batch mode the answers depend on it (%(default)s)")
+    group.add_argument("--protocol", default="standard", choices=[*PROTOCOLS, "custom"],
+                       help="what is run (%(default)s); the next three options make it a custom one")
     group.add_argument("--surrogates", type=_names, help=f"comma-separated, of {', '.join(SURROGATES)} (all)")
     group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(COMPONENTS)} (all)")
+    group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
+                       help="iterations, and with an x the number of targets: apgd-ce=50 apgd-t=50x4 (the protocol's)")
     group.add_argument("--surrogates-at-once", type=int, default=5, metavar="N",
                        help="surrogates attacked side by side: N times the memory, faster for small nets (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="FOLDER", help="(output/<model>-<date>)")
+    group.add_argument("--resume", type=Path, metavar="FOLDER",
+                       help="go on with a run that was stopped, by its output folder; other options are not needed, "
+                            "and refused where they differ from that run's. An empty folder begins a run")
     group.add_argument("--save-adversarial", action="store_true",
                        help="also write adversarial.safetensors: every candidate, for --rejudge")
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
@@ -64,7 +79,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--robustbench-json", type=Path, metavar="FILE", help="also write RobustBench's model_info")
     group.add_argument("--robustbench-info", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    file = args.resume and args.resume / _OPTIONS
+    if file and file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        now = _options(args)
+        different = [f"--{name.replace('_', '-')} {now[name]} (there: {saved.get(name)})" for name in now
+                     if now[name] != saved.get(name)]
+        if different:
+            raise ValueError(f"{args.resume} holds a run of other options: {', '.join(different)}. Leave them out, or "
+                             "choose another folder")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,10 +103,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.rejudge and args.inference:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
+    if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget):
+        raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks or --budget")
+    budgets = dict(_budget(text) for text in args.budget)
+    accelerator = Accelerator(cpu=args.device == "cpu") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    if args.resume and (args.resume / "report.json").exists():
+        print(f"{args.resume} holds a finished run")
+        return 0
     check_known(args.robustbench_info)
     if args.robustbench_json:
         writable_folder(args.robustbench_json.parent)
-    model = load_model(args)
+    model = load_model(args, accelerator)
     if args.rejudge:
         return rejudge(model, args.rejudge)
     source = data_source(args.dataset)
@@ -92,33 +126,63 @@ def main(argv: list[str] | None = None) -> int:
     if model.num_classes != source.num_classes:
         raise ValueError(f"{args.model} has {model.num_classes} classes and {args.dataset} {source.num_classes}; "
                          f"choose another, or give --model-kwargs num_classes={source.num_classes} with a --checkpoint")
-    now = datetime.now()
-    output = writable_folder(args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}")
-    for name in ("report.json", "adversarial.safetensors"):
-        if (output / name).exists():
-            raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, or remove it")
+    output = output_folder(args, accelerator)
     if args.inference:
         timm_hpm.find_head(model).inference = args.inference
-    report = timm_hpm.mixed_surrogate_attack(
-        model, images[:count], labels[:count], threat,
-        batch_size=args.batch_size, surrogates=args.surrogates, attacks=args.attacks,
-        surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
-        save_adversarial=output / "adversarial.safetensors" if args.save_adversarial else None,
-        about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset, "split": args.split},
-    )
-    report.save(output / "report.json")
-    write_text(output / "report.md", report.to_markdown())
-    write_text(output / "report.html", report.to_html())
-    if args.robustbench_json:
-        save_model_info(report, args.robustbench_json, args.robustbench_info)
-    print(report.to_markdown())
-    print(f"written: {output / 'report.json'}, {output / 'report.md'}, {output / 'report.html'}")
+    try:
+        report = timm_hpm.mixed_surrogate_attack(
+            model, images[:count], labels[:count], threat,
+            protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
+            surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
+            surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
+            save_adversarial=output / "adversarial.safetensors" if args.save_adversarial else None,
+            resume=output / "progress", accelerator=accelerator,
+            about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
+                   "split": args.split},
+        )
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: python evaluate.py --resume {output}", file=sys.stderr)
+        return 130
+    if accelerator is None or accelerator.is_main_process:
+        write_text(output / "report.md", report.to_markdown())
+        write_text(output / "report.html", report.to_html())
+        if args.robustbench_json:
+            save_model_info(report, args.robustbench_json, args.robustbench_info)
+        # The last: a run with a report.json is finished.
+        report.save(output / "report.json")
+        shutil.rmtree(output / "progress")
+        (output / _OPTIONS).unlink()
+        print(report.to_markdown())
+        print(f"written: {output / 'report.json'}, {output / 'report.md'}, {output / 'report.html'}")
+    if accelerator is not None:
+        accelerator.end_training()
     return 0
 
 
-def load_model(args: argparse.Namespace) -> Any:
-    """Returns the model of the command line, in eval mode."""
-    device = usable_device(args.device)
+# Of a run that is not finished: what it was called with.
+_OPTIONS = "options.json"
+
+
+def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> Path:
+    """Returns the folder that all processes write into, with the options of this run in it."""
+    now = datetime.now()
+    chosen = [args.resume or args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}"]
+    if accelerator is not None:
+        broadcast_object_list(chosen)
+    output, = chosen
+    if accelerator is None or accelerator.is_main_process:
+        writable_folder(output)
+        for name in () if args.resume else ("report.json", "adversarial.safetensors", _OPTIONS):
+            if (output / name).exists():
+                raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, "
+                                 + ("go on with it by --resume, " if name == _OPTIONS else "") + "or remove it")
+        write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
+    return output
+
+
+def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any:
+    """Returns the model of the command line, in eval mode, on this process's device."""
+    device = usable_device(args.device) if accelerator is None else accelerator.device
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     model = create_model(args.model, pretrained=pretrained, **args.model_kwargs)
     if args.checkpoint:
@@ -150,6 +214,17 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
     print(f"{len(verdicts)} sets of {report.num_images} images, judged again in batches of "
           f"{report.protocol['batch_size']}: every verdict as in the report")
     return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that belong to a run, in JSON's types; its folder is not among them."""
+    options = {name: value for name, value in vars(args).items() if name not in ("resume", "rejudge", "output", "compare")}
+    return json.loads(json.dumps(options, default=str))
+
+
+def _budget(text: str) -> tuple[str, Budget]:
+    name, _, value = text.partition("=")
+    return name, Budget.parse(value)
 
 
 def _names(text: str) -> list[str]:

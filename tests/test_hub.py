@@ -521,13 +521,14 @@ def test_a_public_checkpoint_that_cannot_be_had(server, loader, tmp_path):
 CHOICES = """
 import torch, timm, timm_hpm
 from torch.utils.data import DataLoader, TensorDataset
-from timm_hpm.attacks.components import STANDARD_BUDGETS, Budget
+from timm_hpm.attacks import PROTOCOLS, Budget
 
 name = "hpm_wrn10_2.digits_linf"
 repo_id = "org/released"
 threat = timm_hpm.ThreatModel.parse("Linf:0.1")
 device, num_images, batch_size = "cpu", 10, 120
-budgets = {attack: Budget(2, targets=2 * bool(budget.targets)) for attack, budget in STANDARD_BUDGETS.items()}
+standard = PROTOCOLS["standard"].attacks
+budgets = {attack: Budget(2, targets=2 * bool(budget.targets)) for attack, budget in standard.items()}
 about = {"dataset": "digits", "split": "test"}
 train, held_out, test = (timm_hpm.load_split("digits", split) for split in ("train", "val", "test"))
 published_clean = 0.9889

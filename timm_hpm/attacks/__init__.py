@@ -1,16 +1,19 @@
 """Attacks: functions on logits, of pixels in [0, 1]."""
 
-from .components import COMPONENTS, STANDARD_BUDGETS, Budget, NonFiniteLogitsError
-from .msa import judge, mixed_surrogate_attack, rejudge
+from .components import COMPONENTS, Budget, NonFiniteLogitsError
+from .judge import judge, rejudge
+from .msa import mixed_surrogate_attack
 from .pgd import pgd
+from .protocols import PROTOCOLS, Protocol
 from .surrogates import SURROGATES
 
 __all__ = [
     "COMPONENTS",
-    "STANDARD_BUDGETS",
+    "PROTOCOLS",
     "SURROGATES",
     "Budget",
     "NonFiniteLogitsError",
+    "Protocol",
     "judge",
     "mixed_surrogate_attack",
     "pgd",

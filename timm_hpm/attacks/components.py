@@ -52,13 +52,15 @@ class AttackBatch:
     """One fixed batch of images under several surrogates side by side, a row for each (surrogate, image).
 
     Row s·B + i is image i under surrogate s. Each surrogate has a batch of its own, in which every image stands at
-    its `points` row: the clean image at first, then its latest candidate.
+    its `points` row: the clean image at first, then its latest candidate. `clean_logits` (S·B, C) answer the first.
 
     Arguments:
         model: the split copy of the classifier.
         surrogates: names, S of them.
         images: pixels (B, channels, H, W) in [0, 1], contiguous.
         labels: (B,), class indices.
+        start: (B, channels, H, W), where the images stand at first; None means clean.
+        active: (B,), the images to attack, which must start clean; None means all. The others stay at their start.
         first_image: index of the first image in the whole evaluation, for error messages.
         on_query: called after each query, for a progress bar.
     """
@@ -70,6 +72,8 @@ class AttackBatch:
             images: Tensor,
             labels: Tensor,
             *,
+            start: Tensor | None = None,
+            active: Tensor | None = None,
             first_image: int = 0,
             on_query: Callable[[], None] = lambda: None,
     ):
@@ -82,15 +86,12 @@ class AttackBatch:
         self.clean = images.repeat(copies, 1, 1, 1)
         self.labels = labels.repeat(copies)
         self.rows = torch.arange(len(self.clean), device=images.device)
+        self.active = self.rows if active is None else self.rows[active.repeat(copies)]
+        start = images if start is None else start
+        self.points = start.repeat(copies, 1, 1, 1)
         with torch.no_grad():
-            self._clean_features = model.features(images).repeat(copies, 1)
-        self.reset()
+            self._features = model.features(start).repeat(copies, 1)
         self.clean_logits = self.current_logits()
-
-    def reset(self) -> None:
-        """Puts every row back to its clean image."""
-        self.points = self.clean.clone()
-        self._features = self._clean_features.clone()
 
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
         """Returns the logits (R, C) of the ascending `rows` (R,) moved to `pixels`, with the others where they are.
@@ -126,8 +127,9 @@ class AttackBatch:
         return logits
 
     def not_fooled(self) -> Tensor:
-        """Returns the rows that their surrogate classifies correctly where they are."""
-        return self.rows[self.current_logits().argmax(dim=1) == self.labels]
+        """Returns the active rows that their surrogate classifies correctly where they are."""
+        right = self.current_logits().argmax(dim=1) == self.labels
+        return self.active[right[self.active]]
 
     def couples(self) -> bool:
         """Returns whether some surrogate's answers depend on the rest of its batch."""
@@ -165,6 +167,15 @@ class Budget:
         if self.iterations < 1 or self.targets < 0:
             raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets")
 
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Returns the budget that `text` names: iterations, or iterations × targets as `"100x9"`."""
+        try:
+            return cls(*(int(number) for number in text.split("x", 1)))
+        except ValueError as error:
+            raise ValueError(f"cannot read the budget {text!r} ({error}); expected iterations, such as 100, or "
+                             "iterations x targets, such as 100x9") from error
+
     def for_classes(self, num_classes: int) -> "Budget":
         """Returns the budget with no more targets than there are wrong classes."""
         return Budget(self.iterations, min(self.targets, num_classes - 1))
@@ -176,14 +187,15 @@ class Budget:
 
 def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
-    wrong = F.softmax(batch.clean_logits, dim=1).scatter(1, batch.labels.unsqueeze(1), 0.0).sum(dim=1)
+    rows = batch.active
+    wrong = F.softmax(batch.clean_logits[rows], dim=1).scatter(1, batch.labels[rows].unsqueeze(1), 0.0).sum(dim=1)
     if (wrong == 0).any():
         notes.flag("saturated-softmax", f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is "
                    "one-hot in float32, and the gradient of the cross-entropy 0: the candidates of this attack prove "
                    "little")
-    attack = APGDAttack(_rows_model(batch, batch.rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
-    candidates, _, _ = _apgd_run(attack, batch, batch.rows)
-    return candidates
+    attack = APGDAttack(_rows_model(batch, rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
+    points, _, _ = _apgd_run(attack, batch, rows)
+    return batch.points.index_copy(0, rows, points)
 
 
 def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
@@ -193,7 +205,7 @@ def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
     """
     targets = _targets(batch, budget)
     best_loss = torch.full_like(batch.clean_logits[:, 0], -math.inf)
-    rows = batch.rows
+    rows = batch.active
     for target in targets.t():
         attack = APGDAttack_targeted(_rows_model(batch, rows), **_apgd_options(batch, threat, budget, notes))
         attack.y_target = target[rows]
@@ -216,7 +228,8 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
     no boundary the candidate is one gradient step from a random start.
     """
     targets = _targets(batch, budget)
-    batch.place(batch.rows, pgd(_rows_model(batch, batch.rows), batch.clean, batch.labels, threat, steps=1))
+    rows = batch.active
+    batch.place(rows, pgd(_rows_model(batch, rows), batch.clean[rows], batch.labels[rows], threat, steps=1))
     loss = margin_loss(batch.current_logits(), batch.labels)
     attack = _FAB(batch, threat, budget)
     for target in targets.t():
@@ -244,8 +257,8 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
     attack = _Square(batch, threat, budget)
     attack.init_hyperparam(batch.clean)
     # What stands for the labels is the row, by which the search's queries find their batch.
-    _, points = attack.attack_single_run(batch.clean, batch.rows)
-    return points
+    _, points = attack.attack_single_run(batch.clean[batch.active], batch.active)
+    return batch.points.index_copy(0, batch.active, points)
 
 
 def square_tiles(height: int, width: int) -> bool:
@@ -257,27 +270,21 @@ def square_tiles(height: int, width: int) -> bool:
     return all(start + side // tile * tile <= side for side in (height, width))
 
 
-#: AutoAttack's standard components and budgets.
+#: AutoAttack's standard components.
 COMPONENTS: Final[dict[str, Callable[[AttackBatch, ThreatModel, Budget, "Notes"], Tensor]]] = {
     "apgd-ce": apgd_ce,
     "apgd-t": apgd_t,
     "fab-t": fab_t,
     "square": square,
 }
-STANDARD_BUDGETS: Final = {
-    "apgd-ce": Budget(100),
-    "apgd-t": Budget(100, targets=9),
-    "fab-t": Budget(100, targets=9),
-    "square": Budget(5_000),
-}
 
 
 class Notes:
     """Gathers the flags that components raise, each once; it takes the place of a logger for AutoAttack's."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.flags: list[Flag] = []
-        self.prefix = ""
+        self.prefix = prefix
 
     def flag(self, name: str, text: str) -> None:
         """Keeps a flag of the attack that `prefix` names."""

@@ -1,32 +1,37 @@
-"""`mixed_surrogate_attack`: the Mixed Surrogate Attack (MSA), and the judge that counts what it finds."""
+"""`mixed_surrogate_attack`: the Mixed Surrogate Attack (MSA)."""
 
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
+from ..data import PixelModel, check_answers_alike, check_pixels
 from ..files import replacing, writable_folder
-from ..head import HPMHead, find_head, head_name, inference_mode
+from ..functional import in_autocast
+from ..head import find_head, head_name, inference_mode
 from ..report import TRUE_MODEL, AttackReport, Flag, data_digest, weights_digest
 from ..threat import ThreatModel
-from .components import COMPONENTS, STANDARD_BUDGETS, AttackBatch, Budget, Notes, check_finite, square_tiles
+from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, square_tiles
 from .flags import GRADIENT_FREE, check_model, verdict_flag
-from .surrogates import SplitModel, check_names
+from .judge import as_row, device_of, image_name, judge, pixel_model_for
+from .progress import ProgressFolder, Step
+from .protocols import Protocol, find_protocol
+from .surrogates import SplitModel
 
 
 def mixed_surrogate_attack(
@@ -35,14 +40,17 @@ def mixed_surrogate_attack(
         labels: Tensor,
         threat: ThreatModel,
         *,
+        protocol: str | Protocol = "standard",
         batch_size: int = 128,
         surrogates: Sequence[str] | None = None,
         attacks: Sequence[str] | None = None,
-        budgets: dict[str, Budget] | None = None,
+        budgets: Mapping[str, Budget] | None = None,
         surrogates_at_once: int = 1,
         seed: int = 0,
         progress: bool = False,
         save_adversarial: str | os.PathLike | None = None,
+        resume: str | os.PathLike | None = None,
+        accelerator: Accelerator | None = None,
         about: Mapping[str, Any] | None = None,
 ) -> AttackReport:
     """Attacks a classifier through differentiable surrogates, and lets the classifier itself judge what was found.
@@ -57,172 +65,111 @@ def mixed_surrogate_attack(
 
     Arguments:
         model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
-            not changed: attacks work on a frozen copy.
+            not changed: attacks work on a frozen copy, in float32. It is judged in its own precision, and in the
+            caller's autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do.
+        protocol: `"standard"`, `"fast"` or a `Protocol`; `surrogates`, `attacks` and `budgets` make it a custom one.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
-        surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
-        attacks: names of `COMPONENTS`; None means all.
-        budgets: budgets for some of the attacks; None means AutoAttack's standard ones. Targets are capped at C − 1.
+        surrogates: names of `SURROGATES`; None means the protocol's.
+        attacks: names of `COMPONENTS`; None means the protocol's.
+        budgets: budgets for some of the attacks; None means the protocol's. Targets are capped at C − 1.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.
         progress: shows a progress bar on standard error.
         save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
             reads it.
+        resume: a folder that keeps what was found so far, after each attack on each batch. A run that was killed goes
+            on from there to the same report; another run's folder is refused.
+        accelerator: of several processes that all make this call: batches are dealt out to them whole, and the report,
+            the same on each, does not depend on their number. None means this process only.
         about: what else the report's protocol is to say, such as the data set, the split and the weights' origin.
 
     Returns:
         The report, with a verdict for each image and candidate.
 
     Raises:
-        ValueError: bad images, labels, batch size, names of surrogates or attacks, or a model in train mode.
+        ValueError: bad images, labels, batch size, names of surrogates or attacks, a model in train mode, or a `resume`
+            folder of another run.
         NonFiniteLogitsError: the classifier or a surrogate answered NaN or infinity; the message names the image.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if surrogates_at_once < 1:
         raise ValueError(f"surrogates_at_once is {surrogates_at_once}; expected at least 1")
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if save_adversarial is not None and processes > 1 and resume is None:
+        raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
     check_answers_alike(model)
     check_pixels(images, labels)
     if save_adversarial is not None:
         writable_folder(Path(save_adversarial).parent)
     images, labels = images.detach().float().contiguous(), labels.detach().long()
-    pixel_model = as_pixel_model(model)
-    device = _device(pixel_model, images)
+    pixel_model = pixel_model_for(model, images)
+    device = device_of(pixel_model, images)
     example = images[:batch_size].to(device)
     num_classes = _num_classes(pixel_model, example)
     check_pixels(images, labels, num_classes)
-    split = SplitModel(pixel_model, example)
-    names = split.default_surrogates() if surrogates is None else split.check_surrogates(surrogates)
-    chosen = tuple(COMPONENTS) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS))
+    with _without_autocast(example):
+        split = SplitModel(pixel_model, example)
+    chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets)
+    names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
+    start = time.perf_counter()
     checks = _no_cost()
     with _seeded(device, seed, "checks"):
         flags = _check_model(pixel_model, example, labels[:batch_size].to(device), checks)
+    usable = tuple(chosen.attacks)
     if any(flag.name == "no-gradient" for flag in flags):
-        chosen = _without_gradients(chosen)
-    plan = _plan(split, names, chosen, surrogates_at_once)
-
-    if threat.norm == "L2" and any(attack == "square" for _, attack in plan) and not square_tiles(*images.shape[-2:]):
+        usable = _without_gradients(usable)
+    plan = _plan(split, names, usable, surrogates_at_once, chosen)
+    budget_of = {attack: chosen.attacks[attack].for_classes(num_classes) for attack in usable}
+    if threat.norm == "L2" and "square" in usable and not square_tiles(*images.shape[-2:]):
         raise ValueError(f"Square under L2 cannot tile images of {images.shape[-2]}×{images.shape[-1]} pixels (nor can "
                          f"AutoAttack's); leave it out: attacks={[name for name in COMPONENTS if name != 'square']}")
-    budget_of = {attack: budget.for_classes(num_classes) for attack, budget in _check_budgets(budgets).items()
-                 if any(attack == planned for _, planned in plan)}
+    described = _described(model, split, images, labels, threat, chosen, batch_size, names, budget_of,
+                           surrogates_at_once, seed, num_classes, device)
 
-    start = time.perf_counter()
-    crafting = _Crafting(split, threat, plan, budget_of, batch_size, seed, device)
-    court = _Court(model, pixel_model, batch_size, with_baseline=split.head is not None and "fc" in names)
-    court.decide("clean", images, labels)
-    candidates: dict[str, list[Tensor]] = {}
-    for name, first, points in crafting.candidates(images, labels, progress):
-        court.decide(name, points, labels[first:first + batch_size], first)
-        if save_adversarial is not None:
-            candidates.setdefault(name, []).append(points.cpu())
+    folder = None
+    if resume is not None:
+        if rank == 0:
+            folder = ProgressFolder(Path(resume), described)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        folder = folder or ProgressFolder(Path(resume), described, begins=False)
+    run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
+               survivors_only=chosen.survivors_only,
+               with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
+               keeps_candidates=save_adversarial is not None, folder=folder)
+    mine = range(rank * batch_size, len(images), processes * batch_size)
+    with tqdm(total=len(mine) * run.queries(), disable=not progress or rank > 0, unit="query", smoothing=0) as bar:
+        steps = [(first, run.attack_batch(first, images[first:first + batch_size], labels[first:first + batch_size],
+                                          bar)) for first in mine]
+    if accelerator is not None:
+        steps = sorted(gather_object(steps), key=lambda batch: batch[0])
 
-    correct = _in_order(court.verdicts, names)
+    found = [step for _, batch in steps for step in batch]
+    correct = _in_order(_joined(step.correct for step in found), names)
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    total = {key: checks[key] + sum(row[key] for row in crafting.cost.values()) for key in _no_cost()}
-    total["forward_passes"] += court.judged
-    total["seconds"] = time.perf_counter() - start
-
+    flags += dict.fromkeys(flag for step in found for flag in step.flags)
+    flags += [flag for flag in [verdict_flag(correct)] if flag]
+    cost = _total_cost(found, checks)
+    cost["all"]["seconds"] = time.perf_counter() - start
     report = AttackReport(
-        protocol=dict(about or {}) | _protocol(model, split, images, labels, threat, batch_size, names, budget_of,
-                                               surrogates_at_once, seed, num_classes, device),
+        protocol=dict(about or {}) | described,
         correct=correct,
-        baseline_correct=court.baseline,
-        cost=crafting.cost | {"all": total},
-        flags=flags + crafting.notes.flags + [flag for flag in [verdict_flag(correct)] if flag],
+        baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
+        cost=cost,
+        flags=flags,
     )
-    if save_adversarial is not None:
+    if save_adversarial is not None and rank == 0:
         with replacing(save_adversarial) as temporary:
-            saved = {name: torch.cat(parts) for name, parts in candidates.items()}
-            save_file({"clean": images.cpu(), "labels": labels.cpu()} | saved, temporary,
+            save_file({"clean": images.cpu(), "labels": labels.cpu()} | run.all_candidates(steps), temporary,
                       {"protocol": json.dumps(report.protocol)})
     return report
-
-
-@torch.no_grad()
-def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
-    """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
-
-    Arguments:
-        model: a timm model, or a module of pixels in [0, 1]; in eval mode.
-        images: (N, channels, H, W), pixels in [0, 1].
-        labels: (N,), class indices.
-        batch_size: images a batch; the last batch has what is left.
-        first_image: index of the first image, for error messages.
-
-    Raises:
-        ValueError: bad images, labels or batch size, or a model in train mode.
-        NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    check_answers_alike(model)
-    check_pixels(images, labels)
-    model = as_pixel_model(model)
-    device = _device(model, images)
-    verdicts = []
-    for first in range(0, len(images), batch_size):
-        logits = model(images[first:first + batch_size].to(device))
-        check_finite(logits, partial(_image_name, first_image + first))
-        verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
-    return torch.cat(verdicts)
-
-
-def _image_name(first: int, row: int) -> str:
-    return f"image {first + row}"
-
-
-def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
-    """Returns the verdicts (`AttackReport.correct`) on the images that `save_adversarial` saved, judged again.
-
-    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
-
-    Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, or a model that mixes its
-            prototypes otherwise than the saved protocol says.
-        OSError: no such file.
-    """
-    protocol = saved_protocol(path)
-    with safe_open(path, "pt") as file, _mode_of(model, protocol["inference"]) as head:
-        if head is not None and head.mix != protocol["mix"]:
-            raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
-        labels = file.get_tensor("labels")
-        return {name: _verdicts(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
-                for name in file.keys() if name != "labels"}  # noqa: SIM118  (it is no dict)
-
-
-def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the protocol (`AttackReport.protocol`) by which the images of a `save_adversarial` file were found.
-
-    Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write, or that is damaged.
-        OSError: no such file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file ({error}); run the attack again") from error
-    if "protocol" not in metadata or not {"clean", "labels"} <= names:
-        raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
-                         "evaluate.py --save-adversarial wrote")
-    return json.loads(metadata["protocol"])
-
-
-def _check_budgets(budgets: Mapping[str, Budget] | None) -> dict[str, Budget]:
-    """Returns the budget of every component."""
-    if budgets:
-        check_names("attack", list(budgets), tuple(COMPONENTS))
-    chosen = STANDARD_BUDGETS | dict(budgets or {})
-    for attack, standard in STANDARD_BUDGETS.items():
-        if standard.targets and not chosen[attack].targets:
-            raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they are; "
-                             f"expected such as Budget({chosen[attack].iterations}, targets={standard.targets})")
-    return chosen
 
 
 # Enough to see what `check_model` looks for.
@@ -256,19 +203,26 @@ def _plan(
         surrogates: tuple[str, ...],
         attacks: tuple[str, ...],
         at_once: int,
+        protocol: Protocol,
 ) -> list[tuple[tuple[str, ...], str]]:
     """Returns the (surrogates side by side, attack) of one batch, in order."""
     groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
-    plan = [(group, attack) for group in groups for attack in attacks]
-    if "square" in attacks and split.twin() not in surrogates:
+    # Where an image is attacked only until it is broken, the cheap attacks come first.
+    plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
+        (group, attack) for group in groups for attack in attacks]
+    if protocol.square_on_true_only:
+        plan = [(group, attack) for group, attack in plan if attack != "square"]
+    if "square" in attacks and (protocol.square_on_true_only or split.twin() not in surrogates):
         plan.append(((TRUE_MODEL,), "square"))
     return plan
 
 
 @dataclass
-class _Crafting:
-    """Makes the candidates of each batch, surrogate and attack, and keeps count of what that costs."""
+class _Run:
+    """One evaluation: attacks batch after batch, judges what it finds, and keeps that where it is to be kept."""
 
+    model: nn.Module
+    pixel_model: nn.Module
     split: SplitModel
     threat: ThreatModel
     plan: list[tuple[tuple[str, ...], str]]
@@ -276,68 +230,115 @@ class _Crafting:
     batch_size: int
     seed: int
     device: torch.device
-    notes: Notes = field(default_factory=Notes)
+    survivors_only: bool
+    with_baseline: bool
+    keeps_candidates: bool
+    folder: ProgressFolder | None
 
-    def __post_init__(self) -> None:
-        self.cost = {attack: _no_cost() for attack in self.budgets}
+    def queries(self) -> int:
+        """Returns about how many queries a batch takes, for a progress bar."""
+        return sum(self.budgets[attack].queries() for _, attack in self.plan)
 
-    def candidates(self, images: Tensor, labels: Tensor, progress: bool) -> Iterator[tuple[str, int, Tensor]]:
-        """Yields `"<surrogate>/<attack>"`, the index of a batch's first image, and its candidates (B, ...)."""
-        starts = range(0, len(images), self.batch_size)
-        queries = len(starts) * sum(self.budgets[attack].queries() for _, attack in self.plan)
-        with tqdm(total=queries, disable=not progress, unit="query", smoothing=0) as bar:
-            for first in starts:
-                x = images[first:first + self.batch_size].to(self.device)
-                y = labels[first:first + self.batch_size].to(self.device)
-                for group, attack in self.plan:
-                    bar.set_postfix_str(f"images {first}–{first + len(x) - 1}, {'+'.join(group)}: {attack}")
-                    done = bar.n + self.budgets[attack].queries()
-                    found = self._attack(group, attack, x, y, first, partial(_advance, bar, done))
-                    bar.update(done - bar.n)
-                    for surrogate, points in zip(group, found.split(len(x)), strict=True):
-                        yield f"{surrogate}/{attack}", first, points
+    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
+        """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
+        images, labels = images.to(self.device), labels.to(self.device)
+        steps = [self._judged("clean", {"clean": images}, labels, first, torch.zeros_like(labels, dtype=torch.bool))]
+        standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        broken[steps[0].broken] = True
+        for number, (group, attack) in enumerate(self.plan):
+            bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
+            done = bar.n + self.budgets[attack].queries()
+            step = None if self.folder is None else self.folder.load(first // self.batch_size, number)
+            if step is None:
+                step = self._attacked(group, attack, images, labels, first, standing, broken,
+                                      partial(_advance, bar, done))
+                if self.folder is not None:
+                    self.folder.save(first // self.batch_size, number, step)
+            bar.update(done - bar.n)
+            standing[step.broken] = step.points.to(self.device)
+            broken[step.broken] = True
+            # What is on disk, or of no more use, need not stay in memory.
+            steps.append(replace(step, broken=step.broken[:0], points=step.points[:0],
+                                 candidates={} if self.folder is not None else step.candidates))
+        return steps
 
-    def _attack(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
-                on_query: Callable[[], None]) -> Tensor:
-        """Returns the candidates (S·B, ...) of one attack on one batch through a group of S surrogates."""
-        self.notes.prefix = f"{attack} on {', '.join(group)}: "
+    def all_candidates(self, steps: list[tuple[int, list[Step]]]) -> dict[str, Tensor]:
+        """Returns the candidates (N, channels, H, W) by name, from memory or from the folder."""
+        parts: dict[str, list[Tensor]] = {}
+        for first, batch in steps:
+            for number, step in enumerate(batch[1:]):
+                on_disk = self.folder and self.folder.load(first // self.batch_size, number)
+                for name, points in (on_disk or step).candidates.items():
+                    parts.setdefault(name, []).append(points)
+        return {name: torch.cat(points) for name, points in parts.items()}
+
+    def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
+                  standing: Tensor, broken: Tensor, on_query: Callable[[], None]) -> Step:
+        """Returns what one attack on one batch finds through a group of surrogates."""
+        notes = Notes(f"{attack} on {', '.join(group)}: ")
         surrogates = [self.split.twin() if name == TRUE_MODEL else name for name in group]
-        with _counted(self.cost[attack], self.split), _seeded(self.device, self.seed, attack, group, first):
-            batch = AttackBatch(self.split, surrogates, images, labels, first_image=first, on_query=on_query)
-            found = COMPONENTS[attack](batch, self.threat, self.budgets[attack], self.notes)
+        before = time.perf_counter(), self.split.forward_passes, self.split.backward_passes
+        with _seeded(self.device, self.seed, attack, group, first), _without_autocast(images):
+            batch = AttackBatch(self.split, surrogates, images, labels, first_image=first, on_query=on_query,
+                                **({"start": standing, "active": ~broken} if self.survivors_only else {}))
+            found = batch.points
+            if len(batch.active):
+                found = COMPONENTS[attack](batch, self.threat, self.budgets[attack], notes)
             # The components end in the ball already, up to rounding.
-            return self.threat.project(found, batch.clean)
+            found = self.threat.project(found, batch.clean)
+        seconds = time.perf_counter() - before[0]
+        named = {f"{surrogate}/{attack}": points
+                 for surrogate, points in zip(group, found.split(len(images)), strict=True)}
+        step = self._judged(attack, named, labels, first, broken)
+        return replace(step, flags=notes.flags, cost={
+            "seconds": seconds, "forward_passes": self.split.forward_passes - before[1],
+            "backward_passes": self.split.backward_passes - before[2]})
+
+    def _judged(self, attack: str, candidates: dict[str, Tensor], labels: Tensor, first: int, broken: Tensor) -> Step:
+        """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
+        correct, baseline = {}, {}
+        newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
+        for name, found in candidates.items():
+            right = judge(self.pixel_model, found, labels, self.batch_size, first_image=first)
+            correct[name] = as_row(right)
+            breaks = ~right.to(broken.device) & ~broken & ~newly
+            points[breaks] = found[breaks]
+            newly |= breaks
+            if self.with_baseline and (name == "clean" or name.startswith("fc/")):
+                with inference_mode(self.model, "fc"):
+                    baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first))
+        kept = {name: found.cpu() for name, found in candidates.items()} if self.keeps_candidates else {}
+        return Step(attack, correct, baseline, _no_cost(), [], newly.nonzero().squeeze(1).cpu(), points[newly].cpu(),
+                    kept if attack != "clean" else {})
 
 
-class _Court:
-    """The judges: the true model, and as a baseline the FC classifier on what was found on that classifier."""
-
-    def __init__(self, model: nn.Module, pixel_model: nn.Module, batch_size: int, *, with_baseline: bool):
-        self.model = model
-        self.pixel_model = pixel_model
-        self.batch_size = batch_size
-        self.with_baseline = with_baseline
-        self.verdicts: dict[str, str] = {}
-        self.baseline: dict[str, str] = {}
-        self.judged = 0
-
-    def decide(self, name: str, points: Tensor, labels: Tensor, first: int = 0) -> None:
-        """Judges whole batches of candidates and adds the verdicts to those that stand under `name`."""
-        self._judge(self.verdicts, name, points, labels, first)
-        if self.with_baseline and (name == "clean" or name.startswith("fc/")):
-            with inference_mode(self.model, "fc"):
-                self._judge(self.baseline, name, points, labels, first)
-
-    def _judge(self, verdicts: dict[str, str], name: str, points: Tensor, labels: Tensor, first: int) -> None:
-        correct = judge(self.pixel_model, points, labels, self.batch_size, first_image=first)
-        verdicts[name] = verdicts.get(name, "") + _verdicts(correct)
-        self.judged += len(points)
+def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
+    """Returns the verdicts of all batches, given in order, name by name."""
+    rows: dict[str, str] = {}
+    for part in parts:
+        for name, row in part.items():
+            rows[name] = rows.get(name, "") + row
+    return rows
 
 
 def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
     """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
     names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in COMPONENTS]
     return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
+
+
+def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Returns seconds and passes of each attack, and of all with the checks and the judges' passes."""
+    cost: dict[str, dict[str, float]] = {}
+    total = dict(checks)
+    for step in steps:
+        for key, value in step.cost.items():
+            if step.attack != "clean":
+                row = cost.setdefault(step.attack, _no_cost())
+                row[key] += value
+            total[key] += value
+        total["forward_passes"] += sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))
+    return cost | {"all": total}
 
 
 @torch.no_grad()
@@ -350,26 +351,16 @@ def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
         logits = pixel_model(images)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
-    check_finite(logits, partial(_image_name, 0))
+    check_finite(logits, partial(image_name, 0))
     if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
         raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")
     return logits.shape[1]
 
 
-def _device(model: nn.Module, images: Tensor) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return images.device if parameter is None else parameter.device
-
-
-@contextmanager
-def _mode_of(model: nn.Module, mode: str) -> Iterator[HPMHead | None]:
-    """Puts an HPM model into the inference mode `mode`; a model without an HPM head has the mode `"none"`."""
-    if mode == "none":
-        yield None
-    else:
-        with inference_mode(model, mode) as head:
-            yield head
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which what is on the device of `x` keeps its precision."""
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 
 @contextmanager
@@ -390,25 +381,21 @@ def _advance(bar: tqdm, most: int) -> None:
     bar.update(bar.n < most)
 
 
-@contextmanager
-def _counted(cost: dict[str, float], split: SplitModel) -> Iterator[None]:
-    before = time.perf_counter(), split.forward_passes, split.backward_passes
-    yield
-    cost["seconds"] += time.perf_counter() - before[0]
-    cost["forward_passes"] += split.forward_passes - before[1]
-    cost["backward_passes"] += split.backward_passes - before[2]
+def _precision(model: nn.Module, device: torch.device) -> str:
+    """Returns the dtype that the judge computes in."""
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        dtype = f"autocast to {torch.get_autocast_dtype(device.type)}"
+    return dtype.replace("torch.", "")
 
 
-def _verdicts(correct: Tensor) -> str:
-    return "".join("1" if right else "0" for right in correct.tolist())
-
-
-def _protocol(
+def _described(
         model: nn.Module,
         split: SplitModel,
         images: Tensor,
         labels: Tensor,
         threat: ThreatModel,
+        protocol: Protocol,
         batch_size: int,
         surrogates: tuple[str, ...],
         budgets: dict[str, Budget],
@@ -430,9 +417,10 @@ def _protocol(
         "inference": "none" if head is None else head.inference,
         "mix": None if head is None else head.mix,
         "prototypes_fitted": None if head is None else head.is_fitted(),
-        "surrogates": list(surrogates),
+        "precision": _precision(model, device),
         "attacked_scale": None if split.head is None else float(split.head.scale()),
-        "attacks": {attack: {k: v for k, v in asdict(budget).items() if v} for attack, budget in budgets.items()},
+        "protocol_digest": protocol.digest(),
+        **replace(protocol, surrogates=surrogates, attacks=budgets).summary(),
         "surrogates_at_once": at_once,
         "seed": seed,
         "device": device.type,

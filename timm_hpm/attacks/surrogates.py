@@ -109,8 +109,8 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[
 class SplitModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
-    It answers in eval mode, its parameters gather no gradient, and nothing done to it reaches the model it came from.
-    A classifier without an HPM head is all backbone.
+    It answers in eval mode and in float32, its parameters gather no gradient, and nothing done to it reaches the model
+    it came from. A classifier without an HPM head is all backbone.
 
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
@@ -119,7 +119,7 @@ class SplitModel:
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
-        self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False)
+        self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False).float()
         self.head: HPMHead | None = None
         name = head_name(self.backbone)
         if name is not None:

@@ -1,0 +1,117 @@
+"""`judge`: the only verdict that counts, by the model itself on whole batches; `rejudge` repeats a saved one."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
+from ..head import HPMHead, inference_mode
+from .components import check_finite
+
+
+@torch.no_grad()
+def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
+    """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
+
+    Arguments:
+        model: a timm model, or a module of pixels in [0, 1]; in eval mode.
+        images: (N, channels, H, W), pixels in [0, 1].
+        labels: (N,), class indices.
+        batch_size: images a batch; the last batch has what is left.
+        first_image: index of the first image, for error messages.
+
+    Raises:
+        ValueError: bad images, labels or batch size, or a model in train mode.
+        NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    check_answers_alike(model)
+    check_pixels(images, labels)
+    model = pixel_model_for(model, images)
+    device = device_of(model, images)
+    verdicts = []
+    for first in range(0, len(images), batch_size):
+        logits = model(images[first:first + batch_size].to(device))
+        check_finite(logits, partial(image_name, first_image + first))
+        verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
+    return torch.cat(verdicts)
+
+
+def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
+    """Returns the verdicts (`AttackReport.correct`) on the images that `save_adversarial` saved, judged again.
+
+    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
+
+    Raises:
+        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, or a model that mixes its
+            prototypes otherwise than the saved protocol says.
+        OSError: no such file.
+    """
+    protocol = saved_protocol(path)
+    with safe_open(path, "pt") as file, _mode_of(model, protocol["inference"]) as head:
+        if head is not None and head.mix != protocol["mix"]:
+            raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
+        labels = file.get_tensor("labels")
+        return {name: as_row(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
+                for name in file.keys() if name != "labels"}  # noqa: SIM118  (it is no dict)
+
+
+def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the protocol (`AttackReport.protocol`) by which the images of a `save_adversarial` file were found.
+
+    Raises:
+        ValueError: a file that `mixed_surrogate_attack` did not write, or that is damaged.
+        OSError: no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}); run the attack again") from error
+    if "protocol" not in metadata or not {"clean", "labels"} <= names:
+        raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
+                         "evaluate.py --save-adversarial wrote")
+    return json.loads(metadata["protocol"])
+
+
+def as_row(correct: Tensor) -> str:
+    """Returns verdicts (N,) as a report keeps them: `1` for an image that is right, `0` for one that is not."""
+    return "".join("1" if right else "0" for right in correct.tolist())
+
+
+def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
+    """Returns `model` as a classifier of float32 pixels in [0, 1] that answers in float32."""
+    pixel_model = as_pixel_model(model)
+    if isinstance(pixel_model, PixelModel) or all(p.dtype == torch.float32 for p in model.parameters()):
+        return pixel_model
+    # A module of pixels in another precision: no normalisation, only its dtype.
+    return PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
+
+
+def device_of(model: nn.Module, images: Tensor) -> torch.device:
+    """Returns the device of the model's parameters, or that of the images where it has none."""
+    parameter = next(model.parameters(), None)
+    return images.device if parameter is None else parameter.device
+
+
+def image_name(first: int, row: int) -> str:
+    """Returns what an error message calls the image of a row of logits."""
+    return f"image {first + row}"
+
+
+@contextmanager
+def _mode_of(model: nn.Module, mode: str) -> Iterator[HPMHead | None]:
+    """Puts an HPM model into the inference mode `mode`; a model without an HPM head has the mode `"none"`."""
+    if mode == "none":
+        yield None
+    else:
+        with inference_mode(model, mode) as head:
+            yield head

@@ -1,0 +1,103 @@
+"""What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import replacing, writable_folder, write_text
+from ..report import Flag
+
+
+@dataclass
+class Step:
+    """What one attack, through surrogates side by side, found on one batch of B images.
+
+    Arguments:
+        attack: its name; `"clean"` where the images are as they were.
+        correct: the true model's verdicts, a text of B characters for each `"<surrogate>/<attack>"`.
+        baseline_correct: the same of the FC classifier, on what was found on that classifier.
+        cost: seconds and passes.
+        flags: what the attack warned of.
+        broken: (K,), the images of the batch that no earlier step had broken.
+        points: (K, channels, H, W), the first candidate of this step that broke each.
+        candidates: (B, channels, H, W) by name, where they are to be kept.
+    """
+
+    attack: str
+    correct: dict[str, str]
+    baseline_correct: dict[str, str]
+    cost: dict[str, float]
+    flags: list[Flag]
+    broken: Tensor
+    points: Tensor
+    candidates: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ProgressFolder:
+    """The steps of one run in a folder; another run's are refused.
+
+    Arguments:
+        folder: made where it is missing.
+        run: all that the numbers depend on, in JSON's types.
+        begins: whether this process may begin a run here; another one then has.
+
+    Raises:
+        ValueError: the folder holds the steps of another run, or something else; the message says what differs.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):
+        self.folder = folder
+        file = folder / "run.json"
+        run = json.loads(json.dumps(run))
+        if begins:
+            writable_folder(folder)
+            # Of a process that was killed as it wrote.
+            for rest in folder.glob(".*.tmp"):
+                rest.unlink(missing_ok=True)
+            if not file.exists():
+                if any(folder.iterdir()):
+                    raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
+                                     "folder, or empty it")
+                write_text(file, json.dumps(run, indent=1) + "\n")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove {folder} and start again") from error
+        different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
+                     if found.get(name) != run.get(name)]
+        if different:
+            raise ValueError(f"{folder} holds the progress of another run ({'; '.join(different)}). Give what that run "
+                             "had, or another folder")
+
+    def load(self, batch: int, step: int) -> Step | None:
+        """Returns the step of a batch, or None where it is still to be made."""
+        path = self._path(batch, step)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                result = json.loads(file.metadata()["step"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            result["flags"] = [Flag(**flag) for flag in result["flags"]]
+            return Step(**result, broken=tensors.pop("broken"), points=tensors.pop("points"), candidates=tensors)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
+                             "again") from error
+
+    def save(self, batch: int, step: int, found: Step) -> None:
+        """Writes a step, whole or not at all."""
+        result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
+                  "cost": found.cost, "flags": [asdict(flag) for flag in found.flags]}
+        tensors = {"broken": found.broken, "points": found.points} | found.candidates
+        with replacing(self._path(batch, step)) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+                      {"step": json.dumps(result)})
+
+    def _path(self, batch: int, step: int) -> Path:
+        return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"

@@ -1,0 +1,88 @@
+"""`Protocol`: which attacks an evaluation runs, through which surrogates, at which budgets."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from .components import COMPONENTS, Budget
+from .surrogates import check_names
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a Mixed Surrogate Attack runs.
+
+    Arguments:
+        name: stands in the report.
+        attacks: names of `COMPONENTS` in their order, with the budget of each.
+        surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
+        square_on_true_only: Square attacks the true model only, not each surrogate as well.
+        survivors_only: an image that was broken is attacked no more. The worst case counts the same, but the rows of
+            single attacks do not: in those that follow, the image stands at what broke it.
+    """
+
+    name: str
+    attacks: Mapping[str, Budget]
+    surrogates: tuple[str, ...] | None = None
+    square_on_true_only: bool = False
+    survivors_only: bool = False
+
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that tell the protocol, its name and budgets, from any other."""
+        return hashlib.sha256(json.dumps(self.summary()).encode()).hexdigest()[:16]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns all of it in JSON's types, as a report's protocol shows it."""
+        attacks = {name: {k: v for k, v in asdict(budget).items() if v} for name, budget in self.attacks.items()}
+        return {
+            "protocol": self.name,
+            "surrogates": None if self.surrogates is None else list(self.surrogates),
+            "attacks": attacks,
+            "square_on_true_only": self.square_on_true_only,
+            "survivors_only": self.survivors_only,
+        }
+
+    def changed(
+            self,
+            surrogates: Sequence[str] | None = None,
+            attacks: Sequence[str] | None = None,
+            budgets: Mapping[str, Budget] | None = None,
+    ) -> "Protocol":
+        """Returns the protocol with other surrogates, attacks or budgets, named `"custom"` if that changes it.
+
+        An attack that is not the protocol's own has the standard budget.
+
+        Raises:
+            ValueError: unknown attacks, or a budget without targets for an attack that needs them.
+        """
+        budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **(budgets or {})}
+        check_names("attack", list(budget_of), tuple(COMPONENTS))
+        for attack, standard in PROTOCOLS["standard"].attacks.items():
+            if standard.targets and not budget_of[attack].targets:
+                raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
+                                 f"are; expected such as Budget({budget_of[attack].iterations}, "
+                                 f"targets={standard.targets})")
+        names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS))
+        other = replace(self, attacks={name: budget_of[name] for name in names},
+                        surrogates=self.surrogates if surrogates is None else tuple(surrogates))
+        return self if other == self else replace(other, name="custom")
+
+
+#: `standard`: each of AutoAttack's components, at its standard budget, through every surrogate, and Square on the true
+#: model. `fast`: what finds most of that for a fraction of the passes.
+PROTOCOLS: Final = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
+                              "fab-t": Budget(100, targets=9), "square": Budget(5_000)}),
+        Protocol("fast", {"apgd-ce": Budget(50), "apgd-t": Budget(50, targets=4), "square": Budget(1_000)},
+                 square_on_true_only=True, survivors_only=True),
+    )
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """Returns the protocol of that name, or raises a ValueError that lists the names."""
+    return PROTOCOLS[check_names("protocol", [name], tuple(PROTOCOLS))[0]]

@@ -218,7 +218,8 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options that belong to a run, in JSON's types; its folder is not among them."""
-    options = {name: value for name, value in vars(args).items() if name not in ("resume", "rejudge", "output", "compare")}
+    others = ("resume", "rejudge", "output", "compare")
+    options = {name: value for name, value in vars(args).items() if name not in others}
     return json.loads(json.dumps(options, default=str))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from .attacks import STANDARD_BUDGETS
+from .attacks import COMPONENTS, PROTOCOLS
 from .files import write_text
 from .report import AttackReport
 from .report.verdicts import worst_accuracy
@@ -71,10 +71,11 @@ def save_model_info(report: AttackReport, path: str | os.PathLike, known: Mappin
 
 
 def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
-    budgets = {attack: asdict(budget.for_classes(protocol["num_classes"]))
-               for attack, budget in STANDARD_BUDGETS.items()}
+    budgets = {attack: asdict(PROTOCOLS["standard"].attacks[attack].for_classes(protocol["num_classes"]))
+               for attack in COMPONENTS}
     standard = {attack: {name: value for name, value in budget.items() if value} for attack, budget in budgets.items()}
-    return own in protocol["surrogates"] and protocol["attacks"] == standard
+    return (own in protocol["surrogates"] and not protocol.get("survivors_only", False)
+            and {attack: protocol["attacks"].get(attack) for attack in COMPONENTS} == standard)
 
 
 def _accuracy_under(report: AttackReport, surrogate: str) -> float:

@@ -343,6 +343,16 @@ def test_verdicts_are_the_models_answers_in_whole_batches(attacked):
         name: row for name, row in rows.items() if name != "true/square"}
 
 
+def test_the_first_broken_images_are_its_examples(attacked):
+    rows = attacked.report.correct
+    broken = [i for i in range(60) if rows["clean"][i] == "1" and "0" in {row[i] for row in rows.values()}]
+    assert [example.image for example in attacked.report.examples] == broken[:8]
+    for example in attacked.report.examples:
+        first = example.image // 25 * 25
+        batch = attacked.candidates[example.found_by][first:first + 25]
+        assert example.predicted == int(attacked.model(batch).argmax(dim=1)[example.image - first]) != example.label
+
+
 def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
     report = attacked.report
     names = ["clean", *[f"fc/{attack}" for attack in COMPONENTS]]

@@ -65,7 +65,8 @@ def check_same(folder: Path, other: Path) -> None:
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
     assert candidates[0].keys() == candidates[1].keys() and len(candidates[0]) == 2 + 5 * 4
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "adversarial.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
+                                                        "adversarial.safetensors"}
 
 
 def kill_and_resume(folder: Path, kills: int, choose: random.Random) -> int:

@@ -16,33 +16,40 @@ from ..head import HPMHead, inference_mode
 from .components import check_finite
 
 
-@torch.no_grad()
 def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
     """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
+
+    Arguments and errors are those of `predictions`, and it asks for the `labels` (N,), class indices.
+    """
+    check_pixels(images, labels)
+    return predictions(model, images, batch_size, first_image=first_image) == labels.cpu()
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
+    """Returns the classes (N,) that a model answers, asked in whole batches in the order given.
 
     Arguments:
         model: a timm model, or a module of pixels in [0, 1]; in eval mode.
         images: (N, channels, H, W), pixels in [0, 1].
-        labels: (N,), class indices.
         batch_size: images a batch; the last batch has what is left.
         first_image: index of the first image, for error messages.
 
     Raises:
-        ValueError: bad images, labels or batch size, or a model in train mode.
+        ValueError: bad images or batch size, or a model in train mode.
         NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     check_answers_alike(model)
-    check_pixels(images, labels)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
-    verdicts = []
+    answers = []
     for first in range(0, len(images), batch_size):
         logits = model(images[first:first + batch_size].to(device))
         check_finite(logits, partial(image_name, first_image + first))
-        verdicts.append(logits.argmax(dim=1).cpu() == labels[first:first + batch_size].cpu())
-    return torch.cat(verdicts)
+        answers.append(logits.argmax(dim=1).cpu())
+    return torch.cat(answers)
 
 
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:

@@ -24,11 +24,11 @@ from ..data import PixelModel, check_answers_alike, check_pixels
 from ..files import replacing, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
-from ..report import TRUE_MODEL, AttackReport, Flag, data_digest, weights_digest
+from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
 from ..threat import ThreatModel
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, square_tiles
 from .flags import GRADIENT_FREE, check_model, verdict_flag
-from .judge import as_row, device_of, image_name, judge, pixel_model_for
+from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step
 from .protocols import Protocol, find_protocol
 from .surrogates import SplitModel
@@ -164,6 +164,7 @@ def mixed_surrogate_attack(
         baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
         cost=cost,
         flags=flags,
+        examples=_first(example for step in found for example in step.examples),
     )
     if save_adversarial is not None and rank == 0:
         with replacing(save_adversarial) as temporary:
@@ -242,8 +243,8 @@ class _Run:
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
         images, labels = images.to(self.device), labels.to(self.device)
-        steps = [self._judged("clean", {"clean": images}, labels, first, torch.zeros_like(labels, dtype=torch.bool))]
         standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        steps = [self._judged("clean", {"clean": images}, images, labels, first, broken)]
         broken[steps[0].broken] = True
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
@@ -289,27 +290,35 @@ class _Run:
         seconds = time.perf_counter() - before[0]
         named = {f"{surrogate}/{attack}": points
                  for surrogate, points in zip(group, found.split(len(images)), strict=True)}
-        step = self._judged(attack, named, labels, first, broken)
+        step = self._judged(attack, named, images, labels, first, broken)
         return replace(step, flags=notes.flags, cost={
             "seconds": seconds, "forward_passes": self.split.forward_passes - before[1],
             "backward_passes": self.split.backward_passes - before[2]})
 
-    def _judged(self, attack: str, candidates: dict[str, Tensor], labels: Tensor, first: int, broken: Tensor) -> Step:
+    def _judged(self, attack: str, candidates: dict[str, Tensor], images: Tensor, labels: Tensor, first: int,
+                broken: Tensor) -> Step:
         """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
-        correct, baseline = {}, {}
+        correct, baseline, examples = {}, {}, []
         newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
         for name, found in candidates.items():
-            right = judge(self.pixel_model, found, labels, self.batch_size, first_image=first)
-            correct[name] = as_row(right)
-            breaks = ~right.to(broken.device) & ~broken & ~newly
+            answers = predictions(self.pixel_model, found, self.batch_size, first_image=first).to(labels.device)
+            correct[name] = as_row(answers == labels)
+            breaks = (answers != labels) & ~broken & ~newly
             points[breaks] = found[breaks]
             newly |= breaks
+            if attack != "clean":
+                examples += [make_example(first + i, int(labels[i]), int(answers[i]), name, images[i], found[i])
+                             for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
             if self.with_baseline and (name == "clean" or name.startswith("fc/")):
                 with inference_mode(self.model, "fc"):
                     baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first))
         kept = {name: found.cpu() for name, found in candidates.items()} if self.keeps_candidates else {}
-        return Step(attack, correct, baseline, _no_cost(), [], newly.nonzero().squeeze(1).cpu(), points[newly].cpu(),
-                    kept if attack != "clean" else {})
+        return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
+                    points[newly].cpu(), kept if attack != "clean" else {})
+
+
+def _first(examples: Iterable[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: example.image)[:NUM_EXAMPLES]
 
 
 def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:

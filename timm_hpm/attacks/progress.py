@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import replacing, writable_folder, write_text
-from ..report import Flag
+from ..report import Example, Flag
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Step:
         baseline_correct: the same of the FC classifier, on what was found on that classifier.
         cost: seconds and passes.
         flags: what the attack warned of.
+        examples: pictures of the first few images that it broke.
         broken: (K,), the images of the batch that no earlier step had broken.
         points: (K, channels, H, W), the first candidate of this step that broke each.
         candidates: (B, channels, H, W) by name, where they are to be kept.
@@ -33,6 +34,7 @@ class Step:
     baseline_correct: dict[str, str]
     cost: dict[str, float]
     flags: list[Flag]
+    examples: list[Example]
     broken: Tensor
     points: Tensor
     candidates: dict[str, Tensor] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class ProgressFolder:
                 result = json.loads(file.metadata()["step"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             result["flags"] = [Flag(**flag) for flag in result["flags"]]
+            result["examples"] = [Example(**example) for example in result["examples"]]
             return Step(**result, broken=tensors.pop("broken"), points=tensors.pop("points"), candidates=tensors)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
@@ -93,7 +96,8 @@ class ProgressFolder:
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
-                  "cost": found.cost, "flags": [asdict(flag) for flag in found.flags]}
+                  "cost": found.cost, "flags": [asdict(flag) for flag in found.flags],
+                  "examples": [asdict(example) for example in found.examples]}
         tensors = {"broken": found.broken, "points": found.points} | found.candidates
         with replacing(self._path(batch, step)) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,

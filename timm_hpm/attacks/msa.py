@@ -235,6 +235,7 @@ class _Run:
     with_baseline: bool
     keeps_candidates: bool
     folder: ProgressFolder | None
+    num_examples: int = 0
 
     def queries(self) -> int:
         """Returns about how many queries a batch takes, for a progress bar."""
@@ -260,7 +261,9 @@ class _Run:
             broken[step.broken] = True
             # What is on disk, or of no more use, need not stay in memory.
             steps.append(replace(step, broken=step.broken[:0], points=step.points[:0],
+                                 examples=step.examples if self.num_examples < NUM_EXAMPLES else [],
                                  candidates={} if self.folder is not None else step.candidates))
+        self.num_examples += sum(len(step.examples) for step in steps)
         return steps
 
     def all_candidates(self, steps: list[tuple[int, list[Step]]]) -> dict[str, Tensor]:

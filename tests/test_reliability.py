@@ -1,0 +1,207 @@
+"""What the Mixed Surrogate Attack makes of odd precisions, layouts and models, and what it leaves as it was."""
+
+import logging
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_hpm
+from timm_hpm import ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+
+THREAT = ThreatModel("Linf", 0.2)
+SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20)}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    return images[:16], labels[:16]
+
+
+class Colours(nn.Module):
+    """A small network of three channels, in any precision."""
+
+    def __init__(self, num_classes: int = 5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8 * 36, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().flatten(1))
+
+
+@pytest.fixture
+def colours() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = Colours().eval()
+    images = torch.rand(12, 3, 8, 8)
+    return model, images, model(images).argmax(dim=1)
+
+
+def test_images_in_channels_last_are_the_same_images(colours):
+    model, images, labels = colours
+    threat = ThreatModel("Linf", 0.01)
+    reports = [mixed_surrogate_attack(model, layout, labels, threat, budgets=SMALL, batch_size=5)
+               for layout in (images, images.contiguous(memory_format=torch.channels_last),
+                              images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))]
+    assert reports[0].robust_accuracy < 1
+    assert reports[0].same_results(reports[1]) and reports[0].same_results(reports[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_is_judged_in_it(colours, dtype):
+    model, images, labels = colours
+    model.to(dtype)
+    labels = model(images.to(dtype)).argmax(dim=1)
+    report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
+    assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1
+    assert report.protocol["precision"] == str(dtype).removeprefix("torch.")
+    assert next(model.parameters()).dtype == dtype and not report.unreliable
+
+
+def test_an_hpm_model_in_bf16_is_judged_in_bf16(model, digits, tmp_path):
+    path = tmp_path / "adversarial.safetensors"
+    whole = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    model.to(torch.bfloat16)
+    report = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, save_adversarial=path)
+    assert report.protocol["precision"] == "bfloat16" and whole.protocol["precision"] == "float32"
+    assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
+    assert timm_hpm.rejudge(model, path) == {k: v for k, v in report.correct.items() if k != "true/square"}
+
+
+def test_under_autocast_the_judge_is_and_the_attacks_are_not(model, digits):
+    whole = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    assert report.protocol["precision"] == "autocast to bfloat16" and not report.unreliable
+    assert report.protocol["attacked_scale"] == whole.protocol["attacked_scale"]
+    assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_few_classes_have_all_attacks_and_as_many_targets_as_there_are(num_classes, norm):
+    model = Colours(num_classes).eval()
+    images = torch.rand(8, 3, 8, 8)
+    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), ThreatModel(norm, 0.02),
+                                    attacks=["apgd-ce", "apgd-t", "fab-t"], batch_size=8,
+                                    budgets={"apgd-t": Budget(10, 9), "fab-t": Budget(5, 9)})
+    targets = {name: budget["targets"] for name, budget in report.protocol["attacks"].items() if "targets" in budget}
+    assert targets == {"apgd-t": num_classes - 1, "fab-t": num_classes - 1}
+    assert set(report.by_surrogate["model"]) == {"apgd-ce", "apgd-t", "fab-t", "worst"}
+
+
+def test_a_label_beyond_the_model_s_classes_is_named(colours):
+    model, images, labels = colours
+    with pytest.raises(ValueError, match=r"label 7 of image 3 is out of range; the model has the classes 0 to 4"):
+        mixed_surrogate_attack(model, images, labels.index_fill(0, torch.tensor(3), 7), THREAT)
+
+
+class Noisy(Colours):
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+class Counting(Colours):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("network", "flag"), [(Noisy, "random-forward"), (Counting, "changes-state")])
+def test_a_model_that_is_not_the_same_from_call_to_call_makes_the_report_unreliable(network, flag):
+    model, images = network().eval(), torch.rand(12, 3, 8, 8)
+    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), THREAT, attacks=["apgd-ce"],
+                                    budgets=SMALL)
+    assert report.unreliable and flag in [found.name for found in report.flags]
+
+
+def test_the_caller_s_random_states_trace_function_and_loggers_are_left_alone(model, digits):
+    traced = []
+
+    def trace(frame, event, argument):
+        traced.append(event)
+
+    def states():
+        loggers = {name: (logger.level, logger.propagate, logger.disabled, tuple(logger.handlers),
+                          tuple(logger.filters))
+                   for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
+        return (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist(), sys.gettrace(),
+                sys.getprofile(), logging.root.level, tuple(logging.root.handlers), logging.root.manager.disable,
+                loggers, torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    # Once before: what is imported late makes its logger then.
+    mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        before = states()
+        mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
+        assert states() == before
+        with pytest.raises(ValueError, match="unknown attack"):
+            mixed_surrogate_attack(model, *digits, THREAT, attacks=["none"])
+        assert states() == before
+    finally:
+        sys.settrace(previous)
+    assert "call" in traced
+
+
+def test_an_attack_that_fails_leaves_the_random_state_alone():
+    class Late(Colours):
+        def forward(self, x):
+            bad = (x.flatten(1).amax(dim=1, keepdim=True) > 0.55)
+            return super().forward(x) + torch.where(bad, torch.nan, 0.0)
+
+    model, images = Late().eval(), 0.5 * torch.rand(6, 3, 8, 8)
+    state = torch.get_rng_state()
+    with pytest.raises(timm_hpm.NonFiniteLogitsError):
+        mixed_surrogate_attack(model, images, model(images).argmax(dim=1), THREAT, budgets=SMALL)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+MEMORY = """
+import resource, sys, torch
+from torch import nn
+from timm_hpm import ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10)).eval()
+
+def peak(count):
+    images = torch.rand(count, 3, 32, 32)
+    labels = torch.cat([model(part).argmax(dim=1) for part in images.split(500)]).detach()
+    mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 8 / 255), attacks=["apgd-ce", "square"],
+                           budgets={"apgd-ce": Budget(2), "square": Budget(2)}, batch_size=500, resume=sys.argv[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+sys.argv[1] += "1"
+few = peak(1_000)
+sys.argv[1] += "0"
+print(peak(10_000) - few)
+"""
+
+
+def test_ten_thousand_images_take_little_more_memory_than_they_are(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "progress")], capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    # Once the images, and once more their bytes for checks: which are in [0, 1].
+    images = 9_000 * 3 * 32 * 32 * 4
+    assert 0.9 * images < int(done.stdout) < 2.2 * images

@@ -11,7 +11,6 @@ work:
 import argparse
 import json
 import os
-import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -27,8 +26,10 @@ from timm_hpm.attacks import COMPONENTS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, data_source
 from timm_hpm.files import writable_folder, write_text
+from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, load_checkpoint, usable_device
 from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
+from timm_hpm.sweep import SWEEP, parse_radii, save_sweep, sweep, sweep_markdown
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                                             "model.safetensors")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help="arguments of timm.create_model")
-    group.add_argument("--inference", choices=timm_hpm.INFERENCE_MODES,
-                       help="inference mode of the HPM head (the model's own)")
+    group.add_argument("--inference", type=_names, metavar="MODES",
+                       help=f"inference mode of the HPM head, of {', '.join(timm_hpm.INFERENCE_MODES)} (the model's "
+                            "own); several, separated by commas, are measured one after another")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (%(default)s)")
@@ -52,6 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        default=100)
     group = parser.add_argument_group("attack")
     group.add_argument("--threat", metavar="NORM:EPS", help="such as Linf:8/255 or L2:0.5 (the data set's usual one)")
+    group.add_argument("--eps-sweep", metavar="FIRST:LAST:STEP",
+                       help="measure at each of these radii in the norm of --threat, such as 0:0.2:0.02 or "
+                            "0:8/255:2/255; at 0 the robust accuracy is the clean one")
     group.add_argument("-b", "--batch-size", type=int, default=100, metavar="N",
                        help="images in a judged batch; in batch mode the answers depend on it (%(default)s)")
     group.add_argument("--protocol", default="standard", choices=[*PROTOCOLS, "custom"],
@@ -107,9 +112,14 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks or --budget")
     budgets = dict(_budget(text) for text in args.budget)
     accelerator = Accelerator(cpu=args.device == "cpu") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
-    if args.resume and (args.resume / "report.json").exists():
+    if args.resume and any((args.resume / name).exists() for name in ("report.json", SWEEP)):
         print(f"{args.resume} holds a finished run")
         return 0
+    if args.robustbench_json and (args.eps_sweep or len(args.inference or ()) > 1):
+        raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")
+    radii = parse_radii(args.eps_sweep) if args.eps_sweep else None
+    for mode in args.inference or ():
+        check_inference(mode)
     check_known(args.robustbench_info)
     if args.robustbench_json:
         writable_folder(args.robustbench_json.parent)
@@ -126,34 +136,32 @@ def main(argv: list[str] | None = None) -> int:
     if model.num_classes != source.num_classes:
         raise ValueError(f"{args.model} has {model.num_classes} classes and {args.dataset} {source.num_classes}; "
                          f"choose another, or give --model-kwargs num_classes={source.num_classes} with a --checkpoint")
-    output = output_folder(args, accelerator)
     if args.inference:
-        timm_hpm.find_head(model).inference = args.inference
+        timm_hpm.find_head(model)
+    output = output_folder(args, accelerator)
     try:
-        report = timm_hpm.mixed_surrogate_attack(
-            model, images[:count], labels[:count], threat,
+        reports = list(sweep(
+            model, images[:count], labels[:count], threat.norm, radii or [threat.eps], args.inference,
+            folder=output, save_adversarial=args.save_adversarial, accelerator=accelerator,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
             surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
-            save_adversarial=output / "adversarial.safetensors" if args.save_adversarial else None,
-            resume=output / "progress", accelerator=accelerator,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
-        )
+        ))
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python evaluate.py --resume {output}", file=sys.stderr)
         return 130
     if accelerator is None or accelerator.is_main_process:
-        write_text(output / "report.md", report.to_markdown())
-        write_text(output / "report.html", report.to_html())
+        if len(reports) > 1:
+            save_sweep(reports, output)
+            print(sweep_markdown(reports))
+        else:
+            print(reports[0].to_markdown())
         if args.robustbench_json:
-            save_model_info(report, args.robustbench_json, args.robustbench_info)
-        # The last: a run with a report.json is finished.
-        report.save(output / "report.json")
-        shutil.rmtree(output / "progress")
+            save_model_info(reports[0], args.robustbench_json, args.robustbench_info)
         (output / _OPTIONS).unlink()
-        print(report.to_markdown())
-        print(f"written: {output / 'report.json'}, {output / 'report.md'}, {output / 'report.html'}")
+        print(f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
     if accelerator is not None:
         accelerator.end_training()
     return 0
@@ -172,7 +180,7 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
     output, = chosen
     if accelerator is None or accelerator.is_main_process:
         writable_folder(output)
-        for name in () if args.resume else ("report.json", "adversarial.safetensors", _OPTIONS):
+        for name in () if args.resume else ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS):
             if (output / name).exists():
                 raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, "
                                  + ("go on with it by --resume, " if name == _OPTIONS else "") + "or remove it")

@@ -9,12 +9,15 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from html_page import Page
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_hpm import AttackReport
+import timm_hpm
+from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
 from timm_hpm.report import FLAGS, Flag, make_example, svg
 
 ROOT = Path(__file__).parent.parent
@@ -127,3 +130,23 @@ def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
     assert title == "[12,12,3,[],true]"
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_an_evaluation_shows_images_that_were_broken():
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    images, labels = timm_hpm.load_split("digits", "test").tensors
+    images, labels = images[:40], labels[:40]
+    options = {"attacks": ["apgd-ce", "square"], "surrogates": ["fc", "ste"],
+               "budgets": {"apgd-ce": Budget(5), "square": Budget(5)}}
+    report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.3), batch_size=20, **options)
+    assert len(report.examples) == 8
+    for example in report.examples:
+        rows = {name: row[example.image] for name, row in report.correct.items()}
+        assert rows["clean"] == "1" and rows[example.found_by] == "0"
+        assert example.label == labels[example.image] != example.predicted
+        clean, adversarial = picture(example.clean) / 255, picture(example.adversarial) / 255
+        assert (clean - images[example.image]).abs().max() <= 0.5001 / 255
+        assert 0 < (adversarial - clean).abs().max() <= 0.3 + 1.01 / 255
+    assert Page(report.to_html()).text.count("found by") == 8
+    alone = mixed_surrogate_attack(model, images[:3], labels[:3], ThreatModel("Linf", 0.3), batch_size=1, **options)
+    assert len(alone.examples) == sum(map(int, alone.correct["clean"])) - round(3 * alone.robust_accuracy)

@@ -93,6 +93,10 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     (["--device", "foo"], "the device 'foo' cannot be used"),
     (["--model", "resnet18", "--no-pretrained"], "resnet18 has 1000 classes and digits 10"),
     (["--model", "resnet18", "--no-pretrained", "--model-kwargs", "num_classes=10"], "images have 1 channels"),
+    (["--inference", "hard"], "unknown inference mode 'hard'; expected one of batch, sample, dataset, fc"),
+    (["--inference", "fc,batch", "--robustbench-json", "info.json"], "--robustbench-json is of one evaluation"),
+    (["--eps-sweep", "0.1"], "cannot read the radii '0.1'; expected FIRST:LAST:STEP"),
+    (["--eps-sweep", "0:2:0.5"], "eps is 1.5 for Linf"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
@@ -106,6 +110,40 @@ def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_
     assert message in str(error.value)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.rglob("report.json"))
+
+
+def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", "out"]
+    assert evaluate_main([*options, "--inference", "sample,fc", "--eps-sweep", "0:0.2:0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "| eps | sample | fc |" in printed and "written: out/sweep.html" in printed
+    folders = {f"{mode}-Linf-{eps}" for mode in ("sample", "fc") for eps in ("0.1", "0.2")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "sweep.html"}
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("*/*")}
+    assert files == {f"{folder}/report.{kind}" for folder in folders for kind in ("json", "md", "html")}
+    page = (tmp_path / "out" / "sweep.html").read_text()
+    assert all(f"href='{folder}/report.html'" in page for folder in folders)
+    with pytest.raises(ValueError, match=r"out holds the sweep\.html of an earlier run"):
+        evaluate_main([*options, "--inference", "fc"])
+
+
+def test_a_stopped_sweep_goes_on(tmp_path, evaluate_main, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--inference", "fc,dataset"]
+    assert evaluate_main([*options, "--output", "whole"]) == 0
+    assert evaluate_main([*options, "--output", "part"]) == 0
+    # As it is when the first report was there and the second begun.
+    first, second = (tmp_path / "part" / f"{mode}-Linf-0.1" / "report.json" for mode in ("fc", "dataset"))
+    (tmp_path / "part" / "sweep.html").unlink()
+    second.unlink()
+    written = first.stat().st_mtime_ns
+    assert evaluate_main([*options, "--resume", "part"]) == 0
+    assert first.stat().st_mtime_ns == written
+    for path in (first, second):
+        other = tmp_path / "whole" / path.relative_to(tmp_path / "part")
+        assert AttackReport.load(path).same_results(AttackReport.load(other))
+    assert (tmp_path / "part" / "sweep.html").exists()
 
 
 def test_evaluate_prints_an_error_without_a_traceback(tmp_path):

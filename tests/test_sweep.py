@@ -79,6 +79,8 @@ def test_what_is_wrong_is_said_before_anything_is_attacked(model, digits):
         sweep(model, *digits, "Linf", [0])
     with pytest.raises(ValueError, match=r"eps is 2\.0 for Linf"):
         sweep(model, *digits, "Linf", [0.1, 2])
+    with pytest.raises(ValueError, match="save_adversarial needs a folder"):
+        sweep(model, *digits, "Linf", [0.1], save_adversarial=True)
     with pytest.raises(ValueError, match="unknown inference mode 'hard'"):
         sweep(model, *digits, "Linf", [0.1], ["batch", "hard"])
 
@@ -108,3 +110,11 @@ def test_the_page_and_the_table_hold_every_number(reports):
         assert re.search(rf"{report.protocol['inference']} at {report.protocol['threat'][5:]}: "
                          rf"{100 * report.robust_accuracy:.1f} ± ", page.text)
     assert "Reports" not in Page(sweep_page(reports)).text
+
+
+def test_a_single_report_lies_in_the_folder_itself_with_its_candidates(model, digits, tmp_path):
+    report, = sweep(model, *digits, "Linf", [0, 0.1], folder=tmp_path, save_adversarial=True, **OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json", "report.md", "report.html", "adversarial.safetensors"}
+    assert AttackReport.load(tmp_path / "report.json") == report
+    assert timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors")["clean"] == report.correct["clean"]

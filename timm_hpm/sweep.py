@@ -1,19 +1,27 @@
 """One model in several inference modes and at several radii: a report for each, and a page for all."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from html import escape
+from pathlib import Path
 from typing import Any, Final
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .attacks import mixed_surrogate_attack
-from .head import check_inference, find_head, inference_mode
+from .files import write_text
+from .head import check_inference, find_head, head_name, inference_mode
 from .report import AttackReport, Flag, svg
 from .report.html import flag_section, page, table, unreliable_banner
 from .report.verdicts import standard_error
 from .threat import ThreatModel
+
+#: The page of all reports.
+SWEEP: Final = "sweep.html"
 
 # More would be a typing error: a sweep costs as many evaluations.
 _MOST_RADII: Final = 1_000
@@ -43,6 +51,10 @@ def sweep(
         norm: str,
         radii: Sequence[float],
         modes: Sequence[str] | None = None,
+        *,
+        folder: str | os.PathLike | None = None,
+        save_adversarial: bool = False,
+        accelerator: Accelerator | None = None,
         **options: Any,
 ) -> Iterator[AttackReport]:
     """Yields the report of each inference mode at each radius above 0, mode after mode, as soon as it is there.
@@ -54,11 +66,16 @@ def sweep(
         norm: of the threat models.
         radii: in units of the pixel range.
         modes: inference modes of the HPM head; None means the model's own, or that of a model without an HPM head.
-        **options: arguments of `mixed_surrogate_attack`.
+        folder: where each report is written as soon as it is there, with what a stopped sweep needs to go on: a report
+            that is there already is not made again. A single report lies in the folder itself, several in folders
+            named by mode and radius (`report_folder`).
+        save_adversarial: whether the candidates are written beside each report, for `rejudge`.
+        accelerator: of several processes; the first one writes.
+        **options: the other arguments of `mixed_surrogate_attack`.
 
     Raises:
-        ValueError: an unknown mode, modes for a model without an HPM head, or no radius above 0. Nothing was attacked
-            then.
+        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, or candidates to be saved
+            without a folder. Nothing was attacked then.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     if not threats:
@@ -66,17 +83,32 @@ def sweep(
     for mode in modes or ():
         check_inference(mode)
         find_head(model)
+    if save_adversarial and folder is None:
+        raise ValueError("save_adversarial needs a folder to write into")
+    own = "none" if head_name(model) is None else find_head(model).inference
+    plan = [(mode, threat) for mode in dict.fromkeys(modes or [own]) for threat in threats]
+
+    def one(mode: str, threat: ThreatModel) -> AttackReport:
+        place = None if folder is None else Path(folder) / (report_folder(mode, threat) if len(plan) > 1 else "")
+        if place is not None and (place / "report.json").exists():
+            return AttackReport.load(place / "report.json")
+        with nullcontext() if mode == "none" else inference_mode(model, mode):
+            report = mixed_surrogate_attack(
+                model, images, labels, threat, accelerator=accelerator,
+                resume=place and place / "progress",
+                save_adversarial=place / "adversarial.safetensors" if place and save_adversarial else None, **options)
+        if place is not None and (accelerator is None or accelerator.is_main_process):
+            report.write(place)
+            shutil.rmtree(place / "progress")
+        return report
+
     # Not a generator itself: what is wrong is said at once.
-    return _reports(model, images, labels, threats, modes, options)
+    return (one(mode, threat) for mode, threat in plan)
 
 
-def _reports(model: nn.Module, images: Tensor, labels: Tensor, threats: Sequence[ThreatModel],
-             modes: Sequence[str] | None, options: Mapping[str, Any]) -> Iterator[AttackReport]:
-    for mode in (None,) if modes is None else dict.fromkeys(modes):
-        for threat in threats:
-            with _mode(model, mode):
-                report = mixed_surrogate_attack(model, images, labels, threat, **options)
-            yield report
+def report_folder(mode: str, threat: ThreatModel) -> str:
+    """Returns the name of the folder of one report among several, such as `"batch-Linf-0.1"`."""
+    return "-".join([*([] if mode == "none" else [mode]), threat.norm, f"{threat.eps:.6g}"])
 
 
 def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
@@ -134,6 +166,13 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
     ])
 
 
+def save_sweep(reports: Sequence[AttackReport], folder: str | os.PathLike) -> None:
+    """Writes sweep.html beside the folders that `sweep` wrote the reports into; it links to their pages."""
+    links = [report_folder(report.protocol["inference"], ThreatModel.parse(report.protocol["threat"])) + "/report.html"
+             for report in reports]
+    write_text(Path(folder) / SWEEP, sweep_page(reports, links))
+
+
 def _links(reports: Sequence[AttackReport], links: Sequence[str]) -> list[str]:
     if not links:
         return []
@@ -159,10 +198,6 @@ def _point(eps: float, accuracy: float, report: AttackReport) -> svg.Point:
 def _mode_name(report: AttackReport) -> str:
     mode = report.protocol["inference"]
     return "model" if mode == "none" else mode
-
-
-def _mode(model: nn.Module, mode: str | None) -> AbstractContextManager:
-    return nullcontext() if mode is None else inference_mode(model, mode)
 
 
 def _fraction(text: str) -> Fraction:

@@ -140,6 +140,12 @@ class AttackReport:
         """Writes the report as JSON, whole or not at all."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes report.md, report.html and, as the last, report.json into a folder, each whole or not at all."""
+        write_text(Path(folder) / "report.md", self.to_markdown())
+        write_text(Path(folder) / "report.html", self.to_html())
+        self.save(Path(folder) / "report.json")
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
         """Returns the report that `save` wrote.

@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import Budget
 from timm_hpm.report import FLAGS, Flag, make_example, svg
+from timm_hpm.sweep import sweep_page
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -94,7 +97,7 @@ def test_large_pictures_are_made_small_and_others_kept(report):
 
 
 def test_dots_stand_where_their_values_are():
-    plot = svg.dots({"fc": {"a": svg.Point(0, 0.5, 0.1), "b": svg.Point(0, 1.0)}}, {"clean": 1.0}, "a plot")
+    plot = svg.dots({"fc": {"a": svg.Point(0, 0.5, 0.1), "b": svg.Point(0, 1.0)}}, ["a", "b"], {"clean": 1.0}, "a plot")
     places = [float(x) for x in re.findall(r"<g>.*?<circle cx='([\d.]+)'", plot)]
     # The axis begins at 30 %, the tenth below the error bar's end.
     left, right = svg._LEFT, svg._WIDTH - svg._RIGHT
@@ -107,8 +110,8 @@ def test_a_curve_of_one_point_and_a_flat_one_are_drawn():
     assert "nan" not in svg.steps({"clean": 1.0}, "a plot") + svg.bars({"square": 0.0}, "s", "a plot")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
-def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
+def browse(html: str, folder: Path) -> list:
+    """Returns what a browser sees: images, those shown, plots shown, cut texts, whether the page fits; and its log."""
     # The page itself has no script: this one is the test's, and writes down what it sees.
     probe = """<script>addEventListener("load", () => {
         const images = [...document.images], plots = [...document.querySelectorAll("svg")];
@@ -119,17 +122,38 @@ def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
                 return box.left < plot.left - 1 || box.right > plot.right + 1 || box.bottom > plot.bottom + 1;
             }).map(t => t.textContent),
             document.documentElement.scrollWidth <= innerWidth]); })</script>"""
-    (tmp_path / "report.html").write_text(report.to_html().replace("</head>", probe + "</head>"), encoding="utf-8")
+    (folder / "page.html").write_text(html.replace("</head>", probe + "</head>"), encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900", "--enable-logging=stderr", "--v=0",
-         "--dump-dom", f"file://{tmp_path / 'report.html'}"],
+         f"--user-data-dir={folder / 'profile'}", "--window-size=900,900", "--enable-logging=stderr", "--v=0",
+         "--dump-dom", f"file://{folder / 'page.html'}"],
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
-    assert title == "[12,12,3,[],true]"
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    log = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return [*json.loads(unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1])), log]
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+
+
+@needs_browser
+def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
+    assert browse(report.to_html(), tmp_path) == [12, 12, 3, [], True, []]
+
+
+@needs_browser
+def test_a_browser_shows_a_sweep(report, tmp_path):
+    reports = [dataclasses.replace(report, protocol=report.protocol | {"threat": f"Linf:{i}/255", "inference": mode})
+               for mode in ("batch", "sample") for i in range(1, 30)]
+    assert browse(sweep_page(reports), tmp_path) == [0, 0, 1, [], True, []]
+
+
+@needs_browser
+def test_a_browser_would_notice(report, tmp_path):
+    broken = report.to_html().replace("base64,i", "base64,x", 1).replace("</body>", "<script>oops()</script></body>")
+    found = browse(broken, tmp_path)
+    assert found[:2] == [12, 11] and "oops is not defined" in found[-1][0]
 
 
 def test_an_evaluation_shows_images_that_were_broken():

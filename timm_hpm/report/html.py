@@ -108,9 +108,12 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
     rows = [[surrogate, *(f"{100 * row[attack].y:.1f}" if attack in row else "" for attack in attacks)]
             for surrogate, row in groups.items()]
     note = "FC alone is the FC classifier of the same network, under the attacks on it." if report.baseline else ""
-    return [svg.dots(groups, lines, "accuracy of the true model on the candidates of each attack on each surrogate"),
-            f"<p>Accuracy of the true model on the candidates of each attack on each surrogate; bars are standard "
-            f"errors. {note}</p>", table(["surrogate, %", *attacks], rows)]
+    if report.protocol.get("survivors_only"):
+        note += (" Under this protocol an image that was broken is attacked no more: in later rows it stands at what "
+                 "broke it, so that rows do not compare attacks.")
+    shown = "Accuracy of the true model on the candidates of each attack on each surrogate"
+    return [svg.dots(groups, attacks, lines, shown), f"<p>{shown}; bars are standard errors. {note}</p>",
+            table(["surrogate, %", *attacks], rows)]
 
 
 def _progress(report: "AttackReport") -> list[str]:
@@ -119,7 +122,8 @@ def _progress(report: "AttackReport") -> list[str]:
         seen.append(row)
         after[name] = worst_accuracy(seen)
     return [svg.steps(after, "robust accuracy after each set of candidates"),
-            "<p>Fraction of the images that are right clean and under every set of candidates so far.</p>"]
+            "<p>Fraction of the images that are right clean and under every set of candidates so far, in this "
+            "order.</p>"]
 
 
 def _examples(report: "AttackReport") -> list[str]:

@@ -20,15 +20,16 @@ class Point(NamedTuple):
     se: float = 0.0
 
 
-def dots(groups: Mapping[str, Mapping[str, Point]], lines: Mapping[str, float], label: str) -> str:
+def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines: Mapping[str, float],
+         label: str) -> str:
     """Returns a plot of accuracies: a band for each group, in it a dot with an error bar for each name.
 
     Arguments:
         groups: group to name to accuracy (`Point.x` is not used).
+        names: all names, in the order of their colours.
         lines: accuracies drawn as vertical lines, with their names.
         label: what the plot shows, for those who cannot see it.
     """
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
     values = [point for group in groups.values() for point in group.values()]
     low = _floor_tenth(min([*(point.y - point.se for point in values), *lines.values()]))
     row, gap = 15, 10

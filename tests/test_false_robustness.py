@@ -208,6 +208,15 @@ def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
     assert timm_hpm.find_head(model).inference == "batch"
 
 
+def test_a_random_model_leaves_the_callers_random_state_and_repeats_its_report(net, digits):
+    few = tuple(part[:5] for part in digits)
+    state = torch.random.get_rng_state()
+    first = attack(Noise(net), few)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert attack(Noise(net), few).same_results(first)
+
+
 def test_a_check_leaves_buffers_as_they_were(net, digits):
     model = HiddenTraining(net).eval()
     flags = check_model(model, *digits)

@@ -109,9 +109,11 @@ def mixed_surrogate_attack(
     pixel_model = pixel_model_for(model, images)
     device = device_of(pixel_model, images)
     example = images[:batch_size].to(device)
-    num_classes = _num_classes(pixel_model, example)
+    # A model may draw random numbers whenever it is asked.
+    with _seeded(device, seed, "model"):
+        num_classes = _num_classes(pixel_model, example)
     check_pixels(images, labels, num_classes)
-    with _without_autocast(example):
+    with _seeded(device, seed, "split"), _without_autocast(example):
         split = SplitModel(pixel_model, example)
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
     chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets)
@@ -245,7 +247,8 @@ class _Run:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
         images, labels = images.to(self.device), labels.to(self.device)
         standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-        steps = [self._judged("clean", {"clean": images}, images, labels, first, broken)]
+        with _seeded(self.device, self.seed, "judge", "clean", first):
+            steps = [self._judged("clean", {"clean": images}, images, labels, first, broken)]
         broken[steps[0].broken] = True
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
@@ -293,7 +296,8 @@ class _Run:
         seconds = time.perf_counter() - before[0]
         named = {f"{surrogate}/{attack}": points
                  for surrogate, points in zip(group, found.split(len(images)), strict=True)}
-        step = self._judged(attack, named, images, labels, first, broken)
+        with _seeded(self.device, self.seed, "judge", attack, group, first):
+            step = self._judged(attack, named, images, labels, first, broken)
         return replace(step, flags=notes.flags, cost={
             "seconds": seconds, "forward_passes": self.split.forward_passes - before[1],
             "backward_passes": self.split.backward_passes - before[2]})

@@ -24,10 +24,10 @@ from timm.utils import ParseKwargs
 import timm_hpm
 from timm_hpm.attacks import COMPONENTS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.judge import saved_protocol
-from timm_hpm.data import DATASETS, SPLITS, data_source
+from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.head import check_inference
-from timm_hpm.models.create import create_model, load_checkpoint, usable_device
+from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
 from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
 from timm_hpm.sweep import SWEEP, parse_radii, save_sweep, sweep, sweep_markdown
 
@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="the model's pretrained weights (the default, unless --checkpoint is given)")
     group.add_argument("--checkpoint", metavar="FILE", help="weights to load instead, such as train.py's "
                                                             "model.safetensors")
+    group.add_argument("--num-classes", type=int, metavar="N", help="classes of the --checkpoint (the model's)")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help="arguments of timm.create_model")
     group.add_argument("--inference", type=_names, metavar="MODES",
@@ -49,6 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (%(default)s)")
+    group.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies; see docs/data.md")
+    group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch it")
+    group.add_argument("--img-size", type=int, metavar="N",
+                       help="pixels a side, for images that are decoded (the model's)")
     group.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (%(default)s)")
     group.add_argument("--num-images", type=int, metavar="N", help="the first N images of the split, 0 for all (100)",
                        default=100)
@@ -126,22 +131,16 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(args, accelerator)
     if args.rejudge:
         return rejudge(model, args.rejudge)
-    source = data_source(args.dataset)
-    threat = timm_hpm.ThreatModel.parse(args.threat or source.threat)
-    images, labels = timm_hpm.load_split(args.dataset, args.split).tensors
-    count = args.num_images or len(images)
-    if not 0 < count <= len(images):
-        raise ValueError(f"--num-images is {args.num_images}; the split {args.split} of {args.dataset} "
-                         f"has {len(images)} images (0 for all)")
-    if model.num_classes != source.num_classes:
-        raise ValueError(f"{args.model} has {model.num_classes} classes and {args.dataset} {source.num_classes}; "
-                         f"choose another, or give --model-kwargs num_classes={source.num_classes} with a --checkpoint")
+    split = open_split_for(model, args.dataset, args.split, img_size=args.img_size, data_dir=args.data_dir,
+                           download=args.dataset_download)
+    threat = timm_hpm.ThreatModel.parse(args.threat or split.threat)
+    images, labels = first_images(split, args.num_images)
     if args.inference:
         timm_hpm.find_head(model)
     output = output_folder(args, accelerator)
     try:
         reports = list(sweep(
-            model, images[:count], labels[:count], threat.norm, radii or [threat.eps], args.inference,
+            model, images, labels, threat.norm, radii or [threat.eps], args.inference,
             folder=output, save_adversarial=args.save_adversarial, accelerator=accelerator,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
@@ -192,7 +191,8 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     """Returns the model of the command line, in eval mode, on this process's device."""
     device = usable_device(args.device) if accelerator is None else accelerator.device
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    model = create_model(args.model, pretrained=pretrained, **args.model_kwargs)
+    given = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    model = create_model(args.model, pretrained=pretrained, **given, **args.model_kwargs)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     return model.to(device).eval()

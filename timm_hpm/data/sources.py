@@ -71,6 +71,7 @@ class DataSource:
         threat: the threat model it is usually measured under.
         mean, std: what its models usually normalise by, one value a channel; None where nothing is usual.
         num_classes: None where only the files say.
+        image_size: (channels, height, width) of images that lie in memory as they are; None where they are decoded.
     """
 
     parts: Callable[[Path | None], Collection[str]]
@@ -79,6 +80,7 @@ class DataSource:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     num_classes: int | None = None
+    image_size: tuple[int, int, int] | None = None
 
 
 def data_source(dataset: str) -> DataSource:
@@ -262,19 +264,22 @@ def _read_hfds(name: str, part: str, data_dir: Path | None, download: bool) -> P
 
 
 def _torch(name: str, num_classes: int, threat: str, mean: tuple[float, ...] | None = None,
-           std: tuple[float, ...] | None = None) -> DataSource:
-    return DataSource(_train_and_test, partial(_read_torch, name), threat, mean, std, num_classes)
+           std: tuple[float, ...] | None = None, image_size: tuple[int, int, int] | None = None) -> DataSource:
+    return DataSource(_train_and_test, partial(_read_torch, name), threat, mean, std, num_classes, image_size)
 
 
 DATASETS: Final = {
     # mean and std of its training split
-    "digits": DataSource(_digits_parts, _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10),
-    "fashion_mnist": DataSource(_train_and_test, _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10),
+    "digits": DataSource(_digits_parts, _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10, (1, 8, 8)),
+    "fashion_mnist": DataSource(_train_and_test, _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10,
+                                (1, 28, 28)),
     "folder": DataSource(_folders, _read_folder, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "torch/cifar10": _torch("cifar10", 10, "Linf:8/255", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "torch/cifar100": _torch("cifar100", 100, "Linf:8/255", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,)),
-    "torch/kmnist": _torch("kmnist", 10, "Linf:0.1"),
-    "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,)),
+    "torch/cifar10": _torch("cifar10", 10, "Linf:8/255", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616),
+                            (3, 32, 32)),
+    "torch/cifar100": _torch("cifar100", 100, "Linf:8/255", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
+                             (3, 32, 32)),
+    "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,), (1, 28, 28)),
+    "torch/kmnist": _torch("kmnist", 10, "Linf:0.1", image_size=(1, 28, 28)),
+    "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,), (1, 28, 28)),
     "torch/imagenet": _torch("imagenet", 1000, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }

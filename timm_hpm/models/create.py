@@ -1,5 +1,7 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -7,6 +9,8 @@ import torch
 from torch import nn
 
 from ..checkpoints import fitting, reading
+from ..data import ImageSplit, data_source, open_split
+from .saving import in_chans
 
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
@@ -26,6 +30,9 @@ def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
 def load_checkpoint(model: nn.Module, path: str) -> None:
     """Loads weights from a file (safetensors, or a PyTorch file that holds nothing but tensors) into `model`, strictly.
 
+    Where the file lies in a folder of timm's `local-dir:`, such as one of train.py, its `config.json` says by which
+    mean and std the weights expect pixels normalised; the model takes those over.
+
     Raises:
         ValueError: no such file, a damaged one, or weights of another model.
     """
@@ -37,6 +44,41 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
             model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(str(error)[:1000]) from error
+    config = Path(path).with_name("config.json")
+    if Path(path).name == "model.safetensors" and config.is_file():
+        try:
+            saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"]
+            model.pretrained_cfg.update({name: tuple(saved[name]) for name in ("mean", "std")})  # type: ignore
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config} does not say how {path} expects pixels normalised ({error!r}); take it away, "
+                             "or mend it") from error
+
+
+def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, **options: Any) -> ImageSplit:
+    """Returns `open_split(dataset, split, **options)` in the size, the channels and the classes that `model` takes.
+
+    Arguments:
+        model: a timm model.
+        img_size: pixels a side that images are resized to where they are decoded; None takes the model's own.
+
+    Raises:
+        ValueError: images or classes that do not fit the model, and all else that `open_split` raises.
+    """
+    cfg = model.pretrained_cfg
+    source = data_source(dataset)
+    height, width = (img_size, img_size) if img_size is not None else cfg["input_size"][1:]
+    if img_size is None and source.image_size is not None and not cfg.get("fixed_input_size"):
+        height, width = source.image_size[1:]
+    if source.num_classes not in (None, model.num_classes):
+        raise ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {source.num_classes}; "
+                         f"give --num-classes {source.num_classes}")
+    opened = open_split(dataset, split, num_classes=model.num_classes, input_size=(in_chans(model), height, width),
+                        crop_pct=cfg.get("crop_pct") or 1.0, interpolation=cfg.get("interpolation") or "bicubic",
+                        **options)
+    if opened.num_classes != model.num_classes:
+        raise ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {opened.num_classes}; "
+                         f"give --num-classes {opened.num_classes}")
+    return opened
 
 
 def usable_device(name: str) -> torch.device:

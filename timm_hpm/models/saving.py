@@ -49,7 +49,7 @@ def write_model(model: Any, folder: Path, **model_args: Any) -> dict[str, Any]:
     if not architecture.startswith("hpm_"):
         config["architecture"] = f"hpm_{architecture}"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(_tensors(model), folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors_of(model), folder / WEIGHTS, {"format": "pt"})
     return config
 
 
@@ -76,7 +76,7 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Returns a model's state dict as safetensors takes it: on the CPU, contiguous, and no two in one storage."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import timm_hpm
-from timm_hpm import HPMHead, UnsupportedHeadError, add_hpm_head, find_head, inference_mode, remove_hpm_head
+from timm_hpm import (
+    HPMHead,
+    PixelModel,
+    UnsupportedHeadError,
+    add_hpm_head,
+    find_head,
+    inference_mode,
+    remove_hpm_head,
+)
 from timm_hpm.head import HPMConvHead, head_name
-from timm_hpm.training.loop import PixelTrunk
+from timm_hpm.training.trunk import PixelTrunk
 
 # Kind of head: architecture, arguments, image size.
 KINDS = {
@@ -140,16 +148,25 @@ def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
 def test_training_sees_what_the_head_sees(kind):
     model, x = create(kind)
     fit(add_hpm_head(model))
-    trunk = PixelTrunk(model)
     pixels = x.sigmoid()
-    modes = []
-    with find_head(model).register_forward_hook(lambda head, *_: modes.append(head.inference)):
-        _, hpm_logits, fc_logits = trunk(pixels)
-        # One pass for both answers; the HPM logits are computed once.
-        assert modes == ["fc", "batch"]
-    assert torch.equal(hpm_logits, trunk.pixel_model(pixels))
+    expected = [PixelModel(model)(pixels)]
     with inference_mode(model, "fc"):
-        assert torch.equal(fc_logits, trunk.pixel_model(pixels))
+        expected.append(PixelModel(model)(pixels))
+    trunk = PixelTrunk(model)
+    calls = []
+    with find_head(model).register_forward_hook(lambda *_: calls.append(1)):
+        (features, *answers), = trunk(pixels)
+    # One pass for both answers; the HPM logits are computed once.
+    assert len(calls) == 1 and features.shape == (len(x), find_head(model).in_features)
+    assert all(map(torch.equal, answers, expected))
+    assert torch.equal(trunk.surrogate_logits("ste", pixels), expected[0])
+    # The model is still whole, and what happens to the trunk's parameters happens to its own.
+    assert {id(parameter) for parameter in trunk.parameters()} == {id(parameter) for parameter in model.parameters()}
+    assert torch.equal(PixelModel(model)(pixels), expected[0])
+    before = model.state_dict()
+    trunk.to(torch.float64)
+    assert all(tensor.dtype in (torch.float64, torch.long) for tensor in model.state_dict().values())
+    assert model.state_dict().keys() == before.keys()
 
 
 @kinds

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +36,7 @@ def fit_prototypes(
         *,
         held_out: Iterable | None = None,
         attack_steps: int = 10,
+        reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> PrototypeFit:
     """Sets the prototypes of the model's HPM head to the class means of a loader, then the scale by NLL.
 
@@ -50,6 +51,8 @@ def fit_prototypes(
             prototype is the mean of clean and adversarial ones; None means clean images only.
         held_out: a loader whose first 10,000 features choose the scale, under the same threat; None takes `loader`'s.
         attack_steps: PGD steps for the adversarial images.
+        reduce: returns the sum of a tensor over all processes, each of which has a loader of its own share of the
+            images; None means one process. The scale is each process's own.
 
     Raises:
         ValueError: no HPM head, bad images or labels, features that are not finite, or a class without an image.
@@ -69,6 +72,8 @@ def fit_prototypes(
             counts += batch_counts
             if held_out is None:
                 kept.add(features, labels)
+        if reduce is not None:
+            sums, counts = reduce(sums), reduce(counts)
         missing = (counts == 0).nonzero().flatten().tolist()
         if missing:
             raise ValueError(f"the loader has no image of {len(missing)} of the {head.out_features} classes "

@@ -18,8 +18,9 @@ def pgd(
         steps: int = 10,
         step_size: float | None = None,
         random_start: bool = True,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Returns adversarial images (B, ...) within `threat`, by steps up the gradient of the cross-entropy.
+    """Returns adversarial images (B, ...) within `threat`, by steps up the gradient of a loss.
 
     Each step costs one forward and one backward pass, for the inputs only: parameters gather no gradient. One step
     from a random start is FGSM with random start.
@@ -31,17 +32,22 @@ def pgd(
         steps: number of steps, at least 1.
         step_size: in units of the pixel range; None means 2.5·eps/steps, at most 1.25·eps.
         random_start: from a random point of the ball (global random state) rather than the clean image.
+        loss: of logits (B, C) and labels (B,), summed over the images; None means the cross-entropy.
 
     Source: Madry et al., arXiv 1706.06083; Wong et al., arXiv 2001.03994 for the single step.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     size = min(2.5 / steps, 1.25) * threat.eps if step_size is None else step_size
+    loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()
     for _ in range(steps):
         x.requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(logits_fn(x), labels, reduction="sum")
-        gradient, = torch.autograd.grad(loss, x)
+            gradient, = torch.autograd.grad(loss(logits_fn(x), labels), x)
         x = threat.project(x.detach() + threat.scaled(gradient, size), images)
     return x
+
+
+def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum")

@@ -1,218 +1,444 @@
 """Adversarial training of a timm model with an HPM head, on Accelerate."""
 
-import csv
-import io
-import json
+import copy
+import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
-from safetensors.torch import save_file
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    broadcast,
+    broadcast_object_list,
+    set_seed,
+)
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from ..attacks.msa import judge
 from ..attacks.pgd import pgd
-from ..attacks.surrogates import SURROGATES
-from ..data import PixelModel, data_source, load_split, random_shift
-from ..files import replacing, writable_folder, write_text
-from ..head import HPMHead, find_head, inference_mode
-from ..models.create import create_model
+from ..data import PixelModel, random_flip, random_shift
+from ..files import writable_folder
+from ..head import HPMHead, find_head
+from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
+from .config import TrainConfig
+from .distributed import average_, num_processes, process_index, reduced
+from .objectives import Answers, away_from, cross_entropy, trades
+from .recovery import Checkpoint
+from .run_folder import RunFolder
+from .schedules import SCHEDULES
+from .setup import Data, create_trainable, open_data
+from .trunk import PixelTrunk, inputs_only
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a training run depends on; see `python train.py --help`."""
+class Stopped(Exception):
+    """A signal asked the run to stop. It has saved a checkpoint; `signal` is the signal's number."""
 
-    model: str = "hpm_wrn10_2"
-    model_args: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
-    dataset: str = "digits"
-    threat: str | None = None
-    epochs: int = 60
-    prototype_epoch: int = 0
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    attack_steps: int = 10
-    attack_step_size: float | None = None
-    attack_through: str = "mixed"
-    shift: int = 1
-    val_attack_steps: int = 20
-    seed: int = 0
-    device: str | None = None
-    mixed_precision: str = "no"
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
 
 
-class PixelTrunk(nn.Module):
-    """A timm model as training needs it: pixels in [0, 1] to (features, HPM logits, FC logits)."""
+def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
+          log: Callable[[str], None] = print, progress: bool = False) -> dict[str, Any]:
+    """Trains a model and writes it into the folder `output`; under `accelerate launch` or `torchrun`, on all processes.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.pixel_model = PixelModel(model)
+    A batch costs `attack_steps` forward and backward passes for the inputs alone, and one for the parameters (TRADES:
+    two, and one forward pass more for the attack). Attacks are crafted in eval mode (BatchNorm by its running
+    statistics, which they leave alone) and learned from in train mode. The prototypes follow the detached features of
+    all processes' images of an update, and are equal everywhere. Before the epoch `prototype_epoch` the head has none
+    and answers as its FC classifier; then they are fitted once. The epoch of the best robust accuracy on the validation
+    split is kept: robust overfitting is the rule.
 
-    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the head's input (B, d) and its FC classifier's logits (B, C) for `pixels` (B, channels, H, W)."""
-        seen: list[Tensor] = []
-        # Not timm's pre_logits: a norm or an MLP may stand between those and the head.
-        with inference_mode(self.pixel_model, "fc") as head, \
-                head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-            fc_logits = self.pixel_model(pixels)
-        return seen[0], fc_logits
+    All randomness is a function of the seed, the epoch, the batch and the process, so that a run that is resumed on
+    the same machine, with as many processes, ends with the same weights as one that was never stopped.
 
-    def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
-        """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
-        return SURROGATES[surrogate].logits(find_head(self.pixel_model), self.features(pixels)[0])
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the features (B, d), and the logits (B, C) of the HPM head and of its FC classifier."""
-        features, fc_logits = self.features(pixels)
-        return features, find_head(self.pixel_model)(features).float(), fc_logits
-
-
-def train(config: TrainConfig, output: str | os.PathLike, log: Callable[[str], None] = print) -> dict[str, float]:
-    """Trains a model and writes `model.safetensors`, `config.json` and `metrics.csv` into the folder `output`.
-
-    A step costs `attack_steps` + 1 forward and backward passes. Attacks are crafted in eval mode (BatchNorm by its
-    running statistics) and learned from in train mode; the loss is the cross-entropy of the HPM head plus that of the
-    FC classifier, on adversarial images; the prototypes follow the features of the same step, detached. Before the
-    epoch `prototype_epoch` the head has none and answers as its FC classifier; then they are fitted once. The epoch of
-    the best robust accuracy on the validation split is kept: robust overfitting is the rule.
+    Arguments:
+        config: the options.
+        output: the run's folder: `model.safetensors` and `config.json` (timm's `local-dir:`), `args.yaml`,
+            `metrics.csv`, `curve.png`, `checkpoints/`.
+        resume: goes on from the newest undamaged checkpoint in `output`.
+        log: takes a line for each epoch.
+        progress: shows a progress bar on standard error.
 
     Returns:
         The row of `metrics.csv` of the epoch that was kept.
 
     Raises:
-        ValueError: options that do not fit together; nothing is written then.
-        FloatingPointError: a loss that is not finite, with the step's number. What was best so far is on disk.
+        ValueError: options that do not fit together, the data or the earlier run; nothing is written then.
+        OSError: files that are not there or cannot be written.
+        FloatingPointError: a loss that is not finite, with the step's number. The last checkpoint is on disk.
+        Stopped: SIGTERM or SIGINT; a checkpoint is on disk.
     """
-    folder = writable_folder(output)
-    source = data_source(config.dataset)
-    threat = ThreatModel.parse(config.threat or source.threat)
-    if config.attack_through not in SURROGATES:
-        raise ValueError(f"attack_through is {config.attack_through!r}; expected one of {', '.join(SURROGATES)}")
-    if config.prototype_epoch >= config.epochs:
-        raise ValueError(f"prototype_epoch is {config.prototype_epoch}, of {config.epochs} epochs; expected less, or "
-                         "the head would never have prototypes")
-    for name, least in (("epochs", 1), ("prototype_epoch", 0), ("batch_size", 1), ("attack_steps", 1), ("shift", 0),
-                        ("val_attack_steps", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected at least {least}")
-    images = load_split(config.dataset, "train")
-    if config.batch_size > len(images):
-        raise ValueError(f"batch_size is {config.batch_size}; expected at most the {len(images)} training images")
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
-    model = create_model(config.model, pretrained=config.pretrained, **config.model_args)
-    trunk = PixelTrunk(model)
-    head = find_head(model)
-    if head.out_features != source.num_classes:
-        raise ValueError(f"{config.model} has {head.out_features} classes and {config.dataset} {source.num_classes}; "
-                         f"give --model-kwargs num_classes={source.num_classes}")
-    loader = DataLoader(images, config.batch_size, shuffle=True, drop_last=True)
-    val = load_split(config.dataset, "val")
-    optimizer = create_optimizer_v2(trunk, "sgd", lr=config.lr, momentum=config.momentum,
-                                    weight_decay=config.weight_decay)
-    trained, optimizer, loader = accelerator.prepare(trunk, optimizer, loader)
-    total_steps = config.epochs * len(loader)
-    # Stepped by hand, once an optimizer step: Accelerate's wrapper would step once for every process.
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total_steps, pct_start=0.25)
+    with _signals() as asked:
+        run = Run(config, output, resume=resume, log=log, progress=progress, asked_to_stop=asked)
+        try:
+            return run.train()
+        finally:
+            run.accelerator.end_training()
 
-    rows: list[dict[str, float]] = []
-    best: dict[str, float] = {}
-    for epoch in range(config.epochs):
-        if epoch == config.prototype_epoch and not head.is_fitted():
-            fit_prototypes(trunk.pixel_model, DataLoader(images, 256), threat,
-                           held_out=DataLoader(val, 256))
-            # Each process fitted on its own random starts.
-            for tensor in head.state_dict().values():
-                tensor.copy_(broadcast(tensor))
-        losses = [
-            _step(accelerator, trained, trunk, head, optimizer, scheduler, images, labels, threat, config, epoch, step)
-            for step, (images, labels) in enumerate(loader)
-        ]
-        row: dict[str, float] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"],
-                                 "loss": sum(losses) / len(losses)}
-        if accelerator.is_main_process:
-            row["val_clean"], row["val_robust"] = validate(trunk, val, threat, config)
-            rows.append(row)
-            log("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-            if epoch >= config.prototype_epoch and row["val_robust"] > best.get("val_robust", -1.0):
-                best = row
-                _save(folder, model, config, best)
-            write_text(folder / "metrics.csv", _csv(rows))
+
+@dataclass
+class _Progress:
+    """Where a run stands: updates made, the epoch, its batches that are done, and what has been found so far."""
+
+    updates: int = 0
+    epoch: int = 0
+    batches: int = 0
+    loss: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """A training run: its parts, and the loop over epochs and batches.
+
+    Arguments:
+        asked_to_stop: signals that ask the run to stop are appended to it from outside.
+        config, output, resume, log, progress: see `train`.
+    """
+
+    def __init__(self, config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
+                 log: Callable[[str], None] = print, progress: bool = False, asked_to_stop: Sequence[int] = ()):
+        self.config = config
+        # The name may hold the time, and another one on each process.
+        PartialState(cpu=config.device == "cpu")
+        folder = writable_folder(broadcast_object_list([str(output)])[0])
+        self.asked_to_stop = asked_to_stop
+        self.log = log
+        self.show_progress = progress
+        self.accelerator = accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else None,
+            gradient_accumulation_steps=config.grad_accum_steps,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
+            # Buffers are kept in step by us, when an update is done.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=config.log_with,
+            project_dir=folder,
+            step_scheduler_with_optimizer=False,
+        )
+        self.folder = RunFolder(folder, config, resume, is_main=accelerator.is_main_process)
+        set_seed(config.seed)
+        self.model = create_trainable(config)
+        with accelerator.local_main_process_first():  # it may download
+            self.data: Data = open_data(config, self.model)
+        self.threat = ThreatModel.parse(config.threat or self.data.train.threat)
+        self.model.to(accelerator.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.head: HPMHead = find_head(self.model)
+        self.trunk = PixelTrunk(self.model, config.batch_prototypes)
+        self.frozen = self._freeze()
+        self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
+        self.progress = _Progress()
+        self.stop_signal = 0
+        self._prepare()
         accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return best
+        if resume:
+            self._restore()
+        self.folder.begin()
+        if config.log_with:
+            accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in config.to_dict().items()})
+
+    def _freeze(self) -> nn.Module | None:
+        """Makes the backbone constant if that was asked for, and what the head's mode does not use; returns it."""
+        if self.head.inference == "fc":
+            self.head.log_scale.requires_grad_(False)
+        if not self.config.freeze_backbone:
+            return None
+        own = {id(parameter) for parameter in self.head.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        return self.trunk.backbone
+
+    def _prepare(self) -> None:
+        """Makes optimizer, loaders and schedule, and hands them to Accelerate."""
+        config, accelerator = self.config, self.accelerator
+        optimizer = create_optimizer_v2(
+            self.model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            layer_decay=config.layer_decay)
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+        loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
+                            num_workers=config.workers, pin_memory=accelerator.device.type == "cuda")
+        if config.torchcompile:
+            self.trunk.backbone.compile()
+        self.trained, self.optimizer, self.loader = accelerator.prepare(self.trunk, optimizer, loader)
+        if not len(self.loader):
+            raise ValueError(f"batch_size is {config.batch_size} on {num_processes()} processes; expected no more than "
+                             f"the {len(self.data.train)} training images in all")
+        self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
+        total = config.epochs * self.updates_per_epoch
+        warmup = config.warmup_epochs
+        if warmup is None:
+            warmup = config.epochs / 4 if config.sched == "onecycle" else 0.0
+        factor, rising = SCHEDULES[config.sched], warmup / config.epochs
+        # Not prepared: Accelerate would step it once for every process.
+        self.schedule = LambdaLR(optimizer, lambda update: factor(min(update / total, 1.0), rising))
+
+    # The loop
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end; returns the row of the epoch that was kept."""
+        while self.progress.epoch < self.config.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+        return self.progress.best
+
+    def _train_epoch(self) -> None:
+        state, config = self.progress, self.config
+        start, images = time.perf_counter(), 0
+        if state.epoch >= config.prototype_epoch and not self.head.is_fitted() and self.head.inference != "fc":
+            self._fit_prototypes()
+        self.loader.set_epoch(state.epoch)
+        self.data.train.set_epoch(state.epoch)
+        loader = self.accelerator.skip_first_batches(self.loader, state.batches) if state.batches else self.loader
+        sums: list[tuple[Tensor, Tensor]] = []
+        with self._bar(state) as bar:
+            for images_, labels in loader:
+                self._seed("batch", state.epoch, state.batches)
+                loss = self.learn(images_, labels, sums)
+                state.batches += 1
+                state.loss += loss
+                images += len(labels) * num_processes()
+                bar.set_postfix_str(f"loss {loss:.3f}")
+                bar.update()
+                if self.accelerator.sync_gradients:
+                    self.after_update(sums)
+        self.images_per_second = images / (time.perf_counter() - start)
+
+    def learn(self, images: Tensor, labels: Tensor, sums: list[tuple[Tensor, Tensor]]) -> float:
+        """Learns from a batch; returns the mean loss over the processes. The features' class sums go to `sums`."""
+        config, accelerator = self.config, self.accelerator
+        images = random_flip(random_shift(images, config.shift), config.hflip)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        batches = self._attacked(images, labels)
+        self._set_mode(training=True)
+        with accelerator.accumulate(self.trained):
+            answers: list[Answers] = self.trained(*batches)
+            if config.objective == "trades":
+                loss = trades(answers[0], answers[1], labels, config.trades_beta, config.fc_loss_weight,
+                              config.smoothing)
+            else:
+                loss = cross_entropy(answers[-1], labels, config.fc_loss_weight, config.smoothing)
+            mean = self._checked(loss)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and config.clip_grad is not None:
+                accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.head.is_fitted() and self.head.inference != "fc":
+            chosen = answers if config.prototype_features == "both" else answers[-1:]
+            sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in chosen]
+        return mean
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """Returns what is learned from: clean images (B, ...), adversarial ones, or the clean and the adversarial."""
+        config = self.config
+        if config.objective == "clean":
+            return [images]
+        self._set_mode(training=False)
+        through = config.attack_through if self.head.is_fitted() else "fc"
+        logits = partial(self.trunk.surrogate_logits, through)
+        loss = None
+        with self.accelerator.autocast(), inputs_only(self.trunk):
+            if config.objective == "trades":
+                with torch.no_grad():
+                    loss = away_from(logits(images))
+            adversarial = pgd(logits, images, labels, self.threat, steps=config.attack_steps,
+                              step_size=config.attack_step_size, loss=loss)
+        return [images, adversarial] if config.objective == "trades" or config.prototype_features == "both" \
+            else [adversarial]
+
+    def after_update(self, sums: list[tuple[Tensor, Tensor]]) -> None:
+        """Moves the prototypes by the class sums of the update's batches, then all that follows an update."""
+        if sums:
+            self.head.apply_class_sums(*(reduced(sum(parts)) for parts in zip(*sums, strict=True)))  # type: ignore
+            sums.clear()
+        # BatchNorm's running statistics: each process has seen its own images, and attacks and judges by them.
+        average_([buffer for buffer in self.trunk.backbone.buffers() if buffer.is_floating_point()])
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+            head = find_head(self.ema.module)
+            # They are an average already; averaged twice they would lag behind the features.
+            head.prototypes.copy_(self.head.prototypes)
+            head.num_updates.copy_(self.head.num_updates)
+        self.progress.updates += 1
+        interval = self.config.recovery_interval
+        if self.stop_signal or (interval and self.progress.updates % interval == 0):
+            self._save()
+        if self.stop_signal:
+            raise Stopped(self.stop_signal)
+
+    def _checked(self, loss: Tensor) -> float:
+        """Returns the mean loss over the processes, and agrees with them on stopping; raises if it is not finite."""
+        asked = self.asked_to_stop[0] if self.asked_to_stop else 0
+        # One message and one wait for the device serve both.
+        total, stops = reduced(torch.stack([loss.detach().float(), torch.tensor(asked).to(loss.device)])).tolist()
+        mean = total / num_processes()
+        if stops:
+            self.stop_signal = asked or signal.SIGTERM
+        if mean - mean != 0:
+            raise FloatingPointError(
+                f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; lower the "
+                "learning rate (--lr), or clip the gradient (--clip-grad). The last checkpoint and the best epoch so "
+                "far are in the output folder")
+        return mean
+
+    def _fit_prototypes(self) -> None:
+        config = self.config
+        self._seed("fit", process_index())
+        rows = range(process_index(), len(self.data.train), num_processes())
+        loader = DataLoader(Subset(self.data.train, rows), 256, num_workers=config.workers)
+        fit_prototypes(PixelModel(self.model), loader, self.threat if config.objective != "clean" else None,
+                       held_out=DataLoader(self.data.val, 256, num_workers=config.workers),
+                       attack_steps=config.attack_steps, reduce=reduced)
+        for tensor in self.head.state_dict().values():
+            tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts
+        if self.ema is not None:
+            find_head(self.ema.module).load_state_dict(self.head.state_dict())
+
+    # The ends of epochs
+
+    def _finish_epoch(self) -> None:
+        state, config = self.progress, self.config
+        row: dict[str, Any] = {
+            "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
+        kept = self.model if self.ema is None else self.ema.module
+        row["val_clean"], row["val_robust"] = self._validate(kept)
+        state.rows.append(row)
+        is_best = state.epoch >= config.prototype_epoch and row["val_robust"] > state.best.get("val_robust", -1.0)
+        if is_best:
+            state.best = row
+        if self.accelerator.is_main_process:
+            self.log("  ".join(f"{name} {value:.4g}" for name, value in row.items())
+                     + f"  images/s {self.images_per_second:.4g}")
+            if is_best:
+                self.folder.write_best(kept, row)
+            self.folder.write_metrics(state.rows)
+        if config.log_with:
+            self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=state.epoch)
+        state.epoch, state.batches, state.loss = state.epoch + 1, 0, 0.0
+        self._save()
+
+    def _validate(self, model: Any) -> tuple[float, float]:
+        """Returns the clean accuracy, and the robust one under PGD through the FC classifier and `attack_through`.
+
+        The head judges in its own inference mode in batches of `batch_size`, which the processes share out. An attack
+        to choose epochs by, not to report.
+        """
+        config, size = self.config, self.config.batch_size
+        trunk = self._local_trunk(model)
+        self._set_mode(training=False)
+        model.eval()
+        judged = PixelModel(model)
+        surrogates = ["fc", config.attack_through if find_head(model).is_fitted() else "fc"]
+        counts = torch.zeros(2, device=self.accelerator.device)
+        batches = torch.arange(len(self.data.val)).split(size)
+        own = range(process_index(), len(batches), num_processes())
+        loader = DataLoader(self.data.val, batch_sampler=[batches[number].tolist() for number in own],
+                            num_workers=config.workers)
+        for number, (images, labels) in zip(own, loader, strict=True):
+            images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
+            right = clean = judge(judged, images, labels, size)
+            for name in dict.fromkeys(surrogates):
+                self._seed("validation", number, name)
+                with self.accelerator.autocast(), inputs_only(trunk):
+                    adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
+                                      steps=config.val_attack_steps)
+                right = right & judge(judged, adversarial, labels, size)
+            counts += torch.stack([clean.sum(), right.sum()]).to(counts)
+        clean_count, right_count = reduced(counts).tolist()
+        return clean_count / len(self.data.val), right_count / len(self.data.val)
+
+    def _local_trunk(self, model: Any) -> PixelTrunk:
+        """Returns a trunk of `model` that no other process takes part in: it may have no batch at the time."""
+        if model is not self.model:
+            return PixelTrunk(model)
+        trunk = copy.copy(self.trunk)
+        trunk.batch_prototypes = "local"
+        return trunk
+
+    # Going on
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            optimizer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                         "scaler": {} if scaler is None else scaler.state_dict()}
+            average = None if self.ema is None else tensors_of(self.ema.module)
+            self.folder.write_checkpoint(Checkpoint(
+                tensors_of(self.model), average, optimizer, vars(self.progress), self.config.to_dict()))
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        """Takes up the newest undamaged checkpoint, where there is one."""
+        checkpoint = self.folder.newest_checkpoint()
+        if checkpoint is None:
+            return
+        self.model.load_state_dict(checkpoint.model)
+        if self.ema is not None and checkpoint.average is not None:
+            self.ema.module.load_state_dict(checkpoint.average)
+        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        self.schedule.load_state_dict(checkpoint.optimizer["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        self.progress = _Progress(**checkpoint.progress)
+
+    # Small things
+
+    def _set_mode(self, *, training: bool) -> None:
+        self.trained.train(training)
+        if self.frozen is not None:
+            self.frozen.eval()  # so that its BatchNorm keeps its statistics
+
+    def _seed(self, *what: Any) -> None:
+        """Sets the random state to a function of the run's seed and of where the run stands."""
+        text = repr((self.config.seed, what, process_index() if what[0] == "batch" else 0))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
+
+    def _bar(self, state: _Progress) -> Any:
+        return tqdm(total=len(self.loader), initial=state.batches, desc=f"epoch {state.epoch}", unit="batch",
+                    leave=False, disable=not (self.show_progress and self.accelerator.is_main_process))
 
 
-def _step(accelerator, trained, trunk, head: HPMHead, optimizer, scheduler, images: Tensor, labels: Tensor,
-          threat: ThreatModel, config: TrainConfig, epoch: int, step: int) -> float:
-    """Makes one training step and returns its loss."""
-    images = random_shift(images, config.shift)
-    trained.eval()
-    through = config.attack_through if head.is_fitted() else "fc"
-    with accelerator.autocast():
-        adversarial = pgd(partial(trunk.surrogate_logits, through), images, labels, threat,
-                          steps=config.attack_steps, step_size=config.attack_step_size)
-    trained.train()
-    features, hpm_logits, fc_logits = trained(adversarial)
-    loss = F.cross_entropy(hpm_logits, labels) + F.cross_entropy(fc_logits, labels)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step} of epoch {epoch}; lower the learning rate "
-                                 "(--lr). The best epoch so far is kept in the output folder")
-    accelerator.backward(loss)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    if head.is_fitted():
-        sums, counts = head.class_sums(features.detach(), labels)
-        head.apply_class_sums(accelerator.reduce(sums, "sum"), accelerator.reduce(counts, "sum"))
-    return loss.item()
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second one acts as it always did."""
+    before: dict[int, Any] = {}
+    asked: list[int] = []
 
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        asked.append(number)
 
-def validate(trunk: PixelTrunk, split: TensorDataset, threat: ThreatModel, config: TrainConfig) -> tuple[float, float]:
-    """Returns the clean accuracy and the robust accuracy under PGD through the FC classifier and `attack_through`.
-
-    The head judges in its own inference mode and in batches of `config.batch_size`. An attack to choose epochs by,
-    not to report.
-    """
-    trunk.eval()
-    head = find_head(trunk)
-    device = head.weight.device
-    images, labels = split.tensors
-    correct = clean = judge(trunk.pixel_model, images, labels, config.batch_size)
-    for name in dict.fromkeys(["fc", config.attack_through if head.is_fitted() else "fc"]):
-        adversarial = torch.cat([
-            pgd(partial(trunk.surrogate_logits, name), x.to(device), y.to(device), threat,
-                steps=config.val_attack_steps).cpu()
-            for x, y in zip(images.split(config.batch_size), labels.split(config.batch_size), strict=True)
-        ])
-        correct = correct & judge(trunk.pixel_model, adversarial, labels, config.batch_size)
-    return clean.float().mean().item(), correct.float().mean().item()
-
-
-def _save(folder: Path, model: nn.Module, config: TrainConfig, row: dict[str, float]) -> None:
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(state, temporary, {"format": "pt"})
-    write_text(folder / "config.json", json.dumps(asdict(config) | {"kept": row}, indent=1) + "\n")
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,240 @@
+"""train.py as a user runs it: real processes, several of them, signals and kills."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from timm_hpm import AttackReport
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--device", "cpu", "--pretrained", "--epochs", "2", "--lr", "0.01", "--attack-steps", "1",
+        "--val-attack-steps", "1"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    return [sys.executable, *(LAUNCHER if processes > 1 else []), str(ROOT / "train.py"), *arguments]
+
+
+def script(*arguments: str, folder: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, processes=processes), cwd=folder, capture_output=True, text=True,
+                          timeout=900, env=ENVIRON)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("update-*"))
+
+
+def test_a_trained_model_is_what_evaluate_takes(tmp_path):
+    (tmp_path / "run.yaml").write_text("epochs: 9\nlr: 0.01\nattack_steps: 1\nval_attack_steps: 1\npretrained: true\n")
+    done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "1", "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "batch" in done.stderr, "no progress bar"
+    assert "kept: epoch 0" in done.stdout and "--model local-dir:run --dataset digits" in done.stdout
+    quick = ["--num-images", "8", "--batch-size", "4", "--surrogates", "fc,ste", "--attacks", "apgd-ce"]
+    for name, model in (("a", ["--model", "local-dir:run"]), ("b", ["--checkpoint", "run/model.safetensors"])):
+        done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *quick, *model, "--output", name],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=900, env=ENVIRON)
+        assert done.returncode == 0, done.stderr
+    one, other = (AttackReport.load(tmp_path / name / "report.json") for name in ("a", "b"))
+    assert one.correct == other.correct and one.protocol["prototypes_fitted"] is True
+
+
+def test_mistakes_are_one_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("epoch: 9\n")
+    for arguments, message in ((["--config", "run.yaml"], "run.yaml: unknown option 'epoch'; did you mean epochs"),
+                               (["--resume", "nothing"], "nothing holds no run to resume"),
+                               (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere")):
+        done = script(*arguments, folder=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(number, code, tmp_path):
+    process = subprocess.Popen(command(*TINY, "--epochs", "500", "--output", "run"), cwd=tmp_path, env=ENVIRON,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoints").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    assert f"stopped by {signal.Signals(number).name}, checkpoint saved; go on by: train.py --resume run" in errors
+    done = script("--resume", "run", "--epochs", "501", folder=tmp_path)
+    assert done.returncode == 1 and "epochs (500 there, 501 given)" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+# Several processes
+
+
+def test_two_processes_make_the_prototypes_of_one(tmp_path):
+    """Two processes of batch 64 and one of batch 128, with accumulation: the backbone is constant, so features are."""
+    same = [*TINY, "--freeze-backbone", "--objective", "clean", "--shift", "0", "--grad-accum-steps", "2",
+            "--recovery-interval", "1", "--checkpoint-hist", "9", "--epochs", "1"]
+    for processes, size in ((1, "128"), (2, "64")):
+        done = script(*same, "--batch-size", size, "--output", f"of{processes}", folder=tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (sorted((tmp_path / name / "checkpoints").iterdir()) for name in ("of1", "of2"))
+    assert len(one) == len(two) == 4
+    for mine, others in zip(one, two, strict=True):
+        state, other = weights(mine), weights(others)
+        torch.testing.assert_close(other["fc.prototypes"], state["fc.prototypes"], rtol=0, atol=1e-6)
+        assert torch.equal(other["fc.num_updates"], state["fc.num_updates"])
+    assert done.stdout.count("kept:") == 1
+
+
+WORKER = '''
+import sys
+
+import timm, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_hpm
+from timm_hpm.attacks.pgd import pgd
+from timm_hpm.training.distributed import reduced
+from timm_hpm.training.objectives import cross_entropy
+from timm_hpm.training.trunk import PixelTrunk, inputs_only
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+images, labels = (part[:64] for part in timm_hpm.load_split("digits", "train").tensors)
+mine = slice(32 * rank, 32 * rank + 32)
+threat = timm_hpm.ThreatModel("Linf", 0.1)
+answers = {}
+for batch_prototypes in ("local", "global"):
+    model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
+    trunk = PixelTrunk(model, batch_prototypes)
+    trained = DistributedDataParallel(trunk)
+    with inputs_only(trunk):
+        found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[mine], labels[mine], threat, steps=2,
+                    random_start=False)
+    output, = trained(found)
+    cross_entropy(output, labels[mine], 1.0).backward()
+    answers[batch_prototypes] = {"found": found, "logits": output[1].detach(),
+                                 "gradients": [parameter.grad for parameter in model.parameters()]}
+model = timm.create_model("hpm_wrn10_2", pretrained=True)
+shard = [(images[row].unsqueeze(0), labels[row].unsqueeze(0)) for row in range(rank, 64, 2)]
+timm_hpm.fit_prototypes(timm_hpm.PixelModel(model), shard, reduce=reduced)
+answers["prototypes"] = timm_hpm.find_head(model).prototypes
+torch.save(answers, f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+'''
+
+
+def test_batch_prototypes_and_fits_across_processes_are_those_of_one(tmp_path):
+    import timm
+    from torch import nn
+
+    import timm_hpm
+    from timm_hpm.attacks.pgd import pgd
+    from timm_hpm.training.objectives import cross_entropy
+    from timm_hpm.training.trunk import PixelTrunk
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = subprocess.run([sys.executable, *LAUNCHER, "worker.py", str(tmp_path)], cwd=tmp_path, env=ENVIRON,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    images, labels = (part[:64] for part in timm_hpm.load_split("digits", "train").tensors)
+    threat = timm_hpm.ThreatModel("Linf", 0.1)
+
+    def alone(rows: slice) -> dict:
+        model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+        trunk = PixelTrunk(model)
+        found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[rows], labels[rows], threat, steps=2,
+                    random_start=False)
+        output, = trunk(found)
+        cross_entropy(output, labels[rows], 1.0).backward()
+        return {"found": found, "logits": output[1].detach(),
+                "gradients": [parameter.grad for parameter in model.parameters()]}
+
+    halves, whole = [alone(slice(0, 32)), alone(slice(32, 64))], alone(slice(0, 64))
+    assert not torch.allclose(torch.cat([half["logits"] for half in halves]), whole["logits"], rtol=1e-2)
+    for name in ("found", "logits"):
+        for kind, expected in (("local", torch.cat([half[name] for half in halves])), ("global", whole[name])):
+            torch.testing.assert_close(torch.cat([rank[kind][name] for rank in ranks]), expected, rtol=1e-4, atol=1e-4)
+    mean = [(a + b) / 2 for a, b in zip(*(half["gradients"] for half in halves), strict=True)]
+    for rank in ranks:
+        for kind, expected in (("local", mean), ("global", whole["gradients"])):
+            for gradient, one in zip(rank[kind]["gradients"], expected, strict=True):
+                torch.testing.assert_close(gradient, one, rtol=1e-3, atol=1e-4)
+
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    timm_hpm.fit_prototypes(timm_hpm.PixelModel(model), [(images, labels)])
+    assert torch.equal(ranks[0]["prototypes"], ranks[1]["prototypes"])
+    torch.testing.assert_close(ranks[0]["prototypes"], timm_hpm.find_head(model).prototypes, rtol=0, atol=1e-6)
+    assert isinstance(timm_hpm.find_head(model), nn.Linear)
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path):
+    options = [*TINY, "--batch-size", "64", "--batch-prototypes", "global", "--model-ema", "--model-ema-decay", "0.9",
+               "--recovery-interval", "2"]
+    done = script(*options, "--output", "whole", folder=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(command(*options, "--output", "part", processes=2), cwd=tmp_path, env=ENVIRON,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "part" / "checkpoints").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=300)
+    assert not (tmp_path / "part" / "checkpoints" / "update-00000016").exists(), "it was not stopped"
+    done = script("--resume", "part", folder=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "average.safetensors"):
+        assert (newest(tmp_path / "whole") / name).read_bytes() == (newest(tmp_path / "part") / name).read_bytes()
+    assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "part" / "metrics.csv").read_bytes()
+
+
+# Kills
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(tmp_path):
+    options = [*TINY, "--epochs", "5", "--model-ema", "--model-ema-decay", "0.9", "--recovery-interval", "2"]
+    start = time.monotonic()
+    done = script(*options, "--output", "whole", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole_run = time.monotonic() - start
+    chance = random.Random(0)
+    kills, folders = 0, ["part0"]
+    while kills < 20:
+        folder = tmp_path / folders[-1]
+        started = (folder / "args.yaml").exists()
+        arguments = ["--resume", folder.name] if started else [*options, "--output", folder.name]
+        process = subprocess.Popen(command(*arguments), cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        try:
+            # From before the first import to behind the last update; sooner in a run that was killed already.
+            process.wait(chance.uniform(0.2, 1.0) * whole_run)
+            assert process.returncode == 0
+            folders.append(f"part{len(folders)}")  # a complete run has nothing left to be killed in
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    for folder in tmp_path.glob("part*"):
+        done = script("--resume", folder.name, folder=tmp_path) if (folder / "args.yaml").exists() else \
+            script(*options, "--output", folder.name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for name in ("model.safetensors", "average.safetensors"):
+            assert (newest(tmp_path / "whole") / name).read_bytes() == (newest(folder) / name).read_bytes()
+        assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()

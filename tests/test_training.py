@@ -1,0 +1,441 @@
+"""The parts of training: schedules, objectives, the trunk, options, checkpoints; and short runs in this process."""
+
+import csv
+import dataclasses
+import math
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+import timm_hpm
+from timm_hpm import ThreatModel, find_head
+from timm_hpm.attacks.pgd import pgd
+from timm_hpm.head import head_name
+from timm_hpm.training import TrainConfig, train
+from timm_hpm.training.config import read_yaml
+from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
+from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
+from timm_hpm.training.schedules import constant, cosine, one_cycle
+from timm_hpm.training.trunk import PixelTrunk, inputs_only
+
+# A run of seconds: two epochs of eight batches, from the embedded weights.
+TINY = TrainConfig(device="cpu", pretrained=True, epochs=2, lr=0.01, attack_steps=1, val_attack_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_a_test():
+    """Accelerate keeps its precision and device for a whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(folder, **changes):
+    return train(dataclasses.replace(TINY, **changes), folder, log=lambda line: None)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def embedded() -> dict[str, torch.Tensor]:
+    return timm.create_model("hpm_wrn10_2", pretrained=True).state_dict()
+
+
+# Equations
+
+
+def test_the_schedules_rise_and_fall_as_they_say():
+    assert [cosine(done, 0.2) for done in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [one_cycle(done, 0.5) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+    assert [constant(done, 0.5) for done in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1]
+    assert cosine(0, 0) == one_cycle(0, 0) == constant(0, 0) == 1
+
+
+def test_the_objectives_in_closed_form():
+    # Two classes with logits (0, a): the cross-entropy of class 1 is log(1 + e^-a).
+    labels = torch.tensor([1, 1])
+
+    def answers(hpm, fc):
+        return torch.zeros(2, 3), torch.tensor([[0.0, hpm]] * 2), torch.tensor([[0.0, fc]] * 2)
+
+    def softplus(a):
+        return math.log(1 + math.exp(-a))
+
+    assert cross_entropy(answers(2.0, 1.0), labels, 0.5).item() == pytest.approx(softplus(2) + 0.5 * softplus(1))
+    assert cross_entropy(answers(2.0, 1.0), labels, 0.0).item() == pytest.approx(softplus(2))
+    smoothed = 0.9 * softplus(2) + 0.1 * (softplus(2) + softplus(-2)) / 2
+    assert cross_entropy(answers(2.0, 1.0), labels, 0.0, 0.1).item() == pytest.approx(0.95 * softplus(2)
+                                                                                      + 0.05 * softplus(-2))
+    assert smoothed == pytest.approx(0.95 * softplus(2) + 0.05 * softplus(-2))
+    p, q = (1 / (1 + math.exp(-a)) for a in (2.0, -1.0))
+    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    clean, adversarial = answers(2.0, 0.0), answers(-1.0, 0.0)
+    assert kl_divergence(adversarial[1], clean[1]).item() == pytest.approx(2 * divergence, rel=1e-5)
+    assert away_from(clean[1])(adversarial[1], labels).item() == pytest.approx(2 * divergence, rel=1e-5)
+    assert trades(clean, adversarial, labels, 6.0, 0.0).item() == pytest.approx(softplus(2) + 6 * divergence, rel=1e-5)
+    # The FC classifier's two answers are alike: its divergence is 0.
+    assert trades(clean, adversarial, labels, 6.0, 0.5).item() == pytest.approx(
+        softplus(2) + 6 * divergence + 0.5 * softplus(0), rel=1e-5)
+
+
+def test_pgd_climbs_the_loss_that_it_is_given():
+    weight = torch.tensor([[1.0, -2.0], [0.5, 1.0]])
+    images, labels = torch.full((3, 2), 0.5), torch.tensor([0, 1, 0])
+
+    def loss(logits, labels):
+        return logits[:, 1].sum()  # whatever the label
+
+    x = pgd(lambda x: x @ weight.t(), images, labels, ThreatModel("Linf", 0.25), steps=3, random_start=False, loss=loss)
+    assert torch.equal(x, torch.full((3, 2), 0.75))
+
+
+# The trunk
+
+
+def test_attacks_gather_no_parameter_gradients_and_keep_less():
+    model = timm_hpm.add_hpm_head(timm.create_model("test_vit", num_classes=10)).eval()
+    trunk = PixelTrunk(model)
+    images, labels = torch.rand(4, 3, 160, 160), torch.arange(4)
+
+    def attack() -> int:
+        """Returns the bytes that a forward pass keeps for the backward one."""
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            pgd(lambda x: trunk.surrogate_logits("mixed", x), images, labels, ThreatModel("Linf", 0.1), steps=1)
+        return sum(kept.values())
+
+    whole = attack()
+    find_head(model).bias.requires_grad_(False)
+    with inputs_only(trunk):
+        assert not any(parameter.requires_grad for parameter in trunk.parameters())
+        assert attack() < 0.8 * whole
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"{head_name(model)}.bias"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_costs_the_passes_it_says(tmp_path, monkeypatch):
+    counts = {"forward": 0, "backward": 0}
+    create = timm_hpm.training.loop.create_trainable
+
+    def counted(config):
+        model = create(config)
+
+        def forward(module, inputs, output):
+            counts["forward"] += torch.is_grad_enabled()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: counts.update(backward=counts["backward"] + 1))
+
+        model.conv1.register_forward_hook(forward)
+        return model
+
+    monkeypatch.setattr(timm_hpm.training.loop, "create_trainable", counted)
+    for objective, forward, backward in (("pgd-at", 4, 4), ("trades", 5, 5), ("clean", 1, 1)):
+        counts.update(forward=0, backward=0)
+        run(tmp_path / objective, epochs=1, attack_steps=3, objective=objective, batch_size=1000)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        # One batch, and PGD-1 through fc and mixed on the validation batch.
+        assert (counts["forward"] - 2, counts["backward"] - 2) == (forward, backward), objective
+
+
+# Runs
+
+
+def test_a_run_leaves_a_model_its_options_and_its_numbers(tmp_path):
+    kept = run(tmp_path / "run", hflip=0.1)
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "model.safetensors", "config.json", "args.yaml", "metrics.csv", "checkpoints"}
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(max(rows, key=lambda row: float(row["val_robust"]))["val_robust"]) == kept["val_robust"]
+    options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert TrainConfig(**options) == dataclasses.replace(TINY, hflip=0.1)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert find_head(model).is_fitted() and model.pretrained_cfg["mean"] == [0.3053]
+    state, before = weights(tmp_path / "run"), embedded()
+    assert not torch.equal(state["conv1.weight"], before["conv1.weight"])
+    # Each of the eight batches of an epoch had every class, or nearly so.
+    made = state["fc.num_updates"] - before["fc.num_updates"]
+    assert (made > 4 * (kept["epoch"] + 1)).all() and (made <= 8 * (kept["epoch"] + 1)).all()
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_a_curve_is_drawn(tmp_path):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib", reason="curve.png is drawn by matplotlib, of the extra train")
+    run(tmp_path / "run", epochs=1, batch_size=500)
+    with Image.open(tmp_path / "run" / "curve.png") as image:
+        image.load()
+        assert image.width > 500 and len(image.convert("RGB").getcolors(100_000)) > 10
+
+
+@pytest.mark.parametrize("changes", [
+    {"objective": "trades", "trades_beta": 3.0, "smoothing": 0.1, "hflip": 0.5},
+    {"objective": "clean", "prototype_features": "both"},
+    {"threat": "L2:0.5", "attack_steps": 2, "attack_through": "soft", "prototype_features": "both"},
+    {"amp": True, "channels_last": True, "clip_grad": 1.0},
+    {"opt": "adamw", "lr": 1e-3, "sched": "cosine", "warmup_epochs": 0.5, "layer_decay": 0.7},
+    {"grad_checkpointing": True, "grad_accum_steps": 3, "recovery_interval": 1},
+    {"model_kwargs": {"inference": "fc"}},
+    {"model_kwargs": {"inference": "sample", "mix": 0.2}, "fc_loss_weight": 0.0},
+    {"workers": 1, "random_resized_crop": True},
+], ids=lambda changes: " ".join(changes))
+def test_options_train(changes, tmp_path):
+    kept = run(tmp_path, epochs=1, batch_size=350, **changes)
+    assert kept["val_clean"] > 0.5 and math.isfinite(kept["loss"])
+    state = weights(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+    assert not torch.equal(state["conv1.weight"], embedded()["conv1.weight"])
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_alike(tmp_path):
+    # Not bit by bit: the compiler fuses, and rounds otherwise.
+    plain = run(tmp_path / "plain", epochs=1, batch_size=350)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    compiled = run(tmp_path / "compiled", epochs=1, batch_size=350, torchcompile=True)
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+
+
+def test_a_frozen_backbone_stays_as_it_was(tmp_path):
+    run(tmp_path, freeze_backbone=True, epochs=1)
+    before, after = embedded(), weights(tmp_path)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "fc.bias", "fc.log_scale", "fc.prototypes", "fc.num_updates"}
+
+
+def test_the_average_does_not_average_prototypes_twice(tmp_path):
+    run(tmp_path, model_ema=True, model_ema_decay=0.9, epochs=1)
+    checkpoint = newest_checkpoint(tmp_path / "checkpoints")
+    for name in ("fc.prototypes", "fc.num_updates"):
+        assert torch.equal(checkpoint.average[name], checkpoint.model[name])
+    assert not torch.equal(checkpoint.average["conv1.weight"], checkpoint.model["conv1.weight"])
+    # The average is what is kept.
+    assert all(torch.equal(tensor, checkpoint.average[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_accumulated_batches_move_prototypes_as_one(tmp_path):
+    """With a constant backbone, three batches of 64 are one of 192."""
+    same = {"freeze_backbone": True, "objective": "clean", "shift": 0, "epochs": 1}
+    run(tmp_path / "one", batch_size=192, **same)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(tmp_path / "three", batch_size=64, grad_accum_steps=3, **same)
+    one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
+    # 1,077 images: one more batch of 64 fills an incomplete sixth update.
+    assert (one["fc.num_updates"] - embedded()["fc.num_updates"]).max() == 5
+    assert (three["fc.num_updates"] - embedded()["fc.num_updates"]).max() == 6
+    checkpoints = {}
+    for name in ("one", "three"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = {"batch_size": 192} if name == "one" else {"batch_size": 64, "grad_accum_steps": 3}
+        run(tmp_path / f"{name} again", recovery_interval=1, checkpoint_hist=9, **options, **same)
+        folder = tmp_path / f"{name} again" / "checkpoints" / "update-00000005"
+        checkpoints[name] = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(checkpoints["one"]["fc.prototypes"], checkpoints["three"]["fc.prototypes"],
+                               rtol=0, atol=1e-6)
+
+
+def test_unfitted_heads_are_fitted_once(tmp_path):
+    kept = run(tmp_path, pretrained=False, epochs=3, prototype_epoch=1)
+    assert kept["epoch"] >= 1
+    state = weights(tmp_path)
+    most = 1 + 8 * kept["epoch"]
+    assert (state["fc.num_updates"] > 1).all() and (state["fc.num_updates"] <= most).all()
+
+
+# Resuming
+
+
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
+    changes = {"model_ema": True, "model_ema_decay": 0.9, "recovery_interval": 5, "checkpoint_hist": 20}
+    run(tmp_path / "whole", **changes)
+    folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    assert [folder.name[-2:] for folder in folders] == ["05", "08", "10", "15", "16"]
+    for index in (0, 1, 3):
+        import shutil
+
+        part = tmp_path / f"part{index}"
+        part.mkdir()
+        shutil.copy(tmp_path / "whole" / "args.yaml", part)
+        (part / "checkpoints").mkdir()
+        shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
+        (part / "checkpoints" / ".update-00000099.tmp").mkdir()  # what a killed process leaves
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
+        whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
+        for name, tensor in whole.model.items():
+            assert torch.equal(tensor, resumed.model[name]), (index, name)
+        for name, tensor in whole.average.items():
+            assert torch.equal(tensor, resumed.average[name]), (index, name)
+        assert whole.progress == resumed.progress
+        assert (part / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+        assert not list((part / "checkpoints").glob(".*"))
+
+
+def checkpoint(updates: int) -> Checkpoint:
+    return Checkpoint({"w": torch.full((2,), float(updates))}, None, {"optimizer": {"lr": 0.1}, "t": torch.ones(1)},
+                      {"updates": updates}, TINY.to_dict())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no json"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(damage, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for updates in (1, 2):
+        write_checkpoint(folder, checkpoint(updates), keep=2)
+    file = folder / "update-00000002" / ("state.json" if damage == "no json" else "optimizer.pt")
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    file.write_bytes({"cut": data[:-5], "flipped": data, "no json": b"{", "missing": b""}[damage])
+    if damage == "missing":
+        file.unlink()
+    with pytest.warns(DamagedCheckpointWarning, match="update-00000002 is damaged"):
+        found = newest_checkpoint(folder)
+    assert found.progress == {"updates": 1} and torch.equal(found.model["w"], torch.ones(2))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for updates in range(5):
+        write_checkpoint(tmp_path / "checkpoints", checkpoint(updates), keep=2)
+    assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["3", "4"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_checkpoint(tmp_path / "checkpoints").progress["updates"] == 4
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
+    import hashlib
+    import json
+
+    path = write_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=2)
+    trap = tmp_path / "ran"
+    (path / "optimizer.pt").write_bytes(f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode())
+    state = json.loads((path / "state.json").read_text())
+    state["digests"]["optimizer.pt"] = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.warns(DamagedCheckpointWarning):
+        assert newest_checkpoint(tmp_path / "checkpoints") is None
+    assert not trap.exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"epochs": 2, "prototype_epoch": 2}, "prototype_epoch is 2, of 2 epochs"),
+    ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs is 2.0, of 2 epochs"),
+    ({"attack_through": "hard"}, "attack_through is 'hard'; expected one of fc, dataset, soft, ste, mixed"),
+    ({"objective": "mart"}, "objective is 'mart'; expected one of pgd-at, trades, clean"),
+    ({"dataset": "cifar11"}, "unknown data set 'cifar11'"),
+    ({"dataset": "folder", "data_dir": "nowhere"}, "nowhere"),
+    ({"threat": "Linf:9"}, "eps is 9.0 for Linf"),
+    ({"num_classes": 4}, "has 4 classes and digits 10; give --num-classes 10"),
+    ({"in_chans": 3}, "the model takes"),
+    ({"num_classes": 10, "model_kwargs": {"num_classes": 10}}, "num_classes stands in the options and in model_kwargs"),
+    ({"model": "test_resnet.r160_in1k", "pretrained": False, "num_classes": 10, "in_chans": 1}, "has no HPM head"),
+    ({"model": "nosuch"}, "cannot create the model 'nosuch'"),
+    ({"initial_checkpoint": "nosuch.pt", "pretrained": False}, "nosuch.pt: there is no such file"),
+    ({"initial_checkpoint": "nosuch.pt"}, "both say where the weights come from"),
+    ({"shift": -1}, "shift is -1; expected at least 0"),
+    ({"epochs": 0}, "epochs is 0; expected at least 1"),
+    ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),
+    ({"batch_size": 1}, "batch_size is 1, and hpm_wrn10_2 has BatchNorm"),
+    ({"mixup": 0.2}, "a mixture of two images belongs to no class"),
+    ({"epochs": "3"}, "epochs is '3', a str; expected int"),
+    ({"lr": "1e-3"}, "lr is '1e-3', a str; expected float. YAML reads 1e-3 as a text"),
+    ({"amp": 1}, "amp is 1, a int; expected bool"),
+    ({"seed": True}, "seed is True, a bool; expected int"),
+    ({"mean": "0.5"}, "mean is '0.5', a str"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        run(tmp_path / "run", **changes)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_configuration_is_read_and_its_mistakes_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: hpm_wrn10_2\nlr: 0.05\nmodel_kwargs: {mix: 0.25}\nmean: [0.5]\n")
+    config = TrainConfig(**read_yaml(str(file)))
+    assert config.lr == 0.05 and config.model_kwargs == {"mix": 0.25} and config.mean == (0.5,)
+    file.write_text("batchsize: 3\n")
+    with pytest.raises(ValueError, match=r"run.yaml: unknown option 'batchsize'; did you mean batch_size"):
+        read_yaml(str(file))
+    file.write_text("- a\n")
+    with pytest.raises(ValueError, match="holds a list; expected lines such as"):
+        read_yaml(str(file))
+    file.write_text("a: [\n")
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        read_yaml(str(file))
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        read_yaml(str(tmp_path / "missing.yaml"))
+
+
+def test_the_committed_configurations_are_valid():
+    files = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert TrainConfig(**read_yaml(str(file))).dataset == file.stem
+
+
+def test_a_tracker_gets_the_rows(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                      reason="TensorBoard is of the extra train")
+    kept = run(tmp_path, epochs=1, batch_size=500, log_with="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "timm_hpm"))
+    events.Reload()
+    assert events.Scalars("val_robust")[0].value == pytest.approx(kept["val_robust"])
+
+
+def test_an_output_of_another_run_is_left_alone(tmp_path):
+    run(tmp_path, epochs=1, batch_size=500)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds another run; go on with it by --resume"):
+        run(tmp_path, epochs=1, batch_size=500)
+    for changes, message in (({"model": "hpm_wrn28_10", "pretrained": False}, "model ('hpm_wrn10_2' there, 'hpm_wrn28"),
+                             ({"epochs": 3}, "epochs (1 there, 3 given)")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train(dataclasses.replace(TINY, **{"epochs": 1, "batch_size": 500} | changes), tmp_path, resume=True)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(TINY, tmp_path / "other", resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at batch \d+ of epoch 0; lower the"):
+        run(tmp_path, lr=1e30, recovery_interval=1, sched="constant", pretrained=False)
+    kept = newest_checkpoint(tmp_path / "checkpoints")
+    assert kept.progress["updates"] >= 1 and not (tmp_path / "model.safetensors").exists()
+
+
+def test_pixels_reach_the_model_normalised_once(tmp_path):
+    """A model trained with its own mean and std answers as `evaluate.py` and the Hub would have it."""
+    run(tmp_path, epochs=1, batch_size=350, pretrained=False, mean=(0.5,), std=(0.25,))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert model.pretrained_cfg["mean"] == [0.5] and model.pretrained_cfg["std"] == [0.25]
+    other = timm.create_model("hpm_wrn10_2").eval()
+    timm_hpm.models.create.load_checkpoint(other, str(tmp_path / "model.safetensors"))
+    images = timm_hpm.load_split("digits", "val").tensors[0][:8]
+    expected = model((images - 0.5) / 0.25)
+    for net in (model, other):
+        torch.testing.assert_close(timm_hpm.PixelModel(net)(images), expected, rtol=0, atol=0)
+    assert isinstance(find_head(model), nn.Linear) and F.softmax(expected, dim=1).isfinite().all()

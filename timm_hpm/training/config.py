@@ -1,0 +1,213 @@
+"""`TrainConfig`: everything a training run depends on; its options on the command line and in a YAML file."""
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+from ..attacks.surrogates import SURROGATES
+from .objectives import OBJECTIVES
+from .schedules import SCHEDULES
+from .trunk import BATCH_PROTOTYPES
+
+AMP_DTYPES: typing.Final = ("bfloat16", "float16")
+TRACKERS: typing.Final = ("tensorboard", "wandb")
+
+
+def _option(default: Any, group: str, about: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
+    """Returns a dataclass field that also says how the command line shows it."""
+    return field(default=default, metadata={"group": group, "about": about, "flags": flags, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of a training run, under timm's names where timm has them; see `python train.py --help`.
+
+    Raises:
+        ValueError: a value of another type, out of its range, or that does not go with another.
+    """
+
+    model: str = _option("hpm_wrn10_2", "model", "timm model with an HPM head")
+    model_kwargs: dict[str, Any] | None = _option(None, "model", "arguments of timm.create_model, such as mix=0.5")
+    pretrained: bool = _option(False, "model", "start from the pretrained weights")
+    initial_checkpoint: str | None = _option(None, "model", "start from the weights in this file")
+    num_classes: int | None = _option(None, "model", "a new head of so many classes (the model's)")
+    in_chans: int | None = _option(None, "model", "channels of the images (the model's)")
+    mean: tuple[float, ...] | None = _option(
+        None, "model", "taken off each channel (the weights'; the data set's when training from scratch)")
+    std: tuple[float, ...] | None = _option(None, "model", "that it is divided by then (see --mean)")
+    freeze_backbone: bool = _option(False, "model", "train the head alone")
+    grad_checkpointing: bool = _option(False, "model", "less memory, one forward pass more")
+
+    dataset: str = _option("digits", "data", "digits, fashion_mnist, folder, or a name of timm.data.create_dataset")
+    data_dir: str | None = _option(None, "data", "where the data set lies")
+    dataset_download: bool = _option(False, "data", "let torchvision fetch it")
+    img_size: int | None = _option(None, "data", "pixels a side, for images that are decoded (the model's)")
+    shift: int = _option(1, "data", "augmentation: random shifts by up to so many pixels")
+    hflip: float = _option(0.0, "data", "augmentation: probability of a horizontal flip")
+    random_resized_crop: bool = _option(False, "data", "augmentation: random crops and flips, for decoded images")
+    batch_size: int = _option(128, "data", "images a process and forward pass", "-b")
+    workers: int = _option(0, "data", "data loading processes for each process", "-j")
+
+    threat: str | None = _option(None, "attack", "NORM:EPS such as Linf:8/255 (the data set's usual one)")
+    objective: str = _option("pgd-at", "attack", "what is minimised", choices=OBJECTIVES)
+    trades_beta: float = _option(6.0, "attack", "weight of TRADES' divergence")
+    attack_steps: int = _option(10, "attack", "PGD steps; 1 is FGSM with random start")
+    attack_step_size: float | None = _option(None, "attack", "in pixels of [0, 1] (2.5·eps/steps)")
+    attack_through: str = _option("mixed", "attack", "surrogate to craft through", choices=tuple(SURROGATES))
+    val_attack_steps: int = _option(20, "attack", "PGD steps for the choice of the best epoch")
+
+    prototype_epoch: int = _option(0, "prototypes", "epoch before which they are first fitted")
+    prototype_features: str = _option("adversarial", "prototypes", "what updates them, as TRADES and clean have it",
+                                      choices=("adversarial", "both"))
+    batch_prototypes: str = _option("local", "prototypes", "the batch of the batch-level ones: each process's, or all",
+                                    choices=BATCH_PROTOTYPES)
+    fc_loss_weight: float = _option(1.0, "prototypes", "weight of the FC classifier's loss beside the head's")
+
+    epochs: int = _option(60, "optimisation", "passes over the training images")
+    opt: str = _option("sgd", "optimisation", "optimizer of timm, such as sgd or adamw")
+    lr: float = _option(0.1, "optimisation", "peak learning rate")
+    momentum: float = _option(0.9, "optimisation", "of sgd, or the first beta")
+    weight_decay: float = _option(5e-4, "optimisation", "not for biases, norms and the scale")
+    sched: str = _option("onecycle", "optimisation", "learning rate schedule", choices=tuple(SCHEDULES))
+    warmup_epochs: float | None = _option(None, "optimisation", "of rising learning rate (onecycle: a quarter; 0)")
+    layer_decay: float | None = _option(None, "optimisation", "learning rate of each layer over that of the next")
+    clip_grad: float | None = _option(None, "optimisation", "largest norm of the gradient")
+    grad_accum_steps: int = _option(1, "optimisation", "batches an update")
+    smoothing: float = _option(0.0, "optimisation", "label smoothing; the prototypes keep to the label")
+    mixup: float = _option(0.0, "optimisation", "refused: a mixed image has no class mean to move")
+    model_ema: bool = _option(False, "optimisation", "average the weights; the average is what is kept")
+    model_ema_decay: float = _option(0.9998, "optimisation", "of that average")
+    seed: int = _option(0, "optimisation", "of all randomness, with the epoch, the step and the process")
+
+    device: str | None = _option(None, "machine and output", "cpu leaves accelerators alone (Accelerate's choice)",
+                                 choices=("cpu",))
+    amp: bool = _option(False, "machine and output", "mixed precision")
+    amp_dtype: str = _option("bfloat16", "machine and output", "of mixed precision", choices=AMP_DTYPES)
+    channels_last: bool = _option(False, "machine and output", "memory format")
+    torchcompile: bool = _option(False, "machine and output", "compile the backbone")
+    recovery_interval: int = _option(0, "machine and output", "updates between checkpoints (0: at the ends of epochs)")
+    checkpoint_hist: int = _option(2, "machine and output", "checkpoints to keep")
+    log_with: str | None = _option(None, "machine and output", "tracker of Accelerate", choices=TRACKERS)
+
+    def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(type(self))
+        for option in fields(self):
+            value = _typed(option.name, getattr(self, option.name), kinds[option.name])
+            object.__setattr__(self, option.name, value)
+            choices = option.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{option.name} is {value!r}; expected one of {', '.join(choices)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("attack_steps", 1), ("val_attack_steps", 1),
+                            ("grad_accum_steps", 1), ("checkpoint_hist", 1), ("prototype_epoch", 0), ("shift", 0),
+                            ("workers", 0), ("recovery_interval", 0), ("hflip", 0), ("smoothing", 0), ("lr", 0),
+                            ("fc_loss_weight", 0), ("trades_beta", 0), ("warmup_epochs", 0), ("weight_decay", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        for name in ("hflip", "smoothing", "momentum", "model_ema_decay"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at most 1")
+        if self.prototype_epoch >= self.epochs:
+            raise ValueError(f"prototype_epoch is {self.prototype_epoch}, of {self.epochs} epochs; expected less, or "
+                             "the head would never have prototypes")
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, of {self.epochs} epochs; expected less")
+        if self.mixup:
+            raise ValueError(f"mixup is {self.mixup}, but a mixture of two images belongs to no class whose prototype "
+                             "it could move; leave it out. --smoothing is defined: prototypes keep to the label")
+        if self.pretrained and self.initial_checkpoint:
+            raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all options in YAML's and JSON's types."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Returns the options in a YAML file, checked by `TrainConfig`'s names only.
+
+    Raises:
+        ValueError: no such file, no YAML, or a key that is no option; the message names the nearest ones.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path} holds a {type(given).__name__}; expected lines such as `model: hpm_wrn10_2`")
+    check_names(given, path)
+    return dict(given)
+
+
+def check_names(given: Mapping[Any, Any], where: str) -> None:
+    """Raises a ValueError for keys that are no option of `TrainConfig`."""
+    known = [option.name for option in fields(TrainConfig)]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]).replace("-", "_"), known, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(known)}"
+        raise ValueError(f"{where}: unknown option {', '.join(map(repr, unknown))}; {advice}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every option to a parser, in groups. What the command line does not say stands nowhere in the result."""
+    groups: dict[str, Any] = {}
+    kinds = typing.get_type_hints(TrainConfig)
+    for option in fields(TrainConfig):
+        name, about, default = option.name, option.metadata["about"], option.default
+        if not (default is None or isinstance(default, bool)):
+            about += f" ({default})"
+        kind, *_ = _parts(kinds[name])
+        details: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
+        if option.metadata["choices"]:
+            details["choices"] = option.metadata["choices"]
+        elif kind is bool:
+            details["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is dict:
+            details |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
+        elif typing.get_origin(kind) is tuple:
+            details |= {"nargs": "+", "type": float, "metavar": "X"}
+        else:
+            details |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        group = option.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
+        groups[group].add_argument(*option.metadata["flags"], f"--{name.replace('_', '-')}", **details)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the one type."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Returns `value` as `kind`, or raises a ValueError; whole numbers are floats, too, but texts are no numbers."""
+    for one in _parts(kind):
+        if one is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if typing.get_origin(one) is tuple and isinstance(value, list | tuple) \
+                and all(isinstance(part, int | float) and not isinstance(part, bool) for part in value):
+            return tuple(float(part) for part in value)
+        if typing.get_origin(one) is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return dict(value)
+        if isinstance(one, type) and isinstance(value, one) and (one is bool or not isinstance(value, bool)):
+            return value
+    expected = " or ".join("null" if one is type(None) else getattr(one, "__name__", str(one)) for one in _parts(kind))
+    hint = ". YAML reads 1e-3 as a text; write 1.0e-3" if isinstance(value, str) and _is_number(value) else ""
+    raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; expected {expected}{hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,56 @@
+"""What processes tell each other, with the gradients of one process that had all the images."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def num_processes() -> int:
+    """Returns how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Returns this process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def reduced(tensor: Tensor) -> Tensor:
+    """Returns the sum of a tensor over all processes, without a gradient."""
+    if num_processes() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Sets each of the floating-point tensors to its mean over all processes, in one message."""
+    if num_processes() == 1 or not tensors:
+        return
+    mean = reduced(torch.cat([tensor.flatten() for tensor in tensors])) / num_processes()
+    for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Returns the rows of all processes, (processes·B, ...), in the processes' order, for `x` (B, ...) on each.
+
+    Its gradient is the sum of what every process's loss asks of a row, as if one process had computed all the losses.
+    """
+    return _Gather.apply(x)  # type: ignore[no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(num_processes())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        own = len(gradient) // num_processes()
+        return reduced(gradient)[process_index() * own:(process_index() + 1) * own]

@@ -1,0 +1,120 @@
+"""The folder of a training run: which run it holds, and what is written into it, each file whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from ..files import replacing, write_text
+from ..models.saving import CONFIG, WEIGHTS, write_model
+from .config import TrainConfig, check_names
+from .recovery import Checkpoint, newest_checkpoint, write_checkpoint
+
+OPTIONS: Final = "args.yaml"
+
+
+class RunFolder:
+    """Writes a run's files.
+
+    Arguments:
+        path: an existing folder.
+        config: the options of the run.
+        resume: whether the folder is to hold a run of the same options already.
+        is_main: whether this process is the one that writes.
+
+    Raises:
+        ValueError: another run in the folder, none to resume, or one of other options; the message says which.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
+        self.path = path
+        self.config = config
+        self.is_main = is_main
+        if resume:
+            saved, given = saved_options(path).to_dict(), config.to_dict()
+            different = [f"{name} ({saved[name]!r} there, {given[name]!r} given)" for name in given
+                         if saved[name] != given[name]]
+            if different:
+                raise ValueError(f"the run in {path} has other options: {', '.join(different)}. Resume it with its own "
+                                 "(--resume alone), or start another in another --output")
+        elif any((path / name).exists() for name in (OPTIONS, WEIGHTS, CONFIG)):
+            raise ValueError(f"{path} holds another run; go on with it by --resume {path}, or choose another --output")
+
+    def begin(self) -> None:
+        """Writes the options, and removes what an interrupted process left half-written."""
+        if not self.is_main:
+            return
+        for left in (*self.path.glob(".*.tmp"), *(self.path / "checkpoints").glob(".*.tmp")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        write_text(self.path / OPTIONS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+
+    def write_best(self, model: Any, row: dict[str, Any]) -> None:
+        """Writes the model of the best epoch so far, whose row of metrics is `row`, as timm's `local-dir:` reads it."""
+        temporary = self.path / ".best.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        config = write_model(model, temporary)
+        config["training"] = {"options": self.config.to_dict(), "kept": row}
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            with replacing(self.path / name) as target:
+                os.replace(temporary / name, target)
+        temporary.rmdir()
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Writes `metrics.csv`, and `curve.png` where matplotlib is installed."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "metrics.csv", text.getvalue())
+        _draw(rows, self.path / "curve.png")
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint below `checkpoints/`."""
+        write_checkpoint(self.path / "checkpoints", checkpoint, self.config.checkpoint_hist)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest undamaged checkpoint; None where there is none."""
+        return newest_checkpoint(self.path / "checkpoints")
+
+
+def saved_options(path: Path) -> TrainConfig:
+    """Returns the options of the run in a folder.
+
+    Raises:
+        ValueError: no run there, or options that this version does not know.
+    """
+    file = path / OPTIONS
+    if not file.is_file():
+        raise ValueError(f"{path} holds no run to resume ({OPTIONS} is missing); start one with --output {path}")
+    options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    check_names(options, str(file))
+    return TrainConfig(**options)
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the loss and the validation accuracies over the epochs, where matplotlib is installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy = figure.subplots()
+    loss = accuracy.twinx()
+    lines = [*accuracy.plot(epochs, [100 * row["val_clean"] for row in rows], "C0", label="clean, validation"),
+             *accuracy.plot(epochs, [100 * row["val_robust"] for row in rows], "C3", label="robust (PGD), validation"),
+             *loss.plot(epochs, [row["loss"] for row in rows], "C7:", label="training loss")]
+    accuracy.set(xlabel="epoch", ylabel="accuracy in %", ylim=(0, 100))
+    loss.set(ylabel="loss in nats", ylim=(0, None))
+    accuracy.legend(handles=lines, loc="lower center")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

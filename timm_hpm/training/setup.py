@@ -1,0 +1,95 @@
+"""What a training run starts from: its model and its data, checked against each other before anything is written."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import ImageSplit, check_every_class
+from ..head import find_head, inference_mode
+from ..models.create import create_model, load_checkpoint, open_split_for
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images to train on, and those to choose the best epoch by."""
+
+    train: ImageSplit
+    val: ImageSplit
+
+
+def create_trainable(config: TrainConfig) -> Any:
+    """Returns the model of a run, with its weights, on the CPU.
+
+    Raises:
+        ValueError: an unknown model, one without an HPM head, or weights that do not fit it.
+    """
+    given = {name: getattr(config, name) for name in ("num_classes", "in_chans") if getattr(config, name) is not None}
+    twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
+    if config.img_size is not None and _takes_img_size(config.model):
+        given["img_size"] = config.img_size
+    model = create_model(config.model, pretrained=config.pretrained, **given, **(config.model_kwargs or {}))
+    if config.initial_checkpoint is not None:
+        load_checkpoint(model, config.initial_checkpoint)
+    find_head(model)
+    for name in ("mean", "std"):
+        if getattr(config, name) is not None:
+            model.pretrained_cfg[name] = getattr(config, name)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f"{config.model} has no gradient checkpointing ({error}); leave it out") from error
+    if config.batch_size == 1 and not config.freeze_backbone and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
+                         "of one image; expected at least 2, or --freeze-backbone")
+    return model
+
+
+def open_data(config: TrainConfig, model: Any) -> Data:
+    """Returns the data of a run; a model that starts at random takes over their usual mean and std.
+
+    Raises:
+        ValueError: data that do not fit the model, or a training split without an image of some class.
+        OSError: data that are not there.
+    """
+    cfg = model.pretrained_cfg
+    options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
+                               "download": config.dataset_download}
+    crop_seed = config.seed if config.random_resized_crop else None
+    data = Data(open_split_for(model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options),
+                open_split_for(model, config.dataset, "val", **options))
+    check_every_class(data.train, model.num_classes)
+    if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:
+        for name in ("mean", "std"):
+            if getattr(config, name) is None:
+                cfg[name] = getattr(data.train, name)
+    pixels = data.train[0][0].unsqueeze(0)
+    cfg["input_size"] = tuple(pixels.shape[1:])
+    _check_forward(config, model, pixels)
+    return data
+
+
+def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
+    mode = model.training
+    try:
+        with torch.no_grad(), inference_mode(model, "fc"):
+            model.eval()(pixels)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "×".join(map(str, pixels.shape[1:]))
+        raise ValueError(f"{config.model} does not take {config.dataset}'s images of {size} (channels, height, width): "
+                         f"{error}. Give --in-chans, --img-size, or another model") from error
+    finally:
+        model.train(mode)
+
+
+def _takes_img_size(name: str) -> bool:
+    """Returns whether a timm architecture is made for one image size, which is then an argument of its own."""
+    model = create_model(name, pretrained=False)
+    return "img_size" in inspect.signature(type(model).__init__).parameters

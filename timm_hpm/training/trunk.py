@@ -1,0 +1,100 @@
+"""`PixelTrunk`: a timm model cut in front of its HPM head, so that one pass serves the head and every surrogate."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from ..attacks.surrogates import SURROGATES
+from ..data import PixelModel
+from ..head import find_head, head_name
+from .distributed import gather_with_gradient, num_processes, process_index
+
+#: What "the batch" of the batch-level prototypes is on several processes: each one's own, or all of them together.
+BATCH_PROTOTYPES: Final = ("local", "global")
+
+
+class PixelTrunk(nn.Module):
+    """A timm model as training needs it: pixels in [0, 1] to (features, HPM logits, FC logits).
+
+    It shares parameters, buffers and submodules with `model`, which stays whole and answers as before.
+
+    Arguments:
+        model: a timm model with an HPM head.
+        batch_prototypes: `"local"` makes the batch-level prototypes of this process's images, `"global"` of all
+            processes' images in the same step, with the gradients that one process with all of them would have. Then
+            every process must call with equally many images.
+    """
+
+    def __init__(self, model: Any, batch_prototypes: str = "local"):
+        super().__init__()
+        if batch_prototypes not in BATCH_PROTOTYPES:
+            raise ValueError(f"batch_prototypes is {batch_prototypes!r}; expected one of {', '.join(BATCH_PROTOTYPES)}")
+        self.head = find_head(model)
+        self.backbone = PixelModel(without_head(model))
+        self.batch_prototypes = batch_prototypes
+        self.train(model.training)
+
+    def forward(self, *pixels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns for each batch (B, channels, H, W) the features (B, d), and the HPM's and FC's logits (B, C).
+
+        Several batches in one call, because DistributedDataParallel wants one call a backward pass.
+        """
+        return [self._answers(self.backbone(batch)) for batch in pixels]
+
+    def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
+        """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
+        return self._in_its_batch(partial(SURROGATES[surrogate].logits, self.head), self.backbone(pixels))
+
+    def _answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fc_logits = self.head.fc_logits(features).float()
+        if self.head.inference == "fc":
+            return features, fc_logits, fc_logits
+        return features, self._in_its_batch(self.head, features).float(), fc_logits
+
+    def _in_its_batch(self, answer: Any, features: Tensor) -> Tensor:
+        if self.batch_prototypes == "local" or num_processes() == 1 or self.head.inference != "batch":
+            return answer(features)
+        size, index = len(features), process_index()
+        return answer(gather_with_gradient(features))[index * size:(index + 1) * size]
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    """Returns `model` with the identity in the place of its HPM head: it answers with the head's input (B, d).
+
+    Only the modules on the way to the head are copied, all else is shared; `model` itself stays as it is.
+    """
+    name = head_name(model)
+    if not name:
+        raise ValueError(f"{type(model).__name__} has no backbone in front of an HPM head")
+    *parents, leaf = name.split(".")
+    backbone = parent = _shallow_copy(model)
+    for part in parents:
+        child = _shallow_copy(parent.get_submodule(part))
+        setattr(parent, part, child)
+        parent = child
+    setattr(parent, leaf, nn.Identity())
+    return backbone
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    # The parameters and buffers stay in one dictionary, so that what replaces one (`.to(device)`) reaches both.
+    twin._modules = dict(module._modules)
+    return twin
+
+
+@contextmanager
+def inputs_only(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter asks for a gradient: passes keep, and compute, what the inputs need and no more."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -151,6 +151,22 @@ def test_evaluate_prints_an_error_without_a_traceback(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_sweep_as_one_does(tmp_path):
+    options = [*QUICK, "--budget", "apgd-ce=5", "--inference", "batch,fc", "--eps-sweep", "0.1:0.2:0.1",
+               "--device", "cpu"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in (["evaluate.py", "one"], [*launcher, "evaluate.py", "two"]):
+        *start, name, output = command
+        done = run(*start, str(ROOT / name), *options, "--output", output, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    reports = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("*/report.json"))
+    assert len(reports) == 4 and (tmp_path / "two" / "sweep.html").exists()
+    for path in reports:
+        one, two = (AttackReport.load(tmp_path / folder / path) for folder in ("one", "two"))
+        assert one.same_results(two)
+
+
+@pytest.mark.slow
 def test_the_readme_s_first_command(tmp_path):
     done = script("evaluate.py", "--output", "report", folder=tmp_path)
     assert done.returncode == 0, done.stderr

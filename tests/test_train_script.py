@@ -97,6 +97,35 @@ def test_two_processes_make_the_prototypes_of_one(tmp_path):
     assert done.stdout.count("kept:") == 1
 
 
+RANKS = '''
+import sys
+
+import torch
+import torch.distributed as dist
+
+import timm_hpm
+from timm_hpm.training import Run, TrainConfig
+
+config = TrainConfig(device="cpu", pretrained=True, epochs=1, lr=0.05, attack_steps=1, val_attack_steps=1, batch_size=48,
+                     grad_accum_steps=2, prototype_features="both", model_ema=True, model_ema_decay=0.5)
+run = Run(config, sys.argv[1], log=lambda line: None)
+run.train()
+for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict().items()]:
+    parts = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(parts, tensor)
+    assert torch.equal(*parts), name
+assert run.head.num_updates.max() > 6
+'''
+
+
+def test_all_that_is_learned_stays_equal_on_all_processes(tmp_path):
+    """Weights, prototypes and BatchNorm's statistics, though each process sees its own images."""
+    (tmp_path / "worker.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, *LAUNCHER, "worker.py", "run"], cwd=tmp_path, env=ENVIRON,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 WORKER = '''
 import sys
 

@@ -1,6 +1,6 @@
 """Adversarial training: options, objectives, the loop, and what it leaves on disk."""
 
 from .config import TrainConfig
-from .loop import Stopped, train
+from .loop import Run, Stopped, train
 
-__all__ = ["Stopped", "TrainConfig", "train"]
+__all__ = ["Run", "Stopped", "TrainConfig", "train"]

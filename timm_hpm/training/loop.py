@@ -397,6 +397,9 @@ class Run:
         checkpoint = self.folder.newest_checkpoint()
         if checkpoint is None:
             return
+        if checkpoint.config != self.config.to_dict():
+            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} is of another run than "
+                             "args.yaml beside it; take one of them away")
         self.model.load_state_dict(checkpoint.model)
         if self.ema is not None and checkpoint.average is not None:
             self.ema.module.load_state_dict(checkpoint.average)

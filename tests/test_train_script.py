@@ -106,8 +106,8 @@ import torch.distributed as dist
 import timm_hpm
 from timm_hpm.training import Run, TrainConfig
 
-config = TrainConfig(device="cpu", pretrained=True, epochs=1, lr=0.05, attack_steps=1, val_attack_steps=1, batch_size=48,
-                     grad_accum_steps=2, prototype_features="both", model_ema=True, model_ema_decay=0.5)
+config = TrainConfig(device="cpu", pretrained=True, epochs=1, lr=0.05, attack_steps=1, val_attack_steps=1,
+                     batch_size=48, grad_accum_steps=2, prototype_features="both", model_ema=True, model_ema_decay=0.5)
 run = Run(config, sys.argv[1], log=lambda line: None)
 run.train()
 for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict().items()]:

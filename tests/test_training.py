@@ -167,6 +167,7 @@ def test_a_run_leaves_a_model_its_options_and_its_numbers(tmp_path):
     assert TrainConfig(**options) == dataclasses.replace(TINY, hflip=0.1)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert find_head(model).is_fitted() and model.pretrained_cfg["mean"] == [0.3053]
+    assert model.pretrained_cfg.get("tag") is None
     state, before = weights(tmp_path / "run"), embedded()
     assert not torch.equal(state["conv1.weight"], before["conv1.weight"])
     # Each of the eight batches of an epoch had every class, or nearly so.

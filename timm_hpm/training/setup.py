@@ -37,6 +37,7 @@ def create_trainable(config: TrainConfig) -> Any:
     if config.initial_checkpoint is not None:
         load_checkpoint(model, config.initial_checkpoint)
     find_head(model)
+    model.pretrained_cfg["tag"] = None  # what comes of the training are nobody's published weights
     for name in ("mean", "std"):
         if getattr(config, name) is not None:
             model.pretrained_cfg[name] = getattr(config, name)

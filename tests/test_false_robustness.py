@@ -9,7 +9,7 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
 from timm_hpm.attacks import Budget
-from timm_hpm.attacks.flags import batch_flag, check_model, gradient_flag, random_flag, verdict_flag
+from timm_hpm.attacks.flags import batch_flag, check_model, gradient_flag, random_flag, rough_flag, verdict_flag
 from timm_hpm.report import FLAGS
 
 THREAT = ThreatModel("Linf", 0.1)
@@ -69,6 +69,14 @@ class Rounding(Defence):
 
     def forward(self, x):
         return self.net((8 * x).round() / 8)
+
+
+class SteepRounding(Defence):
+    """Eight grey levels in a smooth form: there is a gradient, and it leads astray."""
+
+    def forward(self, x):
+        rest = 8 * x - (8 * x).floor()
+        return self.net(((8 * x).floor() + torch.sigmoid(60 * (rest - 0.5))) / 8)
 
 
 class Shattered(Defence):
@@ -147,7 +155,8 @@ class ThroughNumPy(Defence):
 
 def zoo(name: str, net: nn.Module) -> nn.Module:
     mean = timm_hpm.load_split("digits", "train").tensors[0].mean(dim=0, keepdim=True)
-    defences = {"saturated": Saturated, "rounding": Rounding, "shattered": Shattered, "noise": Noise,
+    defences = {"saturated": Saturated, "rounding": Rounding,
+                "steep rounding": SteepRounding, "shattered": Shattered, "noise": Noise,
                 "batch mean": lambda net: BatchMean(net, mean), "batch statistics": BatchStatistics,
                 "hidden training": HiddenTraining, "nan gradient": NaNGradient, "detached": Detached,
                 "through NumPy": ThroughNumPy}
@@ -157,7 +166,9 @@ def zoo(name: str, net: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("name", "flag"), [
     ("saturated", None),
     ("rounding", "zero-gradient"),
+    ("steep rounding", "rough-gradient"),
     ("shattered", "black-box-stronger"),
+    ("shattered", "rough-gradient"),
     ("noise", "random-forward"),
     ("batch mean", "batch-dependent"),
     ("batch statistics", "batch-dependent"),
@@ -263,3 +274,18 @@ def test_what_square_alone_broke_is_counted():
     assert verdict_flag(rows | {"ste/apgd-t": "1" * 12 + "0" + "1" * 87}) is None
     assert verdict_flag({name: row for name, row in rows.items() if "apgd" not in name}) is None
     assert verdict_flag({name: row for name, row in rows.items() if "square" not in name}) is None
+
+
+def test_a_step_that_does_what_its_gradient_says_is_no_flag(digits):
+    images, labels = digits
+
+    def linear(x):
+        return x.flatten(1) @ torch.linspace(-1, 1, 64 * 10).view(64, 10)
+
+    def ripples(x):
+        return torch.sin(3_000 * x).flatten(1)[:, :10]
+
+    assert rough_flag(linear, images, labels, THREAT) is None
+    flag = rough_flag(lambda x: linear(x) + ripples(x), images, labels, THREAT)
+    assert flag.name == "rough-gradient" and "of 100 images" in flag.text
+    assert rough_flag(ripples, images[:7], labels[:7], THREAT) is None

@@ -4,6 +4,7 @@ Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients);
 checks of AutoAttack). docs/flags.md says what each flag means and what to do about it.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Final
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..head import head_name, inference_mode
 from ..report import TRUE_MODEL, Flag
+from ..threat import ThreatModel
 from .components import margin_loss
 
 #: Attacks that need no gradient.
@@ -22,6 +24,8 @@ _ROUNDING: Final = 1e-3
 _ROUNDING_IN_HALF: Final = 5e-2
 # Of the images: a dead unit or two may leave an honest network without a gradient at an image.
 _FEW: Final = 0.05
+# Below that a share of the images says little.
+_FEWEST_SURVIVORS: Final = 8
 
 
 def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Flag]:
@@ -81,6 +85,41 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
     if not difference:
         return None
     return Flag("batch-dependent", f"{len(images)} images by themselves and with as many others: {difference}")
+
+
+def rough_flag(
+        logits_fn: Callable[[Tensor], Tensor],
+        images: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+) -> Flag | None:
+    """Returns `rough-gradient` where small steps up the gradient of the margin do not do what it says they will.
+
+    The gain of a step of a fifth of eps, from a random start (global random state), over what the gradient predicts: at
+    more than a fifth of at least 8 images below a half or above 2. Costs two passes forward and one backward.
+
+    Arguments:
+        logits_fn: pixels (B, ...) in [0, 1] to float32 logits (B, C).
+        images: (B, ...), images that no attack broke. Of a network that is not robust none are left, and whether its
+            gradient is rough does not matter.
+        labels: (B,), class indices.
+        threat: what the adversary may do.
+    """
+    if len(images) < _FEWEST_SURVIVORS:
+        return None
+    start = threat.random_start(images).requires_grad_()
+    with torch.enable_grad():
+        before = margin_loss(logits_fn(start), labels)
+    gradient, = torch.autograd.grad(before.sum(), start)
+    step = threat.scaled(gradient, threat.eps / 5)
+    with torch.no_grad():
+        gain = margin_loss(logits_fn(start + step), labels) - before
+    ratio = gain / (gradient * step).flatten(1).sum(dim=1)
+    rough = len(ratio) - int(((ratio > 0.5) & (ratio < 2)).sum())
+    if rough <= 0.2 * len(ratio):
+        return None
+    return Flag("rough-gradient", f"at {rough} of {len(ratio)} images that no attack broke, a fifth of eps up the "
+                                  "gradient changes the margin by less than half or more than twice what that says")
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:

@@ -25,9 +25,10 @@ from ..files import replacing, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
 from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
+from ..report.verdicts import right_in_all
 from ..threat import ThreatModel
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, square_tiles
-from .flags import GRADIENT_FREE, check_model, verdict_flag
+from .flags import GRADIENT_FREE, check_model, rough_flag, verdict_flag
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step
 from .protocols import Protocol, find_protocol
@@ -158,6 +159,11 @@ def mixed_surrogate_attack(
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
     flags += dict.fromkeys(flag for step in found for flag in step.flags)
     flags += [flag for flag in [verdict_flag(correct)] if flag]
+    if not any(flag.name in ("no-gradient", "zero-gradient") for flag in flags):
+        survive = [i for i, right in enumerate(right_in_all(correct.values())) if right and i < len(example)]
+        with _seeded(device, seed, "survivors"):
+            flags += _check_survivors(split, example[survive[:_NUM_CHECKED]], labels[survive[:_NUM_CHECKED]], threat,
+                                      checks)
     cost = _total_cost(found, checks)
     cost["all"]["seconds"] = time.perf_counter() - start
     report = AttackReport(
@@ -190,6 +196,20 @@ def _check_model(pixel_model: nn.Module, images: Tensor, labels: Tensor, cost: d
         flags = check_model(pixel_model, images, labels)
     cost["backward_passes"] += len(images)
     return flags
+
+
+def _check_survivors(split: SplitModel, images: Tensor, labels: Tensor, threat: ThreatModel,
+                     cost: dict[str, float]) -> list[Flag]:
+    """Returns the flag of `rough_flag` on images that no attack broke, and adds its passes to `cost`.
+
+    Of a model with an HPM head the network with its FC classifier is checked: the head is known.
+    """
+    before = split.forward_passes, split.backward_passes
+    with _without_autocast(images):
+        flag = rough_flag(lambda x: split.logits("fc", split.features(x)), images, labels.to(images.device), threat)
+    cost["forward_passes"] += split.forward_passes - before[0]
+    cost["backward_passes"] += split.backward_passes - before[1]
+    return [flag] if flag else []
 
 
 def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ FLAGS: Final = {
                                     "throughout."),
     "black-box-stronger": FlagKind(True, "Square, which needs no gradient, broke images that no attack with gradients "
                                          "broke: the gradients mislead."),
+    "rough-gradient": FlagKind(True, "At images that were not broken, small steps up the gradient do not do what it "
+                                     "says they will: it leads attacks astray."),
     "saturated-softmax": FlagKind(False, "The softmax of some answers is one-hot in float32, which leaves the "
                                          "cross-entropy no gradient; the other losses still have one."),
     "zero-loss-gradient": FlagKind(False, "At some step the loss of some image had a gradient of zero."),

@@ -41,8 +41,9 @@ def data_digest(images: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenk
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from ..report import Flag
 from ..threat import ThreatModel
+from .apgd import Ascent, apgd, cross_entropy, targeted_loss
 from .pgd import pgd
 from .surrogates import SplitModel
 
@@ -193,9 +193,7 @@ def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Not
         notes.flag("saturated-softmax", f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is "
                    "one-hot in float32, and the gradient of the cross-entropy 0: the candidates of this attack prove "
                    "little")
-    attack = APGDAttack(_rows_model(batch, rows), loss="ce", **_apgd_options(batch, threat, budget, notes))
-    points, _, _ = _apgd_run(attack, batch, rows)
-    return batch.points.index_copy(0, rows, points)
+    return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget))
 
 
 def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
@@ -207,14 +205,14 @@ def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
     best_loss = torch.full_like(batch.clean_logits[:, 0], -math.inf)
     rows = batch.active
     for target in targets.t():
-        attack = APGDAttack_targeted(_rows_model(batch, rows), **_apgd_options(batch, threat, budget, notes))
-        attack.y_target = target[rows]
-        if batch.clean_logits.shape[1] < 4:
-            attack.loss = "ce-targeted"
-        points, fooled, loss = _apgd_run(attack, batch, rows)
-        better = fooled | (loss > best_loss[rows])
-        batch.place(rows[better], points[better])
-        best_loss[rows[better]] = loss[better]
+        labels = batch.labels[rows]
+        found = apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
+                     targeted_loss(labels, target[rows]))
+        if found.without_gradient:
+            notes.flag("zero-loss-gradient", f"the targeted loss of {found.without_gradient} points has no gradient")
+        better = found.fooled | (found.loss > best_loss[rows])
+        batch.place(rows[better], _candidates(found)[better])
+        best_loss[rows[better]] = found.loss[better]
         rows = batch.not_fooled()
         if not len(rows):
             break
@@ -280,7 +278,7 @@ COMPONENTS: Final[dict[str, Callable[[AttackBatch, ThreatModel, Budget, "Notes"]
 
 
 class Notes:
-    """Gathers the flags that components raise, each once; it takes the place of a logger for AutoAttack's."""
+    """Gathers the flags that components raise, each once."""
 
     def __init__(self, prefix: str = "") -> None:
         self.flags: list[Flag] = []
@@ -292,9 +290,6 @@ class Notes:
         if flag not in self.flags:
             self.flags.append(flag)
 
-    def warning(self, message: str) -> None:
-        """Keeps AutoAttack's one warning within a component, without its reference to a file it does not have."""
-        self.flag("zero-loss-gradient", message.replace(" See flags_doc.md for details.", ""))
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -307,18 +302,16 @@ def _targets(batch: AttackBatch, budget: Budget) -> Tensor:
     return wrong.argsort(dim=1, descending=True)[:, :budget.targets]
 
 
-def _apgd_options(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> dict[str, Any]:
-    return {"n_iter": budget.iterations, "norm": threat.norm, "eps": threat.eps, "rho": 0.75, "eot_iter": 1,
-            "device": batch.clean.device, "logger": notes}
+def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: Budget,
+                start: Tensor | None = None) -> Tensor:
+    """Returns the candidates (R, ...) of APGD on the cross-entropy for `rows`, from `start` (R, ...) or at random."""
+    labels = batch.labels[rows]
+    return _candidates(apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
+                            cross_entropy(labels), start))
 
 
-def _apgd_run(attack: APGDAttack, batch: AttackBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns points (R, ...), whether each fools its surrogate (R,), and the largest loss on the way (R,)."""
-    clean = batch.clean[rows]
-    attack.init_hyperparam(clean)
-    largest, correct, loss, fooling = attack.attack_single_run(clean, batch.labels[rows])
-    fooled = correct == 0
-    return torch.where(fooled.view(-1, 1, 1, 1), fooling, largest).detach(), fooled, loss
+def _candidates(found: Ascent) -> Tensor:
+    return torch.where(found.fooled.view(-1, 1, 1, 1), found.fooling, found.largest)
 
 
 class _FAB(FABAttack_PT):

@@ -1,0 +1,163 @@
+"""APGD, the gradient ascent with a step size that adapts itself, image by image the same as AutoAttack's.
+
+Source: Croce and Hein, arXiv 2003.01690, section 4; pyautoattack, whose points it gives bit by bit (tests/test_msa.py).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..threat import ThreatModel
+
+#: Part of a step that is new; the rest is the step before it.
+_NEW_STEP = 0.75
+#: Part of the steps since the last checkpoint that must have raised the loss, or the step size is halved.
+_RAISING = 0.75
+
+
+class Ascent(NamedTuple):
+    """What APGD found for R images.
+
+    Arguments:
+        largest: (R, ...), the points of largest loss on the way.
+        loss: (R,), that loss.
+        fooling: (R, ...), the last points on the way that were misclassified, the start where none was.
+        fooled: (R,), whether there was one.
+        without_gradient: images whose gradient was zero at the start.
+    """
+
+    largest: Tensor
+    loss: Tensor
+    fooling: Tensor
+    fooled: Tensor
+    without_gradient: int
+
+
+def apgd(
+        logits_fn: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+        iterations: int,
+        loss_fn: Callable[[Tensor], Tensor],
+        start: Tensor | None = None,
+) -> Ascent:
+    """Returns what `iterations` steps up the gradient find; costs one query more than that.
+
+    Arguments:
+        logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
+        clean: (R, ...), pixels in [0, 1].
+        labels: (R,), class indices.
+        threat: what the adversary may do.
+        iterations: number of steps, at least 1.
+        loss_fn: logits (R, C) to what is to grow, (R,).
+        start: (R, ...), where to start; None means at a random point on the surface of the ball.
+    """
+    ball = _Ball(clean, threat)
+    x = (ball.random_start() if start is None else start.clone()).clamp_(0, 1)
+    loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels)
+    without_gradient = int((gradient.flatten(1).abs().sum(dim=1) == 0).sum())
+    fooling, fooled = x.clone(), wrong
+    best, best_loss, best_gradient = x, loss, gradient
+    step_size = torch.full_like(_per_image(loss, x), 2 * threat.eps)
+    # The last row is what precedes the first at the first checkpoint.
+    losses = loss.new_zeros(iterations, len(x))
+    checkpoint, last_check = max(int(0.22 * iterations), 1), 0
+    shorter, shortest = max(int(0.03 * iterations), 1), max(int(0.06 * iterations), 1)
+    best_loss_then, halved_then = best_loss, torch.ones_like(wrong)
+    before = x
+    for i in range(iterations):
+        moved = ball.project(x + ball.step(gradient, step_size))
+        # The first step is all new; written so, its rounding is AutoAttack's.
+        new = _NEW_STEP if i else 1.0
+        moved = ball.project(x + (moved - x) * new + (x - before) * (1 - new))
+        before, x = x, moved
+        loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
+        fooled = fooled | wrong
+        fooling = torch.where(_per_image(wrong, x), x, fooling)
+        losses[i] = loss
+        larger = loss > best_loss
+        best_loss = torch.where(larger, loss, best_loss)
+        best = torch.where(_per_image(larger, x), x, best)
+        if i + 1 == iterations:
+            break
+        best_gradient = torch.where(_per_image(larger, x), gradient, best_gradient)
+        if i + 1 - last_check == checkpoint:
+            raising = sum((losses[i - j] > losses[i - j - 1]).float() for j in range(checkpoint))
+            halved = (raising <= checkpoint * _RAISING) | (~halved_then & (best_loss_then >= best_loss))
+            step_size = torch.where(_per_image(halved, x), step_size / 2, step_size)
+            x = torch.where(_per_image(halved, x), best, x)
+            gradient = torch.where(_per_image(halved, x), best_gradient, gradient)
+            best_loss_then, halved_then, last_check = best_loss, halved, i + 1
+            checkpoint = max(checkpoint - shorter, shortest)
+    return Ascent(best, best_loss, fooling, fooled, without_gradient)
+
+
+def cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the cross-entropy (R,) of logits (R, C) with `labels` (R,), as a function of the logits."""
+    return lambda logits: F.cross_entropy(logits, labels, reduction="none")
+
+
+def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the targeted DLR loss (R,) of logits (R, C), which needs 4 classes, as a function of the logits.
+
+    With fewer classes it is minus the cross-entropy of the `targets` (R,).
+    """
+    def loss(logits: Tensor) -> Tensor:
+        if logits.shape[1] < 4:
+            return -F.cross_entropy(logits, targets, reduction="none")
+        largest = logits.topk(4, dim=1).values
+        lead = logits.gather(1, labels.unsqueeze(1)) - logits.gather(1, targets.unsqueeze(1))
+        return -lead.squeeze(1) / (largest[:, 0] - 0.5 * (largest[:, 2] + largest[:, 3]) + 1e-12)
+
+    return loss
+
+
+class _Ball:
+    """The ball of a threat model around clean images, in the arithmetic of AutoAttack."""
+
+    def __init__(self, clean: Tensor, threat: ThreatModel):
+        self.clean, self.eps, self.norm = clean, threat.eps, threat.norm
+        self.low, self.high = (clean - threat.eps).clamp_(min=0), (clean + threat.eps).clamp_(max=1)
+
+    def random_start(self) -> Tensor:
+        if self.norm == "Linf":
+            noise = 2 * torch.rand_like(self.clean) - 1
+            size = noise.flatten(1).abs().amax(dim=1)
+        else:
+            noise = torch.randn_like(self.clean)
+            size = noise.square().flatten(1).sum(dim=1).sqrt()
+        return self.clean + self.eps * (noise / (_per_image(size, noise) + 1e-12))
+
+    def step(self, gradient: Tensor, size: Tensor) -> Tensor:
+        return size * gradient.sign() if self.norm == "Linf" else size * _unit(gradient)
+
+    def project(self, x: Tensor) -> Tensor:
+        if self.norm == "Linf":
+            return torch.clamp(x, self.low, self.high)
+        delta = x - self.clean
+        length = _per_image(delta.square().flatten(1).sum(dim=1).sqrt(), delta)
+        return (self.clean + delta / (length + 1e-12) * length.clamp(max=self.eps)).clamp_(0, 1)
+
+
+def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
+           with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss (R,), its gradient (R, ...), and which are misclassified (R,)."""
+    x = x.detach().requires_grad_(with_gradient)
+    with torch.set_grad_enabled(with_gradient):
+        logits = logits_fn(x)
+        loss = loss_fn(logits)
+        gradient, = torch.autograd.grad(loss.sum(), x) if with_gradient else (x,)
+    return loss.detach(), gradient, logits.detach().argmax(dim=1) != labels
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    """Returns `values` (R,) shaped to broadcast over `x` (R, ...)."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / (_per_image(x.square().flatten(1).sum(dim=1).sqrt(), x) + 1e-12)

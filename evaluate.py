@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from timm.utils import ParseKwargs
 
 import timm_hpm
-from timm_hpm.attacks import COMPONENTS, PROTOCOLS, SURROGATES, Budget
+from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import writable_folder, write_text
@@ -66,10 +66,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="images in a judged batch; in batch mode the answers depend on it (%(default)s)")
     group.add_argument("--protocol", default="standard", choices=[*PROTOCOLS, "custom"],
                        help="what is run (%(default)s); the next three options make it a custom one")
-    group.add_argument("--surrogates", type=_names, help=f"comma-separated, of {', '.join(SURROGATES)} (all)")
-    group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(COMPONENTS)} (all)")
+    group.add_argument("--surrogates", type=_names,
+                       help=f"comma-separated, of {', '.join(SURROGATES)} (those that differ)")
+    group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(ATTACKS)} (the protocol's)")
     group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
                        help="iterations, and with an x the number of targets: apgd-ce=50 apgd-t=50x4 (the protocol's)")
+    group.add_argument("--co-batch", type=_numbers, metavar="N,N", default=[],
+                       help="also ask what neighbours in batches of these sizes do to an image that is left untouched")
+    group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
+                       help="do that for these values of the head's mix (its own)")
     group.add_argument("--surrogates-at-once", type=int, default=5, metavar="N",
                        help="surrogates attacked side by side: N times the memory, faster for small nets (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -145,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
             surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
+            co_batch=args.co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
         ))
@@ -238,6 +244,14 @@ def _budget(text: str) -> tuple[str, Budget]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _fractions(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from timm_hpm.report import FLAGS
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
-           "square": Budget(400)}
+           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5)}
 
 
 @pytest.fixture(scope="module")

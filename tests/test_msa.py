@@ -23,7 +23,8 @@ from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
-SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20)}
+SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
+         "apgd-chain": Budget(3), "joint": Budget(3)}
 
 
 def linear_problem(num_classes: int, num_images: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -301,7 +302,10 @@ class Run:
     candidates: dict[str, torch.Tensor]
 
 
-MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60)}
+# What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
+ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {"soft/joint", "ste/joint"}
+MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
+          "apgd-chain": Budget(10), "joint": Budget(20)}
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda at_once: f"{at_once} at once")
@@ -331,7 +335,7 @@ def differing(first: str, second: str) -> int:
 
 def test_verdicts_are_the_models_answers_in_whole_batches(attacked):
     rows = attacked.report.correct
-    assert set(rows) == {"clean", "true/square"} | {f"{s}/{a}" for s in SURROGATES for a in COMPONENTS}
+    assert set(rows) == {"clean", "true/square"} | ROWS
     assert list(attacked.candidates) and set(attacked.candidates) == set(rows) - {"true/square"}
     for name, points in attacked.candidates.items():
         assert set(rows[name]) == {"0", "1"}, name
@@ -351,6 +355,21 @@ def test_the_first_broken_images_are_its_examples(attacked):
         first = example.image // 25 * 25
         batch = attacked.candidates[example.found_by][first:first + 25]
         assert example.predicted == int(attacked.model(batch).argmax(dim=1)[example.image - first]) != example.label
+
+
+def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
+    at_once, attacks = attacked.report.protocol["surrogates_at_once"], list(COMPONENTS)
+    names = list(SURROGATES)
+    order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
+             for surrogate in names[i:i + at_once]]
+    order += [f"{surrogate}/apgd-chain" for surrogate in names] + ["soft/joint", "ste/joint"]
+    standing = attacked.images.clone()
+    for i in range(60):
+        found_by = next((name for name in ["clean", *order] if attacked.report.correct[name][i] == "0"), "clean")
+        standing[i] = attacked.candidates[found_by][i]
+    assert attacked.report.assembled == verdicts(attacked.model, standing, attacked.labels, 25)
+    assert attacked.report.assembled_robust_accuracy == attacked.report.assembled.count("1") / 60
+    assert attacked.report.robust_accuracy < attacked.report.assembled_robust_accuracy < attacked.report.clean_accuracy
 
 
 def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
@@ -375,8 +394,10 @@ def test_worst_cases_are_counted_image_by_image(attacked):
     report, table = attacked.report, attacked.report.by_surrogate
     assert list(table) == [*SURROGATES, "true"]
     for surrogate in SURROGATES:
-        rows = [report.correct[f"{surrogate}/{attack}"] for attack in COMPONENTS]
-        assert [table[surrogate][attack] for attack in COMPONENTS] == [row.count("1") / 60 for row in rows]
+        attacks = [attack for attack in table[surrogate] if attack != "worst"]
+        assert {f"{surrogate}/{attack}" for attack in attacks} == {name for name in ROWS if name.startswith(surrogate)}
+        rows = [report.correct[f"{surrogate}/{attack}"] for attack in attacks]
+        assert [table[surrogate][attack] for attack in attacks] == [row.count("1") / 60 for row in rows]
         assert table[surrogate]["worst"] == robust_images(rows).sum().item() / 60
     assert report.robust_accuracy == robust_images(report.correct.values()).sum().item() / 60
     assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
@@ -408,14 +429,22 @@ def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, 
     report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
                                     save_adversarial=path)
     saved = load_file(path)
-    assert set(saved) == {"clean", "labels"} | {f"{s}/{a}" for s in SURROGATES for a in COMPONENTS}
+    assert set(saved) == {"clean", "labels"} | ROWS
     assert torch.equal(saved.pop("clean"), digits[0]) and torch.equal(saved.pop("labels"), digits[1])
     for name, points in saved.items():
         assert set(report.correct[name]) == {"0", "1"}, name
         assert points.min() >= 0 and points.max() <= 1, name
         distances = THREAT.distance(points, digits[0])
         assert distances.max() <= THREAT.eps + 1e-6, name
-        assert distances.min() > 0.5 * THREAT.eps, name
+        # What is broken already need not move in the joint attack.
+        assert distances.min() > 0.5 * THREAT.eps or name.endswith("/joint"), name
+
+
+@pytest.mark.parametrize("mode", ["sample", "dataset", "fc"])
+def test_in_the_other_modes_the_verdicts_are_the_same_in_batches_of_any_size(attacked, mode):
+    with timm_hpm.inference_mode(attacked.model, mode):
+        for points in attacked.candidates.values():
+            assert len({verdicts(attacked.model, points, attacked.labels, size) for size in (1, 7, 25, 60)}) == 1
 
 
 @pytest.mark.parametrize(("mode", "surrogates"), [

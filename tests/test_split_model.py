@@ -13,7 +13,8 @@ from timm_hpm.attacks import Budget
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 THREAT = ThreatModel("Linf", 0.15)
-SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30)}
+SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
+         "apgd-chain": Budget(2), "joint": Budget(2)}
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from .components import COMPONENTS, Budget, NonFiniteLogitsError
 from .judge import judge, rejudge
 from .msa import mixed_surrogate_attack
 from .pgd import pgd
-from .protocols import PROTOCOLS, Protocol
+from .protocols import ATTACKS, PROTOCOLS, Protocol
 from .surrogates import SURROGATES
 
 __all__ = [
+    "ATTACKS",
     "COMPONENTS",
     "PROTOCOLS",
     "SURROGATES",

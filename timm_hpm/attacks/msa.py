@@ -27,11 +27,13 @@ from ..head import find_head, head_name, inference_mode
 from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
 from ..report.verdicts import right_in_all
 from ..threat import ThreatModel
+from .cobatch import co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, square_tiles
 from .flags import GRADIENT_FREE, check_model, rough_flag, verdict_flag
+from .joint import JOINT_SURROGATES
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step
-from .protocols import Protocol, find_protocol
+from .protocols import ATTACKS, Protocol, find_protocol
 from .surrogates import SplitModel
 
 
@@ -48,6 +50,8 @@ def mixed_surrogate_attack(
         budgets: Mapping[str, Budget] | None = None,
         surrogates_at_once: int = 1,
         seed: int = 0,
+        co_batch: Sequence[int] = (),
+        co_batch_mixes: Sequence[float] | None = None,
         progress: bool = False,
         save_adversarial: str | os.PathLike | None = None,
         resume: str | os.PathLike | None = None,
@@ -74,10 +78,12 @@ def mixed_surrogate_attack(
         protocol: `"standard"`, `"fast"` or a `Protocol`; `surrogates`, `attacks` and `budgets` make it a custom one.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
         surrogates: names of `SURROGATES`; None means the protocol's.
-        attacks: names of `COMPONENTS`; None means the protocol's.
+        attacks: names of `ATTACKS`; None means the protocol's.
         budgets: budgets for some of the attacks; None means the protocol's. Targets are capped at C − 1.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.
+        co_batch: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
+            co_batch_mixes: values of its `mix` to ask for; see `co_batch_attack`. None of it enters an accuracy.
         progress: shows a progress bar on standard error.
         save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
             reads it.
@@ -123,7 +129,7 @@ def mixed_surrogate_attack(
     checks = _no_cost()
     with _seeded(device, seed, "checks"):
         flags = _check_model(pixel_model, example, labels[:batch_size].to(device), checks)
-    usable = tuple(chosen.attacks)
+    usable = _applicable(tuple(chosen.attacks), split, names)
     if any(flag.name == "no-gradient" for flag in flags):
         usable = _without_gradients(usable)
     plan = _plan(split, names, usable, surrogates_at_once, chosen)
@@ -141,6 +147,9 @@ def mixed_surrogate_attack(
         if accelerator is not None:
             accelerator.wait_for_everyone()
         folder = folder or ProgressFolder(Path(resume), described, begins=False)
+    neighbours = []
+    if rank == 0 and co_batch and split.couples(split.twin()):
+        neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes, seed=seed)
     run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
                survivors_only=chosen.survivors_only,
                with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
@@ -151,9 +160,11 @@ def mixed_surrogate_attack(
                                           bar)) for first in mine]
     if accelerator is not None:
         steps = sorted(gather_object(steps), key=lambda batch: batch[0])
+        neighbours = gather_object(neighbours)
 
     found = [step for _, batch in steps for step in batch]
-    correct = _in_order(_joined(step.correct for step in found), names)
+    judged = _joined(step.correct for step in found)
+    correct = _in_order(judged, names)
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
@@ -169,6 +180,8 @@ def mixed_surrogate_attack(
     report = AttackReport(
         protocol=dict(about or {}) | described,
         correct=correct,
+        co_batch=neighbours,
+        assembled=judged.get(_ASSEMBLED, ""),
         baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
         cost=cost,
         flags=flags,
@@ -180,6 +193,9 @@ def mixed_surrogate_attack(
                       {"protocol": json.dumps(report.protocol)})
     return report
 
+
+# The row of the batches in which each image carries what broke it.
+_ASSEMBLED: Final = "assembled"
 
 # Enough to see what `check_model` looks for.
 _NUM_CHECKED: Final = 32
@@ -221,6 +237,22 @@ def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
     return usable
 
 
+def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the attacks that this model has surrogates for."""
+    usable = tuple(attack for attack in attacks if attack in COMPONENTS or _surrogates_of(attack, split, surrogates))
+    if not usable:
+        raise ValueError(f"{', '.join(attacks)} attacks what an HPM head has in batch mode through several surrogates, "
+                         f"and there are {', '.join(surrogates)}; choose others of {', '.join(COMPONENTS)}")
+    return usable
+
+
+def _surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the surrogates that an attack on an HPM head's peculiarities takes together."""
+    if attack == "joint":
+        return tuple(name for name in surrogates if name in JOINT_SURROGATES and split.couples(name))
+    return surrogates if len(surrogates) > 1 else ()
+
+
 def _plan(
         split: SplitModel,
         surrogates: tuple[str, ...],
@@ -230,6 +262,8 @@ def _plan(
 ) -> list[tuple[tuple[str, ...], str]]:
     """Returns the (surrogates side by side, attack) of one batch, in order."""
     groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
+    together = [(_surrogates_of(attack, split, surrogates), attack) for attack in attacks if attack not in COMPONENTS]
+    attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
     # Where an image is attacked only until it is broken, the cheap attacks come first.
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
         (group, attack) for group in groups for attack in attacks]
@@ -237,7 +271,7 @@ def _plan(
         plan = [(group, attack) for group, attack in plan if attack != "square"]
     if "square" in attacks and (protocol.square_on_true_only or split.twin() not in surrogates):
         plan.append(((TRUE_MODEL,), "square"))
-    return plan
+    return plan + together
 
 
 @dataclass
@@ -287,6 +321,9 @@ class _Run:
                                  examples=step.examples if self.num_examples < NUM_EXAMPLES else [],
                                  candidates={} if self.folder is not None else step.candidates))
         self.num_examples += sum(len(step.examples) for step in steps)
+        if self.split.couples(self.split.twin()):
+            everything = {_ASSEMBLED: standing}
+            steps.append(self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken)))
         return steps
 
     def all_candidates(self, steps: list[tuple[int, list[Step]]]) -> dict[str, Tensor]:
@@ -306,11 +343,14 @@ class _Run:
         surrogates = [self.split.twin() if name == TRUE_MODEL else name for name in group]
         before = time.perf_counter(), self.split.forward_passes, self.split.backward_passes
         with _seeded(self.device, self.seed, attack, group, first), _without_autocast(images):
-            batch = AttackBatch(self.split, surrogates, images, labels, first_image=first, on_query=on_query,
-                                **({"start": standing, "active": ~broken} if self.survivors_only else {}))
+            # The joint attack takes the batch as it has become, and every image of it.
+            start = standing if self.survivors_only or attack == "joint" else None
+            active = ~broken if self.survivors_only and attack != "joint" else None
+            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active, first_image=first,
+                                on_query=on_query)
             found = batch.points
             if len(batch.active):
-                found = COMPONENTS[attack](batch, self.threat, self.budgets[attack], notes)
+                found = ATTACKS[attack](batch, self.threat, self.budgets[attack], notes)
             # The components end in the ball already, up to rounding.
             found = self.threat.project(found, batch.clean)
         seconds = time.perf_counter() - before[0]
@@ -333,15 +373,15 @@ class _Run:
             breaks = (answers != labels) & ~broken & ~newly
             points[breaks] = found[breaks]
             newly |= breaks
-            if attack != "clean":
+            if "/" in name:
                 examples += [make_example(first + i, int(labels[i]), int(answers[i]), name, images[i], found[i])
                              for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
-            if self.with_baseline and (name == "clean" or name.startswith("fc/")):
+            if self.with_baseline and (name == "clean" or (name.startswith("fc/") and attack in COMPONENTS)):
                 with inference_mode(self.model, "fc"):
                     baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first))
-        kept = {name: found.cpu() for name, found in candidates.items()} if self.keeps_candidates else {}
+        kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and "/" in name}
         return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
-                    points[newly].cpu(), kept if attack != "clean" else {})
+                    points[newly].cpu(), kept)
 
 
 def _first(examples: Iterable[Example]) -> list[Example]:
@@ -359,7 +399,7 @@ def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
 
 def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
     """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
-    names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in COMPONENTS]
+    names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in ATTACKS]
     return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
 
 
@@ -369,7 +409,7 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
     total = dict(checks)
     for step in steps:
         for key, value in step.cost.items():
-            if step.attack != "clean":
+            if step.attack not in ("clean", _ASSEMBLED):
                 row = cost.setdefault(step.attack, _no_cost())
                 row[key] += value
             total[key] += value

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from .components import COMPONENTS, Budget
+from .joint import apgd_chain, joint
 from .surrogates import check_names
+
+#: All attacks: AutoAttack's components, and those on what is special about an HPM head.
+ATTACKS: Final = {**COMPONENTS, "apgd-chain": apgd_chain, "joint": joint}
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Protocol:
 
     Arguments:
         name: stands in the report.
-        attacks: names of `COMPONENTS` in their order, with the budget of each.
+        attacks: names of `ATTACKS`, with the budget of each; those that do not apply to a model are left out.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
         square_on_true_only: Square attacks the true model only, not each surrogate as well.
         survivors_only: an image that was broken is attacked no more. The worst case counts the same, but the rows of
@@ -58,26 +62,29 @@ class Protocol:
             ValueError: unknown attacks, or a budget without targets for an attack that needs them.
         """
         budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **(budgets or {})}
-        check_names("attack", list(budget_of), tuple(COMPONENTS))
+        check_names("attack", list(budget_of), tuple(ATTACKS))
         for attack, standard in PROTOCOLS["standard"].attacks.items():
             if standard.targets and not budget_of[attack].targets:
                 raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
                                  f"are; expected such as Budget({budget_of[attack].iterations}, "
                                  f"targets={standard.targets})")
-        names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(COMPONENTS))
+        names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
                         surrogates=self.surrogates if surrogates is None else tuple(surrogates))
         return self if other == self else replace(other, name="custom")
 
 
-#: `standard`: each of AutoAttack's components, at its standard budget, through every surrogate, and Square on the true
-#: model. `fast`: what finds most of that for a fraction of the passes.
+#: `standard`: each of AutoAttack's components at its standard budget through every surrogate, Square on the true model,
+#: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: what finds most of
+#: that for a fraction of the passes.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
-                              "fab-t": Budget(100, targets=9), "square": Budget(5_000)}),
-        Protocol("fast", {"apgd-ce": Budget(50), "apgd-t": Budget(50, targets=4), "square": Budget(1_000)},
+                              "fab-t": Budget(100, targets=9), "square": Budget(5_000),
+                              "apgd-chain": Budget(100), "joint": Budget(100)}),
+        Protocol("fast", {"apgd-ce": Budget(50), "apgd-t": Budget(50, targets=4), "square": Budget(1_000),
+                          "joint": Budget(50)},
                  square_on_true_only=True, survivors_only=True),
     )
 }

@@ -32,14 +32,14 @@ def dataset_logits(head: HPMHead, features: Tensor) -> Tensor:
     return functional.l2_logits(features.float(), head.prototypes.float(), head.scale())
 
 
-def soft_logits(head: HPMHead, features: Tensor) -> Tensor:
-    """Returns the head's logits (B, C) with the softmax in the place of the one-hot assignment.
+def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the head's logits (B, C) with the softmax at some `temperature` in the place of the one-hot assignment.
 
     In the modes that assign nothing (`dataset`, `fc`) these are that mode's own logits.
     """
     if head.inference in ("dataset", "fc"):
         return ste_logits(head, features)
-    assignment = F.softmax(fc_logits(head, features), dim=1)
+    assignment = F.softmax(fc_logits(head, features) / temperature, dim=1)
     prototypes, scale = head.prototypes.float(), head.scale()
     if head.inference == "sample":
         return functional.sample_logits(features.float(), assignment, prototypes, scale, head.mix)

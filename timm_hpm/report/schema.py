@@ -60,6 +60,9 @@ class AttackReport:
         cost: seconds, and images that went forward and backward through the backbone, for each attack and in all.
         flags: named warnings, of the model and of the attacks.
         examples: the first few images that were broken, with small pictures.
+        assembled: verdicts, of the true model in batch mode, on batches in which each image carries the first candidate
+            that broke it, and is clean where none did; empty in other modes, where an answer is the same in any batch.
+        co_batch: what `co_batch_attack` found; it enters no accuracy.
     """
 
     protocol: dict[str, Any]
@@ -68,6 +71,8 @@ class AttackReport:
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    assembled: str = ""
+    co_batch: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -88,6 +93,11 @@ class AttackReport:
     def robust_accuracy(self) -> float:
         """Fraction of the images that are classified correctly clean and under every candidate (point-wise worst)."""
         return worst_accuracy(self.correct.values())
+
+    @property
+    def assembled_robust_accuracy(self) -> float:
+        """Accuracy on batches that carry all that was found at once: what one adversary realises."""
+        return worst_accuracy([self.assembled]) if self.assembled else self.robust_accuracy
 
     @property
     def robust_accuracy_se(self) -> float:
@@ -133,6 +143,7 @@ class AttackReport:
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "robust_accuracy_se": self.robust_accuracy_se,
+            "assembled_robust_accuracy": self.assembled_robust_accuracy,
             "by_surrogate": self.by_surrogate,
             "baseline": self.baseline,
         } | asdict(self)
@@ -158,7 +169,8 @@ class AttackReport:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
             if version == 1:
-                data |= {"flags": [asdict(_flag_of_version_1(text)) for text in data["warnings"]], "examples": []}
+                data |= {"flags": [asdict(_flag_of_version_1(text)) for text in data["warnings"]], "examples": [],
+                         "assembled": "", "co_batch": []}
             if version in (1, SCHEMA_VERSION):
                 values = {name: data[name] for name in cls.__dataclass_fields__}
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
@@ -174,11 +186,15 @@ class AttackReport:
         lines = [f"# Mixed Surrogate Attack: {self.name}", "", *self._table(), ""]
         lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
         rows = [("clean", self.clean_accuracy), ("**robust, worst case over all rows**", self.robust_accuracy)]
+        if self.assembled:
+            rows.append(("robust, in one batch that carries all that was found", self.assembled_robust_accuracy))
         if self.baseline:
             rows += [("FC classifier of the same network, clean", self.baseline["clean"]),
                      ("FC classifier of the same network, under AutoAttack's components", self.baseline["worst"])]
         lines += [f"| {name} | {100 * value:.1f} | {100 * standard_error(value, self.num_images):.1f} |"
                   for name, value in rows]
+        if self.co_batch:
+            lines += ["", *self._co_batch_table()]
         lines += ["", "## Protocol", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {cell(value)} |" for name, value in self.protocol.items()]
         lines += ["", "## Cost", "", "| attack | seconds | images forward | images backward |", "|---|---:|---:|---:|"]
@@ -194,6 +210,15 @@ class AttackReport:
     def to_html(self) -> str:
         """Returns the report as one HTML file with its plots and pictures, which opens offline."""
         return report_page(self)
+
+    def _co_batch_table(self) -> list[str]:
+        lines = ["## Neighbours in the batch", "",
+                 "Clean images that are right in their own batch, left untouched while an adversary chooses their "
+                 "neighbours; and the answers that change where all images are reshuffled. None of this enters the "
+                 "accuracies above.", "",
+                 "| batch size | mix | neighbours | flipped | of | % |", "|---:|---:|---|---:|---:|---:|"]
+        return lines + [f"| {row['batch_size']} | {row['mix']} | {row['neighbours']} | {row['flipped']} | "
+                        f"{row['targets']} | {100 * row['flipped'] / row['targets']:.1f} |" for row in self.co_batch]
 
     def _table(self) -> list[str]:
         table = self.by_surrogate

@@ -1,0 +1,149 @@
+"""Attacks on what is special about an HPM head: known answers on raw pixels, the judge's word on a real network."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_hpm
+from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import ATTACKS, Budget
+from timm_hpm.attacks.cobatch import co_batch_attack
+from timm_hpm.attacks.components import AttackBatch, Notes
+from timm_hpm.attacks.surrogates import SURROGATES, SplitModel, soft_logits, ste_logits
+
+THREAT = ThreatModel("Linf", 0.15)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    return images[:40], labels[:40]
+
+
+@torch.no_grad()
+def errors(split: SplitModel, points: torch.Tensor, labels: torch.Tensor) -> int:
+    return int((split.logits("ste", split.features(points)).argmax(dim=1) != labels).sum())
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, digits, norm):
+    threat = ThreatModel(norm, 0.15 if norm == "Linf" else 0.7)
+    images, labels = digits
+    split = SplitModel(timm_hpm.PixelModel(model), images)
+    start = threat.random_start(images)
+    batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start)
+    found = ATTACKS["joint"](batch, threat, Budget(20), Notes())
+    for points in found.split(40):
+        assert errors(split, points, labels) >= errors(split, start, labels) + 4
+        assert (threat.distance(points, images) <= threat.eps + 1e-6).all()
+        assert points.min() >= 0 and points.max() <= 1
+
+
+def test_the_joint_attack_never_ends_with_a_worse_batch_than_it_began_with(model, digits):
+    images, labels = digits
+    split = SplitModel(timm_hpm.PixelModel(model), images)
+    strong = ATTACKS["apgd-ce"](AttackBatch(split, ["ste"], images, labels), THREAT, Budget(20), Notes())
+    batch = AttackBatch(split, ["soft", "ste"], images, labels, start=strong)
+    for points in ATTACKS["joint"](batch, THREAT, Budget(1), Notes()).split(40):
+        assert errors(split, points, labels) >= errors(split, strong, labels)
+
+
+def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):
+    split = SplitModel(timm_hpm.PixelModel(model), digits[0])
+    with torch.no_grad():
+        features = split.features(digits[0])
+        own = ste_logits(split.head, features)
+        distances = [float((soft_logits(split.head, features, t) - own).abs().max()) for t in (1.0, 0.1, 1e-3)]
+    assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-3
+    assert torch.equal(soft_logits(split.head, features, 1.0), SURROGATES["soft"].logits(split.head, features))
+
+
+def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digits):
+    images, labels = digits
+    split = SplitModel(timm_hpm.PixelModel(model), images)
+    batch = AttackBatch(split, ["fc", "dataset"], images, labels)
+    torch.manual_seed(3)
+    found = ATTACKS["apgd-chain"](batch, THREAT, Budget(5), Notes()).split(40)
+    torch.manual_seed(3)
+    alone = ATTACKS["apgd-ce"](AttackBatch(split, ["fc"], images, labels), THREAT, Budget(5), Notes())
+    assert torch.equal(found[0], alone)
+    with torch.no_grad():
+        logits = [split.logits("dataset", split.features(points)) for points in found]
+    loss = [nn.functional.cross_entropy(part, labels, reduction="none") for part in logits]
+    fooled = logits[1].argmax(dim=1) != labels
+    assert (fooled | (loss[1] >= loss[0] - 1e-6)).all() and loss[1].mean() > loss[0].mean()
+    assert fooled.sum() >= (logits[0].argmax(dim=1) != labels).sum()
+
+
+@pytest.mark.parametrize(("mode", "attacks"), [("sample", ["joint"]), ("fc", ["joint", "apgd-chain"])])
+def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits, mode, attacks):
+    with timm_hpm.inference_mode(model, mode):
+        report = mixed_surrogate_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks],
+                                        budgets={"apgd-ce": Budget(1)})
+        assert list(report.protocol["attacks"]) == ["apgd-ce"] and not report.assembled
+        assert report.assembled_robust_accuracy == report.robust_accuracy
+        with pytest.raises(ValueError, match=rf"{', '.join(attacks)} attacks what an HPM head has in batch mode"):
+            mixed_surrogate_attack(model, *digits, THREAT, attacks=attacks)
+
+
+# Neighbours
+
+
+def two_classes(mix: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Returns a head on one pixel, prototypes at 0.2 and 0.8, FC boundary at 0.5, and images along the line."""
+    head = HPMHead(1, 2, mix=mix).eval()
+    with torch.no_grad():
+        head.set_prototypes(torch.tensor([[0.2], [0.8]]))
+        head.weight.copy_(torch.tensor([[-10.0], [10.0]]))
+        head.bias.copy_(torch.tensor([5.0, -5.0]))
+    images = torch.cat([torch.full((8,), 0.01), torch.full((8,), 0.45), torch.full((8,), 0.55)]).view(-1, 1, 1, 1)
+    return nn.Sequential(nn.Flatten(), head).eval(), images, torch.tensor([0] * 16 + [1] * 8)
+
+
+def test_neighbours_flip_what_the_closed_form_says_they_can():
+    # A target at 0.45 of class 0: with neighbours at 0.01 its class's mean is near 0.01 + 0.44/n, and with one at 0.55
+    # the other's is 0.55. Mixed half and half with 0.2 and 0.8: 0.11 + 0.22/n and 0.675, and 0.45 is nearer to the
+    # second.
+    model, images, labels = two_classes(0.5)
+    rows = co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), num_targets=0)
+    assert [row["neighbours"] for row in rows] == ["reshuffled", "chosen", "adversarial"]
+    assert rows[0]["targets"] == 24 and rows[1]["targets"] >= 16 and 8 <= rows[1]["flipped"] <= rows[2]["flipped"]
+    # Without the batch's means nobody has a say.
+    for mix in (0.0, 0.5):
+        model, images, labels = two_classes(mix)
+        rows = co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,))
+        assert all(row["flipped"] == 0 and row["mix"] == 0.0 for row in rows) and model[1].mix == mix
+
+
+def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, digits):
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    rows = co_batch_attack(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(rows) == 2 * 2 * 3 and {row["batch_size"] for row in rows} == {10, 40}
+    assert all(0 <= row["flipped"] <= row["targets"] for row in rows)
+    few, many = (sum(row["flipped"] for row in rows if row["mix"] == mix and row["neighbours"] == "adversarial")
+                 for mix in (0.25, 0.9))
+    assert few < many
+    assert timm_hpm.find_head(model).mix == 0.5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    again = co_batch_attack(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
+    assert rows == again
+
+
+@pytest.mark.parametrize(("mode", "sizes", "message"), [
+    ("batch", (1,), "a batch size is 1; expected 2 to the number of images, 40"),
+    ("batch", (41,), "a batch size is 41; expected 2 to the number of images, 40"),
+    ("sample", (10,), "this model's answers depend on none; expected one with a fitted HPM head in batch mode"),
+])
+def test_what_has_no_neighbours_is_refused(model, digits, mode, sizes, message):
+    with timm_hpm.inference_mode(model, mode), pytest.raises(ValueError, match=message):
+        co_batch_attack(model, *digits, THREAT, batch_sizes=sizes)

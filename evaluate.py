@@ -12,13 +12,13 @@ import argparse
 import json
 import os
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ParseKwargs
 
 import timm_hpm
@@ -121,7 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget):
         raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks or --budget")
     budgets = dict(_budget(text) for text in args.budget)
-    accelerator = Accelerator(cpu=args.device == "cpu") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    accelerator = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # One process may have a batch more than another, and a batch may take hours.
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+        accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
     if args.resume and any((args.resume / name).exists() for name in ("report.json", SWEEP)):
         print(f"{args.resume} holds a finished run")
         return 0

@@ -139,6 +139,22 @@ def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, dig
     assert rows == again
 
 
+def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
+    options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
+    images, labels = digits[0][:12], digits[1][:12]
+    plain = mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    report = mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,), co_batch_mixes=(0.9,))
+    assert [row["neighbours"] for row in report.co_batch] == ["reshuffled", "chosen", "adversarial"]
+    assert report.correct == plain.correct and not plain.co_batch
+    report.save(tmp_path / "report.json")
+    assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
+    row = report.co_batch[1]
+    assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report.to_markdown()
+    assert "Neighbours in the batch" not in plain.to_markdown()
+    with timm_hpm.inference_mode(model, "sample"):
+        assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,)).co_batch
+
+
 @pytest.mark.parametrize(("mode", "sizes", "message"), [
     ("batch", (1,), "a batch size is 1; expected 2 to the number of images, 40"),
     ("batch", (41,), "a batch size is 41; expected 2 to the number of images, 40"),

@@ -149,7 +149,9 @@ def mixed_surrogate_attack(
         folder = folder or ProgressFolder(Path(resume), described, begins=False)
     neighbours = []
     if rank == 0 and co_batch and split.couples(split.twin()):
-        neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes, seed=seed)
+        with _seeded(device, seed, "co-batch"):
+            neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes,
+                                         seed=seed)
     run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
                survivors_only=chosen.survivors_only,
                with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..head import HPMHead, head_name
+from .fold import fold_batch_norms
 
 # The one surrogate of a classifier without an HPM head: the classifier.
 PLAIN: Final = "model"
@@ -79,6 +80,10 @@ SURROGATES: Final = {
 }
 
 
+# Enough to see whether a network with folded BatchNorms is the same, and how far rounding may take it.
+_FEW_IMAGES: Final = 8
+_ROUNDING: Final = 1e-4
+
 # What one in 20 images may exceed in the lead of its best ℓ2 logit: from about 16 on, float32 rounds p − 1 to 0.
 _LARGEST_LEAD: Final = 12.0
 
@@ -115,7 +120,8 @@ class SplitModel:
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
         example: some images, by which the copy is adapted to attacks: it gets the faster memory format if it works in
-            that, and its ℓ2 logits a scale that leaves the cross-entropy a gradient (see `moderate_scale`).
+            that, BatchNorms folded into convolutions (see `fold_batch_norms`), and its ℓ2 logits a scale that leaves
+            the cross-entropy a gradient (see `moderate_scale`).
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
@@ -131,6 +137,7 @@ class SplitModel:
         self.backward_passes = 0
         with torch.no_grad():
             self._use_channels_last(example)
+            self._fold(example[:_FEW_IMAGES])
             if self.head is not None and self.head.is_fitted():
                 moderate_scale(self.head, self.backbone(example))
 
@@ -141,6 +148,14 @@ class SplitModel:
             self.backbone(example[:2])
         except RuntimeError:  # a view, where the model should have reshaped
             self.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+    def _fold(self, example: Tensor) -> None:
+        # Crafting only, too.
+        folded = copy.deepcopy(self.backbone)
+        if fold_batch_norms(folded, example):
+            expected, found = self.backbone(example), folded(example)
+            if (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
+                self.backbone = folded
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""

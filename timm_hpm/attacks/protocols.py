@@ -83,8 +83,8 @@ PROTOCOLS: Final = {
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
                               "fab-t": Budget(100, targets=9), "square": Budget(5_000),
                               "apgd-chain": Budget(100), "joint": Budget(100)}),
-        Protocol("fast", {"apgd-ce": Budget(50), "apgd-t": Budget(50, targets=4), "square": Budget(1_000),
-                          "joint": Budget(50)},
+        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=5), "square": Budget(2_000),
+                          "joint": Budget(100)},
                  square_on_true_only=True, survivors_only=True),
     )
 }

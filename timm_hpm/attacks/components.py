@@ -1,4 +1,6 @@
-"""AutoAttack's components (pyautoattack), each run by itself on one fixed batch under one or more surrogates.
+"""AutoAttack's components, each run by itself on one fixed batch under one or more surrogates.
+
+FAB and Square are pyautoattack's, APGD is apgd.py's.
 
 Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
 here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of

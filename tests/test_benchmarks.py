@@ -1,0 +1,124 @@
+"""benchmarks/independent.py: other people's attackers find what there is to find, and count only what was missed."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_hpm
+from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+
+THREAT = ThreatModel("Linf", 0.3)
+
+
+@pytest.fixture(scope="module")
+def independent():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        import independent
+    try:
+        independent.import_attacks()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    return independent
+
+
+def digits_model(**kwargs) -> nn.Module:
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, **kwargs).eval()
+
+
+def forged_report(model: nn.Module, inference: str = "batch") -> AttackReport:
+    """A report of 8 digits in two batches, all robust, though the ball is so large that each can be broken."""
+    images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
+    with timm_hpm.inference_mode(model, inference):
+        report = mixed_surrogate_attack(model, images, labels, THREAT, batch_size=4, surrogates=["fc"],
+                                        attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)})
+    assert report.correct["clean"] == "1" * 8
+    return replace(report, correct=dict.fromkeys(report.correct, "1" * 8))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_every_attacker_breaks_a_linear_classifier_where_that_is_possible(independent, norm):
+    # Far from the pixels' bounds the best margin in the ball is known: the clean one and eps times the dual norm.
+    weight, images = torch.randn(5, 64), 0.5 + 0.1 * torch.rand(32, 1, 8, 8)
+    threat = ThreatModel(norm, {"Linf": 0.015, "L2": 0.09}[norm])
+    clean = images.flatten(1) @ weight.t()
+    labels = clean.argmax(dim=1)
+    dual = (weight[:, None] - weight).norm(p=1 if norm == "Linf" else 2, dim=2)
+    margins = clean - clean.gather(1, labels[:, None]) + threat.eps * dual[labels]
+    best = margins.scatter(1, labels[:, None], -math.inf).amax(dim=1)
+    assert 4 < (best > 0).sum() < 28
+    clear = best.abs() > 0.5 * best.abs().mean()
+    runs = independent.attackers(threat, 5, independent.Budgets().scaled(0.3))
+    assert list(runs) == {"Linf": ["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"],
+                          "L2": ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t"]}[norm]
+    for name, functions in runs.items():
+        logits = independent.Watched(lambda x: x.flatten(1) @ weight.t(), images, labels, threat)
+        functions[0](logits, images, labels)
+        found = logits.candidates()
+        assert threat.distance(found, images).max() <= threat.eps + 1e-6
+        broken = (found.flatten(1) @ weight.t()).argmax(dim=1) != labels
+        assert torch.equal(broken[clear], best[clear] > 0), name
+
+
+@pytest.mark.parametrize("inference", ["batch", "sample"])
+def test_what_a_report_wrongly_calls_robust_is_missed_and_nothing_else(independent, inference):
+    model = digits_model()
+    images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
+    report = forged_report(model, inference)
+    report.correct["fc/apgd-ce"] = "10111101"
+    budgets = independent.Budgets(pgd_steps=5, pgd_restarts=1, apgd_steps=5, apgd_restarts=2, apgd_t_steps=3,
+                                  fab_t_steps=2, square_queries=20)
+    missed = independent.find_missed(model, images, labels, report, budgets)
+    assert list(missed) == ["true", "fc", "dataset", "soft", "mixed"]
+    assert independent.found_by(missed) == [0, 2, 3, 4, 5, 7]
+    assert missed["true"]["apgd-t"] == [0, 2, 3, 4, 5, 7]
+    assert independent.to_markdown(missed, report).endswith(
+        "robust accuracy by MSA custom: 75.0 %, with these attackers: 0.0 %\n"
+        "missed by MSA: 6 of 8 images, 75.0 points")
+
+
+def test_nothing_is_missed_in_a_tiny_ball(independent, tmp_path, capsys):
+    report = forged_report(digits_model())
+    report.protocol["threat"] = "Linf:0.001"
+    report.save(tmp_path / "report.json")
+    output = tmp_path / "out"
+    assert independent.main(["--report", str(tmp_path / "report.json"), "--device", "cpu", "--budget-scale", "0.005",
+                             "--output", str(output)]) == 0
+    assert capsys.readouterr().out.endswith("missed by MSA: 0 of 8 images, 0.0 points\n")
+    written = json.loads((output / "independent.json").read_text())
+    assert written["missed_in_all"] == [] and written["budgets"]["square_queries"] == 50
+    assert written["protocol"] == report.protocol
+
+
+def test_a_report_of_something_else_is_refused(independent, tmp_path):
+    path = tmp_path / "report.json"
+    report = forged_report(digits_model())
+    report.save(path)
+    options = ["--report", str(path), "--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"leave out --threat, --num-images and --batch-size"):
+        independent.main([*options, "--batch-size", "4"])
+    with pytest.raises(ValueError, match=r"the images have the digest .*; give the model"):
+        independent.main([*options, "--split", "val"])
+    with pytest.raises(ValueError, match=r"the budgets' scale is 0.0"):
+        independent.main([*options, "--budget-scale", "0"])
+    replace(report, protocol=report.protocol | {"weights_digest": "0" * 16}).save(path)
+    with pytest.raises(ValueError, match=r"the weights have the digest .*, those of the report 0000"):
+        independent.main(options)
+    replace(report, correct=report.correct | {"clean": "0" * 8}).save(path)
+    with pytest.raises(ValueError, match="classifies the clean images otherwise than the report says"):
+        independent.main(options)
+
+
+@pytest.mark.slow
+def test_without_a_report_it_makes_the_standard_one(independent, tmp_path, capsys):
+    assert independent.main(["--num-images", "2", "--threat", "Linf:0.001", "--device", "cpu", "--budget-scale", "0.01",
+                             "--output", str(tmp_path)]) == 0
+    assert AttackReport.load(tmp_path / "report.json").protocol["protocol"] == "standard"
+    assert capsys.readouterr().out.endswith("missed by MSA: 0 of 2 images, 0.0 points\n")

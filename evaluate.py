@@ -11,6 +11,7 @@ work:
 import argparse
 import json
 import os
+import shutil
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
-from timm_hpm.files import writable_folder, write_text
+from timm_hpm.files import remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
 from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
@@ -127,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
         accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
     if args.resume and any((args.resume / name).exists() for name in ("report.json", SWEEP)):
+        clear_up(args.resume)
         print(f"{args.resume} holds a finished run")
         return 0
     if args.robustbench_json and (args.eps_sweep or len(args.inference or ()) > 1):
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             print(reports[0].to_markdown())
         if args.robustbench_json:
             save_model_info(reports[0], args.robustbench_json, args.robustbench_info)
-        (output / _OPTIONS).unlink()
+        clear_up(output)
         print(f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
     if accelerator is not None:
         accelerator.end_training()
@@ -193,8 +195,16 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
             if (output / name).exists():
                 raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, "
                                  + ("go on with it by --resume, " if name == _OPTIONS else "") + "or remove it")
+        remove_unfinished(output)
         write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
     return output
+
+
+def clear_up(output: Path) -> None:
+    """Removes what only an unfinished run needs; a run may have been stopped before it did."""
+    remove_unfinished(output)
+    shutil.rmtree(output / "progress", ignore_errors=True)
+    (output / _OPTIONS).unlink(missing_ok=True)
 
 
 def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any:

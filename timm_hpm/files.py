@@ -80,3 +80,10 @@ def writable_folder(path: str | os.PathLike) -> Path:
         raise OSError(f"cannot write into the output folder {folder}: {error.strerror or error}. "
                       "Choose another (--output), or mend its permissions") from error
     return folder
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes the temporary files that a process left in `folder` when it was killed as it wrote."""
+    for rest in Path(folder).glob(".*.[0-9]*.tmp"):
+        if rest.is_file():
+            rest.unlink(missing_ok=True)

@@ -91,6 +91,8 @@ def sweep(
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = None if folder is None else Path(folder) / (report_folder(mode, threat) if len(plan) > 1 else "")
         if place is not None and (place / "report.json").exists():
+            # It may have been stopped before that was cleared up.
+            shutil.rmtree(place / "progress", ignore_errors=True)
             return AttackReport.load(place / "report.json")
         with nullcontext() if mode == "none" else inference_mode(model, mode):
             report = mixed_surrogate_attack(

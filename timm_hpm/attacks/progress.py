@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import replacing, writable_folder, write_text
+from ..files import remove_unfinished, replacing, writable_folder, write_text
 from ..report import Example, Flag
 
 
@@ -59,9 +59,7 @@ class ProgressFolder:
         run = json.loads(json.dumps(run))
         if begins:
             writable_folder(folder)
-            # Of a process that was killed as it wrote.
-            for rest in folder.glob(".*.tmp"):
-                rest.unlink(missing_ok=True)
+            remove_unfinished(folder)
             if not file.exists():
                 if any(folder.iterdir()):
                     raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "

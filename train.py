@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         kept = train(config, output, resume=resume is not None, progress=True)
     except Stopped as stopped:
-        print(f"{stopped}, checkpoint saved; go on by: train.py --resume {output}", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"{stopped}; go on by: train.py --resume {output}", file=sys.stderr)
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:
         print("kept: " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import importlib.util
 import math
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_hpm
@@ -24,6 +26,7 @@ from timm_hpm.training import TrainConfig, train
 from timm_hpm.training.config import read_yaml
 from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
+from timm_hpm.training.run_folder import saved_options
 from timm_hpm.training.schedules import constant, cosine, one_cycle
 from timm_hpm.training.trunk import PixelTrunk, inputs_only
 
@@ -70,7 +73,8 @@ def test_the_objectives_in_closed_form():
     def softplus(a):
         return math.log(1 + math.exp(-a))
 
-    assert cross_entropy(answers(2.0, 1.0), labels, 0.5).item() == pytest.approx(softplus(2) + 0.5 * softplus(1))
+    mean = (softplus(2) + 0.5 * softplus(1)) / 1.5
+    assert cross_entropy(answers(2.0, 1.0), labels, 0.5).item() == pytest.approx(mean)
     assert cross_entropy(answers(2.0, 1.0), labels, 0.0).item() == pytest.approx(softplus(2))
     smoothed = 0.9 * softplus(2) + 0.1 * (softplus(2) + softplus(-2)) / 2
     assert cross_entropy(answers(2.0, 1.0), labels, 0.0, 0.1).item() == pytest.approx(0.95 * softplus(2)
@@ -84,7 +88,9 @@ def test_the_objectives_in_closed_form():
     assert trades(clean, adversarial, labels, 6.0, 0.0).item() == pytest.approx(softplus(2) + 6 * divergence, rel=1e-5)
     # The FC classifier's two answers are alike: its divergence is 0.
     assert trades(clean, adversarial, labels, 6.0, 0.5).item() == pytest.approx(
-        softplus(2) + 6 * divergence + 0.5 * softplus(0), rel=1e-5)
+        (softplus(2) + 6 * divergence + 0.5 * softplus(0)) / 1.5, rel=1e-5)
+    # A head that answers as its FC classifier has that classifier's loss, whatever the weight.
+    assert cross_entropy(answers(2.0, 2.0), labels, 0.7).item() == pytest.approx(softplus(2))
 
 
 def test_pgd_climbs_the_loss_that_it_is_given():
@@ -247,8 +253,8 @@ def test_accumulated_batches_move_prototypes_as_one(tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         options = {"batch_size": 192} if name == "one" else {"batch_size": 64, "grad_accum_steps": 3}
         run(tmp_path / f"{name} again", recovery_interval=1, checkpoint_hist=9, **options, **same)
-        folder = tmp_path / f"{name} again" / "checkpoints" / "update-00000005"
-        checkpoints[name] = load_file(folder / "model.safetensors")
+        folders = sorted((tmp_path / f"{name} again" / "checkpoints").iterdir())
+        checkpoints[name] = load_file(folders[4] / "model.safetensors")
     torch.testing.assert_close(checkpoints["one"]["fc.prototypes"], checkpoints["three"]["fc.prototypes"],
                                rtol=0, atol=1e-6)
 
@@ -268,16 +274,15 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
     changes = {"model_ema": True, "model_ema_decay": 0.9, "recovery_interval": 5, "checkpoint_hist": 20}
     run(tmp_path / "whole", **changes)
     folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert [folder.name[-2:] for folder in folders] == ["05", "08", "10", "15", "16"]
+    assert [(folder.name[10], folder.name[-1]) for folder in folders] == [
+        ("0", "5"), ("1", "0"), ("1", "2"), ("1", "7"), ("2", "0")]
     for index in (0, 1, 3):
-        import shutil
-
         part = tmp_path / f"part{index}"
         part.mkdir()
         shutil.copy(tmp_path / "whole" / "args.yaml", part)
         (part / "checkpoints").mkdir()
         shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
-        (part / "checkpoints" / ".update-00000099.tmp").mkdir()  # what a killed process leaves
+        (part / "checkpoints" / ".epoch-00099.tmp").mkdir()  # what a killed process leaves
         AcceleratorState._reset_state(reset_partial_state=True)
         train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
@@ -292,7 +297,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
 
 def checkpoint(updates: int) -> Checkpoint:
     return Checkpoint({"w": torch.full((2,), float(updates))}, None, {"optimizer": {"lr": 0.1}, "t": torch.ones(1)},
-                      {"updates": updates}, TINY.to_dict())
+                      {"updates": updates, "epoch": 0, "batches": updates}, TINY.to_dict())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no json"])
@@ -300,16 +305,20 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(damage, tmp_path):
     folder = tmp_path / "checkpoints"
     for updates in (1, 2):
         write_checkpoint(folder, checkpoint(updates), keep=2)
-    file = folder / "update-00000002" / ("state.json" if damage == "no json" else "optimizer.pt")
+    file = folder / "epoch-00000-batch-00000002" / ("state.json" if damage == "no json" else "optimizer.pt")
     data = bytearray(file.read_bytes())
     if damage == "flipped":
         data[len(data) // 2] ^= 1
     file.write_bytes({"cut": data[:-5], "flipped": data, "no json": b"{", "missing": b""}[damage])
     if damage == "missing":
         file.unlink()
-    with pytest.warns(DamagedCheckpointWarning, match="update-00000002 is damaged"):
+    with pytest.warns(DamagedCheckpointWarning, match="batch-00000002 is damaged"):
         found = newest_checkpoint(folder)
-    assert found.progress == {"updates": 1} and torch.equal(found.model["w"], torch.ones(2))
+    assert found.progress["updates"] == 1 and torch.equal(found.model["w"], torch.ones(2))
+    # The run goes on from there, and what it writes stays, though the damaged one is of a later state.
+    (folder / "epoch-00000-batch-00000002").rename(folder / "epoch-00001-batch-00000000")
+    write_checkpoint(folder, checkpoint(3), keep=1)
+    assert [path.name for path in folder.iterdir()] == ["epoch-00000-batch-00000003"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -365,12 +374,20 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"amp": 1}, "amp is 1, a int; expected bool"),
     ({"seed": True}, "seed is True, a bool; expected int"),
     ({"mean": "0.5"}, "mean is '0.5', a str"),
+    ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), and digits has images of 1 channels"),
+    ({"lr": math.inf}, "lr is inf; expected a finite number"),
+    ({"clip_grad": -1.0}, "clip_grad is -1.0; expected above 0"),
+    ({"attack_step_size": 0.0}, "attack_step_size is 0.0; expected above 0"),
+    ({"layer_decay": 1.5}, "layer_decay is 1.5; expected at most 1"),
+    ({"smoothing": 1.0}, "smoothing is 1.0; expected below 1"),
+    ({"opt": "nosuch"}, "cannot make the optimizer 'nosuch'"),
+    ({"amp": True, "amp_dtype": "float16"}, "float16"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         run(tmp_path / "run", **changes)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_configuration_is_read_and_its_mistakes_named(tmp_path):
@@ -418,6 +435,17 @@ def test_an_output_of_another_run_is_left_alone(tmp_path):
             train(dataclasses.replace(TINY, **{"epochs": 1, "batch_size": 500} | changes), tmp_path, resume=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         train(TINY, tmp_path / "other", resume=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # What changes no weight may be another: data that moved, say.
+    kept = train(dataclasses.replace(TINY, epochs=1, batch_size=500, data_dir="elsewhere"), tmp_path, resume=True,
+                 log=lambda line: None)
+    assert kept["epoch"] == 0
+    options = before.pop(tmp_path / "args.yaml")
+    (tmp_path / "args.yaml").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read the configuration .*args.yaml"):
+        saved_options(tmp_path)
+    (tmp_path / "args.yaml").write_bytes(options)
+    before[tmp_path / "args.yaml"] = options
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -426,6 +454,90 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         run(tmp_path, lr=1e30, recovery_interval=1, sched="constant", pretrained=False)
     kept = newest_checkpoint(tmp_path / "checkpoints")
     assert kept.progress["updates"] >= 1 and not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """A finite loss may have a gradient that is not."""
+    def spoil(trunk):
+        trunk.head.weight.register_hook(lambda gradient: gradient * (math.nan if len(made) == 3 else 1))
+        return trunk
+
+    made: list[int] = []
+    accelerator = timm_hpm.training.loop.Accelerator
+    monkeypatch.setattr(accelerator, "backward", lambda self, loss: (made.append(1), loss.backward()))
+    monkeypatch.setattr(timm_hpm.training.loop, "PixelTrunk", lambda *args: spoil(PixelTrunk(*args)))
+    with pytest.raises(FloatingPointError, match=r"update 3 \(batch 2 of epoch 0\) left weights that are not finite"):
+        run(tmp_path, recovery_interval=1, checkpoint_hist=1)
+    kept = newest_checkpoint(tmp_path / "checkpoints")
+    assert kept.progress["updates"] == 2 and all(tensor.isfinite().all() for tensor in kept.model.values())
+
+
+def test_crops_and_a_late_fit_resume_exactly(tmp_path):
+    changes = {"random_resized_crop": True, "prototype_epoch": 2, "epochs": 3, "pretrained": False, "batch_size": 350,
+               "checkpoint_hist": 9, "recovery_interval": 2, "model_ema": True, "model_ema_decay": 0.5}
+    run(tmp_path / "whole", **changes)
+    for name in ("epoch-00001-batch-00000001", "epoch-00002-batch-00000000"):
+        part = tmp_path / name
+        (part / "checkpoints").mkdir(parents=True)
+        shutil.copy(tmp_path / "whole" / "args.yaml", part)
+        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, part / "checkpoints" / name)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
+        assert (part / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    # The average keeps its own FC classifier when the prototypes are fitted.
+    last = newest_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert not torch.equal(last.average["fc.weight"], last.model["fc.weight"])
+
+
+def test_a_run_of_other_processes_is_not_resumed(tmp_path):
+    run(tmp_path, epochs=1, batch_size=500)
+    path = max((tmp_path / "checkpoints").iterdir()) / "state.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
+        train(dataclasses.replace(TINY, epochs=1, batch_size=500), tmp_path, resume=True)
+
+
+def test_a_launcher_that_says_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="the launcher asks for mixed precision bf16, the options for no; give --amp"):
+        run(tmp_path / "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match="the launcher asks for 2 batches an update, the options for 1"):
+        run(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModuleNotFoundError, match="wandb is not installed; run: pip install wandb"):
+        run(tmp_path / "run", log_with="wandb")
+
+
+def test_the_fc_mode_trains_the_fc_classifier_alone(tmp_path):
+    run(tmp_path, model_kwargs={"inference": "fc"}, epochs=1, batch_size=350)
+    state = weights(tmp_path)
+    assert not state["fc.num_updates"].any() and not state["fc.prototypes"].any()
+    # Attacked through the FC classifier, too: the same weights as with that surrogate.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(tmp_path / "fc", model_kwargs={"inference": "fc"}, epochs=1, batch_size=350, attack_through="fc")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "fc").items())
+
+
+def test_training_starts_from_files_of_ours_and_of_others(tmp_path):
+    ours = timm.create_model("hpm_wrn10_2", pretrained=True)
+    save_file(ours.state_dict(), tmp_path / "ours.safetensors")
+    plain = {f"module.{name}": tensor for name, tensor in ours.state_dict().items()
+             if name not in ("fc.prototypes", "fc.num_updates", "fc.log_scale")}
+    torch.save({"state_dict": plain}, tmp_path / "plain.pt")
+    for name in ("ours.safetensors", "plain.pt"):
+        folder = tmp_path / name.partition(".")[0]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        kept = run(folder, pretrained=False, initial_checkpoint=str(tmp_path / name), epochs=1, batch_size=350)
+        assert kept["val_clean"] > 0.9
+        assert (weights(folder)["fc.num_updates"] > 0).all()
 
 
 def test_pixels_reach_the_model_normalised_once(tmp_path):

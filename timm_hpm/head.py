@@ -168,6 +168,12 @@ class HPMHead(nn.Linear):
         self.prototypes.copy_(prototypes)
         self.num_updates.fill_(1)
 
+    @torch.no_grad()
+    def reset_prototypes(self) -> None:
+        """Forgets the prototypes and their scale: the head answers as its FC classifier until it is given others."""
+        for entry in (self.prototypes, self.num_updates, self.log_scale):
+            entry.zero_()
+
     def check_update(self, features: Tensor, labels: Tensor) -> None:
         """Raises the ValueErrors of `update_prototypes`."""
         if features.ndim != 2 or features.shape[1] != self.in_features:
@@ -195,9 +201,7 @@ class HPMHead(nn.Linear):
                 "the weights that were loaded hold no prototypes, and those of the HPM head were of other weights: it "
                 "is reset, and answers as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
                 "fine-tuning, gives it some", UnfittedHeadWarning, stacklevel=2)
-        with torch.no_grad():
-            for entry in (self.prototypes, self.num_updates, self.log_scale):
-                entry.zero_()
+        self.reset_prototypes()
 
     def extra_repr(self) -> str:
         """Returns the arguments that `print(model)` shows."""

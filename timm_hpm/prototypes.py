@@ -36,6 +36,7 @@ def fit_prototypes(
         *,
         held_out: Iterable | None = None,
         attack_steps: int = 10,
+        attack_step_size: float | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> PrototypeFit:
     """Sets the prototypes of the model's HPM head to the class means of a loader, then the scale by NLL.
@@ -51,6 +52,7 @@ def fit_prototypes(
             prototype is the mean of clean and adversarial ones; None means clean images only.
         held_out: a loader whose first 10,000 features choose the scale, under the same threat; None takes `loader`'s.
         attack_steps: PGD steps for the adversarial images.
+        attack_step_size: in units of the pixel range; see `pgd`.
         reduce: returns the sum of a tensor over all processes, each of which has a loader of its own share of the
             images; None means one process. The scale is each process's own.
 
@@ -62,7 +64,7 @@ def fit_prototypes(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps)
+        features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps, attack_step_size)
         sums = torch.zeros_like(head.prototypes, dtype=torch.float64)
         counts = torch.zeros_like(sums[:, 0])
         kept = _FeatureSample()
@@ -151,6 +153,7 @@ def _labelled_features(
         head: HPMHead,
         threat: ThreatModel | None,
         attack_steps: int,
+        attack_step_size: float | None,
         loader: Iterable,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the head's input (B, d) and the labels (B,) for the images of a loader, then for their attacked twins."""
@@ -163,7 +166,8 @@ def _labelled_features(
             variants = [images]
             if threat is not None:
                 with inference_mode(head, "fc"):
-                    variants.append(pgd(pixel_model, images, labels, threat, steps=attack_steps))
+                    variants.append(pgd(pixel_model, images, labels, threat, steps=attack_steps,
+                                        step_size=attack_step_size))
             for variant in variants:
                 captured.clear()
                 with torch.no_grad():

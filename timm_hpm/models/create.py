@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoints import fitting, reading
 from ..data import ImageSplit, data_source, open_split
-from .saving import in_chans
+from .saving import CONFIG, WEIGHTS, in_chans
 
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
@@ -44,14 +44,26 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
             model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(str(error)[:1000]) from error
-    config = Path(path).with_name("config.json")
-    if Path(path).name == "model.safetensors" and config.is_file():
-        try:
-            saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"]
-            model.pretrained_cfg.update({name: tuple(saved[name]) for name in ("mean", "std")})  # type: ignore
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{config} does not say how {path} expects pixels normalised ({error!r}); take it away, "
-                             "or mend it") from error
+    model.pretrained_cfg.update(saved_normalisation(path))  # type: ignore[operator, union-attr]
+
+
+def saved_normalisation(path: str) -> dict[str, tuple[float, ...]]:
+    """Returns the mean and std by which weights in a folder of timm's `local-dir:` expect pixels normalised.
+
+    Nothing of weights in another place, which do not say it.
+
+    Raises:
+        ValueError: a `config.json` beside the weights that cannot be read.
+    """
+    config = Path(path).with_name(CONFIG)
+    if Path(path).name != WEIGHTS or not config.is_file():
+        return {}
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"]
+        return {name: tuple(saved[name]) for name in ("mean", "std")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} does not say how {path} expects pixels normalised ({error!r}); take it away, or "
+                         "mend it") from error
 
 
 def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, **options: Any) -> ImageSplit:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from .objectives import OBJECTIVES
 from .schedules import SCHEDULES
 from .trunk import BATCH_PROTOTYPES
 
+#: Options that change no weight: a run may be resumed with others.
+FREE: typing.Final = ("workers", "data_dir", "dataset_download", "device", "log_with", "recovery_interval",
+                      "checkpoint_hist")
 AMP_DTYPES: typing.Final = ("bfloat16", "float16")
 TRACKERS: typing.Final = ("tensorboard", "wandb")
 
@@ -37,7 +41,8 @@ class TrainConfig:
     model: str = _option("hpm_wrn10_2", "model", "timm model with an HPM head")
     model_kwargs: dict[str, Any] | None = _option(None, "model", "arguments of timm.create_model, such as mix=0.5")
     pretrained: bool = _option(False, "model", "start from the pretrained weights")
-    initial_checkpoint: str | None = _option(None, "model", "start from the weights in this file")
+    initial_checkpoint: str | None = _option(None, "model", "start from the weights in this file, ours or another "
+                                                           "project's")
     num_classes: int | None = _option(None, "model", "a new head of so many classes (the model's)")
     in_chans: int | None = _option(None, "model", "channels of the images (the model's)")
     mean: tuple[float, ...] | None = _option(
@@ -52,7 +57,7 @@ class TrainConfig:
     img_size: int | None = _option(None, "data", "pixels a side, for images that are decoded (the model's)")
     shift: int = _option(1, "data", "augmentation: random shifts by up to so many pixels")
     hflip: float = _option(0.0, "data", "augmentation: probability of a horizontal flip")
-    random_resized_crop: bool = _option(False, "data", "augmentation: random crops and flips, for decoded images")
+    random_resized_crop: bool = _option(False, "data", "augmentation: random crops, resized, and flips")
     batch_size: int = _option(128, "data", "images a process and forward pass", "-b")
     workers: int = _option(0, "data", "data loading processes for each process", "-j")
 
@@ -64,17 +69,17 @@ class TrainConfig:
     attack_through: str = _option("mixed", "attack", "surrogate to craft through", choices=tuple(SURROGATES))
     val_attack_steps: int = _option(20, "attack", "PGD steps for the choice of the best epoch")
 
-    prototype_epoch: int = _option(0, "prototypes", "epoch before which they are first fitted")
+    prototype_epoch: int = _option(0, "prototypes", "epoch before which a head without any gets them fitted")
     prototype_features: str = _option("adversarial", "prototypes", "what updates them, as TRADES and clean have it",
                                       choices=("adversarial", "both"))
     batch_prototypes: str = _option("local", "prototypes", "the batch of the batch-level ones: each process's, or all",
                                     choices=BATCH_PROTOTYPES)
-    fc_loss_weight: float = _option(1.0, "prototypes", "weight of the FC classifier's loss beside the head's")
+    fc_loss_weight: float = _option(1.0, "prototypes", "weight of the FC classifier's loss, the head's being 1")
 
     epochs: int = _option(60, "optimisation", "passes over the training images")
     opt: str = _option("sgd", "optimisation", "optimizer of timm, such as sgd or adamw")
     lr: float = _option(0.1, "optimisation", "peak learning rate")
-    momentum: float = _option(0.9, "optimisation", "of sgd, or the first beta")
+    momentum: float = _option(0.9, "optimisation", "of sgd")
     weight_decay: float = _option(5e-4, "optimisation", "not for biases, norms and the scale")
     sched: str = _option("onecycle", "optimisation", "learning rate schedule", choices=tuple(SCHEDULES))
     warmup_epochs: float | None = _option(None, "optimisation", "of rising learning rate (onecycle: a quarter; 0)")
@@ -102,19 +107,29 @@ class TrainConfig:
         for option in fields(self):
             value = _typed(option.name, getattr(self, option.name), kinds[option.name])
             object.__setattr__(self, option.name, value)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name} is {value}; expected a finite number")
             choices = option.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{option.name} is {value!r}; expected one of {', '.join(choices)}")
         for name, least in (("epochs", 1), ("batch_size", 1), ("attack_steps", 1), ("val_attack_steps", 1),
                             ("grad_accum_steps", 1), ("checkpoint_hist", 1), ("prototype_epoch", 0), ("shift", 0),
-                            ("workers", 0), ("recovery_interval", 0), ("hflip", 0), ("smoothing", 0), ("lr", 0),
-                            ("fc_loss_weight", 0), ("trades_beta", 0), ("warmup_epochs", 0), ("weight_decay", 0)):
+                            ("workers", 0), ("recovery_interval", 0), ("hflip", 0), ("smoothing", 0),
+                            ("fc_loss_weight", 0), ("trades_beta", 0), ("warmup_epochs", 0), ("weight_decay", 0),
+                            ("momentum", 0), ("model_ema_decay", 0)):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
-        for name in ("hflip", "smoothing", "momentum", "model_ema_decay"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at most 1")
+        for name in ("hflip", "momentum", "model_ema_decay", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and value > 1:
+                raise ValueError(f"{name} is {value}; expected at most 1")
+        for name in ("clip_grad", "attack_step_size", "layer_decay", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; expected above 0")
+        if self.smoothing >= 1:
+            raise ValueError(f"smoothing is {self.smoothing}; expected below 1, or nothing is left of the label")
         if self.prototype_epoch >= self.epochs:
             raise ValueError(f"prototype_epoch is {self.prototype_epoch}, of {self.epochs} epochs; expected less, or "
                              "the head would never have prototypes")

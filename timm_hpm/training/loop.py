@@ -7,13 +7,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -28,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..attacks.msa import judge
+from ..attacks.judge import judge
 from ..attacks.pgd import pgd
 from ..data import PixelModel, random_flip, random_shift
 from ..files import writable_folder
@@ -36,7 +38,7 @@ from ..head import HPMHead, find_head
 from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
-from .config import TrainConfig
+from .config import FREE, TrainConfig
 from .distributed import average_, num_processes, process_index, reduced
 from .objectives import Answers, away_from, cross_entropy, trades
 from .recovery import Checkpoint
@@ -45,9 +47,11 @@ from .schedules import SCHEDULES
 from .setup import Data, create_trainable, open_data
 from .trunk import PixelTrunk, inputs_only
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
 
 class Stopped(Exception):
-    """A signal asked the run to stop. It has saved a checkpoint; `signal` is the signal's number."""
+    """A signal asked the run to stop. What it had learned is in a checkpoint; `signal` is the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -85,8 +89,15 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
         FloatingPointError: a loss that is not finite, with the step's number. The last checkpoint is on disk.
         Stopped: SIGTERM or SIGINT; a checkpoint is on disk.
     """
+    is_new = not Path(output).exists()
     with _signals() as asked:
-        run = Run(config, output, resume=resume, log=log, progress=progress, asked_to_stop=asked)
+        try:
+            run = Run(config, output, resume=resume, log=log, progress=progress, asked_to_stop=asked)
+        except BaseException:
+            if is_new:
+                with suppress(OSError):  # it is not there, or something is in it
+                    Path(output).rmdir()
+            raise
         try:
             return run.train()
         finally:
@@ -116,6 +127,10 @@ class Run:
     def __init__(self, config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
                  log: Callable[[str], None] = print, progress: bool = False, asked_to_stop: Sequence[int] = ()):
         self.config = config
+        if config.log_with is not None and config.log_with not in {
+                str(tracker.value) for tracker in get_available_trackers()}:
+            raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install "
+                                      f"{config.log_with}")
         # The name may hold the time, and another one on each process.
         PartialState(cpu=config.device == "cpu")
         folder = writable_folder(broadcast_object_list([str(output)])[0])
@@ -124,7 +139,7 @@ class Run:
         self.show_progress = progress
         self.accelerator = accelerator = Accelerator(
             cpu=config.device == "cpu",
-            mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else None,
+            mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no",
             gradient_accumulation_steps=config.grad_accum_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
             # Buffers are kept in step by us, when an update is done.
@@ -133,6 +148,7 @@ class Run:
             project_dir=folder,
             step_scheduler_with_optimizer=False,
         )
+        self._check_machine()
         self.folder = RunFolder(folder, config, resume, is_main=accelerator.is_main_process)
         set_seed(config.seed)
         self.model = create_trainable(config)
@@ -156,6 +172,20 @@ class Run:
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in config.to_dict().items()})
 
+    def _check_machine(self) -> None:
+        """Raises a ValueError where what Accelerate was told from outside is not what the options say."""
+        config, accelerator = self.config, self.accelerator
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched not in ("no", accelerator.mixed_precision):
+            raise ValueError(f"the launcher asks for mixed precision {launched}, the options for "
+                             f"{accelerator.mixed_precision}; give --amp --amp-dtype, or --mixed_precision no to "
+                             "accelerate launch")
+        if accelerator.gradient_accumulation_steps != config.grad_accum_steps:
+            raise ValueError(f"the launcher asks for {accelerator.gradient_accumulation_steps} batches an update, the "
+                             f"options for {config.grad_accum_steps}; give --grad-accum-steps")
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("amp_dtype is float16, which CPUs have no mixed precision in; give --amp-dtype bfloat16")
+
     def _freeze(self) -> nn.Module | None:
         """Makes the backbone constant if that was asked for, and what the head's mode does not use; returns it."""
         if self.head.inference == "fc":
@@ -171,9 +201,13 @@ class Run:
     def _prepare(self) -> None:
         """Makes optimizer, loaders and schedule, and hands them to Accelerate."""
         config, accelerator = self.config, self.accelerator
-        optimizer = create_optimizer_v2(
-            self.model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-            layer_decay=config.layer_decay)
+        try:
+            optimizer = create_optimizer_v2(
+                self.model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+                layer_decay=config.layer_decay)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
+                             "Names are those of timm.optim.list_optimizers()") from error
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
         loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
@@ -205,11 +239,14 @@ class Run:
     def _train_epoch(self) -> None:
         state, config = self.progress, self.config
         start, images = time.perf_counter(), 0
+        if state.batches == len(self.loader):  # stopped between the last update and the validation
+            self.images_per_second = 0.0
+            return
         if state.epoch >= config.prototype_epoch and not self.head.is_fitted() and self.head.inference != "fc":
             self._fit_prototypes()
-        self.loader.set_epoch(state.epoch)
-        self.data.train.set_epoch(state.epoch)
         loader = self.accelerator.skip_first_batches(self.loader, state.batches) if state.batches else self.loader
+        for part in (self.loader, loader, self.data.train):
+            part.set_epoch(state.epoch)
         sums: list[tuple[Tensor, Tensor]] = []
         with self._bar(state) as bar:
             for images_, labels in loader:
@@ -256,8 +293,7 @@ class Run:
         if config.objective == "clean":
             return [images]
         self._set_mode(training=False)
-        through = config.attack_through if self.head.is_fitted() else "fc"
-        logits = partial(self.trunk.surrogate_logits, through)
+        logits = partial(self.trunk.surrogate_logits, self._surrogate())
         loss = None
         with self.accelerator.autocast(), inputs_only(self.trunk):
             if config.objective == "trades":
@@ -292,12 +328,10 @@ class Run:
 
     def _checked(self, loss: Tensor) -> float:
         """Returns the mean loss over the processes, and agrees with them on stopping; raises if it is not finite."""
-        asked = self.asked_to_stop[0] if self.asked_to_stop else 0
         # One message and one wait for the device serve both.
-        total, stops = reduced(torch.stack([loss.detach().float(), torch.tensor(asked).to(loss.device)])).tolist()
+        total, *stops = reduced(torch.cat([loss.detach().float().view(1), self._asked().to(loss.device)])).tolist()
         mean = total / num_processes()
-        if stops:
-            self.stop_signal = asked or signal.SIGTERM
+        self._note_stop(stops)
         if mean - mean != 0:
             raise FloatingPointError(
                 f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; lower the "
@@ -308,26 +342,32 @@ class Run:
     def _fit_prototypes(self) -> None:
         config = self.config
         self._seed("fit", process_index())
-        rows = range(process_index(), len(self.data.train), num_processes())
-        loader = DataLoader(Subset(self.data.train, rows), 256, num_workers=config.workers)
-        fit_prototypes(PixelModel(self.model), loader, self.threat if config.objective != "clean" else None,
-                       held_out=DataLoader(self.data.val, 256, num_workers=config.workers),
-                       attack_steps=config.attack_steps, reduce=reduced)
+        rows = range(process_index(), len(self.data.plain_train), num_processes())
+        loader = DataLoader(Subset(self.data.plain_train, rows), 256, num_workers=config.workers)
+        held_out = DataLoader(self.data.val, 256, num_workers=config.workers)
+        fit_prototypes(PixelModel(self.model), self._until_asked(loader),
+                       self.threat if config.objective != "clean" else None, held_out=self._until_asked(held_out),
+                       attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
         for tensor in self.head.state_dict().values():
             tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts
         if self.ema is not None:
-            find_head(self.ema.module).load_state_dict(self.head.state_dict())
+            averaged = find_head(self.ema.module)
+            for name in ("prototypes", "num_updates", "log_scale"):
+                getattr(averaged, name).data.copy_(getattr(self.head, name))
 
     # The ends of epochs
 
     def _finish_epoch(self) -> None:
         state, config = self.progress, self.config
+        self._check_weights()
         row: dict[str, Any] = {
             "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
         kept = self.model if self.ema is None else self.ema.module
         row["val_clean"], row["val_robust"] = self._validate(kept)
         state.rows.append(row)
-        is_best = state.epoch >= config.prototype_epoch and row["val_robust"] > state.best.get("val_robust", -1.0)
+        # A head without prototypes is not what is trained for.
+        complete = self.head.is_fitted() or self.head.inference == "fc"
+        is_best = complete and row["val_robust"] > state.best.get("val_robust", -1.0)
         if is_best:
             state.best = row
         if self.accelerator.is_main_process:
@@ -340,6 +380,8 @@ class Run:
             self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=state.epoch)
         state.epoch, state.batches, state.loss = state.epoch + 1, 0, 0.0
         self._save()
+        if self.stop_signal and state.epoch < config.epochs:
+            raise Stopped(self.stop_signal)
 
     def _validate(self, model: Any) -> tuple[float, float]:
         """Returns the clean accuracy, and the robust one under PGD through the FC classifier and `attack_through`.
@@ -352,7 +394,6 @@ class Run:
         self._set_mode(training=False)
         model.eval()
         judged = PixelModel(model)
-        surrogates = ["fc", config.attack_through if find_head(model).is_fitted() else "fc"]
         counts = torch.zeros(2, device=self.accelerator.device)
         batches = torch.arange(len(self.data.val)).split(size)
         own = range(process_index(), len(batches), num_processes())
@@ -361,14 +402,18 @@ class Run:
         for number, (images, labels) in zip(own, loader, strict=True):
             images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
             right = clean = judge(judged, images, labels, size)
-            for name in dict.fromkeys(surrogates):
+            for name in dict.fromkeys(["fc", self._surrogate()]):
                 self._seed("validation", number, name)
                 with self.accelerator.autocast(), inputs_only(trunk):
                     adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
                                       steps=config.val_attack_steps)
                 right = right & judge(judged, adversarial, labels, size)
             counts += torch.stack([clean.sum(), right.sum()]).to(counts)
-        clean_count, right_count = reduced(counts).tolist()
+            if self.asked_to_stop and num_processes() == 1:
+                self._save()
+                raise Stopped(self.asked_to_stop[0])
+        clean_count, right_count, *stops = reduced(torch.cat([counts, self._asked().to(counts)])).tolist()
+        self._note_stop(stops)
         return clean_count / len(self.data.val), right_count / len(self.data.val)
 
     def _local_trunk(self, model: Any) -> PixelTrunk:
@@ -382,6 +427,7 @@ class Run:
     # Going on
 
     def _save(self) -> None:
+        self._check_weights()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -389,7 +435,8 @@ class Run:
                          "scaler": {} if scaler is None else scaler.state_dict()}
             average = None if self.ema is None else tensors_of(self.ema.module)
             self.folder.write_checkpoint(Checkpoint(
-                tensors_of(self.model), average, optimizer, vars(self.progress), self.config.to_dict()))
+                tensors_of(self.model), average, optimizer, vars(self.progress) | {"processes": num_processes()},
+                self.config.to_dict()))
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
@@ -397,9 +444,14 @@ class Run:
         checkpoint = self.folder.newest_checkpoint()
         if checkpoint is None:
             return
-        if checkpoint.config != self.config.to_dict():
+        own = self.config.to_dict()
+        if any(checkpoint.config[name] != own[name] for name in own if name not in FREE):
             raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} is of another run than "
                              "args.yaml beside it; take one of them away")
+        processes = checkpoint.progress.pop("processes")
+        if processes != num_processes():
+            raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
+                             f"launch {processes}, or the batch and the schedule would be others")
         self.model.load_state_dict(checkpoint.model)
         if self.ema is not None and checkpoint.average is not None:
             self.ema.module.load_state_dict(checkpoint.average)
@@ -409,7 +461,37 @@ class Run:
             self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         self.progress = _Progress(**checkpoint.progress)
 
+    def _check_weights(self) -> None:
+        """Raises a FloatingPointError where an update has left a weight that is not finite."""
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
+        if not bool(finite):
+            raise FloatingPointError(
+                f"update {self.progress.updates} (batch {self.progress.batches - 1} of epoch {self.progress.epoch}) "
+                "left weights that are not finite; lower the learning rate (--lr), or clip the gradient (--clip-grad). "
+                "The last checkpoint and the best epoch so far are in the output folder")
+
+    # Stopping
+
+    def _asked(self) -> Tensor:
+        """Returns whether this process was asked to stop, by each of `_SIGNALS`, as numbers for processes to add up."""
+        return torch.tensor([float(number in self.asked_to_stop[:1]) for number in _SIGNALS])
+
+    def _note_stop(self, counts: Sequence[float]) -> None:
+        """Takes the first signal that any process was given, all of whose `_asked` are added up in `counts`."""
+        self.stop_signal = next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), 0)
+
+    def _until_asked(self, loader: DataLoader) -> Iterator[Any]:
+        """Yields the batches of a loader whose work nobody would miss: a stop loses nothing that was learned."""
+        for batch in loader:
+            if self.asked_to_stop:
+                raise Stopped(self.asked_to_stop[0])
+            yield batch
+
     # Small things
+
+    def _surrogate(self) -> str:
+        """Returns the surrogate to attack through: the FC classifier where the head answers as that."""
+        return self.config.attack_through if self.head.is_fitted() and self.head.inference != "fc" else "fc"
 
     def _set_mode(self, *, training: bool) -> None:
         self.trained.train(training)
@@ -428,18 +510,21 @@ class Run:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second one acts as it always did."""
+    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second Ctrl-C acts at once."""
     before: dict[int, Any] = {}
     asked: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if asked:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
+        nonlocal first
+        # A launcher passes on what its processes have got already, within milliseconds.
+        if number == signal.SIGINT and asked and time.monotonic() - first > 2:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
         asked.append(number)
 
     if threading.current_thread() is threading.main_thread():  # no other may
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield asked
     finally:

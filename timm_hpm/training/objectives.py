@@ -1,7 +1,8 @@
 """What adversarial training minimises, and what its attack maximises.
 
-Every objective is a sum over the HPM head's logits and, weighted, its FC classifier's: the head's assignment is the FC
-classifier's prediction, which must not be forgotten.
+Every objective is a weighted mean over the HPM head's logits and its FC classifier's: the head's assignment is the FC
+classifier's prediction, which must not be forgotten. Of a head that answers as its FC classifier it is that
+classifier's own loss.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,11 @@ Answers = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), F
 
 
 def cross_entropy(answers: Answers, labels: Tensor, fc_weight: float, smoothing: float = 0.0) -> Tensor:
-    """Returns the mean cross-entropy of the HPM logits plus `fc_weight` times that of the FC logits, in nats.
+    """Returns the mean cross-entropy of the HPM logits (weight 1) and the FC logits (weight `fc_weight`), in nats.
 
     `labels` (B,) are class indices; `smoothing` in [0, 1) gives that much of their weight to all classes alike.
     """
-    _, hpm_logits, fc_logits = answers
-    loss = F.cross_entropy(hpm_logits, labels, label_smoothing=smoothing)
-    if fc_weight and fc_logits is not hpm_logits:
-        loss = loss + fc_weight * F.cross_entropy(fc_logits, labels, label_smoothing=smoothing)
-    return loss
+    return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=smoothing), answers, fc_weight)
 
 
 def trades(clean: Answers, adversarial: Answers, labels: Tensor, beta: float, fc_weight: float,
@@ -31,11 +28,9 @@ def trades(clean: Answers, adversarial: Answers, labels: Tensor, beta: float, fc
 
     Source: Zhang et al., arXiv 1901.08573; with both of the head's classifiers, see `cross_entropy`.
     """
-    loss = cross_entropy(clean, labels, fc_weight, smoothing)
-    loss = loss + beta * kl_divergence(adversarial[1], clean[1]) / len(labels)
-    if fc_weight and clean[2] is not clean[1]:
-        loss = loss + beta * fc_weight * kl_divergence(adversarial[2], clean[2]) / len(labels)
-    return loss
+    divergence = _over_both(lambda logits, reference: kl_divergence(logits, reference) / len(labels), adversarial,
+                            fc_weight, clean)
+    return cross_entropy(clean, labels, fc_weight, smoothing) + beta * divergence
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -46,6 +41,14 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
 def away_from(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns TRADES' attack loss (of logits and labels): the divergence from the clean logits `reference` (B, C)."""
     return lambda logits, _: kl_divergence(logits, reference)
+
+
+def _over_both(loss: Callable[..., Tensor], answers: Answers, fc_weight: float, *references: Answers) -> Tensor:
+    """Returns the weighted mean of a loss of the HPM logits (and those of the references) and one of the FC logits."""
+    total = loss(answers[1], *(reference[1] for reference in references))
+    if fc_weight:
+        total = total + fc_weight * loss(answers[2], *(reference[2] for reference in references))
+    return total / (1 + fc_weight)
 
 
 OBJECTIVES: Final = ("pgd-at", "trades", "clean")

@@ -27,7 +27,7 @@ class DamagedCheckpointWarning(UserWarning):
 
 @dataclass
 class Checkpoint:
-    """The state of a run after a number of updates.
+    """The state of a run.
 
     No random state is among it: a run's randomness is a function of its seed and of where in the run it stands.
 
@@ -35,7 +35,8 @@ class Checkpoint:
         model: the model's state dict, as safetensors takes it.
         average: that of the averaged model; None without one.
         optimizer: what the optimizer, the schedule and the gradient scaler need: tensors and plain values.
-        progress: where the run stands and what it has found so far, in JSON's types; `"updates"` counts the updates.
+        progress: where the run stands and what it has found so far, in JSON's types; `"epoch"`, and how many of its
+            `"batches"` are done.
         config: the options of the run.
     """
 
@@ -47,9 +48,12 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint as a new folder below `folder`, keeps the newest `keep` ones, and returns its path."""
+    """Writes a checkpoint as a new folder below `folder`, keeps the newest `keep` ones, and returns its path.
+
+    Those of a later state go: they were damaged, and the run went on from an earlier one.
+    """
     folder.mkdir(exist_ok=True)
-    target = folder / f"update-{checkpoint.progress['updates']:08d}"
+    target = folder / f"epoch-{checkpoint.progress['epoch']:05d}-batch-{checkpoint.progress['batches']:08d}"
     temporary = folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -63,10 +67,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())  # the rename may reach the disk before the contents do
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one, which the run went on behind
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one: no run writes the same state twice
     os.replace(temporary, target)
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old)
+    all_of_them = _newest_first(folder)
+    mine = all_of_them.index(target)
+    for other in all_of_them[:mine] + all_of_them[mine + keep:]:
+        shutil.rmtree(other)
     return target
 
 
@@ -80,8 +86,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             return _read(path)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError,
                 pickle.UnpicklingError) as error:
-            warnings.warn(f"the checkpoint {path} is damaged ({error}); going on from the one before it",
-                          DamagedCheckpointWarning, stacklevel=2)
+            warnings.warn(f"the checkpoint {path} is damaged ({error}); going on from the one before it, or from the "
+                          "start where there is none", DamagedCheckpointWarning, stacklevel=2)
     return None
 
 
@@ -96,7 +102,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("update-*"), reverse=True)
+    return sorted(folder.glob("epoch-*"), reverse=True)
 
 
 def _digest(path: Path) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from ..files import replacing, write_text
 from ..models.saving import CONFIG, WEIGHTS, write_model
-from .config import TrainConfig, check_names
+from .config import FREE, TrainConfig, read_yaml
 from .recovery import Checkpoint, newest_checkpoint, write_checkpoint
 
 OPTIONS: Final = "args.yaml"
@@ -38,7 +38,7 @@ class RunFolder:
         if resume:
             saved, given = saved_options(path).to_dict(), config.to_dict()
             different = [f"{name} ({saved[name]!r} there, {given[name]!r} given)" for name in given
-                         if saved[name] != given[name]]
+                         if saved[name] != given[name] and name not in FREE]
             if different:
                 raise ValueError(f"the run in {path} has other options: {', '.join(different)}. Resume it with its own "
                                  "(--resume alone), or start another in another --output")
@@ -58,7 +58,11 @@ class RunFolder:
         temporary = self.path / ".best.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        config = write_model(model, temporary)
+        # Older versions of timm do not record what they were given.
+        args = {**(self.config.model_kwargs or {}), "num_classes": model.num_classes}
+        if model.pretrained_cfg.get("fixed_input_size") and self.config.img_size is not None:
+            args["img_size"] = self.config.img_size
+        config = write_model(model, temporary, **args)
         config["training"] = {"options": self.config.to_dict(), "kept": row}
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, CONFIG):
@@ -93,9 +97,7 @@ def saved_options(path: Path) -> TrainConfig:
     file = path / OPTIONS
     if not file.is_file():
         raise ValueError(f"{path} holds no run to resume ({OPTIONS} is missing); start one with --output {path}")
-    options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    check_names(options, str(file))
-    return TrainConfig(**options)
+    return TrainConfig(**read_yaml(str(file)))
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,23 +1,24 @@
 """What a training run starts from: its model and its data, checked against each other before anything is written."""
 
-import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import ImageSplit, check_every_class
-from ..head import find_head, inference_mode
-from ..models.create import create_model, load_checkpoint, open_split_for
+from ..data import ImageSplit, PixelModel, check_every_class
+from ..head import UnfittedHeadWarning, find_head, inference_mode
+from ..models.create import create_model, open_split_for, saved_normalisation
 from .config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images to train on, and those to choose the best epoch by."""
+    """The images to train on, the same without random crops, and those to choose the best epoch by."""
 
     train: ImageSplit
+    plain_train: ImageSplit
     val: ImageSplit
 
 
@@ -31,12 +32,20 @@ def create_trainable(config: TrainConfig) -> Any:
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
         raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
-    if config.img_size is not None and _takes_img_size(config.model):
-        given["img_size"] = config.img_size
-    model = create_model(config.model, pretrained=config.pretrained, **given, **(config.model_kwargs or {}))
+    pretrained = config.pretrained
     if config.initial_checkpoint is not None:
-        load_checkpoint(model, config.initial_checkpoint)
-    find_head(model)
+        # The way of a public checkpoint: its format is converted, and a head of another size starts anew.
+        pretrained = True
+        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint,
+                                           **saved_normalisation(config.initial_checkpoint)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
+        if config.img_size is not None and create_model(
+                config.model, pretrained=False, num_classes=0).pretrained_cfg.get("fixed_input_size"):
+            given["img_size"] = config.img_size
+        model = create_model(config.model, pretrained=pretrained, **given, **(config.model_kwargs or {}))
+    if find_head(model).inference == "fc":
+        find_head(model).reset_prototypes()  # they would be those of other features
     model.pretrained_cfg["tag"] = None  # what comes of the training are nobody's published weights
     for name in ("mean", "std"):
         if getattr(config, name) is not None:
@@ -64,14 +73,20 @@ def open_data(config: TrainConfig, model: Any) -> Data:
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
                                "download": config.dataset_download}
     crop_seed = config.seed if config.random_resized_crop else None
-    data = Data(open_split_for(model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options),
-                open_split_for(model, config.dataset, "val", **options))
+    plain = open_split_for(model, config.dataset, "train", **options)
+    train = plain if crop_seed is None else open_split_for(
+        model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options)
+    data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
     if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:
         for name in ("mean", "std"):
             if getattr(config, name) is None:
                 cfg[name] = getattr(data.train, name)
     pixels = data.train[0][0].unsqueeze(0)
+    for name in ("mean", "std"):
+        if len(cfg[name]) != len(pixels[0]):
+            raise ValueError(f"{name} is {tuple(cfg[name])}, and {config.dataset} has images of {len(pixels[0])} "
+                             f"channels; give one value a channel by --{name}")
     cfg["input_size"] = tuple(pixels.shape[1:])
     _check_forward(config, model, pixels)
     return data
@@ -81,16 +96,10 @@ def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> Non
     mode = model.training
     try:
         with torch.no_grad(), inference_mode(model, "fc"):
-            model.eval()(pixels)
+            PixelModel(model.eval())(pixels)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(map(str, pixels.shape[1:]))
         raise ValueError(f"{config.model} does not take {config.dataset}'s images of {size} (channels, height, width): "
-                         f"{error}. Give --in-chans, --img-size, or another model") from error
+                         f"{error}. Give --in-chans, --img-size, --mean and --std, or another model") from error
     finally:
         model.train(mode)
-
-
-def _takes_img_size(name: str) -> bool:
-    """Returns whether a timm architecture is made for one image size, which is then an argument of its own."""
-    model = create_model(name, pretrained=False)
-    return "img_size" in inspect.signature(type(model).__init__).parameters

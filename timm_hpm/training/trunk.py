@@ -47,7 +47,9 @@ class PixelTrunk(nn.Module):
 
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
-        return self._in_its_batch(partial(SURROGATES[surrogate].logits, self.head), self.backbone(pixels))
+        answer = partial(SURROGATES[surrogate].logits, self.head)
+        features = self.backbone(pixels)
+        return self._in_its_batch(answer, features) if SURROGATES[surrogate].couples_in_batch_mode else answer(features)
 
     def _answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fc_logits = self.head.fc_logits(features).float()

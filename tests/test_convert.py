@@ -214,6 +214,49 @@ def test_xcit(tmp_path):
     assert_same_logits(model, original, 224)
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda weights: weights,
+    lambda weights: {"state_dict": prefixed(weights, "module."), "epoch": 3},
+    lambda weights: {"last": {**weights, "mu": torch.zeros(1, 3, 1, 1), "sigma": torch.ones(1, 3, 1, 1)}},
+])
+def test_small_image_resnet(tmp_path, wrap):
+    original = randomised(robustbench("resnet").ResNet18())
+    torch.save(wrap(original.state_dict()), tmp_path / "theirs.pt")
+    model = load("hpm_cifar_resnet18", tmp_path / "theirs.pt", NONE)
+    assert_same_logits(model, original)
+    # A new classifier and no classifier, for which timm loads loosely.
+    overlay = {"file": str(tmp_path / "theirs.pt"), **NONE}
+    for classes in (5, 0):
+        other = timm.create_model("hpm_cifar_resnet18", pretrained=True, pretrained_cfg_overlay=overlay,
+                                  num_classes=classes)
+        assert torch.equal(other.layer4[1].conv2.weight, original.layer4[1].conv2.weight)
+
+
+CIFAR100_NORMALISED = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761), "num_classes": 100}
+
+
+@pytest.mark.parametrize(("data", "overlay", "bare"), [
+    ("cifar10", {}, False), ("cifar10", {}, True), ("cifar100", CIFAR100_NORMALISED, False)])
+def test_small_image_xcit(tmp_path, data, overlay, bare):
+    """The network that RobustBench hands out, which normalises; and the weights that it loads into it, which do not."""
+    make = getattr(robustbench("xcit"), f"debenedetti2022light_xcit_s12_{data}_linf")
+    original = randomised(make(num_classes=overlay.get("num_classes", 10)))
+    weights = {"state_dict": original.model.state_dict()} if bare else original.state_dict()
+    torch.save(weights, tmp_path / "theirs.pt")
+    model = load("hpm_cifar_xcit_small_12_p4_32", tmp_path / "theirs.pt", overlay)
+    assert_same_logits(model, original)
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_small_image_xcits_have_robustbench_s_entries(size):
+    make = getattr(robustbench("xcit"), f"debenedetti2022light_xcit_{size[0]}12_cifar10_linf")
+    theirs = {key: value.shape for key, value in make(num_classes=10, device="meta").model.state_dict().items()}
+    model = timm.create_model(f"hpm_cifar_xcit_{size}_12_p4_32", device="meta")
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    assert theirs.items() <= own.items()
+    assert own.keys() - theirs.keys() == {"function", "head.prototypes", "head.num_updates", "head.log_scale"}
+
+
 # Parity with torchvision's and timm's networks, in other projects' formats
 
 
@@ -473,9 +516,68 @@ def test_another_architecture_is_refused(refuse):
     refuse(wide, r"(?s)into hpm_wrn10_2: .*size mismatch for stages\.0\.0\.conv1\.weight")
     cifar_resnet = {"conv1.weight": resnet["conv1.0.weight"], "bn1.weight": torch.ones(1),
                     "layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
-    refuse(cifar_resnet, "of a ResNet for small images, with activations behind the blocks")
+    refuse(cifar_resnet, "of a ResNet for small images, with activations behind the blocks.*Take hpm_cifar_resnet18")
     preact = {"layer1.0.conv1.weight": torch.ones(1), "bn.weight": torch.ones(1), "linear.weight": torch.ones(1)}
     refuse(preact, "needs shortcut='activated'; the network has 'raw3x3'", layout="trades", shortcut="raw3x3")
+
+
+XCIT = {"depth": 1, "embed_dim": 64, "num_heads": 4}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, {"num_classes": 0}, {"features_only": True}])
+@pytest.mark.parametrize("given", ["RobustBench's", "ours"])
+def test_a_small_image_xcit_is_never_loaded_into_timm_s(refuse, given, options):
+    if given == "ours":
+        weights = timm.create_model("hpm_cifar_xcit_small_12_p4_32", **XCIT).state_dict()
+        message = r"has the entry function, as files of hpm_cifar_xcit_\*: .*smaller patches"
+    else:
+        small = timm.create_model("xcit_small_12_p16_224", num_classes=10, **XCIT).state_dict()
+        weights = {**prefixed(small, "model."), "normalize.mean": torch.tensor(CIFAR_MEAN).view(1, 3, 1, 1),
+                   "normalize.std": torch.tensor(CIFAR_STD).view(1, 3, 1, 1)}
+        message = r"normalises by normalize\.mean = \(0\.4914, .*smaller patches .*Load it into hpm_cifar_xcit_\*"
+    for overlay in ({"num_classes": 10}, {"num_classes": 10, "mean": CIFAR_MEAN, "std": CIFAR_STD}):
+        options = {"out_indices": (0,), **options} if "features_only" in options else options
+        refuse(weights, message, "hpm_xcit_small_12_p16_224", overlay, **options, **XCIT)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, {"num_classes": 0}])
+def test_timm_s_xcit_is_never_loaded_into_a_small_image_one(refuse, options):
+    def check(weights, message, **overlay):
+        refuse(weights, f"{message}.*: it is of .*larger patches .*Load it into hpm_xcit_",
+               "hpm_cifar_xcit_small_12_p4_32", overlay, **options, **XCIT)
+
+    weights = timm.create_model("xcit_small_12_p16_224", **XCIT).state_dict()
+    check({"model": prefixed(weights, "module.")}, "has 1000 classes, as ImageNet", num_classes=1000)
+    ours = timm.create_model("hpm_xcit_small_12_p16_224", num_classes=10, **XCIT).state_dict()
+    check(ours, r"has an HPM head and no entry function, as files of hpm_xcit_\*")
+    normalised = {**prefixed(weights, "model."), "normalize.mean": torch.tensor(IMAGENET_MEAN),
+                  "normalize.std": torch.tensor(IMAGENET_STD)}
+    check(normalised, r"normalises by normalize\.mean = \(0\.485, ", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def test_xcits_do_not_load_into_each_other_without_conversion(tmp_path):
+    small = timm.create_model("hpm_cifar_xcit_small_12_p4_32", **XCIT)
+    large = timm.create_model("hpm_xcit_small_12_p16_224", num_classes=10, **XCIT)
+    for model, other, message in ((small, large, "Missing"), (large, small, "Unexpected")):
+        save_file(other.state_dict(), tmp_path / "theirs.safetensors")
+        with pytest.raises(ValueError, match=rf'{message} key\(s\) in state_dict: "function"'):
+            load_checkpoint(model, str(tmp_path / "theirs.safetensors"))
+
+
+@pytest.mark.parametrize("classes", [10, 3, 0])
+def test_other_resnets_are_never_loaded_into_a_small_image_one(refuse, classes):
+    small = {"layers": (1, 1, 1, 1), "num_classes": 10}
+    weights, ours = timm.create_model("resnet18", **small).state_dict(), "hpm_cifar_resnet18"
+    small["num_classes"] = classes
+    refuse(weights, r"(?s)size mismatch for conv1\.weight", ours, **small)
+    own = timm.create_model("hpm_cifar_resnet18", layers=(1, 1, 1, 1)).state_dict()
+    refuse(own, r"(?s)size mismatch for conv1\.weight", "hpm_resnet18", {"num_classes": 10}, **small)
+    preact = {"layer1.0.conv1.weight": torch.ones(1), "bn.weight": torch.ones(1), "linear.weight": torch.ones(1)}
+    refuse(preact, r"(?s)Missing.*bn1\.weight.*Unexpected.*linear\.weight", ours, **small)
+    theirs = {key.replace("downsample", "shortcut").replace("fc.", "linear."): value for key, value in own.items()
+              if key not in OURS}
+    refuse({**theirs, "extra": torch.ones(1)}, r"(?s)Unexpected.*extra", ours, **small)
+    refuse(theirs, r"(?s)Unexpected.*linear\.weight", "hpm_resnet18", {"num_classes": 10}, **small)
 
 
 @pytest.mark.parametrize(("checkpoint", "message"), [

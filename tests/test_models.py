@@ -1,5 +1,6 @@
 """The `hpm_*` networks: what timm asks of a model, the two layouts, tags, and loading of weights."""
 
+import pickle
 import warnings
 from copy import deepcopy
 
@@ -23,10 +24,20 @@ NAMES = (
     "hpm_wrn10_2", "hpm_wrn10_2.untrained_deepmind", "hpm_wrn16_4", "hpm_preact_resnet18",
     "hpm_preact_resnet18.untrained_deepmind",
 )
+# timm's own networks for small images, made smaller.
+CIFAR = {
+    "hpm_cifar_resnet18": {"layers": (1, 1, 1, 1)},
+    "hpm_cifar_xcit_small_12_p4_32": {"depth": 3, "embed_dim": 64, "num_heads": 4},
+}
+ALL = (*NAMES, *CIFAR)
 BODY = "hpm_wrn10_2.untrained"
 HPM_ENTRIES = {"fc.prototypes", "fc.num_updates", "fc.log_scale"}
 
 scripts = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def create(name: str, **kwargs):
+    return timm.create_model(name, **CIFAR.get(name, {}), **kwargs)
 
 
 def images(model, batch: int = 2) -> Tensor:
@@ -59,6 +70,9 @@ def test_all_variants_are_registered():
     assert timm.list_models("hpm_*", module="hpm_wrn") == [
         "hpm_wrn10_2", "hpm_wrn16_4", "hpm_wrn28_10", "hpm_wrn34_10", "hpm_wrn34_20", "hpm_wrn70_16"]
     assert timm.list_models("hpm_*", module="hpm_preact_resnet") == ["hpm_preact_resnet18"]
+    assert timm.list_models("hpm_*", module="hpm_cifar") == [
+        "hpm_cifar_resnet18", "hpm_cifar_xcit_large_12_p4_32", "hpm_cifar_xcit_medium_12_p4_32",
+        "hpm_cifar_xcit_small_12_p4_32"]
     assert timm.get_pretrained_cfg("hpm_wrn10_2").tag == "digits_linf"
     assert timm.models.is_model_pretrained("hpm_wrn10_2")
     assert not timm.models.is_model_pretrained("hpm_wrn34_10")
@@ -98,6 +112,7 @@ def test_cfg_describes_the_model(name):
     ("hpm_wrn34_20.untrained_deepmind", 184_531_674),
     ("hpm_wrn70_16.untrained_deepmind", 266_796_506),
     ("hpm_preact_resnet18.untrained", 11_172_170),
+    ("hpm_cifar_resnet18.untrained", 11_173_962),
 ])
 def test_parameter_count_is_the_known_one_and_the_scale(name, parameters):
     model = timm.create_model(name, device="meta")
@@ -328,9 +343,9 @@ def test_prune_intermediate_layers():
         assert torch.equal(pruned(x), maps[level])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_grad_checkpointing_changes_neither_outputs_nor_gradients(name):
-    model = fit(timm.create_model(name)).train()
+    model = fit(create(name)).train()
     other = deepcopy(model)
     other.set_grad_checkpointing()
     x = images(model)
@@ -360,9 +375,9 @@ def test_optimizer_groups():
 
 
 @scripts
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_script(name):
-    model = fit(timm.create_model(name)).eval()
+    model = fit(create(name)).eval()
     x = images(model)
     assert torch.allclose(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -377,9 +392,9 @@ def test_script_of_features():
 
 
 @scripts
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_fx(name):
-    model = fit(timm.create_model(name)).eval()
+    model = fit(create(name)).eval()
     x = images(model)
     traced = fx_model(model)
     with torch.inference_mode():
@@ -388,18 +403,18 @@ def test_fx(name):
     assert torch.allclose(*scripted(x).values(), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_fx_backward(name):
-    model = fx_model(timm.create_model(name, num_classes=42).train())
+    model = fx_model(create(name, num_classes=42).train())
     size = timm.get_pretrained_cfg(name).input_size
     next(iter(model(torch.randn(2, *size)).values())).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert any(key.endswith("log_scale") for key, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_compile_as_one_graph(name):
-    model = fit(timm.create_model(name)).eval()
+    model = fit(create(name)).eval()
     x = images(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -419,6 +434,65 @@ def test_deepcopy_and_state_dict_round_trip(name):
     assert torch.equal(fresh(x), expected)
     copy.reset_classifier(3)
     assert model.num_classes == 10 and copy(x).shape == (2, 3)
+
+
+# timm's networks for small images
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_cifar_network_is_what_its_cfg_says(name):
+    model = create(name).eval()
+    cfg, x = model.default_cfg, images(model, 1)
+    assert cfg["tag"] == "untrained" and cfg["license"] and cfg["origin_url"] and cfg["paper_ids"]
+    assert {f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.weight"} <= model.state_dict().keys()
+    assert cfg["num_classes"] == model.num_classes == 10 and x.shape == (1, 3, 32, 32)
+
+    features = model.forward_features(x)
+    if cfg["pool_size"] is None:
+        assert features.shape == (1, 1 + model.patch_embed.num_patches, model.num_features) == (1, 1 + 8 * 8, 64)
+    else:
+        assert features.shape == (1, model.num_features, *cfg["pool_size"])
+    pre_logits = model.forward_head(features, pre_logits=True)
+    assert pre_logits.shape == (1, model.head_hidden_size)
+    assert torch.equal(find_head(model)(pre_logits), model(x))
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pre_logits)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    bare = create(name, num_classes=0, global_pool="", in_chans=1, mix=0.2).eval()
+    assert bare(x[:, :1]).shape == features.shape
+    bare.reset_classifier(3, "avg")
+    assert bare(x[:, :1]).shape == (1, 3) and find_head(bare).mix == 0.2
+
+
+@pytest.mark.parametrize(("name", "feature_cls"), [
+    ("hpm_cifar_resnet18", "list"), ("hpm_cifar_resnet18", "getter"), ("hpm_cifar_resnet18", "fx"),
+    ("hpm_cifar_xcit_small_12_p4_32", "getter"),
+])
+def test_features_of_a_cifar_network(name, feature_cls):
+    model = create(name, features_only=True, feature_cls=feature_cls).eval()
+    x = torch.randn(2, 3, 32, 32)
+    maps = model(x)
+    assert len(maps) == (5 if "resnet" in name else 3)
+    for channels, reduction, features in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), maps, strict=True):
+        assert features.shape == (2, channels, 32 // reduction, 32 // reduction)
+    whole = create(name).eval()
+    final, maps = whole.forward_intermediates(x)
+    assert torch.equal(final, whole.forward_features(x)) and len(maps) == len(whole.feature_info)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_cifar_network_s_folder_makes_it_again(name, tmp_path):
+    model = fit(create(name, num_classes=7, mix=0.25)).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True,
+                model_config={"model_args": {**CIFAR[name], "num_classes": 7, "mix": 0.25}})
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(again(x), model(x)) and find_head(again).mix == 0.25
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4, in_chans=1).eval()
+    assert other(x[:, :1]).shape == (2, 4) and not find_head(other).is_fitted()
 
 
 # reset_classifier

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
 # Where training scripts keep the weights, best first: an average of them comes before the raw ones.
@@ -35,7 +36,7 @@ _Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
 
 @dataclass(frozen=True)
 class Format:
-    """Names of a pre-activation network elsewhere, and what else its weights need of a `PreActNet`.
+    """Names of a residual network elsewhere, and what else its weights need of a `PreActNet`.
 
     Arguments:
         name: as messages call it.
@@ -60,7 +61,7 @@ class Format:
         return all(mark in keys for mark in self.marks) and not any(mark in keys for mark in self.without)
 
     def rename(self, key: str) -> str:
-        """Returns the name of `key` in a `PreActNet`; a key of no known place stays as it is."""
+        """Returns the name of `key` in our network; a key of no known place stays as it is."""
         for pattern, target in self.renames:
             key = re.sub(pattern, target, key)
         return key
@@ -76,6 +77,15 @@ _BLOCK: Final = r"^(stages\.\d+\.\d+)\."
 _PREACT_RESNET: Final[tuple[_Rename, ...]] = (
     (r"^bn\.", "norm."), (r"^linear\.", "fc."), (r"^layer(\d+)\.(\d+)\.", _block(1)),
     (_BLOCK + r"shortcut\.0\.", r"\1.shortcut."),
+)
+
+# The entry `function` of our XCiT for small images: the size of its patches, in pixels.
+XCIT_FUNCTION: Final = (4,)
+
+# After timm's ResNet; no `PreActNet` computes it.
+_SMALL_RESNET: Final = Format(
+    "a ResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn1.weight"), "trades", (),
+    ((r"^linear\.", "fc."), (r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.")),
 )
 
 FORMATS: Final = (
@@ -115,8 +125,7 @@ FORMATS: Final = (
         "a PreActResNet for small images without a final BatchNorm", ("layer1.0.conv1.weight", "linear.weight"),
         "trades", ("raw",), _PREACT_RESNET, without=("bn1.weight", "bn.weight"),
     ),
-    # Known, so that it is refused by its name.
-    Format("a ResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn1.weight"), "trades", ()),
+    _SMALL_RESNET,
 )
 
 
@@ -190,6 +199,60 @@ def _without_second_copy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if key not in first}
 
 
+def small_resnet_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
+    """Returns a checkpoint of a ResNet for small images under timm's names; see `plain_state_dict`."""
+    state_dict = plain_state_dict(checkpoint, mean, std)
+    if not _SMALL_RESNET.fits(state_dict):
+        return state_dict
+    return {_SMALL_RESNET.rename(key): value for key, value in state_dict.items()}
+
+
+def xcit_state_dict(
+        checkpoint: Any, mean: Sequence[float], std: Sequence[float], *, small: bool = False) -> dict[str, Tensor]:
+    """Returns a checkpoint of timm's XCiT, unless it shows that its patches are of another size than the network's.
+
+    RobustBench's XCiT for small images has the keys and shapes of timm's, and other strides. What tells them apart:
+    the entry `function` of our own files for small images, ImageNet's normalisation inside the checkpoint or another,
+    and ImageNet's thousand classes. A checkpoint with none of these is taken for what the network is.
+
+    Arguments:
+        checkpoint, mean, std: see `plain_state_dict`.
+        small: whether the network is `hpm_cifar_xcit_*`, not `hpm_xcit_*`; the result then has the entry `function`.
+
+    Raises:
+        CheckpointError: what `plain_state_dict` refuses, or patches of another size.
+    """
+    found = unwrap(checkpoint)
+    is_xcit = any("cls_attn_blocks.0." in key for key in found)
+    if is_xcit and (shown := _other_patches(found, small)):
+        raise CheckpointError(
+            f"the checkpoint {shown}: it is of an XCiT with {'larger' if small else 'smaller'} patches than the "
+            f"network's. The keys would match, and the logits be others. Load it into hpm_{'' if small else 'cifar_'}"
+            "xcit_*; where its patches are the network's all the same, save it without what shows otherwise")
+    state_dict = plain_state_dict(found, mean, std)
+    return {"function": torch.tensor(XCIT_FUNCTION), **state_dict} if is_xcit and small else state_dict
+
+
+def _other_patches(state_dict: Mapping[str, Tensor], small: bool) -> str:
+    """Returns what shows that an XCiT's patches are not of the network's size, for a message; empty if nothing does."""
+    # Whatever their prefixes.
+    entries = {key: key.rpartition(".")[2] for key in state_dict}
+    imagenet = torch.tensor(IMAGENET_DEFAULT_MEAN)
+    for key in (key for key, name in entries.items() if name in _MEANS):
+        mean = state_dict[key].flatten().float()
+        if (mean.shape == imagenet.shape and torch.allclose(mean, imagenet, rtol=0, atol=1e-4)) == small:
+            return f"normalises by {key} = {tuple(round(value, 4) for value in mean.tolist())}"
+    stated = "function" in entries.values()
+    if stated and not small:
+        return "has the entry function, as files of hpm_cifar_xcit_*"
+    if not stated and small:
+        if "prototypes" in entries.values():
+            return "has an HPM head and no entry function, as files of hpm_xcit_*"
+        if any(key.endswith("head.weight") and len(value) == 1000 for key, value in state_dict.items()):
+            return "has 1000 classes, as ImageNet"
+    return ""
+
+
 def native_state_dict(
         checkpoint: Any,
         expected: Collection[str],
@@ -219,7 +282,7 @@ def native_state_dict(
                               f"Known: {known}")
     if not found.shortcuts:
         raise CheckpointError(f"the checkpoint is of {found.name}, with activations behind the blocks; a PreActNet has "
-                              "them in front and cannot compute it")
+                              "them in front and cannot compute it. Take hpm_cifar_resnet18")
     if found.layout is not None and found.layout != layout:
         tag = ".untrained_deepmind" if found.layout == "deepmind" else ".untrained"
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from timm.models import (
     build_model_with_cfg,
     get_pretrained_cfg,
     load_pretrained,
-    model_entrypoint,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ _OF_TRAINING = ("license", "origin_url", "paper_ids", "paper_name", "notes")
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Returns the pretrained cfg of a `PreActNet` for CIFAR-10, with `kwargs` in place of what stands here."""
+    """Returns the pretrained cfg of a network for CIFAR-10, with `kwargs` in place of what stands here."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -156,20 +155,26 @@ def build_preact_net(
 
 
 def build_variant(
-        base: str, variant: str, pretrained: bool, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any],
+        create: Callable[..., Any],
+        variant: str,
+        pretrained: bool,
+        table: Mapping[str, dict[str, Any]],
+        kwargs: Mapping[str, Any],
+        convert: Callable[..., dict[str, Tensor]] = plain_state_dict,
 ) -> nn.Module:
-    """Returns timm's architecture `base` with an HPM head, under the cfg of the name `variant`.
+    """Returns a timm network with an HPM head, under the cfg of the name `variant`.
 
     The base's own entrypoint builds the network and loads its weights, so that whatever it accepts (image size,
     channels, pooling, `features_only`, the base's own checkpoint formats) works as there; what the checkpoint says
     about the HPM head is loaded afterwards.
 
     Arguments:
-        base: timm's name of the architecture.
+        create: the base's own entrypoint.
         variant: the name with a registered pretrained cfg.
         pretrained: whether to load weights.
         table: model arguments of the tags; see `tag_args`.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
+        convert: what makes a checkpoint the base's, called as `plain_state_dict`.
 
     Raises:
         UnsupportedHeadError: a base, or arguments, with another kind of head.
@@ -180,7 +185,6 @@ def build_variant(
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
     cfg = own_cfg(variant, pretrained, kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    create = model_entrypoint(base)
     state_dict: dict[str, Tensor] = {}
     overlay: dict[str, Any] = {}
     # A foreign format (`custom_load`) is read by the network itself, and knows no HPM head.
@@ -189,7 +193,7 @@ def build_variant(
         state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
     with fitting(weights_place(cfg), variant):
         if converted:
-            state_dict = plain_state_dict(state_dict, cfg.mean, cfg.std)
+            state_dict = convert(state_dict, cfg.mean, cfg.std)
             # The source would win over the state dict.
             overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
             other_classes = cfg.num_classes < 0 or kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes

@@ -6,9 +6,10 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import DefaultCfg, generate_default_cfgs, register_model
+from timm.models import DefaultCfg, generate_default_cfgs, model_entrypoint, register_model
 from torch import nn
 
+from ..checkpoints import plain_state_dict, xcit_state_dict
 from ._builder import build_variant, variant_cfg, weight_notes
 
 _BASES = (
@@ -154,7 +155,8 @@ def register_hpm(base: str) -> str:
     default_cfgs.update(generate_default_cfgs({**public, f"{name}.untrained{'*' if another else ''}": cfg}))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_variant(base, name, pretrained, _TAG_ARGS, kwargs)
+        convert = xcit_state_dict if base.startswith("xcit_") else plain_state_dict
+        return build_variant(model_entrypoint(base), name, pretrained, _TAG_ARGS, kwargs, convert)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head` for mix, ema_decay and inference."

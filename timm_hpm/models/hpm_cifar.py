@@ -1,0 +1,121 @@
+"""timm's ResNet and XCiT for images of 32x32 pixels, with an HPM head: `hpm_cifar_*`."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.xcit import Xcit
+from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
+from torch import Tensor, nn
+
+from ..checkpoints import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
+from ._builder import build_variant, cifar_cfg
+
+_RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
+_XCIT_PAPERS = ("arXiv:2209.07399", "arXiv:2106.09681", "arXiv:2606.01746")
+
+# Width, and number of heads.
+_XCITS = {
+    "hpm_cifar_xcit_small_12_p4_32": (384, 8),
+    "hpm_cifar_xcit_medium_12_p4_32": (512, 8),
+    "hpm_cifar_xcit_large_12_p4_32": (768, 16),
+}
+
+default_cfgs = generate_default_cfgs({
+    "hpm_cifar_resnet18.untrained": cifar_cfg(
+        pool_size=(4, 4),
+        origin_url="https://github.com/huggingface/pytorch-image-models",
+        paper_ids=_RESNET_PAPERS,
+    ),
+    **{
+        f"{name}.untrained": cifar_cfg(
+            pool_size=None,
+            fixed_input_size=True,
+            first_conv="patch_embed.proj.0.0",
+            classifier="head",
+            origin_url="https://github.com/dedeswim/vits-robustness-torch",
+            paper_ids=_XCIT_PAPERS,
+        )
+        for name in _XCITS
+    },
+})
+
+
+class CifarResNet(ResNet):
+    """timm's ResNet of basic blocks with a 3x3 stem of stride 1 and no max pooling.
+
+    Arguments:
+        kwargs: of timm's `ResNet`, but for the block and the stem.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(block=BasicBlock, stem_type="", replace_stem_pool=False, **kwargs)  # type: ignore[arg-type]
+        stem: Any = self.conv1
+        stem = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False,
+                         device=stem.weight.device, dtype=stem.weight.dtype)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
+        feature_info: list[dict[str, Any]] = self.feature_info
+        # Half of timm's behind the stem, and a quarter behind each stage.
+        for level in feature_info:
+            level["reduction"] //= 2 if level["module"] == "act1" else 4
+
+
+class CifarXcit(Xcit):
+    """timm's XCiT with patches of 4 pixels a side: two of the four convolutions that embed them have stride 1, not 2.
+
+    Arguments:
+        kwargs: of timm's `Xcit`, but for the size of the patches.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(patch_size=16, **kwargs)
+        embed: Any = self.patch_embed
+        for index in (0, 2):
+            embed.proj[index][0].stride = (1, 1)
+        embed.patch_size, = XCIT_FUNCTION
+        embed.num_patches = math.prod(size // embed.patch_size for size in embed.img_size)
+        for level in self.feature_info:
+            level["reduction"] = embed.patch_size
+        # What the weights do not show: they fit timm's own XCiT, and answer wrongly there.
+        self.function: Tensor
+        self.register_buffer("function", torch.tensor(XCIT_FUNCTION, device=self.cls_token.device))
+
+
+def _create_xcit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Returns the XCiT `variant` with an HPM head; `kwargs` win over the variant's arguments."""
+    embed_dim, num_heads = _XCITS[variant]
+    create = partial(
+        build_model_with_cfg, CifarXcit, variant, pretrained_filter_fn=xcit_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"})
+    args = {"embed_dim": embed_dim, "depth": 12, "num_heads": num_heads, "eta": 1.0, "tokens_norm": True}
+    return build_variant(create, variant, pretrained, {}, {**args, **kwargs}, partial(xcit_state_dict, small=True))
+
+
+@register_model
+def hpm_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 for small images, 11.2M parameters, with activations behind the blocks."""
+    create = partial(build_model_with_cfg, CifarResNet, "hpm_cifar_resnet18")
+    args = {"layers": (2, 2, 2, 2), **kwargs}
+    return build_variant(create, "hpm_cifar_resnet18", pretrained, {}, args, small_resnet_state_dict)
+
+
+@register_model
+def hpm_cifar_xcit_small_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """XCiT-S12 with patches of 4 pixels, 26M parameters."""
+    return _create_xcit("hpm_cifar_xcit_small_12_p4_32", pretrained, **kwargs)
+
+
+@register_model
+def hpm_cifar_xcit_medium_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """XCiT-M12 with patches of 4 pixels, 46M parameters."""
+    return _create_xcit("hpm_cifar_xcit_medium_12_p4_32", pretrained, **kwargs)
+
+
+@register_model
+def hpm_cifar_xcit_large_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """XCiT-L12 with patches of 4 pixels, 103M parameters."""
+    return _create_xcit("hpm_cifar_xcit_large_12_p4_32", pretrained, **kwargs)

@@ -203,6 +203,7 @@ def test_ten_thousand_images_take_little_more_memory_than_they_are(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "progress")], capture_output=True, text=True,
                           timeout=600)
     assert done.returncode == 0, done.stderr
-    # Once the images, and once more their bytes for checks: which are in [0, 1].
+    # Once the images, and once more their bytes for checks: which are in [0, 1]. What the first run has freed may serve
+    # the second, so there is no lower bound.
     images = 9_000 * 3 * 32 * 32 * 4
-    assert 0.9 * images < int(done.stdout) < 2.2 * images
+    assert int(done.stdout) < 2.2 * images

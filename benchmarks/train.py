@@ -6,19 +6,17 @@
 - HPM step over FC step: time of a training step of `hpm_wrn10_2` on Fashion-MNIST-sized images with its HPM head, over
   the same net, attack (PGD-2) and batch with the head in its fc mode; the median of paired runs.
 - step over its passes: time of that HPM step over its forward and backward passes alone.
-- two processes over one: images a second of `torchrun --nproc_per_node 2 train.py --device cpu` over those of one
-  process, one thread each, in the last epoch.
+- two processes over one: images a second of those HPM steps in two processes of batch 128 and one thread each (by
+  torchrun, as train.py runs), over those of one process of batch 128 and one thread.
 - bytes kept by an attack over those kept with parameters that want gradients: for the backward pass of one attack step
   of `hpm_vit_small_patch16_224`, batch 2.
 """
 
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import timm
 import torch
@@ -33,7 +31,6 @@ from timm_hpm.training.trunk import PixelTrunk, inputs_only
 
 RUNS = 15
 THREAT = timm_hpm.ThreatModel("Linf", 0.1)
-ROOT = Path(__file__).parent.parent
 
 
 def run_of(inference: str, folder: str) -> Run:
@@ -80,22 +77,32 @@ def steps() -> None:
     print(f"step over its passes: {statistics.median(over_passes):.3f}", flush=True)
 
 
-def images_per_second(processes: int, folder: str) -> float:
-    """Returns the images a second that train.py prints of its last epoch, all processes together."""
+def worker() -> None:
+    """Prints the images a second of all processes together, as one of them."""
+    images, labels = torch.rand(128, 1, 28, 28), torch.arange(128) % 10
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of("batch", folder)
+        step(run, images, labels)
+        run.accelerator.wait_for_everyone()
+        took = seconds(lambda: [step(run, images, labels) for _ in range(40)])
+        if run.accelerator.is_main_process:
+            print(run.accelerator.num_processes * 40 * len(images) / took)
+        run.accelerator.end_training()
+
+
+def images_per_second(processes: int) -> float:
+    """Returns the images a second of so many processes together, of one thread each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    options = ["--device", "cpu", "--pretrained", "--epochs", "3", "--lr", "1e-6", "--val-attack-steps", "1",
-               "--batch-size", str(128 // processes), "--output", f"{folder}/of{processes}"]
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), *options], check=True, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return float(re.findall(r"images/s (\S+)", done.stdout)[-1])
+    done = subprocess.run([sys.executable, *launcher, __file__, "--worker"], check=True, text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return float(done.stdout)
 
 
 def processes() -> None:
     """Prints how much faster two processes are."""
     ratios = []
     for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            ratios.append(images_per_second(2, folder) / images_per_second(1, folder))
+        ratios.append(images_per_second(2) / images_per_second(1))
     print(f"two processes over one: {statistics.median(ratios):.2f}", flush=True)
 
 
@@ -125,6 +132,8 @@ def main() -> None:
     """Prints the ratios."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if "--worker" in sys.argv:
+        return worker()
     steps()
     memory()
     processes()

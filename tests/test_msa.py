@@ -432,7 +432,8 @@ def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, 
     assert set(saved) == {"clean", "labels"} | ROWS
     assert torch.equal(saved.pop("clean"), digits[0]) and torch.equal(saved.pop("labels"), digits[1])
     for name, points in saved.items():
-        assert set(report.correct[name]) == {"0", "1"}, name
+        # The joint attack may break all of a batch.
+        assert set(report.correct[name]) - {"1"} == {"0"} and ("1" in report.correct[name] or "joint" in name), name
         assert points.min() >= 0 and points.max() <= 1, name
         distances = THREAT.distance(points, digits[0])
         assert distances.max() <= THREAT.eps + 1e-6, name

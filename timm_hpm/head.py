@@ -1,5 +1,6 @@
-"""`HPMHead`, the classifier of Hybrid Prototype Mixing, and how to find it in a model and switch its inference mode."""
+"""`HPMHead`, the classifier of Hybrid Prototype Mixing: finding it in a model, its modes, the network without it."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,6 +263,35 @@ def head_name(model: nn.Module) -> str | None:
     if len(names) > 1:
         raise ValueError(f"{type(model).__name__} has {len(names)} HPM heads, at {', '.join(names)}; expected one")
     return names[0] if names else None
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    """Returns `model` with the identity in the place of its HPM head: it answers with the head's input (B, d).
+
+    Only the modules on the way to the head are copied, all else is shared; `model` itself stays as it is.
+
+    Raises:
+        ValueError: no HPM head, several, or nothing in front of it.
+    """
+    name = head_name(model)
+    if not name:
+        raise ValueError(f"{type(model).__name__} has no backbone in front of an HPM head; expected an hpm_* model, or "
+                         "what timm_hpm.add_hpm_head returned")
+    *parents, leaf = name.split(".")
+    backbone = parent = _shallow_copy(model)
+    for part in parents:
+        child = _shallow_copy(parent.get_submodule(part))
+        setattr(parent, part, child)
+        parent = child
+    setattr(parent, leaf, nn.Identity())
+    return backbone
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    # The parameters and buffers stay in one dictionary, so that what replaces one (`.to(device)`) reaches both.
+    twin._modules = dict(module._modules)
+    return twin
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..head import HPMHead, head_name
+from ..head import HPMHead, find_head, head_name, without_head
 from .fold import fold_batch_norms
 
 # The one surrogate of a classifier without an HPM head: the classifier.
@@ -127,11 +127,8 @@ class SplitModel:
     def __init__(self, pixel_model: nn.Module, example: Tensor):
         self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False).float()
         self.head: HPMHead | None = None
-        name = head_name(self.backbone)
-        if name is not None:
-            self.head = self.backbone.get_submodule(name)  # type: ignore[assignment]
-            parent, _, leaf = name.rpartition(".")
-            setattr(self.backbone.get_submodule(parent), leaf, nn.Identity())
+        if head_name(self.backbone) is not None:
+            self.head, self.backbone = find_head(self.backbone), without_head(self.backbone)
         #: Images that went forward and backward through the backbone so far.
         self.forward_passes = 0
         self.backward_passes = 0

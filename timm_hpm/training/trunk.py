@@ -1,6 +1,5 @@
 """`PixelTrunk`: a timm model cut in front of its HPM head, so that one pass serves the head and every surrogate."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..attacks.surrogates import SURROGATES
 from ..data import PixelModel
-from ..head import find_head, head_name
+from ..head import find_head, without_head
 from .distributed import gather_with_gradient, num_processes, process_index
 
 #: What "the batch" of the batch-level prototypes is on several processes: each one's own, or all of them together.
@@ -62,31 +61,6 @@ class PixelTrunk(nn.Module):
             return answer(features)
         size, index = len(features), process_index()
         return answer(gather_with_gradient(features))[index * size:(index + 1) * size]
-
-
-def without_head(model: nn.Module) -> nn.Module:
-    """Returns `model` with the identity in the place of its HPM head: it answers with the head's input (B, d).
-
-    Only the modules on the way to the head are copied, all else is shared; `model` itself stays as it is.
-    """
-    name = head_name(model)
-    if not name:
-        raise ValueError(f"{type(model).__name__} has no backbone in front of an HPM head")
-    *parents, leaf = name.split(".")
-    backbone = parent = _shallow_copy(model)
-    for part in parents:
-        child = _shallow_copy(parent.get_submodule(part))
-        setattr(parent, part, child)
-        parent = child
-    setattr(parent, leaf, nn.Identity())
-    return backbone
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    # The parameters and buffers stay in one dictionary, so that what replaces one (`.to(device)`) reaches both.
-    twin._modules = dict(module._modules)
-    return twin
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -122,11 +124,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget):
         raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks or --budget")
     budgets = dict(_budget(text) for text in args.budget)
-    accelerator = None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # One process may have a batch more than another, and a batch may take hours.
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-        accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
+    with several_processes(args.device) as accelerator:
+        return evaluate(args, budgets, accelerator)
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[Accelerator | None]:
+    """Yields the accelerator of several processes, or None where there is but one.
+
+    In the end they part in an orderly way; a process that only stops is aborted now and then, and torchrun fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield None
+        return
+    # One process may have a batch more than another, and a batch may take hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+    yield accelerator
+    accelerator.end_training()  # not after an error: the others may be waiting, and this would wait for them
+
+
+def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: Accelerator | None) -> int:
+    """Loads, attacks, prints and writes; returns the exit code."""
     if args.resume and any((args.resume / name).exists() for name in ("report.json", SWEEP)):
         clear_up(args.resume)
         print(f"{args.resume} holds a finished run")
@@ -173,8 +192,6 @@ def main(argv: list[str] | None = None) -> int:
             save_model_info(reports[0], args.robustbench_json, args.robustbench_info)
         clear_up(output)
         print(f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
-    if accelerator is not None:
-        accelerator.end_training()
     return 0
 
 

@@ -116,6 +116,7 @@ for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict
     dist.all_gather(parts, tensor)
     assert torch.equal(*parts), name
 assert run.head.num_updates.max() > 6
+run.accelerator.end_training()
 '''
 
 

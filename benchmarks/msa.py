@@ -2,24 +2,30 @@
 """What the Mixed Surrogate Attack costs, as ratios of two things in one run, on the embedded model or another.
 
     OMP_NUM_THREADS=1 python benchmarks/msa.py [--images 100] [--batch-size 50] [--runs 3] [--only NAME ...]
-        [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--data-dir FOLDER] [--scale 1.0]
+        [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
+        [--output FOLDER]
 
-- attack over passes: time of APGD-CE and Square side by side through the surrogates, over the time that their counted
-  passes take by themselves at that number of rows; the median of paired runs.
+- attack over passes: time of the attacks of `standard` at a fifth of their budgets on one batch, over the time that
+  their counted passes, from the pixels to the surrogates' logits, take by themselves in batches of as many rows as the
+  attack has at first; the median of several runs. Also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
 - two processes over one: time of `evaluate.py --protocol fast` in one process, over that in two, of one thread each.
 
-Beside them stand the robust accuracies that were found. `--scale` multiplies every budget of all that is compared, for
-a first look; a figure is one at scale 1.
+Beside them stand the robust accuracies that were found, and the ratio of the processor's time, which other work on the
+machine changes less. `--scale` multiplies every budget of all that is compared, for a first look; a figure is one at
+scale 1. `--output` keeps the raw reports.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,55 +35,79 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm.attacks import PROTOCOLS, Budget
-from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Notes
+from timm_hpm.attacks import ATTACKS, PROTOCOLS, Budget, Protocol
+from timm_hpm.attacks.components import AttackBatch, Notes
+from timm_hpm.attacks.joint import JOINT_SURROGATES
+from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
+from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for
+from timm_hpm.report.verdicts import right_in_all
 
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 
 
-def attack(split: SplitModel, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel) -> None:
-    """Runs a gradient attack and a search through all surrogates side by side."""
-    for name, budget in {"apgd-ce": Budget(20), "square": Budget(60)}.items():
-        batch = AttackBatch(split, split.default_surrogates(), images, labels)
-        COMPONENTS[name](batch, threat, budget, Notes())
+def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], forward: float,
+           backward: float) -> None:
+    """Makes as many passes, in batches of `images` for each of the surrogates side by side, as were counted."""
+    rows = images.repeat(len(surrogates), 1, 1, 1)
 
+    def logits(x: Tensor) -> Tensor:
+        parts = split.features(x).split(len(images))
+        return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=True)])
 
-def passes(split: SplitModel, images: Tensor, forward: int, backward: int) -> None:
-    """Makes as many passes, in batches of `images`, as were counted."""
-    for _ in range(round(backward / len(images))):
-        x = images.clone().requires_grad_()
-        torch.autograd.grad(split.features(x).sum(), x)
+    for _ in range(round(backward / len(rows))):
+        x = rows.clone().requires_grad_()
+        torch.autograd.grad(logits(x).sum(), x)
     with torch.no_grad():
-        for _ in range(round((forward - backward) / len(images))):
-            split.features(images)
+        for _ in range(round((forward - backward) / len(rows))):
+            logits(rows)
 
 
-def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, runs: int) -> float:
-    """Returns the time of an attack over that of its passes."""
+def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, scale: float,
+             runs: int) -> dict[str, float]:
+    """Returns the time of each attack, and of all, over that of its passes."""
     split = SplitModel(timm_hpm.PixelModel(model), images)
-    rows = images.repeat(len(split.default_surrogates()), 1, 1, 1)
-    attack(split, images, labels, threat)
-    ratios = []
+    protocol = scaled(PROTOCOLS["standard"], scale / 5)
+    ratios: dict[str, list[float]] = {}
     for _ in range(runs):
-        before = split.forward_passes, split.backward_passes
-        whole = seconds(lambda: attack(split, images, labels, threat))
-        forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
-        ratios.append(whole / seconds(lambda f=forward, b=backward: passes(split, rows, f, b)))
-    return statistics.median(ratios)
+        whole = alone = 0.0
+        for name, budget in protocol.attacks.items():
+            surrogates = JOINT_SURROGATES if name == "joint" else split.default_surrogates()
+            before = split.forward_passes, split.backward_passes
+
+            def attack(name: str = name, surrogates: Sequence[str] = surrogates, budget: Budget = budget) -> None:
+                ATTACKS[name](AttackBatch(split, surrogates, images, labels), threat, budget, Notes())
+
+            mine = seconds(attack)
+            forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
+            # Those two take one surrogate after the other.
+            at_once = [[one] for one in surrogates] if name in ("joint", "apgd-chain") else [surrogates]
+            forward, backward = forward / len(at_once), backward / len(at_once)
+            others = sum(seconds(lambda names=names, f=forward, b=backward: passes(split, images, names, f, b))
+                         for names in at_once)
+            ratios.setdefault(name, []).append(mine / others)
+            whole, alone = whole + mine, alone + others
+        ratios.setdefault("all", []).append(whole / alone)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def scaled(protocol: Protocol, scale: float) -> Protocol:
+    """Returns the protocol with `scale` times its iterations."""
+    return replace(protocol, attacks={name: replace(budget, iterations=max(round(budget.iterations * scale), 1))
+                                      for name, budget in protocol.attacks.items()})
 
 
 def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, batch_size: int,
-          scale: float) -> float:
-    """Runs AutoAttack once per surrogate, as its users would, and returns the judged worst case."""
+          scale: float) -> dict[str, str]:
+    """Runs AutoAttack once per surrogate, as its users would, and returns the verdicts on what each handed back."""
     pixel_model = timm_hpm.PixelModel(model)
     split = SplitModel(pixel_model, images[:batch_size])
     # The plain network: what makes the attacked copy fast is ours.
     backbone = pixel_model
     head = timm_hpm.find_head(model)
-    right = timm_hpm.judge(model, images, labels, batch_size)
+    correct = {"clean": as_row(timm_hpm.judge(model, images, labels, batch_size))}
     for surrogate in split.default_surrogates():
         seen: list[Tensor] = []
         with timm_hpm.inference_mode(model, "fc"), head.register_forward_pre_hook(
@@ -91,8 +121,9 @@ def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.Thr
             adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = max(round(100 * scale), 1)
             adversary.square.n_queries = max(round(5_000 * scale), 1)
             found, _ = adversary.run_standard_evaluation(images, labels, batch_size=batch_size)
-        right &= timm_hpm.judge(model, found.detach().clamp(0, 1), labels, batch_size)
-    return float(right.float().mean())
+        correct[f"{surrogate}/autoattack"] = as_row(
+            timm_hpm.judge(model, found.detach().clamp(0, 1), labels, batch_size))
+    return correct
 
 
 def main() -> None:
@@ -105,52 +136,77 @@ def main() -> None:
     parser.add_argument("--model", default="hpm_wrn10_2")
     parser.add_argument("--checkpoint")
     parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--split", default="val", help="(%(default)s: what the protocols are made by)")
     parser.add_argument("--data-dir")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep the reports of the protocols and of naive")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = create_model(args.model, pretrained=args.checkpoint is None)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     model.eval().requires_grad_(False)
-    # Not the test split: this is what the protocols are made by.
-    data = open_split_for(model, args.dataset, "val", data_dir=args.data_dir)
+    data = open_split_for(model, args.dataset, args.split, data_dir=args.data_dir)
     images, labels = first_images(data, args.images)
     threat = timm_hpm.ThreatModel.parse(data.threat)
 
     if NAMES[0] in args.only:
         size = args.batch_size
-        print(f"{NAMES[0]}: {overhead(model, images[:size], labels[:size], threat, args.runs):.2f}", flush=True)
+        ratios = overhead(model, images[:size], labels[:size], threat, args.scale, args.runs)
+        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name != "all")
+        print(f"{NAMES[0]}: {ratios['all']:.2f} ({each})", flush=True)
     protocols = [name for name in ("standard", "fast") if f"{name} over naive" in args.only]
     if protocols:
-        accuracies: dict[str, float] = {}
-
-        def run(name: str) -> None:
-            protocol = PROTOCOLS[name]
-            budgets = {attack: replace(budget, iterations=max(round(budget.iterations * args.scale), 1))
-                       for attack, budget in protocol.attacks.items()}
-            report = timm_hpm.mixed_surrogate_attack(
-                model, images, labels, threat, batch_size=args.batch_size, surrogates_at_once=5,
-                protocol=replace(protocol, attacks=budgets))
-            accuracies[name] = report.robust_accuracy
-
-        def run_naive() -> None:
-            accuracies["naive"] = naive(model, images, labels, threat, args.batch_size, args.scale)
-
-        whole = seconds(run_naive)
-        for name in protocols:
-            ratio = seconds(lambda name=name: run(name)) / whole
-            print(f"{name} over naive: {ratio:.2f} (robust {100 * accuracies[name]:.1f} %, "
-                  f"naive {100 * accuracies['naive']:.1f} %)", flush=True)
+        compare_protocols(model, images, labels, threat, protocols, args)
     if NAMES[3] in args.only:
         print(f"{NAMES[3]}: {processes(args):.2f}")
+
+
+def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel,
+                      protocols: Sequence[str], args: argparse.Namespace) -> None:
+    """Prints what the protocols take and find beside the naive one, and keeps the reports."""
+    correct: dict[str, str] = {}
+
+    def run_naive() -> None:
+        correct.update(naive(model, images, labels, threat, args.batch_size, args.scale))
+
+    def run(name: str) -> None:
+        nonlocal report
+        about = {"model": args.model, "weights": args.checkpoint or "pretrained", "dataset": args.dataset,
+                 "split": args.split}
+        report = timm_hpm.mixed_surrogate_attack(
+            model, images, labels, threat, batch_size=args.batch_size, surrogates_at_once=5, about=about,
+            protocol=scaled(PROTOCOLS[name], args.scale))
+
+    report: timm_hpm.AttackReport
+    wall, processor = both_times(run_naive)
+    robust = sum(right_in_all(correct.values())) / len(images)
+    print(f"naive: robust {100 * robust:.1f} %", flush=True)
+    for name in protocols:
+        mine, my_processor = both_times(lambda name=name: run(name))
+        print(f"{name} over naive: {mine / wall:.2f} (processor's time {my_processor / processor:.2f}; robust "
+              f"{100 * report.robust_accuracy:.1f} %, naive {100 * robust:.1f} %)", flush=True)
+        if args.output:
+            report.save(writable_folder(args.output) / f"{name}.json")
+            write_text(args.output / "naive.json", json.dumps({
+                "seconds": wall, "robust_accuracy": robust, "correct": correct} | {
+                key: report.protocol[key] for key in ("model", "weights_digest", "threat", "dataset", "split",
+                                                      "data_digest", "batch_size", "versions")}, indent=1) + "\n")
+
+
+def both_times(task: Callable[[], object]) -> tuple[float, float]:
+    """Returns how long a task takes, on the clock and of this process's processor."""
+    before = time.process_time()
+    wall = seconds(task)
+    return wall, time.process_time() - before
 
 
 def processes(args: argparse.Namespace) -> float:
     """Returns how much faster two processes are than one."""
     root = Path(__file__).parent.parent
     options = [str(root / "evaluate.py"), "--device", "cpu", "--protocol", "fast", "--dataset", args.dataset, "--split",
-               "val", "--num-images", str(args.images), "--batch-size", str(args.batch_size), "--model", args.model]
+               args.split, "--num-images", str(args.images), "--batch-size", str(args.batch_size)]
+    options += ["--model", args.model]
     options += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     options += ["--data-dir", args.data_dir] if args.data_dir else []
     times = []

@@ -668,20 +668,6 @@ def test_a_judge_refuses_what_it_cannot_judge(digits_model, digits, change, mess
         timm_hpm.judge(digits_model, **arguments)
 
 
-@pytest.mark.parametrize(("side", "works"), [(4, False), (5, True), (8, True), (12, False), (14, False), (16, True),
-                                             (18, False), (19, False), (24, False), (28, True), (32, True)])
-def test_square_under_l2_takes_the_image_sizes_that_it_can_tile(side, works):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(side ** 2, 3)).eval()
-    images = torch.rand(4, 1, side, side)
-    labels = model(images).argmax(dim=1)
-    arguments = {"attacks": ["square"], "budgets": {"square": Budget(3)}}
-    if works:
-        assert mixed_surrogate_attack(model, images, labels, ThreatModel("L2", 0.5), **arguments).num_images == 4
-    else:
-        with pytest.raises(ValueError, match=rf"cannot tile images of {side}×{side} pixels.*leave it out"):
-            mixed_surrogate_attack(model, images, labels, ThreatModel("L2", 0.5), **arguments)
-
-
 def test_a_head_that_is_not_last_is_refused(digits):
     torch.manual_seed(0)
     head = HPMHead(64, 10)

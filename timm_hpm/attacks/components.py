@@ -1,6 +1,6 @@
 """AutoAttack's components, each run by itself on one fixed batch under one or more surrogates.
 
-FAB and Square are pyautoattack's, APGD is apgd.py's.
+FAB is pyautoattack's, APGD and Square are apgd.py's and square.py's.
 
 Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
 here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
@@ -20,13 +20,13 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from pyautoattack.fab_pt import FABAttack_PT
-from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from ..report import Flag
 from ..threat import ThreatModel
 from .apgd import Ascent, apgd, cross_entropy, targeted_loss
 from .pgd import pgd
+from .square import square_search
 from .surrogates import SplitModel
 
 
@@ -254,20 +254,18 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
 
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
-    attack = _Square(batch, threat, budget)
-    attack.init_hyperparam(batch.clean)
-    # What stands for the labels is the row, by which the search's queries find their batch.
-    _, points = attack.attack_single_run(batch.clean[batch.active], batch.active)
-    return batch.points.index_copy(0, batch.active, points)
+    keeps_whole_batches = batch.couples()
 
+    def margin(rows: Tensor, pixels: Tensor) -> Tensor:
+        loss = margin_loss(batch.query(rows, pixels), batch.labels[rows])
+        if keeps_whole_batches:
+            # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
+            fooled = loss >= 0
+            batch.place(rows[fooled], pixels[fooled])
+        return loss
 
-def square_tiles(height: int, width: int) -> bool:
-    """Returns whether AutoAttack's Square can start under L2 on such images: whole tiles of a fifth of the height."""
-    tile = height // 5
-    if tile < 2:  # a tile of one pixel may begin beyond the edge
-        return tile == 1
-    start = (height - 5 * tile) // 2
-    return all(start + side // tile * tile <= side for side in (height, width))
+    rows = batch.active
+    return batch.points.index_copy(0, rows, square_search(margin, rows, batch.clean[rows], threat, budget.iterations))
 
 
 #: AutoAttack's standard components.
@@ -352,21 +350,3 @@ class _FAB(FABAttack_PT):
             difference = (logits.gather(1, la_target.unsqueeze(1)) - logits.gather(1, la.unsqueeze(1))).squeeze(1)
             gradient, = torch.autograd.grad(difference.sum(), x)
         return difference.detach().unsqueeze(1), gradient.contiguous().unsqueeze(1)
-
-
-class _Square(SquareAttack):
-    """Square on rows of an AttackBatch; its labels are the rows."""
-
-    def __init__(self, batch: AttackBatch, threat: ThreatModel, budget: Budget):
-        super().__init__(None, norm=threat.norm, n_queries=budget.iterations, eps=threat.eps, p_init=0.8,
-                         resc_schedule=False, device=batch.clean.device)
-        self.batch = batch
-        self.keeps_whole_batches = batch.couples()
-
-    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        margin = -margin_loss(self.batch.query(y, x), self.batch.labels[y])
-        if self.keeps_whole_batches:
-            # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
-            fooled = margin <= 0
-            self.batch.place(y[fooled], x[fooled])
-        return margin, margin

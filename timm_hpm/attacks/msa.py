@@ -28,7 +28,7 @@ from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data
 from ..report.verdicts import right_in_all
 from ..threat import ThreatModel
 from .cobatch import co_batch_attack
-from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, square_tiles
+from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
 from .flags import GRADIENT_FREE, check_model, rough_flag, verdict_flag
 from .joint import JOINT_SURROGATES
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
@@ -134,9 +134,6 @@ def mixed_surrogate_attack(
         usable = _without_gradients(usable)
     plan = _plan(split, names, usable, surrogates_at_once, chosen)
     budget_of = {attack: chosen.attacks[attack].for_classes(num_classes) for attack in usable}
-    if threat.norm == "L2" and "square" in usable and not square_tiles(*images.shape[-2:]):
-        raise ValueError(f"Square under L2 cannot tile images of {images.shape[-2]}×{images.shape[-1]} pixels (nor can "
-                         f"AutoAttack's); leave it out: attacks={[name for name in COMPONENTS if name != 'square']}")
     described = _described(model, split, images, labels, threat, chosen, batch_size, names, budget_of,
                            surrogates_at_once, seed, num_classes, device)
 

@@ -1,0 +1,181 @@
+"""Square, the random search that needs no gradient, image by image the same as AutoAttack's.
+
+A query moves a window of all images at once. Under Linf only that window is computed, and written back where it was of
+no use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose points it gives bit by bit
+(tests/test_square.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..threat import ThreatModel
+
+#: Part of the image that the first windows cover, and after how many queries it halves.
+_FIRST_PART = 0.8
+_HALVINGS = (10, 50, 200, 500, 1_000, 2_000, 4_000, 6_000, 8_000)
+
+
+@torch.no_grad()
+def square_search(
+        margin_fn: Callable[[Tensor, Tensor], Tensor],
+        rows: Tensor,
+        clean: Tensor,
+        threat: ThreatModel,
+        queries: int,
+) -> Tensor:
+    """Returns the points (R, ...) of largest margin that random changes find; an image that is fooled is left alone.
+
+    Arguments:
+        margin_fn: some of the `rows` (r,), and pixels (r, ...) for them, to max_{c≠y} z_c − z_y (r,). An image is
+            fooled where that is not negative.
+        rows: (R,), what `margin_fn` knows the images by.
+        clean: (R, channels, H, W), pixels in [0, 1].
+        threat: what the adversary may do.
+        queries: changes to try on each image; the start costs one more.
+    """
+    search: _Search = (_LinfSearch if threat.norm == "Linf" else _L2Search)(clean, threat.eps)
+    found = search.points.clone()
+    margin = margin_fn(rows, found)
+    where = torch.arange(len(rows), device=rows.device)
+    for query in range(queries):
+        fooled = margin >= 0
+        if fooled.any():
+            found[where[fooled]] = search.points[fooled]
+            rows, where, margin = rows[~fooled], where[~fooled], margin[~fooled]
+            search.keep(~fooled)
+        if not len(rows):
+            return found
+        part = _FIRST_PART / 2 ** sum(query > end for end in _HALVINGS)
+        search.propose(part)
+        new_margin = margin_fn(rows, search.points)
+        better = new_margin > margin
+        search.accept(better.view(-1, 1, 1, 1))
+        margin = torch.where(better, new_margin, margin)
+    found[where] = search.points
+    return found
+
+
+class _Search(Protocol):
+    """The points (R, ...) of a search, one change of theirs at a time."""
+
+    points: Tensor
+
+    def keep(self, kept: Tensor) -> None:
+        """Goes on with some of the images, `kept` (R,)."""
+
+    def propose(self, part: float) -> None:
+        """Changes all points within a window of that part of the image."""
+
+    def accept(self, better: Tensor) -> None:
+        """Takes the change back where it is not `better` (R, 1, 1, 1)."""
+
+
+class _LinfSearch:
+    """Moves a window to one of the two faces of the ball, channel by channel."""
+
+    def __init__(self, clean: Tensor, eps: float):
+        count, channels, _, width = clean.shape
+        self.eps = eps
+        self.low, self.high = (clean - eps).clamp_(min=0), (clean + eps).clamp_(max=1)
+        self.points = (clean + eps * _signs([count, channels, 1, width], clean)).clamp_(0, 1)
+
+    def keep(self, kept: Tensor) -> None:
+        self.points, self.low, self.high = self.points[kept], self.low[kept], self.high[kept]
+
+    def propose(self, part: float) -> None:
+        _, channels, height, width = self.points.shape
+        side = min(max(round(math.sqrt(part * height * width)), 1), height, width)
+        self.window = _window(height, width, side)
+        self.before = self.points[self.window].clone()
+        step = 2.0 * self.eps * _signs([channels, 1, 1], self.points)
+        self.points[self.window] = torch.clamp(self.before + step, self.low[self.window], self.high[self.window])
+
+    def accept(self, better: Tensor) -> None:
+        self.points[self.window] = torch.where(better, self.points[self.window], self.before)
+
+
+class _L2Search:
+    """Moves the perturbation's energy from one window into a bump in another."""
+
+    def __init__(self, clean: Tensor, eps: float):
+        self.clean, self.eps = clean, eps
+        count, channels, height, width = clean.shape
+        tile = max(height // 5, 1)
+        margin = max(height - 5 * tile, 0) // 2
+        delta = torch.zeros_like(clean)
+        for top in range(margin, margin + height // tile * tile, tile):
+            for left in range(margin, margin + width // tile * tile, tile):
+                # AutoAttack's needs whole tiles, and fails on images that these do not fit.
+                here = delta[:, :, top:top + tile, left:left + tile]
+                bump = _bump(tile, clean) * _signs([count, channels, 1, 1], clean)
+                here += bump[:, :, :here.shape[2], :here.shape[3]]
+        self.points = self._on_the_sphere(delta)
+
+    def keep(self, kept: Tensor) -> None:
+        self.points, self.clean = self.points[kept], self.clean[kept]
+
+    def propose(self, part: float) -> None:
+        count, channels, height, width = self.points.shape
+        side = max(round(math.sqrt(part * height * width)), 3)
+        side = min(side + (side % 2 == 0), height, width)
+        self.before = self.points
+        delta = self.points - self.clean
+        to = _window(height, width, side)
+        length = _length(delta[to], (-2, -1))
+        source = _window(height, width, side)
+        both = torch.zeros_like(delta)
+        both[to] = both[source] = 1.0
+        room = torch.clamp(delta.new_tensor(self.eps) ** 2 - _image_length(delta) ** 2, min=0)
+        energy = (room / channels + _length(delta * both, (-2, -1)) ** 2).sqrt()
+        bump = _bump(side, delta) * _signs([count, channels, 1, 1], delta) + delta[to] / (1e-12 + length)
+        bump = bump / (1e-12 + _length(bump, (-2, -1))) * energy
+        delta[source] = 0.0
+        delta[to] = bump
+        self.points = self._on_the_sphere(delta)
+
+    def accept(self, better: Tensor) -> None:
+        self.points = torch.where(better, self.points, self.before)
+
+    def _on_the_sphere(self, delta: Tensor) -> Tensor:
+        return (self.clean + delta / (_image_length(delta) + 1e-12) * self.eps).clamp_(0, 1)
+
+
+def _length(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return (x ** 2).sum(dim=dims, keepdim=True).sqrt()
+
+
+def _image_length(x: Tensor) -> Tensor:
+    # Summed in this order, rounding is AutoAttack's.
+    return (x.flatten(1) ** 2).sum(dim=1).sqrt().view(-1, 1, 1, 1)
+
+
+def _signs(shape: list[int], like: Tensor) -> Tensor:
+    return torch.sign(2 * torch.rand(shape).to(like.device) - 1)
+
+
+def _window(height: int, width: int, side: int) -> tuple[Any, slice, slice]:
+    top, left = (int((size - side) * torch.rand(1)) for size in (height, width))
+    return ..., slice(top, top + side), slice(left, left + side)
+
+
+def _bump(side: int, like: Tensor) -> Tensor:
+    """Returns two halves of opposite sign (side, side), each largest in its middle, upright or lying; of length 1."""
+    bump = torch.zeros(side, side, device=like.device)
+    bump[:side // 2] = _half_bump(side // 2, side)
+    bump[side // 2:] = -_half_bump(side - side // 2, side)
+    bump /= _length(bump, (0, 1))
+    # Laid out alike either way, it is summed in AutoAttack's order.
+    return bump.t().contiguous() if torch.rand(1) > 0.5 else bump
+
+
+def _half_bump(height: int, width: int) -> Tensor:
+    bump = torch.zeros(height, width)
+    top, left = height // 2, width // 2
+    for ring in range(max(height, width) // 2 + 1):
+        rows, columns = (slice(max(first - ring, 0), first + ring + 1) for first in (top, left))
+        bump[rows, columns] += 1.0 / (ring + 1) ** 2
+    return bump / _length(bump, (0, 1))

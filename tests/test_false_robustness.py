@@ -4,13 +4,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
+from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
 from timm_hpm.attacks import Budget
+from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Notes
 from timm_hpm.attacks.flags import batch_flag, check_model, gradient_flag, random_flag, rough_flag, verdict_flag
+from timm_hpm.attacks.judge import predictions
+from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.report import FLAGS
+from timm_hpm.report.html import report_page
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
@@ -133,6 +138,13 @@ class NaNUnderAttack(Defence):
         return torch.where(on_grid, self.net(x), torch.nan)
 
 
+class NaNWithoutGraph(Defence):
+    """NaN for all images as soon as one is off that grid, and no graph with it."""
+
+    def forward(self, x):
+        return self.net(x) if torch.equal((16 * x).round(), 16 * x) else torch.full((len(x), 10), torch.nan)
+
+
 class NaNGradient(Defence):
     """Right answers, but the root of zero has no finite derivative."""
 
@@ -158,7 +170,8 @@ def zoo(name: str, net: nn.Module) -> nn.Module:
     defences = {"saturated": Saturated, "rounding": Rounding,
                 "steep rounding": SteepRounding, "shattered": Shattered, "noise": Noise,
                 "batch mean": lambda net: BatchMean(net, mean), "batch statistics": BatchStatistics,
-                "hidden training": HiddenTraining, "nan gradient": NaNGradient, "detached": Detached,
+                "hidden training": HiddenTraining, "nan gradient": NaNGradient,
+                "nan under attack": NaNUnderAttack, "nan without a graph": NaNWithoutGraph, "detached": Detached,
                 "through NumPy": ThroughNumPy}
     return defences[name](net).eval()
 
@@ -174,6 +187,7 @@ def zoo(name: str, net: nn.Module) -> nn.Module:
     ("batch statistics", "batch-dependent"),
     ("hidden training", "changes-state"),
     ("nan gradient", "zero-gradient"),
+    ("nan under attack", "non-finite-logits"),
     ("detached", "no-gradient"),
     ("through NumPy", "no-gradient"),
 ])
@@ -185,10 +199,151 @@ def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flag, net, di
         assert f"docs/flags.md#{flag}" in report.to_markdown()
 
 
-def test_an_answer_of_nan_under_attack_ends_the_evaluation(net, digits):
-    assert check_model(NaNUnderAttack(net).eval(), *digits) == []
-    with pytest.raises(NonFiniteLogitsError, match=r"docs/flags\.md#non-finite-logits"):
-        attack(NaNUnderAttack(net), digits)
+@pytest.mark.parametrize("name", ["nan under attack", "nan without a graph"])
+def test_an_answer_of_nan_under_attack_is_an_error_of_the_model(name, net, digits):
+    few = tuple(part[:30] for part in digits)
+    model = zoo(name, net)
+    assert check_model(model, *few) == []
+    report = attack(model, few)
+    assert report.clean_accuracy > 0.9 and report.robust_accuracy == 0
+    # For each attack one of the search and one of the judge.
+    texts = [flag.text for flag in report.flags if flag.name == "non-finite-logits"]
+    assert len(texts) == 8
+    assert texts[1] == ("model/apgd-ce: on the candidates, the true model's logits are not finite for 30 images, the "
+                        "first image 0")
+
+
+def test_a_clean_image_answered_with_nan_ends_the_evaluation_in_any_batch(net, digits):
+    images = digits[0][:10].clone()
+    images[7, 0, 0, 0] = 0.01
+    with pytest.raises(NonFiniteLogitsError, match=r"image 7 .*docs/flags\.md#non-finite-logits"):
+        mixed_surrogate_attack(NaNUnderAttack(net).eval(), images, digits[1][:10], THREAT, batch_size=3,
+                               attacks=["square"], budgets={"square": Budget(1)})
+
+
+class NaNOfSome(Defence):
+    """NaN where the first column of a marked image is not black."""
+
+    def forward(self, x):
+        lost = (x[:, 0, 7, 7] > 0.3) & (x[:, 0, :, 0].sum(dim=1) > 0.1)
+        return torch.where(lost.unsqueeze(1), torch.nan, self.net(x))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_images_that_meet_nan_keep_it_and_the_others_attack_goes_on(name, norm, net, digits):
+    images, labels = digits[0][:40].clone(), digits[1][:40]
+    images[:, 0, :, 0] = 0
+    images[::2, 0, 7, 7] = 1
+    threat = ThreatModel(norm, {"Linf": 0.1, "L2": 0.5}[norm])
+
+    def found_on(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = AttackBatch(SplitModel(model.eval(), images), ["model"], images, labels)
+        torch.manual_seed(0)
+        points = COMPONENTS[name](batch, threat, BUDGETS[name], Notes())
+        lost, pixels = batch.not_finite_within(threat)
+        return points.index_copy(0, lost, pixels), lost
+
+    found, lost = found_on(NaNOfSome(net))
+    assert len(lost) >= (3 if name == "fab-t" else 10) and (lost % 2 == 0).all()
+    assert found.isfinite().all() and (threat.distance(found, images) <= threat.eps + 1e-5).all()
+    answers = predictions(NaNOfSome(net).eval(), found, 40, allow_non_finite=True)
+    # FAB's first candidate is a step from what was queried.
+    assert (answers[lost] < 0).all() and (name == "fab-t" or (answers < 0).sum() == len(lost))
+    if name == "apgd-ce":
+        undisturbed, none = found_on(net)
+        others = [row for row in range(40) if row not in lost.tolist()]
+        assert not len(none) and torch.equal(found[others], undisturbed[others])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_gradient_of_nan_makes_no_pixels_of_nan(norm, net, digits, tmp_path):
+    few = tuple(part[:20] for part in digits)
+    threat = ThreatModel(norm, 0.3)
+    report = mixed_surrogate_attack(NaNGradient(net).eval(), *few, threat, budgets=BUDGETS,
+                                    attacks=["apgd-ce", "apgd-t", "fab-t"], save_adversarial=tmp_path / "x.safetensors")
+    assert {flag.name for flag in report.flags} == {"zero-gradient"}
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118  (it is no dict)
+
+
+class GuardedHead(HPMHead):
+    """Knows the features of clean images, and answers others with NaN."""
+
+    lost = "answers"
+
+    def others(self, features: torch.Tensor) -> torch.Tensor:
+        distance = torch.cdist(features.float(), self.known).amin(dim=1, keepdim=True)
+        return distance > 0.02 * self.known.norm(dim=1).mean()
+
+    def forward(self, features):
+        others = self.others(features)
+        if self.lost == "features":  # those of a batch share their means, so that its answers are lost together
+            features = features.masked_fill(others, torch.nan)
+        logits = super().forward(features)
+        return logits.masked_fill(others, torch.nan) if self.lost == "answers" else logits
+
+    def fc_logits(self, features):
+        logits = super().fc_logits(features)
+        return logits.masked_fill(self.others(features), torch.inf) if self.lost == "fc" else logits
+
+
+def guarded(lost: str, mode: str, images: torch.Tensor) -> nn.Module:
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    head = timm_hpm.find_head(model)
+    features = []
+    with head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])), torch.no_grad():
+        timm_hpm.PixelModel(model)(images)
+    head.__class__, head.lost, head.inference = GuardedHead, lost, mode
+    head.register_buffer("known", features[0].clone())
+    return model
+
+
+TINY = {"apgd-ce": Budget(3), "apgd-t": Budget(2, targets=2), "fab-t": Budget(2, targets=2), "square": Budget(5),
+        "apgd-chain": Budget(2), "joint": Budget(2)}
+
+
+@pytest.mark.parametrize(("lost", "protocol"),
+                         [("answers", "standard"), ("features", "standard"), ("features", "fast")])
+def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, protocol, digits, tmp_path):
+    few = tuple(part[:11] for part in digits)
+    model = guarded(lost, "batch", few[0])
+    arguments = {"protocol": protocol, "batch_size": 4, "budgets": TINY, "attacks": list(TINY), "co_batch": [4],
+                 "save_adversarial": tmp_path / "x.safetensors", "resume": tmp_path / "progress"}
+    report = mixed_surrogate_attack(model, *few, THREAT, **arguments)
+    assert report.clean_accuracy > 0.7 and report.robust_accuracy == 0 == report.assembled_robust_accuracy
+    assert {flag.name for flag in report.flags} - {"zero-loss-gradient"} == {"non-finite-logits"} and report.unreliable
+    texts = " ".join(flag.text for flag in report.flags)
+    assert "fc/apgd-ce: on the candidates, the true model's logits are not finite for 11 images" in texts
+    # Of an image that is broken already, the fast protocol asks no more.
+    assert protocol == "fast" or "ste/apgd-ce: in the search, the surrogate's logits are not finite for 11 " in texts
+    assert timm_hpm.rejudge(model, tmp_path / "x.safetensors").items() <= report.correct.items()
+    # What adversarial neighbours do to an image that is not touched.
+    flipped = {row["neighbours"]: (row["flipped"], row["targets"]) for row in report.co_batch}["adversarial"]
+    assert lost == "answers" or flipped[0] == flipped[1] > 0
+    assert {example.predicted for example in report.examples} == {-1}
+    assert "answered not finite; found by" in report_page(report)
+    # Resumed it is the same, from what is on disk.
+    for path in sorted((tmp_path / "progress").glob("batch*"))[::2]:
+        path.unlink()
+    again = mixed_surrogate_attack(model, *few, THREAT, **arguments)
+    assert again.same_results(report) and again.flags == report.flags and again.examples == report.examples
+
+
+def test_a_surrogate_that_overflows_ends_no_evaluation(digits):
+    few = tuple(part[:8] for part in digits)
+    model = guarded("fc", "dataset", few[0])
+    report = mixed_surrogate_attack(model, *few, THREAT, budgets=TINY)
+    assert report.unreliable and report.clean_accuracy > 0.7
+    texts = [flag.text for flag in report.flags if flag.name == "non-finite-logits"]
+    assert texts.pop().startswith("at random points of the ball around 8 images that no attack broke, 8 answers are")
+    assert all("in the search, the surrogate's" in text for text in texts)
+    assert {text.partition("/")[0] for text in texts} == {"fc", "mixed"}
+    # What was found through the other surrogate is what it is without this one.
+    alone = mixed_surrogate_attack(model, *few, THREAT, budgets=TINY, surrogates=["dataset"])
+    assert [flag.text for flag in alone.flags] == [report.flags[-1].text]
+    assert alone.robust_accuracy == report.by_surrogate["dataset"]["worst"]
+    assert report.baseline["clean"] > 0.7 and report.baseline["worst"] == 0
 
 
 def test_without_gradients_only_square_is_run(net, digits):
@@ -289,3 +444,5 @@ def test_a_step_that_does_what_its_gradient_says_is_no_flag(digits):
     flag = rough_flag(lambda x: linear(x) + ripples(x), images, labels, THREAT)
     assert flag.name == "rough-gradient" and "of 100 images" in flag.text
     assert rough_flag(ripples, images[:7], labels[:7], THREAT) is None
+    flag = rough_flag(lambda x: linear(x) + torch.where(x[:, 0, 0, :1] > 0.05, torch.nan, 0.0), images, labels, THREAT)
+    assert flag.name == "non-finite-logits" and "around 100 images" in flag.text

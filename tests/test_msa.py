@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Budget, Notes
+from timm_hpm.attacks.judge import predictions
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 SHAPE = (1, 6, 6)
@@ -582,10 +584,30 @@ def test_nan_logits_are_an_error_that_names_the_first_bad_image(digits):
         mixed_surrogate_attack(Poisoned(0.8).eval(), images, digits[1], THREAT, batch_size=4)
 
 
-def test_nan_logits_under_attack_are_an_error_too(digits):
-    images = digits[0] * 0
-    with pytest.raises(NonFiniteLogitsError, match=r"image \d+ \(surrogate model\).*not finite"):
-        mixed_surrogate_attack(Poisoned(0.05).eval(), images, digits[1], THREAT, batch_size=4)
+def test_nan_logits_under_attack_are_a_flag(digits):
+    model, images = Poisoned(0.05).eval(), digits[0] * 0
+    labels = torch.full_like(digits[1], int(model(images[:1]).argmax()))
+    report = mixed_surrogate_attack(model, images, labels, THREAT, batch_size=5, budgets=SMALL, attacks=["apgd-ce"])
+    assert report.clean_accuracy == 1 and report.unreliable
+    # One for the search and one for the judge, over all five batches: what the search met is what it found.
+    assert [flag.name for flag in report.flags] == ["non-finite-logits"] * 2
+    lost = [re.fullmatch(r"model/apgd-ce: .* are not finite for (\d+) images, the first image (\d+)", flag.text)
+            for flag in report.flags]
+    assert int(lost[0][1]) > 5 and lost[0].groups() == lost[1].groups()
+    assert report.correct["model/apgd-ce"].count("0") >= int(lost[0][1])
+
+
+def test_an_answer_that_is_not_finite_is_no_class(digits):
+    images, labels = digits[0] * 0.5, torch.zeros_like(digits[1])
+    images[[5, 9], 0, 0, 0] = 0.9
+    answers = predictions(Poisoned(0.8).eval(), images, 7, allow_non_finite=True)
+    assert (answers < 0).nonzero().squeeze(1).tolist() == [5, 9]
+    model = Poisoned(0.8).eval()
+    # The arg-max of NaN alone is 0, which is right here.
+    assert not timm_hpm.judge(model, images, labels, 7, allow_non_finite=True)[[5, 9]].any()
+    for ask in (lambda: predictions(model, images, 7), lambda: timm_hpm.judge(model, images, labels, 7)):
+        with pytest.raises(NonFiniteLogitsError, match="image 5 "):
+            ask()
 
 
 class Infinite(nn.Module):

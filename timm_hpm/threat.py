@@ -78,12 +78,15 @@ class ThreatModel:
         return (clean + delta * (self.eps / _norm(delta).clamp(min=self.eps))).clamp(0, 1)
 
     def scaled(self, direction: Tensor, size: float | Tensor) -> Tensor:
-        """Returns the steepest step of norm `size` along `direction` (B, ...): its sign, or its unit vector."""
+        """Returns the steepest step of norm `size` along `direction` (B, ...): its sign, or its unit vector.
+
+        A direction that is not finite leads nowhere: its step is zero, under Linf where it is NaN.
+        """
         if self.norm == "Linf":
             return size * direction.sign()
         # A confident model's gradient may be so small that its square underflows: take out its size first.
         largest = direction.flatten(1).abs().amax(dim=1).view(-1, *[1] * (direction.ndim - 1))
-        unit = direction / torch.where(largest > 0, largest, torch.ones_like(largest))
+        unit = (direction / torch.where(largest > 0, largest, 1)).masked_fill(~largest.isfinite(), 0)
         return size * unit / _norm(unit).clamp(min=1e-12)
 
     def random_start(self, clean: Tensor) -> Tensor:

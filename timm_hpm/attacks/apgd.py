@@ -141,7 +141,7 @@ class _Ball:
             return torch.clamp(x, self.low, self.high)
         delta = x - self.clean
         length = _per_image(delta.square().flatten(1).sum(dim=1).sqrt(), delta)
-        return (self.clean + delta / (length + 1e-12) * length.clamp(max=self.eps)).clamp_(0, 1)
+        return delta.div_(length + 1e-12).mul_(length.clamp(max=self.eps)).add_(self.clean).clamp_(0, 1)
 
 
 def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
@@ -161,4 +161,6 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / (_per_image(x.square().flatten(1).sum(dim=1).sqrt(), x) + 1e-12)
+    """Returns `x` (R, ...) over its length, and zero where that is not finite, as the sign of NaN is."""
+    length = _per_image(x.square().flatten(1).sum(dim=1).sqrt(), x)
+    return (x / (length + 1e-12)).masked_fill_(~length.isfinite(), 0)

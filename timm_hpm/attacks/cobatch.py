@@ -4,6 +4,7 @@ Only an HPM head in batch mode answers so. It is the hole of that mode: a servic
 together lets one of them choose the neighbours of another's image.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ def co_batch_attack(
     The kinds: `"chosen"`, clean images of the same set picked for each target by their features; `"adversarial"`, those
     moved within `threat` as well; and `"reshuffled"`, of which nobody makes a choice: there all images are targets, and
     `flipped` is how many answers change on average over 5 random orders of the set. The model itself judges, on whole
-    batches of pixels.
+    batches of pixels; an answer that is NaN or infinite has flipped.
 
     Arguments:
         model: with an HPM head in batch mode, in eval mode; afterwards as before.
@@ -60,6 +61,7 @@ def co_batch_attack(
 
     Raises:
         ValueError: bad images or labels, a batch size that does not fit, or a head that is not in batch mode.
+        NonFiniteLogitsError: an answer to the images in the order given that is NaN or infinite.
     """
     check_answers_alike(model)
     check_pixels(images, labels)
@@ -107,7 +109,7 @@ class _Search:
         changed = 0
         for _ in range(_SHUFFLES):
             order = torch.randperm(len(self.images), generator=generator)
-            changed += int((predictions(self.pixel_model, self.images[order], self.size) != self.answers[order]).sum())
+            changed += int((self.answers_to(self.images[order]) != self.answers[order]).sum())
         yield {"neighbours": "reshuffled", "targets": len(self.images), "flipped": changed / _SHUFFLES}
         right = (self.answers == self.labels.cpu()).nonzero().squeeze(1).tolist()
         if not right:
@@ -121,10 +123,13 @@ class _Search:
                 flipped[target] or self.flips(target, self.move(target, self.images[neighbours], threat))
                 for target, neighbours in chosen.items())}
 
+    def answers_to(self, images: Tensor) -> Tensor:
+        return predictions(self.pixel_model, images, self.size, allow_non_finite=True)
+
     def flips(self, target: int, neighbours: Tensor) -> bool:
         """Returns whether the model errs on the target at the head of a batch with these neighbours (B − 1, ...)."""
         batch = torch.cat([self.images[target:target + 1], neighbours.cpu()])
-        return int(predictions(self.pixel_model, batch, self.size)[0]) != int(self.labels[target])
+        return int(self.answers_to(batch)[0]) != int(self.labels[target])
 
     @torch.no_grad()
     def choose(self, target: int) -> Tensor:
@@ -151,7 +156,7 @@ class _Search:
                     picked = torch.cat([some, own[:keep], rest, own[keep:], theirs[len(some):]])[:self.size - 1]
                     batch = self.features[torch.cat([torch.tensor([target], device=picked.device), picked])]
                     margin = float(margin_loss(self.split.logits("ste", batch)[:1], self.labels[target:target + 1].to(
-                        batch.device)))
+                        batch.device)).nan_to_num(math.inf))
                     if margin > most:
                         best, most = picked, margin
         return best.cpu()

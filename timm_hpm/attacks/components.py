@@ -31,7 +31,7 @@ from .surrogates import SplitModel
 
 
 class NonFiniteLogitsError(ValueError):
-    """A classifier answered NaN or infinity; no such image may count as robust."""
+    """A classifier answered NaN or infinity, which is no class, to images that are not under attack."""
 
 
 def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
@@ -42,6 +42,12 @@ def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
             f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
             "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model "
             "(docs/flags.md#non-finite-logits)")
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Returns the classes (B,) of the largest of `logits` (B, C), and −1 where one of them is NaN or infinite."""
+    # The arg-max of such an answer is an accident, and may be the right class.
+    return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)
 
 
 def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,6 +62,9 @@ class AttackBatch:
     Row s·B + i is image i under surrogate s. Each surrogate has a batch of its own, in which every image stands at
     its `points` row: the clean image at first, then its latest candidate. `clean_logits` (S·B, C) answer the first.
 
+    Logits that are not finite tell a search nothing, and the true model may have answered them: they count as those of
+    a wrong class, and `not_finite` keeps the pixels of each such row, the latest queried.
+
     Arguments:
         model: the split copy of the classifier.
         surrogates: names, S of them.
@@ -63,7 +72,6 @@ class AttackBatch:
         labels: (B,), class indices.
         start: (B, channels, H, W), where the images stand at first; None means clean.
         active: (B,), the images to attack, which must start clean; None means all. The others stay at their start.
-        first_image: index of the first image in the whole evaluation, for error messages.
         on_query: called after each query, for a progress bar.
     """
 
@@ -76,13 +84,11 @@ class AttackBatch:
             *,
             start: Tensor | None = None,
             active: Tensor | None = None,
-            first_image: int = 0,
             on_query: Callable[[], None] = lambda: None,
     ):
         self.model = model
         self.surrogates = tuple(surrogates)
         self.size = len(images)
-        self.first_image = first_image
         self.on_query = on_query
         copies = len(self.surrogates)
         self.clean = images.repeat(copies, 1, 1, 1)
@@ -91,6 +97,7 @@ class AttackBatch:
         self.active = self.rows if active is None else self.rows[active.repeat(copies)]
         start = images if start is None else start
         self.points = start.repeat(copies, 1, 1, 1)
+        self.not_finite: dict[int, Tensor] = {}
         with torch.no_grad():
             self._features = model.features(start).repeat(copies, 1)
         self.clean_logits = self.current_logits()
@@ -107,9 +114,26 @@ class AttackBatch:
             self._surrogate_logits(surrogate, rows[span] - offset, features[span], offset)
             for surrogate, span, offset in self._spans(rows)
         ])
-        self._check(rows, logits)
         self.on_query()
-        return logits
+        return self.finite(rows, pixels, logits)
+
+    def finite(self, rows: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
+        """Returns the `logits` (R, C) that answered the `pixels` of `rows`, those of a wrong class where not finite."""
+        if logits.isfinite().all():
+            return logits
+        lost = ~logits.isfinite().all(dim=1)
+        self.not_finite.update(zip(rows[lost].tolist(), pixels.detach()[lost], strict=True))
+        # A gradient there is, even if the model answers a constant.
+        return _wrong_where_not_finite(logits, self.labels[rows]) + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
+
+    def not_finite_within(self, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+        """Returns the rows (R,) of `not_finite` whose pixels (R, ...) are in the ball, and those; FAB leaves it."""
+        if not self.not_finite:
+            return self.rows[:0], self.clean[:0]
+        rows = self.rows[list(self.not_finite)]
+        pixels = torch.stack(list(self.not_finite.values()))
+        inside = threat.distance(pixels, self.clean[rows]) <= threat.eps + _ROUNDING
+        return rows[inside], pixels[inside]
 
     def place(self, rows: Tensor, pixels: Tensor) -> None:
         """Makes `pixels` (R, channels, H, W) the latest candidates of `rows` (R,)."""
@@ -125,8 +149,7 @@ class AttackBatch:
             self.model.logits(surrogate, self._features[s * self.size:(s + 1) * self.size])
             for s, surrogate in enumerate(self.surrogates)
         ])
-        self._check(self.rows, logits)
-        return logits
+        return _wrong_where_not_finite(logits, self.labels)
 
     def not_fooled(self) -> Tensor:
         """Returns the active rows that their surrogate classifies correctly where they are."""
@@ -149,9 +172,15 @@ class AttackBatch:
         whole = self._features[offset:offset + self.size].index_copy(0, images, features)
         return self.model.logits(surrogate, whole)[images]
 
-    def _check(self, rows: Tensor, logits: Tensor) -> None:
-        check_finite(logits, lambda r: f"image {self.first_image + int(rows[r]) % self.size} (surrogate "
-                                       f"{self.surrogates[int(rows[r]) // self.size]})")
+
+# Of pixels: how far rounding may take a point out of its ball.
+_ROUNDING: Final = 1e-5
+
+
+def _wrong_where_not_finite(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns `logits` (R, C), and where a row is not finite those of a wrong class that leads by 1."""
+    wrong = F.one_hot((labels + 1) % logits.shape[1], logits.shape[1]).to(logits.dtype)
+    return torch.where(logits.isfinite().all(dim=1, keepdim=True), logits, wrong)
 
 
 @dataclass(frozen=True)
@@ -349,4 +378,6 @@ class _FAB(FABAttack_PT):
             logits = self.batch.query(self.rows, x)
             difference = (logits.gather(1, la_target.unsqueeze(1)) - logits.gather(1, la.unsqueeze(1))).squeeze(1)
             gradient, = torch.autograd.grad(difference.sum(), x)
+        # A gradient that is not finite would lead out of the numbers.
+        gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return difference.detach().unsqueeze(1), gradient.contiguous().unsqueeze(1)

@@ -95,6 +95,8 @@ def rough_flag(
 ) -> Flag | None:
     """Returns `rough-gradient` where small steps up the gradient of the margin do not do what it says they will.
 
+    Or `non-finite-logits`, where the logits at the step's start or its end are NaN or infinite.
+
     The gain of a step of a fifth of eps, from a random start (global random state), over what the gradient predicts: at
     more than a fifth of at least 8 images below a half or above 2. Costs two passes forward and one backward.
 
@@ -109,17 +111,29 @@ def rough_flag(
         return None
     start = threat.random_start(images).requires_grad_()
     with torch.enable_grad():
-        before = margin_loss(logits_fn(start), labels)
+        logits = logits_fn(start)
+        before = margin_loss(logits, labels)
+    if not logits.isfinite().all():
+        return _not_finite_flag(logits)
     gradient, = torch.autograd.grad(before.sum(), start)
     step = threat.scaled(gradient, threat.eps / 5)
     with torch.no_grad():
-        gain = margin_loss(logits_fn(start + step), labels) - before
+        logits = logits_fn(start + step)
+        gain = margin_loss(logits, labels) - before
+    if not logits.isfinite().all():
+        return _not_finite_flag(logits)
     ratio = gain / (gradient * step).flatten(1).sum(dim=1)
     rough = len(ratio) - int(((ratio > 0.5) & (ratio < 2)).sum())
     if rough <= 0.2 * len(ratio):
         return None
     return Flag("rough-gradient", f"at {rough} of {len(ratio)} images that no attack broke, a fifth of eps up the "
                                   "gradient changes the margin by less than half or more than twice what that says")
+
+
+def _not_finite_flag(logits: Tensor) -> Flag:
+    lost = int((~logits.isfinite()).any(dim=1).sum())
+    return Flag("non-finite-logits", f"at random points of the ball around {len(logits)} images that no attack broke, "
+                                     f"{lost} answers are not finite")
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:

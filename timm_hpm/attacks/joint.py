@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..threat import ThreatModel
-from .components import AttackBatch, Budget, Notes, apgd_points, check_finite, margin_loss
+from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
 from .surrogates import SURROGATES, soft_logits
 
 #: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
@@ -56,11 +56,10 @@ def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
             features = model.features(x)
-            logits = logits_of(model.head, features)
-            check_finite(logits, lambda row: f"image {batch.first_image + row} (surrogate {surrogate})")
+            logits = batch.finite(batch.rows[rows], x, logits_of(model.head, features))
             loss = margin_loss(logits, labels).sigmoid().sum()
         with torch.no_grad():
-            errors = int((model.logits(model.twin(), features.detach()).argmax(dim=1) != labels).sum())
+            errors = int((predicted_classes(model.logits(model.twin(), features.detach())) != labels).sum())
         batch.on_query()
         # The later of two: it was found nearer to the head's own assignment.
         if errors >= most:

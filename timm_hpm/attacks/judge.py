@@ -13,20 +13,36 @@ from torch import Tensor, nn
 
 from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
 from ..head import HPMHead, inference_mode
-from .components import check_finite
+from .components import check_finite, predicted_classes
 
 
-def judge(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
+def judge(
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        first_image: int = 0,
+        allow_non_finite: bool = False,
+) -> Tensor:
     """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
 
     Arguments and errors are those of `predictions`, and it asks for the `labels` (N,), class indices.
     """
     check_pixels(images, labels)
-    return predictions(model, images, batch_size, first_image=first_image) == labels.cpu()
+    answers = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
+    return answers == labels.cpu()
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, images: Tensor, batch_size: int, *, first_image: int = 0) -> Tensor:
+def predictions(
+        model: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        *,
+        first_image: int = 0,
+        allow_non_finite: bool = False,
+) -> Tensor:
     """Returns the classes (N,) that a model answers, asked in whole batches in the order given.
 
     Arguments:
@@ -34,10 +50,12 @@ def predictions(model: nn.Module, images: Tensor, batch_size: int, *, first_imag
         images: (N, channels, H, W), pixels in [0, 1].
         batch_size: images a batch; the last batch has what is left.
         first_image: index of the first image, for error messages.
+        allow_non_finite: let an answer that is NaN or infinite be the class −1, which is never right, as it must be of
+            images under attack.
 
     Raises:
         ValueError: bad images or batch size, or a model in train mode.
-        NonFiniteLogitsError: an answer that is NaN or infinite; the message names the first such image.
+        NonFiniteLogitsError: such an answer otherwise; the message names the first such image.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -47,8 +65,9 @@ def predictions(model: nn.Module, images: Tensor, batch_size: int, *, first_imag
     answers = []
     for first in range(0, len(images), batch_size):
         logits = model(images[first:first + batch_size].to(device))
-        check_finite(logits, partial(image_name, first_image + first))
-        answers.append(logits.argmax(dim=1).cpu())
+        if not allow_non_finite:
+            check_finite(logits, partial(image_name, first_image + first))
+        answers.append(predicted_classes(logits).cpu())
     return torch.cat(answers)
 
 
@@ -67,7 +86,8 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
         if head is not None and head.mix != protocol["mix"]:
             raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
         labels = file.get_tensor("labels")
-        return {name: as_row(judge(model, file.get_tensor(name), labels, protocol["batch_size"]))
+        return {name: as_row(judge(model, file.get_tensor(name), labels, protocol["batch_size"],
+                                   allow_non_finite=name != "clean"))
                 for name in file.keys() if name != "labels"}  # noqa: SIM118  (it is no dict)
 
 

@@ -99,7 +99,8 @@ def mixed_surrogate_attack(
     Raises:
         ValueError: bad images, labels, batch size, names of surrogates or attacks, a model in train mode, or a `resume`
             folder of another run.
-        NonFiniteLogitsError: the classifier or a surrogate answered NaN or infinity; the message names the image.
+        NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
+            attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -168,6 +169,7 @@ def mixed_surrogate_attack(
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
     flags += dict.fromkeys(flag for step in found for flag in step.flags)
+    flags += _not_finite_flags(found)
     flags += [flag for flag in [verdict_flag(correct)] if flag]
     if not any(flag.name in ("no-gradient", "zero-gradient") for flag in flags):
         survive = [i for i, right in enumerate(right_in_all(correct.values())) if right and i < len(example)]
@@ -345,29 +347,41 @@ class _Run:
             # The joint attack takes the batch as it has become, and every image of it.
             start = standing if self.survivors_only or attack == "joint" else None
             active = ~broken if self.survivors_only and attack != "joint" else None
-            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active, first_image=first,
+            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active,
                                 on_query=on_query)
             found = batch.points
             if len(batch.active):
                 found = ATTACKS[attack](batch, self.threat, self.budgets[attack], notes)
-            # The components end in the ball already, up to rounding.
-            found = self.threat.project(found, batch.clean)
+            # What the model did not answer is the best there is.
+            lost, points = batch.not_finite_within(self.threat)
+            found = found.index_copy(0, lost, points)
+            # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
+            found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
         named = {f"{surrogate}/{attack}": points
                  for surrogate, points in zip(group, found.split(len(images)), strict=True)}
         with _seeded(self.device, self.seed, "judge", attack, group, first):
             step = self._judged(attack, named, images, labels, first, broken)
-        return replace(step, flags=notes.flags, cost={
+        not_finite: dict[str, list[int]] = {}
+        for row in lost.tolist():
+            search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
+            not_finite.setdefault(search, []).append(first + row % batch.size)
+        return replace(step, flags=notes.flags, not_finite=not_finite | step.not_finite, cost={
             "seconds": seconds, "forward_passes": self.split.forward_passes - before[1],
             "backward_passes": self.split.backward_passes - before[2]})
 
     def _judged(self, attack: str, candidates: dict[str, Tensor], images: Tensor, labels: Tensor, first: int,
                 broken: Tensor) -> Step:
         """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
-        correct, baseline, examples = {}, {}, []
+        correct, baseline, examples, not_finite = {}, {}, [], {}
         newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
         for name, found in candidates.items():
-            answers = predictions(self.pixel_model, found, self.batch_size, first_image=first).to(labels.device)
+            # A model that does not answer clean images is broken; under attack that is what an adversary wants.
+            answers = predictions(self.pixel_model, found, self.batch_size, first_image=first,
+                                  allow_non_finite=attack != "clean").to(labels.device)
+            if (answers < 0).any():
+                not_finite[f"{name}: on the candidates, the true model's"] = [
+                    first + i for i in (answers < 0).nonzero().squeeze(1).tolist()]
             correct[name] = as_row(answers == labels)
             breaks = (answers != labels) & ~broken & ~newly
             points[breaks] = found[breaks]
@@ -377,10 +391,11 @@ class _Run:
                              for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
             if self.with_baseline and (name == "clean" or (name.startswith("fc/") and attack in COMPONENTS)):
                 with inference_mode(self.model, "fc"):
-                    baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first))
+                    baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first,
+                                                  allow_non_finite=True))
         kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and "/" in name}
         return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
-                    points[newly].cpu(), kept)
+                    points[newly].cpu(), kept, not_finite)
 
 
 def _first(examples: Iterable[Example]) -> list[Example]:
@@ -394,6 +409,16 @@ def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
         for name, row in part.items():
             rows[name] = rows.get(name, "") + row
     return rows
+
+
+def _not_finite_flags(steps: Iterable[Step]) -> list[Flag]:
+    """Returns a flag for each place at which logits were not finite, over all batches."""
+    images: dict[str, list[int]] = {}
+    for step in steps:
+        for where, some in step.not_finite.items():
+            images.setdefault(where, []).extend(some)
+    return [Flag("non-finite-logits", f"{where} logits are not finite for {len(some)} images, the first image "
+                                      f"{min(some)}") for where, some in images.items()]
 
 
 def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:

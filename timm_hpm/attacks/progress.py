@@ -23,6 +23,7 @@ class Step:
         baseline_correct: the same of the FC classifier, on what was found on that classifier.
         cost: seconds and passes.
         flags: what the attack warned of.
+        not_finite: the images whose logits were NaN or infinite, by where that was: the search or the verdicts.
         examples: pictures of the first few images that it broke.
         broken: (K,), the images of the batch that no earlier step had broken.
         points: (K, channels, H, W), the first candidate of this step that broke each.
@@ -38,6 +39,7 @@ class Step:
     broken: Tensor
     points: Tensor
     candidates: dict[str, Tensor] = field(default_factory=dict)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
 
 
 class ProgressFolder:
@@ -95,7 +97,7 @@ class ProgressFolder:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
                   "cost": found.cost, "flags": [asdict(flag) for flag in found.flags],
-                  "examples": [asdict(example) for example in found.examples]}
+                  "examples": [asdict(example) for example in found.examples], "not_finite": found.not_finite}
         tensors = {"broken": found.broken, "points": found.points} | found.candidates
         with replacing(self._path(batch, step)) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,

@@ -23,7 +23,7 @@ class Example:
     Arguments:
         image: index of the image in the evaluation.
         label: its class.
-        predicted: what the true model answers to the adversarial image, in its whole batch.
+        predicted: what the true model answers to the adversarial image, in its whole batch; −1 for NaN or infinity.
         found_by: the first candidate set, `"<surrogate>/<attack>"`, that broke it.
         amplification: by what the perturbation is multiplied in its picture, around a mid grey.
         clean, perturbation, adversarial: pictures, PNG in base64.
@@ -37,6 +37,11 @@ class Example:
     clean: str
     perturbation: str
     adversarial: str
+
+    @property
+    def answer(self) -> str:
+        """What the true model answers to the adversarial image, in words."""
+        return "not finite" if self.predicted < 0 else str(self.predicted)
 
 
 def make_example(image: int, label: int, predicted: int, found_by: str, clean: Tensor, adversarial: Tensor) -> Example:

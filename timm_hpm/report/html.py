@@ -136,9 +136,9 @@ def _examples(report: "AttackReport") -> list[str]:
             for data, alt, caption in (
                 (example.clean, "clean", f"clean: {example.label}"),
                 (example.perturbation, "perturbation", f"perturbation × {example.amplification:.1f}"),
-                (example.adversarial, "adversarial", f"adversarial: {example.predicted}")))
+                (example.adversarial, "adversarial", f"adversarial: {example.answer}")))
         parts.append(f"<figure><div class='three'>{pictures}</div><figcaption>image {example.image}, class "
-                     f"{example.label}, answered {example.predicted}; found by {escape(example.found_by)}</figcaption>"
+                     f"{example.label}, answered {example.answer}; found by {escape(example.found_by)}</figcaption>"
                      "</figure>")
     return [*parts, "</div><p>The first that were broken. Below each picture stands what the true model answers; the "
                     "perturbation is amplified as written, around a mid grey.</p>"]

@@ -236,7 +236,7 @@ def find_missed(
                 np.random.seed(seed + number)
                 logits = Watched(targets[target], clean, truth, threat)
                 run(logits, clean, truth)
-                broken |= ~judge(model, logits.candidates(), truth, len(clean))
+                broken |= ~judge(model, logits.candidates(), truth, len(clean), allow_non_finite=True)
             missed[target][attacker] += indices[broken & robust[indices]].tolist()
     return missed
 

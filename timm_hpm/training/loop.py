@@ -407,7 +407,7 @@ class Run:
                 with self.accelerator.autocast(), inputs_only(trunk):
                     adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
                                       steps=config.val_attack_steps)
-                right = right & judge(judged, adversarial, labels, size)
+                right = right & judge(judged, adversarial, labels, size, allow_non_finite=True)
             counts += torch.stack([clean.sum(), right.sum()]).to(counts)
             if self.asked_to_stop and num_processes() == 1:
                 self._save()

@@ -164,7 +164,7 @@ def images_with(value: float) -> torch.Tensor:
     (images_with(float("inf")), torch.zeros(4).long(), r"image 2 has values from 0\.5 to inf"),
     (torch.zeros(4, 2, 2), torch.zeros(4).long(), r"images have the shape \(4, 2, 2\)"),
     (torch.zeros(4, 3, 2, 2).byte(), torch.zeros(4).long(), "dtype torch.uint8; expected .* in floating point"),
-    (torch.zeros(0, 3, 2, 2), torch.zeros(0).long(), "N above 0"),
+    (torch.zeros(0, 3, 2, 2), torch.zeros(0).long(), "each above 0"),
     (images_with(0), torch.zeros(3).long(), r"labels have the shape \(3,\).*expected \(4,\) class indices"),
     (images_with(0), torch.zeros(4), "dtype torch.float32; expected"),
     (images_with(0), torch.zeros(4).bool(), "dtype torch.bool"),

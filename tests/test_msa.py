@@ -681,7 +681,7 @@ def test_a_model_in_train_mode_is_refused_and_left_as_it_was(digits_model, digit
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
-    ({"images": torch.zeros(0, 1, 8, 8)}, "N above 0"),
+    ({"images": torch.zeros(0, 1, 8, 8)}, "each above 0"),
     ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels have the shape \(3,\)"),
 ])
 def test_a_judge_refuses_what_it_cannot_judge(digits_model, digits, change, message):

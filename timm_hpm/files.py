@@ -1,10 +1,25 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What safetensors calls them.
+_DTYPES: Final = {torch.float32: "F32", torch.int64: "I64"}
+
+
+class Parts(NamedTuple):
+    """A tensor that need not lie in memory: one of its shape and dtype, and its parts along the first dimension."""
+
+    like: Tensor
+    parts: Iterable[Tensor]
 
 
 @contextmanager
@@ -62,6 +77,46 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all, of tensors (float32 or int64) that are fetched part by part.
+
+    The library's own `save_file` has all of them in memory, and its bytes once more.
+    Source: https://github.com/huggingface/safetensors#format: the header's length as a little-endian uint64, the header
+    in JSON, the tensors' bytes one after another.
+
+    Raises:
+        ValueError: the parts of a tensor do not add up to its shape, or are of another dtype; the message names it.
+    """
+    # In the library's order, by which each tensor begins at a multiple of its dtype's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].like.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        like = tensors[name].like
+        begin, end = end, end + like.nbytes
+        header[name] = {"dtype": _DTYPES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            like, parts = tensors[name]
+            rows = 0
+            for part in parts:
+                rows += len(part)
+                if part.dtype != like.dtype or part.shape[1:] != like.shape[1:] or rows > len(like):
+                    raise ValueError(f"{name}: a part has the shape {tuple(part.shape)} and dtype {part.dtype}, {rows} "
+                                     f"rows so far; expected parts of {tuple(like.shape)}, {like.dtype}")
+                file.write(tensor_bytes(part))
+            if rows < len(like):
+                raise ValueError(f"{name}: its parts have {rows} rows; expected {len(like)}")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Returns the bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def writable_folder(path: str | os.PathLike) -> Path:

@@ -82,13 +82,15 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
         OSError: no such file.
     """
     protocol = saved_protocol(path)
-    with safe_open(path, "pt") as file, _mode_of(model, protocol["inference"]) as head:
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name != "labels"]  # noqa: SIM118  (it is no dict)
+    labels = _saved_tensor(path, "labels")
+    with _mode_of(model, protocol["inference"]) as head:
         if head is not None and head.mix != protocol["mix"]:
             raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
-        labels = file.get_tensor("labels")
-        return {name: as_row(judge(model, file.get_tensor(name), labels, protocol["batch_size"],
+        return {name: as_row(judge(model, _saved_tensor(path, name), labels, protocol["batch_size"],
                                    allow_non_finite=name != "clean"))
-                for name in file.keys() if name != "labels"}  # noqa: SIM118  (it is no dict)
+                for name in names}
 
 
 def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
@@ -107,6 +109,12 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
                          "evaluate.py --save-adversarial wrote")
     return json.loads(metadata["protocol"])
+
+
+def _saved_tensor(path: str | os.PathLike, name: str) -> Tensor:
+    # A file that stays open keeps in memory what was read of it.
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def as_row(correct: Tensor) -> str:

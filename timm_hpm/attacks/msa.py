@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import PixelModel, check_answers_alike, check_pixels
-from ..files import replacing, writable_folder
+from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
 from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
@@ -86,7 +86,7 @@ def mixed_surrogate_attack(
             co_batch_mixes: values of its `mix` to ask for; see `co_batch_attack`. None of it enters an accuracy.
         progress: shows a progress bar on standard error.
         save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
-            reads it.
+            reads it. Until it is written, the candidates lie in `resume`, or without that in a folder beside the file.
         resume: a folder that keeps what was found so far, after each attack on each batch. A run that was killed goes
             on from there to the same report; another run's folder is refused.
         accelerator: of several processes that all make this call: batches are dealt out to them whole, and the report,
@@ -138,29 +138,26 @@ def mixed_surrogate_attack(
     described = _described(model, split, images, labels, threat, chosen, batch_size, names, budget_of,
                            surrogates_at_once, seed, num_classes, device)
 
-    folder = None
-    if resume is not None:
-        if rank == 0:
-            folder = ProgressFolder(Path(resume), described)
+    whole_protocol = dict(about or {}) | described
+    with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
+        neighbours = []
+        if rank == 0 and co_batch and split.couples(split.twin()):
+            with _seeded(device, seed, "co-batch"):
+                neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes,
+                                             seed=seed)
+        run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
+                   survivors_only=chosen.survivors_only,
+                   with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
+                   keeps_candidates=save_adversarial is not None, folder=folder)
+        mine = range(rank * batch_size, len(images), processes * batch_size)
+        with tqdm(total=len(mine) * run.queries(), disable=not progress or rank > 0, unit="query", smoothing=0) as bar:
+            steps = [(first, run.attack_batch(first, images[first:first + batch_size], labels[first:first + batch_size],
+                                              bar)) for first in mine]
         if accelerator is not None:
-            accelerator.wait_for_everyone()
-        folder = folder or ProgressFolder(Path(resume), described, begins=False)
-    neighbours = []
-    if rank == 0 and co_batch and split.couples(split.twin()):
-        with _seeded(device, seed, "co-batch"):
-            neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes,
-                                         seed=seed)
-    run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
-               survivors_only=chosen.survivors_only,
-               with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
-               keeps_candidates=save_adversarial is not None, folder=folder)
-    mine = range(rank * batch_size, len(images), processes * batch_size)
-    with tqdm(total=len(mine) * run.queries(), disable=not progress or rank > 0, unit="query", smoothing=0) as bar:
-        steps = [(first, run.attack_batch(first, images[first:first + batch_size], labels[first:first + batch_size],
-                                          bar)) for first in mine]
-    if accelerator is not None:
-        steps = sorted(gather_object(steps), key=lambda batch: batch[0])
-        neighbours = gather_object(neighbours)
+            steps = sorted(gather_object(steps), key=lambda batch: batch[0])
+            neighbours = gather_object(neighbours)
+        if save_adversarial is not None and rank == 0:
+            run.save_candidates(save_adversarial, images, labels, whole_protocol)
 
     found = [step for _, batch in steps for step in batch]
     judged = _joined(step.correct for step in found)
@@ -179,7 +176,7 @@ def mixed_surrogate_attack(
     cost = _total_cost(found, checks)
     cost["all"]["seconds"] = time.perf_counter() - start
     report = AttackReport(
-        protocol=dict(about or {}) | described,
+        protocol=whole_protocol,
         correct=correct,
         co_batch=neighbours,
         assembled=judged.get(_ASSEMBLED, ""),
@@ -188,11 +185,26 @@ def mixed_surrogate_attack(
         flags=flags,
         examples=_first(example for step in found for example in step.examples),
     )
-    if save_adversarial is not None and rank == 0:
-        with replacing(save_adversarial) as temporary:
-            save_file({"clean": images.cpu(), "labels": labels.cpu()} | run.all_candidates(steps), temporary,
-                      {"protocol": json.dumps(report.protocol)})
     return report
+
+
+@contextmanager
+def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | os.PathLike | None,
+                     described: dict[str, Any], accelerator: Accelerator | None) -> Iterator[ProgressFolder | None]:
+    """Yields the folder `resume`, or where candidates are to be saved, one for the meantime."""
+    run = described | {"save_adversarial": save_adversarial is not None}
+    if resume is not None:
+        first = accelerator is None or accelerator.process_index == 0
+        folder = ProgressFolder(Path(resume), run) if first else None
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        yield folder or ProgressFolder(Path(resume), run, begins=False)
+    elif save_adversarial is not None:
+        path = Path(save_adversarial)
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as temporary:
+            yield ProgressFolder(Path(temporary), run)
+    else:
+        yield None
 
 
 # The row of the batches in which each image carries what broke it.
@@ -303,8 +315,9 @@ class _Run:
         images, labels = images.to(self.device), labels.to(self.device)
         standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
         with _seeded(self.device, self.seed, "judge", "clean", first):
-            steps = [self._judged("clean", {"clean": images}, images, labels, first, broken)]
-        broken[steps[0].broken] = True
+            clean = self._judged("clean", {"clean": images}, images, labels, first, broken)
+        broken[clean.broken] = True
+        steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.budgets[attack].queries()
@@ -317,25 +330,26 @@ class _Run:
             bar.update(done - bar.n)
             standing[step.broken] = step.points.to(self.device)
             broken[step.broken] = True
-            # What is on disk, or of no more use, need not stay in memory.
-            steps.append(replace(step, broken=step.broken[:0], points=step.points[:0],
-                                 examples=step.examples if self.num_examples < NUM_EXAMPLES else [],
-                                 candidates={} if self.folder is not None else step.candidates))
+            steps.append(replace(step.without_pixels(),
+                                 examples=step.examples if self.num_examples < NUM_EXAMPLES else []))
         self.num_examples += sum(len(step.examples) for step in steps)
         if self.split.couples(self.split.twin()):
             everything = {_ASSEMBLED: standing}
-            steps.append(self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken)))
+            assembled = self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
+            steps.append(assembled.without_pixels())
         return steps
 
-    def all_candidates(self, steps: list[tuple[int, list[Step]]]) -> dict[str, Tensor]:
-        """Returns the candidates (N, channels, H, W) by name, from memory or from the folder."""
-        parts: dict[str, list[Tensor]] = {}
-        for first, batch in steps:
-            for number, step in enumerate(batch[1:]):
-                on_disk = self.folder and self.folder.load(first // self.batch_size, number)
-                for name, points in (on_disk or step).candidates.items():
-                    parts.setdefault(name, []).append(points)
-        return {name: torch.cat(points) for name, points in parts.items()}
+    def save_candidates(self, path: str | os.PathLike, images: Tensor, labels: Tensor,
+                        protocol: dict[str, Any]) -> None:
+        """Writes images, labels and all candidates, each batch's fetched from the folder when it is due."""
+        assert self.folder is not None
+        tensors = {name: Parts(tensor, tensor.split(self.batch_size))
+                   for name, tensor in (("clean", images), ("labels", labels))}
+        batches = range(-(-len(images) // self.batch_size))
+        for number, (group, attack) in enumerate(self.plan):
+            for name in (f"{surrogate}/{attack}" for surrogate in group):
+                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, number), batches))
+        save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
     def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
                   standing: Tensor, broken: Tensor, on_query: Callable[[], None]) -> Step:

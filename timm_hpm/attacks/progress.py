@@ -1,16 +1,22 @@
 """What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import remove_unfinished, replacing, writable_folder, write_text
 from ..report import Example, Flag
+
+# One for all: thousands of small tensors that stay between large ones that go would tear the heap.
+_NOTHING: Final = torch.empty(0)
 
 
 @dataclass
@@ -27,7 +33,7 @@ class Step:
         examples: pictures of the first few images that it broke.
         broken: (K,), the images of the batch that no earlier step had broken.
         points: (K, channels, H, W), the first candidate of this step that broke each.
-        candidates: (B, channels, H, W) by name, where they are to be kept.
+        candidates: (B, channels, H, W) by name, where they are to be kept: on disk, not in a step that was loaded.
     """
 
     attack: str
@@ -41,13 +47,17 @@ class Step:
     candidates: dict[str, Tensor] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
 
+    def without_pixels(self) -> "Step":
+        """Returns the step without its tensors, of which a mere slice would keep the memory."""
+        return replace(self, broken=_NOTHING, points=_NOTHING, candidates={})
+
 
 class ProgressFolder:
     """The steps of one run in a folder; another run's are refused.
 
     Arguments:
         folder: made where it is missing.
-        run: all that the numbers depend on, in JSON's types.
+        run: all that the steps depend on, in JSON's types.
         begins: whether this process may begin a run here; another one then has.
 
     Raises:
@@ -79,19 +89,18 @@ class ProgressFolder:
 
     def load(self, batch: int, step: int) -> Step | None:
         """Returns the step of a batch, or None where it is still to be made."""
-        path = self._path(batch, step)
-        if not path.exists():
+        if not self._path(batch, step).exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                result = json.loads(file.metadata()["step"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        with self._opened(batch, step) as file:
+            result = json.loads(file.metadata()["step"])
             result["flags"] = [Flag(**flag) for flag in result["flags"]]
             result["examples"] = [Example(**example) for example in result["examples"]]
-            return Step(**result, broken=tensors.pop("broken"), points=tensors.pop("points"), candidates=tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
-                             "again") from error
+            return Step(**result, broken=file.get_tensor("broken"), points=file.get_tensor("points"))
+
+    def candidates(self, name: str, step: int, batch: int) -> Tensor:
+        """Returns the candidates (B, channels, H, W) of that name which a step of a batch was saved with."""
+        with self._opened(batch, step) as file:
+            return file.get_tensor(name)
 
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
@@ -102,6 +111,16 @@ class ProgressFolder:
         with replacing(self._path(batch, step)) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
                       {"step": json.dumps(result)})
+
+    @contextmanager
+    def _opened(self, batch: int, step: int) -> Iterator[safe_open]:
+        path = self._path(batch, step)
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
+                             "again") from error
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"

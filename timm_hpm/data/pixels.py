@@ -94,19 +94,19 @@ def check_answers_alike(model: nn.Module) -> None:
 
 def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
     """Raises a ValueError unless `images` (N, C, H, W) are pixels in [0, 1] and `labels` (N,) their class indices."""
-    if images.ndim != 4 or not images.is_floating_point() or not len(images):
+    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
-                         "(N, channels, height, width) in floating point, N above 0")
+                         "(N, channels, height, width) in floating point, each above 0")
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
                          f"({len(images)},) class indices, one an image")
-    # NaN fails this too.
-    bad = ~((images >= 0) & (images <= 1)).flatten(1).all(dim=1)
+    # NaN is both, and fails this too.
+    lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
+    bad = ~((lowest >= 0) & (highest <= 1))
     if bad.any():
         first = int(bad.nonzero()[0])
-        low, high = images[first].min().item(), images[first].max().item()
-        raise ValueError(f"image {first} has values from {low:.4g} to {high:.4g}; expected pixels in [0, 1]. "
-                         "Normalisation belongs into the model: see timm_hpm.PixelModel")
+        raise ValueError(f"image {first} has values from {lowest[first]:.4g} to {highest[first]:.4g}; expected pixels "
+                         "in [0, 1]. Normalisation belongs into the model: see timm_hpm.PixelModel")
     if num_classes is not None:
         wrong = (labels < 0) | (labels >= num_classes)
         if wrong.any():

@@ -25,6 +25,8 @@ _SPLIT_SEED: Final = 0
 # What is held out for validation where nobody says how much.
 _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
+# So that a whole split is not in memory twice.
+_AT_ONCE: Final = 256
 _MODES: Final = {1: "L", 3: "RGB"}
 
 
@@ -182,7 +184,11 @@ def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
     if not 0 <= n <= len(split):
         raise ValueError(f"asked for the first {n} images; {split} has {len(split)} (0 for all)")
     n = n or len(split)
-    return torch.stack([image for image, _ in split.__getitems__(range(n))]), split.labels[:n]
+    images = torch.empty(n, *split[0][0].shape)
+    for part in range(0, n, _AT_ONCE):
+        chosen = range(part, min(part + _AT_ONCE, n))
+        torch.stack([image for image, _ in split.__getitems__(chosen)], out=images[part:part + _AT_ONCE])
+    return images, split.labels[:n]
 
 
 def check_every_class(split: ImageSplit, num_classes: int) -> None:

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
-from ..files import write_text
+from ..files import tensor_bytes, write_text
 from .compare import Comparison, compare
 from .examples import Example
 from .flags import Flag
@@ -29,21 +28,16 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:
     """Returns 16 hexadecimal digits that tell images (N, ...) and labels (N,), in their order, from any others."""
     digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
-    digest.update(_bytes(images.float()))
-    digest.update(_bytes(labels.long()))
+    digest.update(tensor_bytes(images.float()))
+    digest.update(tensor_bytes(labels.long()))
     return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor, without a copy where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

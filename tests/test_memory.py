@@ -1,0 +1,212 @@
+"""Memory: files of tensors that are written part by part, and evaluations of many images, in real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import timm_hpm
+from timm_hpm import ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+from timm_hpm.files import Parts, save_parts
+
+# Files, part by part
+
+
+TENSORS = {
+    "images": torch.rand(5, 3, 4, 4),
+    "labels": torch.arange(7) - 3,
+    "nothing": torch.empty(0, 3, 4, 4),
+    "no pixels": torch.empty(3, 0),
+    "ste/apgd-ce": torch.rand(5, 3, 4, 4).transpose(1, 2),
+    "one": torch.tensor([2 ** 40]),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_a_file_that_was_written_part_by_part_is_read_equal(tmp_path, size):
+    path = tmp_path / "tensors.safetensors"
+    metadata = {"protocol": '{"name": "été ∞"}', "other": ""}
+    save_parts({name: Parts(tensor, iter(tensor.split(size))) for name, tensor in TENSORS.items()}, path, metadata)
+    found = load_file(path)
+    assert found.keys() == TENSORS.keys() and list(tmp_path.iterdir()) == [path]
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+
+
+def stopped():
+    yield TENSORS["images"][:2]
+    raise KeyboardInterrupt("stopped")
+
+
+@pytest.mark.parametrize(("parts", "error", "message"), [
+    ([TENSORS["images"][:4]], ValueError, "images: its parts have 4 rows; expected 5"),
+    ([TENSORS["images"], TENSORS["images"][:1]], ValueError, r"images: a part has .*6 rows so far; expected .*\(5, 3"),
+    ([TENSORS["images"].double()], ValueError, r"dtype torch.float64.*expected parts of \(5, 3, 4, 4\), torch.float32"),
+    ([TENSORS["images"].flatten(2)], ValueError, r"the shape \(5, 3, 16\)"),
+    (None, KeyboardInterrupt, "stopped"),
+])
+@pytest.mark.parametrize("before", [None, b"an older file"])
+def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error, message, before):
+    path = tmp_path / "tensors.safetensors"
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(error, match=message):
+        save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, path, {})
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == ({path: before} if before else {})
+
+
+# What an evaluation leaves beside the file of its candidates
+
+
+OPTIONS = {"attacks": ["apgd-ce", "joint"], "surrogates": ["fc", "ste"], "batch_size": 3,
+           "budgets": {"apgd-ce": Budget(2), "joint": Budget(2)}}
+THREAT = ThreatModel("Linf", 0.15)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    return images[:8], labels[:8]
+
+
+def test_candidates_are_the_same_with_a_folder_and_without(model, digits, tmp_path):
+    paths = [tmp_path / "a" / "adversarial.safetensors", tmp_path / "b" / "adversarial.safetensors"]
+    reports = [mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=path, resume=resume)
+               for path, resume in zip(paths, (None, tmp_path / "progress"), strict=True)]
+    assert reports[0].same_results(reports[1]) and paths[0].read_bytes() == paths[1].read_bytes()
+    assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
+    assert set(load_file(paths[0])) == {"clean", "labels", "fc/apgd-ce", "ste/apgd-ce", "ste/joint"}
+    for left_out in ({}, {"resume": tmp_path / "progress"}):
+        again = mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=paths[0], **left_out)
+        assert again.same_results(reports[0]) and paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_folder_without_candidates_is_refused_where_they_are_to_be_saved(model, digits, tmp_path):
+    mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, resume=tmp_path / "progress")
+    with pytest.raises(ValueError, match=r"another run \(save_adversarial: False there, True now\)"):
+        mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, resume=tmp_path / "progress",
+                               save_adversarial=tmp_path / "adversarial.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["progress"]
+
+
+class Interrupting(torch.nn.Module):
+    """A classifier that a user stops after some calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 5:
+            raise KeyboardInterrupt
+        return self.layer(x.flatten(1))
+
+
+def test_a_stopped_evaluation_leaves_nothing_where_it_was_to_save(digits, tmp_path):
+    model = Interrupting().eval()
+    with pytest.raises(KeyboardInterrupt):
+        mixed_surrogate_attack(model, *digits, THREAT, attacks=["apgd-ce"], batch_size=2,
+                               save_adversarial=tmp_path / "adversarial.safetensors")
+    assert model.calls > 5 and not list(tmp_path.iterdir())
+
+
+# Processes
+
+
+# Prints the most memory in MiB that this process had, after each evaluation of so many images.
+SCRIPT = """
+import sys
+import torch
+import timm_hpm
+from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, SIDE // 4, SIDE // 4)
+        self.fc = HPMHead(128, 10)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().flatten(1))
+
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
+
+
+def evaluate(num_images, folder=None, **options):
+    images = torch.rand(num_images, 3, SIDE, SIDE)
+    with torch.no_grad():
+        labels = torch.cat([model(part).argmax(dim=1) for part in images.split(100)])
+    path = folder and folder + "/adversarial.safetensors"
+    report = mixed_surrogate_attack(model, images, labels, threat, batch_size=100, surrogates_at_once=5,
+                                    budgets=BUDGETS, save_adversarial=path, **options)
+    if path:
+        verdicts = timm_hpm.rejudge(model, path)
+        assert all(report.correct[name] == row for name, row in verdicts.items())
+    print(peak(), len(report.correct) - 1, report.robust_accuracy, flush=True)
+
+
+BUDGETS = {"apgd-ce": Budget(1), "apgd-t": Budget(1, 1), "fab-t": Budget(1, 1), "square": Budget(1),
+           "apgd-chain": Budget(1), "joint": Budget(1)}
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = Net().eval()
+model.fc.set_prototypes(torch.randn(10, 128))
+threat = ThreatModel("Linf", 0.3)
+"""
+
+
+def peaks(side: int, *calls: str) -> list[tuple[int, int, float]]:
+    """Returns peak in MiB, number of candidate sets and robust accuracy after each call of the script's `evaluate`."""
+    code = "\n".join([f"SIDE = {side}", SCRIPT, *calls])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return [(int(peak), int(sets), float(robust)) for peak, sets, robust in map(str.split, done.stdout.splitlines())]
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process's peak memory")
+
+
+@linux
+def test_images_that_are_broken_do_not_stay_in_memory(tmp_path):
+    quick = "attacks=['apgd-ce'], surrogates=['fc', 'ste']"
+    few, many, saved = peaks(64, f"evaluate(200, {quick})", f"evaluate(2000, {quick})",
+                             f"evaluate(2000, {str(tmp_path)!r}, {quick})")
+    assert few[1] == many[1] == saved[1] == 2 and max(many[2], saved[2]) < 0.5
+    # The images themselves, and what an allocator does not give back. What broke an image in an attack, what did in
+    # the assembled batch, and each set of candidates, would be as much again.
+    images = 1800 * 3 * 64 ** 2 * 4 / 2 ** 20
+    assert max(many[0], saved[0]) - few[0] <= 1.6 * images
+
+
+@linux
+@pytest.mark.slow
+def test_ten_thousand_images_under_every_attack_fit_in_4_gib(tmp_path):
+    few, many, saved = peaks(32, "evaluate(2000)", "evaluate(10_000)", f"evaluate(10_000, {str(tmp_path)!r})")
+    assert few[1] == many[1] == saved[1] == 5 * 5 + 2 + 1
+    images = 8000 * 3 * 32 ** 2 * 4 / 2 ** 20
+    assert many[0] - few[0] <= 2 * images
+    # Judging again has one set of candidates in memory at a time.
+    assert saved[0] - few[0] <= 3 * images
+    assert saved[0] < 4096

@@ -68,12 +68,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("-b", "--batch-size", type=int, default=100, metavar="N",
                        help="images in a judged batch; in batch mode the answers depend on it (%(default)s)")
     group.add_argument("--protocol", default="standard", choices=[*PROTOCOLS, "custom"],
-                       help="what is run (%(default)s); the next three options make it a custom one")
+                       help="what is run (%(default)s); the next four options make it a custom one")
     group.add_argument("--surrogates", type=_names,
                        help=f"comma-separated, of {', '.join(SURROGATES)} (those that differ)")
     group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(ATTACKS)} (the protocol's)")
     group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
                        help="iterations, and with an x the number of targets: apgd-ce=50 apgd-t=50x4 (the protocol's)")
+    group.add_argument("--survivors-only", action="store_true",
+                       help="attack an image no more once it is broken: faster where much is, and the rows of single "
+                            "attacks become those of a cascade, as AutoAttack's are")
     group.add_argument("--co-batch", type=_numbers, metavar="N,N", default=[],
                        help="also ask what neighbours in batches of these sizes do to an image that is left untouched")
     group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
@@ -121,8 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.rejudge and args.inference:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
-    if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget):
-        raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks or --budget")
+    if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget or args.survivors_only):
+        raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks, --budget or "
+                         "--survivors-only")
     budgets = dict(_budget(text) for text in args.budget)
     with several_processes(args.device) as accelerator:
         return evaluate(args, budgets, accelerator)
@@ -141,7 +145,7 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
     yield accelerator
-    accelerator.end_training()  # not after an error: the others may be waiting, and this would wait for them
+    accelerator.end_training()  # not after an error: the others' own errors would be of a lost connection
 
 
 def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: Accelerator | None) -> int:
@@ -174,8 +178,8 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             folder=output, save_adversarial=args.save_adversarial, accelerator=accelerator,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
-            surrogates_at_once=args.surrogates_at_once, seed=args.seed, progress=True,
-            co_batch=args.co_batch, co_batch_mixes=args.co_batch_mix,
+            survivors_only=args.survivors_only, surrogates_at_once=args.surrogates_at_once, seed=args.seed,
+            progress=True, co_batch=args.co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
         ))

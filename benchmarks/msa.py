@@ -74,11 +74,14 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
     for _ in range(runs):
         whole = alone = 0.0
         for name, budget in protocol.attacks.items():
-            surrogates = JOINT_SURROGATES if name == "joint" else split.default_surrogates()
+            surrogates = surrogates_of(name, split)
+            if not surrogates:
+                continue
             before = split.forward_passes, split.backward_passes
 
             def attack(name: str = name, surrogates: Sequence[str] = surrogates, budget: Budget = budget) -> None:
-                ATTACKS[name](AttackBatch(split, surrogates, images, labels), threat, budget, Notes())
+                batch = AttackBatch(split, surrogates, images, labels)
+                ATTACKS[name](batch, threat, budget.for_classes(batch.clean_logits.shape[1]), Notes())
 
             mine = seconds(attack)
             forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
@@ -91,6 +94,14 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
             whole, alone = whole + mine, alone + others
         ratios.setdefault("all", []).append(whole / alone)
     return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def surrogates_of(attack: str, split: SplitModel) -> Sequence[str]:
+    """Returns the surrogates that an attack takes side by side or in turn; none where it does not apply."""
+    surrogates = split.default_surrogates()
+    if attack == "joint":
+        return [name for name in surrogates if name in JOINT_SURROGATES and split.couples(name)]
+    return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
 
 
 def scaled(protocol: Protocol, scale: float) -> Protocol:
@@ -146,6 +157,8 @@ def main() -> None:
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     model.eval().requires_grad_(False)
+    if args.output:
+        writable_folder(args.output)
     data = open_split_for(model, args.dataset, args.split, data_dir=args.data_dir)
     images, labels = first_images(data, args.images)
     threat = timm_hpm.ThreatModel.parse(data.threat)
@@ -182,16 +195,17 @@ def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: 
     wall, processor = both_times(run_naive)
     robust = sum(right_in_all(correct.values())) / len(images)
     print(f"naive: robust {100 * robust:.1f} %", flush=True)
+    if args.output:
+        write_text(args.output / "naive.json", json.dumps({
+            "model": args.model, "checkpoint": args.checkpoint, "dataset": args.dataset, "split": args.split,
+            "threat": str(threat), "batch_size": args.batch_size, "scale": args.scale, "seconds": wall,
+            "robust_accuracy": robust, "correct": correct}, indent=1) + "\n")
     for name in protocols:
         mine, my_processor = both_times(lambda name=name: run(name))
         print(f"{name} over naive: {mine / wall:.2f} (processor's time {my_processor / processor:.2f}; robust "
               f"{100 * report.robust_accuracy:.1f} %, naive {100 * robust:.1f} %)", flush=True)
         if args.output:
-            report.save(writable_folder(args.output) / f"{name}.json")
-            write_text(args.output / "naive.json", json.dumps({
-                "seconds": wall, "robust_accuracy": robust, "correct": correct} | {
-                key: report.protocol[key] for key in ("model", "weights_digest", "threat", "dataset", "split",
-                                                      "data_digest", "batch_size", "versions")}, indent=1) + "\n")
+            report.save(args.output / f"{name}.json")
 
 
 def both_times(task: Callable[[], object]) -> tuple[float, float]:

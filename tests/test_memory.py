@@ -179,8 +179,9 @@ threat = ThreatModel("Linf", 0.3)
 def peaks(side: int, *calls: str) -> list[tuple[int, int, float]]:
     """Returns peak in MiB, number of candidate sets and robust accuracy after each call of the script's `evaluate`."""
     code = "\n".join([f"SIDE = {side}", SCRIPT, *calls])
+    # The threshold above which glibc gives memory back moves, and the peak with it, unless it is set.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=1800)
     assert done.returncode == 0, done.stderr
     return [(int(peak), int(sets), float(robust)) for peak, sets, robust in map(str.split, done.stdout.splitlines())]
 
@@ -189,15 +190,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks 
 
 
 @linux
-def test_images_that_are_broken_do_not_stay_in_memory(tmp_path):
+def test_images_that_are_broken_do_not_stay_in_memory():
     quick = "attacks=['apgd-ce'], surrogates=['fc', 'ste']"
-    few, many, saved = peaks(64, f"evaluate(200, {quick})", f"evaluate(2000, {quick})",
-                             f"evaluate(2000, {str(tmp_path)!r}, {quick})")
-    assert few[1] == many[1] == saved[1] == 2 and max(many[2], saved[2]) < 0.5
+    few, many = peaks(64, f"evaluate(200, {quick})", f"evaluate(1200, {quick})")
+    assert few[1] == many[1] == 2 and many[2] < 0.5
     # The images themselves, and what an allocator does not give back. What broke an image in an attack, what did in
     # the assembled batch, and each set of candidates, would be as much again.
-    images = 1800 * 3 * 64 ** 2 * 4 / 2 ** 20
-    assert max(many[0], saved[0]) - few[0] <= 1.6 * images
+    images = 1000 * 3 * 64 ** 2 * 4 / 2 ** 20
+    assert many[0] - few[0] <= 1.4 * images
 
 
 @linux

@@ -156,7 +156,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     ({"threat": ThreatModel("L2", 0.5)}, r"threat: Linf:0.15 there, L2:0.5 now"),
     ({"batch_size": 8}, r"batch_size: 4 there, 8 now"),
     ({"budgets": {"apgd-ce": Budget(4)}}, r"attacks: \{'apgd-ce': \{'iterations': 3\}\} there, "),
-    ({"protocol": "fast"}, r"survivors_only: False there, True now"),
+    ({"survivors_only": True}, r"survivors_only: False there, True now"),
     ({"images": "other"}, r"\(data_digest: "),
     ({"labels": "other"}, r"\(data_digest: "),
     ({"model": "other"}, r"\(weights_digest: "),

@@ -138,7 +138,9 @@ def writable_folder(path: str | os.PathLike) -> Path:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Removes the temporary files that a process left in `folder` when it was killed as it wrote."""
+    """Removes the temporary files and folders that a process left in `folder` when it was killed as it wrote."""
     for rest in Path(folder).glob(".*.[0-9]*.tmp"):
         if rest.is_file():
             rest.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(rest, ignore_errors=True)

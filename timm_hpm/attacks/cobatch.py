@@ -173,6 +173,8 @@ class _Search:
                 batch = torch.cat([z, self.split.features(x)])
                 # The one is what the head computes, the other has a gradient with respect to who is assigned where.
                 logits = torch.stack([self.split.logits("ste", batch)[0], soft_logits(self.head, batch, 0.3)[0]])
-                gradient, = torch.autograd.grad(margin_loss(logits, label.repeat(2)).sum(), x)
+                # A gradient there is, even if the model answers NaN by itself.
+                loss = margin_loss(logits, label.repeat(2)).sum() + 0 * x.sum()
+                gradient, = torch.autograd.grad(loss, x)
             x = threat.project(x.detach() + threat.scaled(gradient, threat.eps * (1 - i / _STEPS)), clean)
         return x

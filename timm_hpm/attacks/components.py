@@ -62,8 +62,9 @@ class AttackBatch:
     Row s·B + i is image i under surrogate s. Each surrogate has a batch of its own, in which every image stands at
     its `points` row: the clean image at first, then its latest candidate. `clean_logits` (S·B, C) answer the first.
 
-    Logits that are not finite tell a search nothing, and the true model may have answered them: they count as those of
-    a wrong class, and `not_finite` keeps the pixels of each such row, the latest queried.
+    Logits that are not finite tell a search nothing, and `not_finite` keeps the rows that had any. Where the surrogate
+    answers as the true model does they count as an error, for which nothing more need be sought; through another one
+    the search is to go round them, and they count as right beyond all doubt.
 
     Arguments:
         model: the split copy of the classifier.
@@ -97,7 +98,7 @@ class AttackBatch:
         self.active = self.rows if active is None else self.rows[active.repeat(copies)]
         start = images if start is None else start
         self.points = start.repeat(copies, 1, 1, 1)
-        self.not_finite: dict[int, Tensor] = {}
+        self.not_finite: set[int] = set()
         with torch.no_grad():
             self._features = model.features(start).repeat(copies, 1)
         self.clean_logits = self.current_logits()
@@ -118,22 +119,17 @@ class AttackBatch:
         return self.finite(rows, pixels, logits)
 
     def finite(self, rows: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
-        """Returns the `logits` (R, C) that answered the `pixels` of `rows`, those of a wrong class where not finite."""
+        """Returns the `logits` (R, C) that answered the `pixels` of `rows`, and others where they are not finite."""
         if logits.isfinite().all():
             return logits
         lost = ~logits.isfinite().all(dim=1)
-        self.not_finite.update(zip(rows[lost].tolist(), pixels.detach()[lost], strict=True))
+        self.not_finite.update(rows[lost].tolist())
+        is_twin = torch.tensor([name == self.model.twin() for name in self.surrogates], device=rows.device)
+        is_twin, labels = is_twin[rows // self.size], self.labels[rows]
+        one_hot = F.one_hot(torch.where(is_twin, (labels + 1) % logits.shape[1], labels), logits.shape[1])
+        others = one_hot * torch.where(is_twin, 1.0, _BEYOND_DOUBT).unsqueeze(1)
         # A gradient there is, even if the model answers a constant.
-        return _wrong_where_not_finite(logits, self.labels[rows]) + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
-
-    def not_finite_within(self, threat: ThreatModel) -> tuple[Tensor, Tensor]:
-        """Returns the rows (R,) of `not_finite` whose pixels (R, ...) are in the ball, and those; FAB leaves it."""
-        if not self.not_finite:
-            return self.rows[:0], self.clean[:0]
-        rows = self.rows[list(self.not_finite)]
-        pixels = torch.stack(list(self.not_finite.values()))
-        inside = threat.distance(pixels, self.clean[rows]) <= threat.eps + _ROUNDING
-        return rows[inside], pixels[inside]
+        return torch.where(lost.unsqueeze(1), others, logits) + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
 
     def place(self, rows: Tensor, pixels: Tensor) -> None:
         """Makes `pixels` (R, channels, H, W) the latest candidates of `rows` (R,)."""
@@ -149,7 +145,7 @@ class AttackBatch:
             self.model.logits(surrogate, self._features[s * self.size:(s + 1) * self.size])
             for s, surrogate in enumerate(self.surrogates)
         ])
-        return _wrong_where_not_finite(logits, self.labels)
+        return self.finite(self.rows, self.points, logits)
 
     def not_fooled(self) -> Tensor:
         """Returns the active rows that their surrogate classifies correctly where they are."""
@@ -173,14 +169,8 @@ class AttackBatch:
         return self.model.logits(surrogate, whole)[images]
 
 
-# Of pixels: how far rounding may take a point out of its ball.
-_ROUNDING: Final = 1e-5
-
-
-def _wrong_where_not_finite(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns `logits` (R, C), and where a row is not finite those of a wrong class that leads by 1."""
-    wrong = F.one_hot((labels + 1) % logits.shape[1], logits.shape[1]).to(logits.dtype)
-    return torch.where(logits.isfinite().all(dim=1, keepdim=True), logits, wrong)
+# Of logits: a lead that no search takes for progress.
+_BEYOND_DOUBT: Final = 1e4
 
 
 @dataclass(frozen=True)
@@ -318,7 +308,6 @@ class Notes:
         flag = Flag(name, self.prefix + text)
         if flag not in self.flags:
             self.flags.append(flag)
-
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -48,6 +48,7 @@ def mixed_surrogate_attack(
         surrogates: Sequence[str] | None = None,
         attacks: Sequence[str] | None = None,
         budgets: Mapping[str, Budget] | None = None,
+        survivors_only: bool = False,
         surrogates_at_once: int = 1,
         seed: int = 0,
         co_batch: Sequence[int] = (),
@@ -75,11 +76,12 @@ def mixed_surrogate_attack(
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do.
-        protocol: `"standard"`, `"fast"` or a `Protocol`; `surrogates`, `attacks` and `budgets` make it a custom one.
+        protocol: `"standard"`, `"fast"` or a `Protocol`; the next four make it a custom one.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
         surrogates: names of `SURROGATES`; None means the protocol's.
         attacks: names of `ATTACKS`; None means the protocol's.
         budgets: budgets for some of the attacks; None means the protocol's. Targets are capped at C − 1.
+        survivors_only: an image that was broken is attacked no more; see `Protocol`.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.
         co_batch: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
@@ -124,7 +126,8 @@ def mixed_surrogate_attack(
     with _seeded(device, seed, "split"), _without_autocast(example):
         split = SplitModel(pixel_model, example)
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
-    chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets)
+    chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets,
+                            survivors_only)
     names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
     start = time.perf_counter()
     checks = _no_cost()
@@ -201,8 +204,11 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
         yield folder or ProgressFolder(Path(resume), run, begins=False)
     elif save_adversarial is not None:
         path = Path(save_adversarial)
-        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as temporary:
-            yield ProgressFolder(Path(temporary), run)
+        temporary = path.with_name(f".{path.name}.progress.{os.getpid()}.tmp")
+        try:
+            yield ProgressFolder(temporary, run)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     else:
         yield None
 
@@ -366,9 +372,6 @@ class _Run:
             found = batch.points
             if len(batch.active):
                 found = ATTACKS[attack](batch, self.threat, self.budgets[attack], notes)
-            # What the model did not answer is the best there is.
-            lost, points = batch.not_finite_within(self.threat)
-            found = found.index_copy(0, lost, points)
             # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
             found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
@@ -377,7 +380,7 @@ class _Run:
         with _seeded(self.device, self.seed, "judge", attack, group, first):
             step = self._judged(attack, named, images, labels, first, broken)
         not_finite: dict[str, list[int]] = {}
-        for row in lost.tolist():
+        for row in sorted(batch.not_finite):
             search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
             not_finite.setdefault(search, []).append(first + row % batch.size)
         return replace(step, flags=notes.flags, not_finite=not_finite | step.not_finite, cost={

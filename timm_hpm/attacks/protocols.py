@@ -53,8 +53,11 @@ class Protocol:
             surrogates: Sequence[str] | None = None,
             attacks: Sequence[str] | None = None,
             budgets: Mapping[str, Budget] | None = None,
+            survivors_only: bool = False,
     ) -> "Protocol":
-        """Returns the protocol with other surrogates, attacks or budgets, named `"custom"` if that changes it.
+        """Returns the protocol with other surrogates, attacks or budgets, or for survivors only.
+
+        It is named `"custom"` if that changes it.
 
         An attack that is not the protocol's own has the standard budget.
 
@@ -70,7 +73,8 @@ class Protocol:
                                  f"targets={standard.targets})")
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
-                        surrogates=self.surrogates if surrogates is None else tuple(surrogates))
+                        surrogates=self.surrogates if surrogates is None else tuple(surrogates),
+                        survivors_only=self.survivors_only or survivors_only)
         return self if other == self else replace(other, name="custom")
 
 

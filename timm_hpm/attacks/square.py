@@ -104,7 +104,7 @@ class _L2Search:
     def __init__(self, clean: Tensor, eps: float):
         self.clean, self.eps = clean, eps
         count, channels, height, width = clean.shape
-        tile = max(height // 5, 1)
+        tile = max(min(height // 5, width), 1)
         margin = max(height - 5 * tile, 0) // 2
         delta = torch.zeros_like(clean)
         for top in range(margin, margin + height // tile * tile, tile):

@@ -27,8 +27,8 @@ FLAGS: Final = {
     "rough-gradient": FlagKind(True, "At images that were not broken, small steps up the gradient do not do what it "
                                      "says they will: it leads attacks astray."),
     "non-finite-logits": FlagKind(True, "The model, or a surrogate of it, answered NaN or infinity under attack. Such "
-                                        "an answer of the model counts as an error; the search ended there, and might "
-                                        "have found more."),
+                                        "an answer of the model counts as an error; a search that meets one might have "
+                                        "found more."),
     "saturated-softmax": FlagKind(False, "The softmax of some answers is one-hot in float32, which leaves the "
                                          "cross-entropy no gradient; the other losses still have one."),
     "zero-loss-gradient": FlagKind(False, "At some step the loss of some image had a gradient of zero."),

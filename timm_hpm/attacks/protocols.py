@@ -80,7 +80,7 @@ class Protocol:
 
 #: `standard`: each of AutoAttack's components at its standard budget through every surrogate, Square on the true model,
 #: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: the
-#: same without FAB, and with fewer queries of Square on the true model alone: what it finds `standard` finds, too.
+#: same without FAB, and with fewer queries of Square, on the true model alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (

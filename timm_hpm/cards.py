@@ -60,7 +60,7 @@ attacks with AutoAttack on several surrogates of it. We could read its abstract 
 not its equations or tables. Ours are the equations as implemented, the choice of surrogates, and the inference modes
 other than `batch`; {{figures}}. `docs/method.md` of timm_hpm has the details.
 
-AutoAttack's components come from `pyautoattack`; please cite Croce and Hein (arXiv 2003.01690) with them."""
+The attacks include AutoAttack's components; please cite Croce and Hein (arXiv 2003.01690) with them."""
 
 
 def model_card(

@@ -85,7 +85,7 @@ class ThreatModel:
         if self.norm == "Linf":
             return size * direction.sign()
         # A confident model's gradient may be so small that its square underflows: take out its size first.
-        largest = direction.flatten(1).abs().amax(dim=1).view(-1, *[1] * (direction.ndim - 1))
+        largest = per_image(direction.flatten(1).abs().amax(dim=1), direction)
         unit = (direction / torch.where(largest > 0, largest, 1)).masked_fill(~largest.isfinite(), 0)
         return size * unit / _norm(unit).clamp(min=1e-12)
 
@@ -100,6 +100,11 @@ class ThreatModel:
         return (clean + self.scaled(torch.randn_like(clean), radius)).clamp(0, 1)
 
 
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """Returns `values` (B,) shaped to broadcast over `images` (B, ...)."""
+    return values.view(-1, *[1] * (images.ndim - 1))
+
+
 def _norm(x: Tensor) -> Tensor:
     """Returns the L2 norm of each image of `x` (B, ...), shaped to broadcast over it."""
-    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+    return per_image(x.flatten(1).norm(dim=1), x)

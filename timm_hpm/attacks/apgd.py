@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..threat import ThreatModel
+from ..threat import ThreatModel, per_image
 
 #: Part of a step that is new; the rest is the step before it.
 _NEW_STEP = 0.75
@@ -63,7 +63,7 @@ def apgd(
     without_gradient = int((gradient.flatten(1).abs().sum(dim=1) == 0).sum())
     fooling, fooled = x.clone(), wrong
     best, best_loss, best_gradient = x, loss, gradient
-    step_size = torch.full_like(_per_image(loss, x), 2 * threat.eps)
+    step_size = torch.full_like(per_image(loss, x), 2 * threat.eps)
     # The last row is what precedes the first at the first checkpoint.
     losses = loss.new_zeros(iterations, len(x))
     checkpoint, last_check = max(int(0.22 * iterations), 1), 0
@@ -78,20 +78,20 @@ def apgd(
         before, x = x, moved
         loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
         fooled = fooled | wrong
-        fooling = torch.where(_per_image(wrong, x), x, fooling)
+        fooling = torch.where(per_image(wrong, x), x, fooling)
         losses[i] = loss
         larger = loss > best_loss
         best_loss = torch.where(larger, loss, best_loss)
-        best = torch.where(_per_image(larger, x), x, best)
+        best = torch.where(per_image(larger, x), x, best)
         if i + 1 == iterations:
             break
-        best_gradient = torch.where(_per_image(larger, x), gradient, best_gradient)
+        best_gradient = torch.where(per_image(larger, x), gradient, best_gradient)
         if i + 1 - last_check == checkpoint:
             raising = sum((losses[i - j] > losses[i - j - 1]).float() for j in range(checkpoint))
             halved = (raising <= checkpoint * _RAISING) | (~halved_then & (best_loss_then >= best_loss))
-            step_size = torch.where(_per_image(halved, x), step_size / 2, step_size)
-            x = torch.where(_per_image(halved, x), best, x)
-            gradient = torch.where(_per_image(halved, x), best_gradient, gradient)
+            step_size = torch.where(per_image(halved, x), step_size / 2, step_size)
+            x = torch.where(per_image(halved, x), best, x)
+            gradient = torch.where(per_image(halved, x), best_gradient, gradient)
             best_loss_then, halved_then, last_check = best_loss, halved, i + 1
             checkpoint = max(checkpoint - shorter, shortest)
     return Ascent(best, best_loss, fooling, fooled, without_gradient)
@@ -131,7 +131,7 @@ class _Ball:
         else:
             noise = torch.randn_like(self.clean)
             size = noise.square().flatten(1).sum(dim=1).sqrt()
-        return self.clean + self.eps * (noise / (_per_image(size, noise) + 1e-12))
+        return self.clean + self.eps * (noise / (per_image(size, noise) + 1e-12))
 
     def step(self, gradient: Tensor, size: Tensor) -> Tensor:
         return size * gradient.sign() if self.norm == "Linf" else size * _unit(gradient)
@@ -140,7 +140,7 @@ class _Ball:
         if self.norm == "Linf":
             return torch.clamp(x, self.low, self.high)
         delta = x - self.clean
-        length = _per_image(delta.square().flatten(1).sum(dim=1).sqrt(), delta)
+        length = per_image(delta.square().flatten(1).sum(dim=1).sqrt(), delta)
         return delta.div_(length + 1e-12).mul_(length.clamp(max=self.eps)).add_(self.clean).clamp_(0, 1)
 
 
@@ -155,12 +155,7 @@ def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Te
     return loss.detach(), gradient, logits.detach().argmax(dim=1) != labels
 
 
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    """Returns `values` (R,) shaped to broadcast over `x` (R, ...)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
 def _unit(x: Tensor) -> Tensor:
     """Returns `x` (R, ...) over its length, and zero where that is not finite, as the sign of NaN is."""
-    length = _per_image(x.square().flatten(1).sum(dim=1).sqrt(), x)
+    length = per_image(x.square().flatten(1).sum(dim=1).sqrt(), x)
     return (x / (length + 1e-12)).masked_fill_(~length.isfinite(), 0)

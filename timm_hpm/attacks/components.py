@@ -1,7 +1,5 @@
 """AutoAttack's components, each run by itself on one fixed batch under one or more surrogates.
 
-FAB is pyautoattack's, APGD and Square are apgd.py's and square.py's.
-
 Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
 here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
 largest loss where none does, never the clean image. The batch stays whole meanwhile: images that are not queried
@@ -19,12 +17,12 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from pyautoattack.fab_pt import FABAttack_PT
 from torch import Tensor
 
 from ..report import Flag
 from ..threat import ThreatModel
 from .apgd import Ascent, apgd, cross_entropy, targeted_loss
+from .fab import fab
 from .pgd import pgd
 from .square import square_search
 from .surrogates import SplitModel
@@ -250,13 +248,12 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
     rows = batch.active
     batch.place(rows, pgd(_rows_model(batch, rows), batch.clean[rows], batch.labels[rows], threat, steps=1))
     loss = margin_loss(batch.current_logits(), batch.labels)
-    attack = _FAB(batch, threat, budget)
     for target in targets.t():
         rows = batch.not_fooled()
         if not len(rows):
             break
-        boundary = attack.nearest_boundary(rows, target[rows])
         clean = batch.clean[rows]
+        boundary = fab(_rows_model(batch, rows), clean, batch.labels[rows], target[rows], threat, budget.iterations)
         distance = threat.distance(boundary, clean)
         usable = (distance > 0) & boundary.flatten(1).isfinite().all(dim=1)
         rows, boundary, clean, distance = rows[usable], boundary[usable], clean[usable], distance[usable]
@@ -330,43 +327,3 @@ def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: B
 
 def _candidates(found: Ascent) -> Tensor:
     return torch.where(found.fooled.view(-1, 1, 1, 1), found.fooling, found.largest)
-
-
-class _FAB(FABAttack_PT):
-    """Targeted FAB on rows of an AttackBatch, with targets of our choice."""
-
-    def __init__(self, batch: AttackBatch, threat: ThreatModel, budget: Budget):
-        super().__init__(None, norm=threat.norm, n_iter=budget.iterations, eps=threat.eps, targeted=True,
-                         device=batch.clean.device)
-        self.batch = batch
-        self.target_class = 1
-
-    def nearest_boundary(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """Returns the nearest points found (R, ...) that fool the surrogate, the clean image where none was."""
-        self.rows, self.targets = rows, targets
-        self.labels: Tensor | None = self.batch.labels[rows]
-        return self.attack_single_run(self.batch.clean[rows], self.batch.labels[rows], is_targeted=True)
-
-    def _get_predicted_label(self, x: Tensor) -> Tensor:
-        # FAB's first question is which clean images are right, to leave out the others. The rows given are to stay.
-        if self.labels is not None:
-            labels, self.labels = self.labels, None
-            return labels
-        with torch.no_grad():
-            return self.batch.query(self.rows, x).argmax(dim=1)
-
-    def _predict_fn(self, x: Tensor) -> Tensor:
-        # FAB asks for logits only to rank the targets: ours are already chosen.
-        ranking = torch.zeros_like(self.batch.clean_logits[self.rows])
-        return ranking.scatter(1, self.targets.unsqueeze(1), 1.0)
-
-    def get_diff_logits_grads_batch_targeted(self, imgs: Tensor, la: Tensor, la_target: Tensor):
-        # The package's own calls backward(), which also fills the gradients of parameters.
-        x = imgs.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            logits = self.batch.query(self.rows, x)
-            difference = (logits.gather(1, la_target.unsqueeze(1)) - logits.gather(1, la.unsqueeze(1))).squeeze(1)
-            gradient, = torch.autograd.grad(difference.sum(), x)
-        # A gradient that is not finite would lead out of the numbers.
-        gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return difference.detach().unsqueeze(1), gradient.contiguous().unsqueeze(1)

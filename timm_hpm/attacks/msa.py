@@ -542,5 +542,5 @@ def _described(
         "seed": seed,
         "device": device.type,
         "versions": {"python": platform.python_version()} | {
-            package: version(package) for package in ("timm-hpm", "torch", "timm", "pyautoattack")},
+            package: version(package) for package in ("timm-hpm", "torch", "timm")},
     }

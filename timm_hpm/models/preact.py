@@ -94,7 +94,7 @@ class PreActNet(nn.Module):
         global_pool: pooling in front of the head, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
             for none, which needs `num_classes=0`.
         stem_chs: width of the stem, a 3x3 convolution.
-        stem_stride: stride of the stem: 1, or 2 for less work on small images.
+        stem_stride: stride of the stem: 1, or more for less work.
         layout: "trades" (ReLU, padding 1) or "deepmind" (SiLU, and the convolutions of stride 2 pad below and to the
             right only; their maps must have even sizes). Weights of one give other logits in the other.
         final_norm: whether a BatchNorm and an activation follow the last stage.

@@ -1,0 +1,126 @@
+"""FAB, which looks for the nearest point that is misclassified, in the ball or not.
+
+Each step goes to the nearest point of a hyperplane that approximates the decision boundary. AutoAttack finds that point
+by sorting the pixels; Newton's method, which needs no sort, finds the same one in a few passes over them.
+
+Source: Croce and Hein, arXiv 1907.02044; pyautoattack, with whose points ours agree up to rounding (tests/test_fab.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..threat import ThreatModel, per_image
+
+#: How far beyond the hyperplane a step goes: the boundary is not flat.
+_OVERSHOOT: Final = 1.05
+#: Part of the way from the clean image that is left after a step back.
+_STEP_BACK: Final = 0.9
+#: Largest weight of the clean image's projection against the latest point's.
+_LARGEST_BIAS: Final = 0.1
+
+
+@torch.no_grad()
+def fab(
+        logits_fn: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        threat: ThreatModel,
+        iterations: int,
+) -> Tensor:
+    """Returns the nearest points found (R, ...) that are misclassified, the clean image where none was.
+
+    Every iteration costs two queries, one of them with a gradient.
+
+    Arguments:
+        logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
+        clean: (R, ...), pixels in [0, 1].
+        labels: (R,), class indices.
+        targets: (R,), the classes towards whose boundary to go; a point of any wrong class counts.
+        threat: gives the norm; how large its ball is makes no difference.
+        iterations: number of steps, at least 1.
+    """
+    found, x = clean, clean
+    nearest = torch.full_like(labels, math.inf, dtype=clean.dtype)
+    for _ in range(iterations):
+        lead, gradient = _target_lead(logits_fn, x, labels, targets)
+        # Of both points the distance is to the plane on which the approximation at x has no lead.
+        leads = torch.cat([lead, lead + (gradient * (clean - x)).flatten(1).sum(dim=1)])
+        steps = step_to_plane(torch.cat([x, clean]), gradient.repeat(2, *[1] * (x.ndim - 1)), leads, threat.norm)
+        size, clean_size = threat.distance(steps, torch.zeros_like(steps)).clamp(min=1e-8).chunk(2)
+        bias = per_image((size / (size + clean_size)).clamp(max=_LARGEST_BIAS), x)
+        step, clean_step = steps.chunk(2)
+        x = torch.lerp(x + _OVERSHOOT * step, clean + _OVERSHOOT * clean_step, bias).clamp_(0, 1)
+        fooled = logits_fn(x).argmax(dim=1) != labels
+        distance = threat.distance(x, clean)
+        nearer = fooled & (distance < nearest)
+        nearest = torch.where(nearer, distance, nearest)
+        found = torch.where(per_image(nearer, x), x, found)
+        x = torch.where(per_image(fooled, x), clean + _STEP_BACK * (x - clean), x)
+    return found
+
+
+def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -> Tensor:
+    """Returns the shortest steps (R, ...), in a norm, from `points` to hyperplanes, with pixels staying in [0, 1].
+
+    Where no image is on the plane the step goes to the one nearest to it; along a normal of zeros there is no step.
+
+    Arguments:
+        points: (R, ...), pixels in [0, 1].
+        normals: (R, ...), w of the planes, finite.
+        offsets: (R,), o: a step d leads to the plane where w·d = −o.
+        norm: `"Linf"` or `"L2"`.
+    """
+    w = normals.flatten(1)
+    # The plane does not change with its normal's size, which can be such that its square underflows.
+    largest = w.abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    needed = offsets.abs() / largest.squeeze(1)
+    w = w / torch.where(offsets.unsqueeze(1) > 0, -largest, largest)
+    x = points.flatten(1)
+    room = torch.where(w > 0, 1 - x, x)
+    if norm == "Linf":
+        # All pixels go equally far, or to the end of their range.
+        slopes = w.abs()
+        step = w.sign() * torch.minimum(_shared_size(slopes, room, needed), room)
+    else:
+        # All pixels go along the normal, or to the end of their range.
+        ends = torch.where(w == 0, math.inf, room / w.abs())
+        step = w * torch.minimum(_shared_size(w.square(), ends, needed), ends.where(w != 0, 0))
+    return step.view_as(points)
+
+
+def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
+    """Returns the smallest s ≥ 0 (R, 1) with Σ slopes · min(s, ends) = needed, infinity where there is none.
+
+    Arguments:
+        slopes: (R, D), 0 or more.
+        ends: (R, D), 0 or more.
+        needed: (R,), 0 or more.
+    """
+    needed, whole = needed.unsqueeze(1), slopes * ends
+    size = needed / slopes.sum(dim=1, keepdim=True)
+    while True:
+        # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end.
+        going = ends > size
+        gone = torch.where(going, 0, whole).sum(dim=1, keepdim=True)
+        new = (needed - gone) / (slopes * going).sum(dim=1, keepdim=True)
+        grows = new > size
+        if not grows.any():
+            return size
+        size = torch.where(grows, new, size)
+
+
+@torch.enable_grad()
+def _target_lead(logits_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
+                 targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns z_target − z_label (R,) and its gradient (R, ...), zero where that is not finite."""
+    x = x.detach().requires_grad_()
+    logits = logits_fn(x)
+    lead = (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+    gradient, = torch.autograd.grad(lead.sum(), x)
+    return lead.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

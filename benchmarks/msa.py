@@ -37,8 +37,8 @@ from torch import Tensor, nn
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, Budget, Protocol
 from timm_hpm.attacks.components import AttackBatch, Notes
-from timm_hpm.attacks.joint import JOINT_SURROGATES
 from timm_hpm.attacks.judge import as_row
+from timm_hpm.attacks.msa import surrogates_of
 from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
 from timm_hpm.files import writable_folder, write_text
@@ -74,7 +74,7 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
     for _ in range(runs):
         whole = alone = 0.0
         for name, budget in protocol.attacks.items():
-            surrogates = surrogates_of(name, split)
+            surrogates = surrogates_of(name, split, split.default_surrogates())
             if not surrogates:
                 continue
             before = split.forward_passes, split.backward_passes
@@ -94,14 +94,6 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
             whole, alone = whole + mine, alone + others
         ratios.setdefault("all", []).append(whole / alone)
     return {name: statistics.median(values) for name, values in ratios.items()}
-
-
-def surrogates_of(attack: str, split: SplitModel) -> Sequence[str]:
-    """Returns the surrogates that an attack takes side by side or in turn; none where it does not apply."""
-    surrogates = split.default_surrogates()
-    if attack == "joint":
-        return [name for name in surrogates if name in JOINT_SURROGATES and split.couples(name)]
-    return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
 
 
 def scaled(protocol: Protocol, scale: float) -> Protocol:

@@ -258,18 +258,18 @@ def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
 
 def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the attacks that this model has surrogates for."""
-    usable = tuple(attack for attack in attacks if attack in COMPONENTS or _surrogates_of(attack, split, surrogates))
+    usable = tuple(attack for attack in attacks if surrogates_of(attack, split, surrogates))
     if not usable:
         raise ValueError(f"{', '.join(attacks)} attacks what an HPM head has in batch mode through several surrogates, "
                          f"and there are {', '.join(surrogates)}; choose others of {', '.join(COMPONENTS)}")
     return usable
 
 
-def _surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the surrogates that an attack on an HPM head's peculiarities takes together."""
+def surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the surrogates that an attack takes; none where it does not apply."""
     if attack == "joint":
         return tuple(name for name in surrogates if name in JOINT_SURROGATES and split.couples(name))
-    return surrogates if len(surrogates) > 1 else ()
+    return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
 
 
 def _plan(
@@ -281,7 +281,7 @@ def _plan(
 ) -> list[tuple[tuple[str, ...], str]]:
     """Returns the (surrogates side by side, attack) of one batch, in order."""
     groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
-    together = [(_surrogates_of(attack, split, surrogates), attack) for attack in attacks if attack not in COMPONENTS]
+    together = [(surrogates_of(attack, split, surrogates), attack) for attack in attacks if attack not in COMPONENTS]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
     # Where an image is attacked only until it is broken, the cheap attacks come first.
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [

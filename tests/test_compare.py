@@ -125,6 +125,20 @@ def test_other_attacks_than_autoattack_s_are_not_called_that(a):
     assert info["autoattack_acc"] == "" and info["external"] == "50.00" and info["additional_data"] is None
 
 
+def test_only_autoattack_s_components_on_the_model_itself_count_as_autoattack(a):
+    # Images 0 and 1 fall to what is ours, 2 to a surrogate, and 3 to a component.
+    a.correct.update({"ste/apgd-chain": "0111111111", "ste/joint": "1011111111", "soft/square": "1101111111"})
+    assert model_info(a)["autoattack_acc"] == "60.00"
+    a.correct["true/square"] = "1110111111"
+    assert model_info(a)["autoattack_acc"] == "50.00"
+
+
+def test_the_committed_report_s_autoattack_accuracy_is_that_of_the_four_components():
+    report = AttackReport.load(Path(__file__).parent.parent / "benchmarks" / "reports" / "digits" / "standard.json")
+    info = model_info(report)
+    assert info["autoattack_acc"] == "88.33" and float(info["external"]) < 88.33
+
+
 def test_fewer_classes_have_fewer_targets(a):
     a.protocol["num_classes"] = 3
     assert model_info(a)["autoattack_acc"] == ""

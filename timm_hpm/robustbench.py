@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from .attacks import COMPONENTS, PROTOCOLS
 from .files import write_text
-from .report import AttackReport
+from .report import TRUE_MODEL, AttackReport
 from .report.verdicts import worst_accuracy
 from .threat import ThreatModel
 
@@ -79,9 +79,10 @@ def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
 
 
 def _accuracy_under(report: AttackReport, surrogate: str) -> float:
-    """Returns the accuracy, point by point, on the clean images and on what was found on a surrogate."""
-    return worst_accuracy(row for name, row in report.correct.items()
-                          if name == "clean" or name.startswith(f"{surrogate}/"))
+    """Returns the accuracy, point by point, on the clean images and on what AutoAttack's components found."""
+    # A protocol may run Square on the true model only.
+    names = ["clean", *(f"{surrogate}/{attack}" for attack in COMPONENTS), f"{TRUE_MODEL}/square"]
+    return worst_accuracy(report.correct[name] for name in names if name in report.correct)
 
 
 def _percent(value: float) -> str:

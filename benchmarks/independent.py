@@ -112,6 +112,7 @@ class Watched:
     def __call__(self, pixels: Tensor) -> Tensor:
         logits = self.logits_fn(pixels)
         pixels, margins = pixels.detach(), margin_loss(logits.detach(), self.labels)
+        margins = margins.where(logits.isfinite().all(dim=1), math.inf)  # no class: an error
         inside = self.threat.distance(pixels, self.clean) <= self.threat.eps + 1e-6
         better = inside & (margins > self.margins)
         self.points[better], self.margins[better] = pixels[better], margins[better]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import timm_hpm
@@ -65,6 +66,15 @@ def test_every_attacker_breaks_a_linear_classifier_where_that_is_possible(indepe
         assert threat.distance(found, images).max() <= threat.eps + 1e-6
         broken = (found.flatten(1) @ weight.t()).argmax(dim=1) != labels
         assert torch.equal(broken[clear], best[clear] > 0), name
+
+
+def test_an_answer_of_nan_is_the_worst_that_an_attacker_finds(independent):
+    clean, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
+    logits = independent.Watched(lambda x: F.pad(x.flatten(1), [0, 1]).masked_fill(x.amax() > 0.55, torch.nan), clean,
+                                 labels, timm_hpm.ThreatModel("Linf", 0.1))
+    for size in (0.02, 0.06, 0.04):
+        logits(clean + size)
+    assert torch.allclose(logits.candidates(), clean + 0.06)
 
 
 @pytest.mark.parametrize("inference", ["batch", "sample"])

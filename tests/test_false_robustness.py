@@ -45,8 +45,8 @@ def net() -> nn.Module:
     return model.eval()
 
 
-def attack(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]) -> AttackReport:
-    return mixed_surrogate_attack(model.eval(), *digits, THREAT, batch_size=100, budgets=BUDGETS)
+def attack(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor], batch_size: int = 100) -> AttackReport:
+    return mixed_surrogate_attack(model.eval(), *digits, THREAT, batch_size=batch_size, budgets=BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +199,35 @@ def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flag, net, di
         assert f"docs/flags.md#{flag}" in report.to_markdown()
 
 
+def test_small_batches_hide_no_rough_gradient(net, digits):
+    few = tuple(part[:40] for part in digits)
+    assert attack(net, few, batch_size=7).flags == []
+    assert "rough-gradient" in [flag.name for flag in attack(zoo("steep rounding", net), few, batch_size=7).flags]
+
+
+class TiedAtZero(Defence):
+    """Logits that end in a ReLU: classes tie at zero, where there is no gradient either."""
+
+    def forward(self, x):
+        assert x.isfinite().all()
+        return F.relu(self.net(x) - 3)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_tie_without_a_gradient_makes_no_pixels_of_nan(norm, net, digits):
+    images, labels = digits
+    threat = ThreatModel(norm, {"Linf": 0.1, "L2": 0.5}[norm])
+    batch = AttackBatch(SplitModel(TiedAtZero(net).eval(), images), ["model"], images, labels)
+    found = COMPONENTS["fab-t"](batch, threat, BUDGETS["fab-t"], Notes())
+    assert found.isfinite().all() and not batch.not_finite
+    assert (threat.distance(found, images) <= threat.eps + 1e-5).all()
+
+
 @pytest.mark.parametrize("name", ["nan under attack", "nan without a graph"])
 def test_an_answer_of_nan_under_attack_is_an_error_of_the_model(name, net, digits):
     few = tuple(part[:30] for part in digits)
     model = zoo(name, net)
-    assert check_model(model, *few) == []
+    assert check_model(model, *few, 30) == []
     report = attack(model, few)
     assert report.clean_accuracy > 0.9 and report.robust_accuracy == 0
     # For each attack one of the search and one of the judge.
@@ -370,9 +394,9 @@ def test_without_gradients_only_square_is_run(net, digits):
 def test_an_honest_model_raises_no_flag(mode, digits):
     model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
     with timm_hpm.inference_mode(model, mode):
-        assert check_model(timm_hpm.PixelModel(model), *digits) == []
+        assert check_model(timm_hpm.PixelModel(model), *digits, 100) == []
         half = timm_hpm.PixelModel(model.bfloat16())
-        assert check_model(half, *digits) == []
+        assert check_model(half, *digits, 100) == []
 
 
 def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
@@ -383,25 +407,57 @@ def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
             setattr(model.get_submodule(parent), leaf, nn.BatchNorm2d(module.num_features, track_running_stats=False))
     pixel_model = timm_hpm.PixelModel(model.eval())
     assert timm_hpm.find_head(model).inference == "batch"
-    assert [flag.name for flag in check_model(pixel_model, *digits)] == ["batch-dependent"]
+    assert [flag.name for flag in check_model(pixel_model, *digits, 100)] == ["batch-dependent"]
     assert timm_hpm.find_head(model).inference == "batch"
 
 
-def test_a_random_model_leaves_the_callers_random_state_and_repeats_its_report(net, digits):
+def test_a_random_model_leaves_the_callers_random_state_and_repeats_its_report(net, digits, monkeypatch):
     few = tuple(part[:5] for part in digits)
     state = torch.random.get_rng_state()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     first = attack(Noise(net), few)
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert not seeds, "the state of devices that the model is not on is lost"
     torch.manual_seed(1)
     assert attack(Noise(net), few).same_results(first)
 
 
-def test_a_check_leaves_buffers_as_they_were(net, digits):
+class Fading(Defence):
+    """Each answer shrinks the weights of the last layer."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.net[-1].weight.mul_(0.999)
+        return self.net(x)
+
+
+class Turning(Defence):
+    """Answers the opposite after a while, by a number that is in no state dict."""
+
+    asked = 0
+
+    def forward(self, x):
+        self.asked += 1
+        return self.net(x) if self.asked < 10 else -self.net(x)
+
+
+def test_a_check_leaves_the_model_as_it_was(net, digits):
     model = HiddenTraining(net).eval()
-    flags = check_model(model, *digits)
+    flags = check_model(model, *digits, 100)
     assert [flag.name for flag in flags] == ["batch-dependent", "changes-state"]
     assert "running_mean, running_var" in flags[1].text
     assert model.running_mean.item() == 0 and model.running_var.item() == 1
+    weight = net[-1].weight.clone()
+    flags = check_model(Fading(net).eval(), *digits, 100)
+    assert flags[-1].name == "changes-state" and "net.5.weight" in flags[-1].text
+    assert torch.equal(net[-1].weight, weight)
+
+
+def test_a_model_that_changes_later_is_seen_at_the_end(net, digits):
+    flags = attack(Turning(net), tuple(part[:10] for part in digits)).flags
+    assert "changes-state" in [flag.name for flag in flags]
+    assert "after the evaluation 10 images are answered otherwise than before it: logits differ" in flags[-1].text
 
 
 def test_a_few_dead_images_are_no_flag_and_many_are(net, digits):
@@ -414,9 +470,9 @@ def test_a_few_dead_images_are_no_flag_and_many_are(net, digits):
 
     model = PartlyDead(net)
     model.dead = 5
-    assert gradient_flag(model, images, labels) is None
+    assert gradient_flag(model, images, labels, 100) is None
     model.dead = 6
-    assert "zero or not finite at 6 of 100" in gradient_flag(model, images, labels).text
+    assert "zero or not finite at 6 of 100" in gradient_flag(model, images, labels, 100).text
 
 
 def test_noise_below_rounding_is_no_flag_and_above_it_is(net, digits):
@@ -453,9 +509,10 @@ def test_a_step_that_does_what_its_gradient_says_is_no_flag(digits):
     def ripples(x):
         return torch.sin(3_000 * x).flatten(1)[:, :10]
 
-    assert rough_flag(linear, images, labels, THREAT) is None
-    flag = rough_flag(lambda x: linear(x) + ripples(x), images, labels, THREAT)
+    assert rough_flag(linear, images, labels, THREAT, 30) is None
+    flag = rough_flag(lambda x: linear(x) + ripples(x), images, labels, THREAT, 30)
     assert flag.name == "rough-gradient" and "of 100 images" in flag.text
-    assert rough_flag(ripples, images[:7], labels[:7], THREAT) is None
-    flag = rough_flag(lambda x: linear(x) + torch.where(x[:, 0, 0, :1] > 0.05, torch.nan, 0.0), images, labels, THREAT)
+    assert rough_flag(ripples, images[:7], labels[:7], THREAT, 30) is None
+    flag = rough_flag(lambda x: linear(x) + torch.where(x[:, 0, 0, :1] > 0.05, torch.nan, 0.0), images, labels, THREAT,
+                      30)
     assert flag.name == "non-finite-logits" and "around 100 images" in flag.text

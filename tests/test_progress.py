@@ -163,6 +163,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     ({"labels": "other"}, r"\(data_digest: "),
     ({"model": "other"}, r"\(weights_digest: "),
     ({"model": "sample"}, r"\(inference: batch there, sample now\)"),
+    ({"model": "darker"}, r"\(normalisation: "),
 ])
 def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_path):
     images, labels = digits
@@ -173,6 +174,8 @@ def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_pat
             other.fc.bias[0] += 1e-3
     elif change.get("model") == "sample":
         other.fc.inference = "sample"
+    elif change.get("model") == "darker":
+        other = timm_hpm.PixelModel(other, mean=[0.6], std=[1.0])
     values = {"images": 1 - images, "labels": (labels + 1) % 10, "model": other}
     arguments = {"model": model, "images": images, "labels": labels, "threat": THREAT} | QUICK
     arguments |= {name: values.get(name, value) if isinstance(value, str) else value for name, value in change.items()}

@@ -85,12 +85,12 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
     room = torch.where(w > 0, 1 - x, x)
     if norm == "Linf":
         # All pixels go equally far, or to the end of their range.
-        slopes = w.abs()
-        step = w.sign() * torch.minimum(_shared_size(slopes, room, needed), room)
+        distance = _shared_size(w.abs(), room, needed)
     else:
         # All pixels go along the normal, or to the end of their range.
-        ends = torch.where(w == 0, math.inf, room / w.abs())
-        step = w * torch.minimum(_shared_size(w.square(), ends, needed), ends.where(w != 0, 0))
+        distance = w.abs() * _shared_size(w.square(), room / w.abs(), needed)
+    # A pixel that the plane does not ask for stays, even where no size leads there.
+    step = torch.where(w == 0, 0, torch.minimum(distance, room)) * w.sign()
     return step.view_as(points)
 
 
@@ -99,11 +99,11 @@ def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
 
     Arguments:
         slopes: (R, D), 0 or more.
-        ends: (R, D), 0 or more.
+        ends: (R, D), 0 or more; anything where the slope is 0.
         needed: (R,), 0 or more.
     """
-    needed, whole = needed.unsqueeze(1), slopes * ends
-    size = needed / slopes.sum(dim=1, keepdim=True)
+    needed, whole = needed.unsqueeze(1), torch.where(slopes > 0, slopes * ends, 0)
+    size = torch.where(needed > 0, needed / slopes.sum(dim=1, keepdim=True), 0)
     while True:
         # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end.
         going = ends > size

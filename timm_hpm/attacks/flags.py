@@ -4,7 +4,7 @@ Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients);
 checks of AutoAttack). docs/flags.md says what each flag means and what to do about it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Final
 
@@ -28,35 +28,42 @@ _FEW: Final = 0.05
 _FEWEST_SURVIVORS: Final = 8
 
 
-def check_model(model: nn.Module, images: Tensor, labels: Tensor) -> list[Flag]:
-    """Returns what is suspicious in how a model answers some images; costs up to eight passes forward and one backward.
+def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> list[Flag]:
+    """Returns what is suspicious in how a model answers some images.
+
+    Costs two passes forward and one backward, and up to six more forward with one batch.
 
     Arguments:
-        model: pixels (B, channels, H, W) in [0, 1] to logits (B, C), in eval mode. Its buffers are as before.
-        images: (B, channels, H, W), pixels in [0, 1]; a few dozen are enough.
-        labels: (B,), class indices.
+        model: pixels (B, channels, H, W) in [0, 1] to logits (B, C), in eval mode. Its parameters and buffers are as
+            before.
+        images: (N, channels, H, W), pixels in [0, 1]; a few dozen are enough.
+        labels: (N,), class indices.
+        batch_size: images that the model is to answer at once; one check asks for twice as many.
     """
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in _state(model)}
+    batch = images[:batch_size]
     try:
-        checks = (gradient_flag(model, images, labels), random_flag(model, images), batch_flag(model, images))
+        checks = (gradient_flag(model, images, labels, batch_size), random_flag(model, batch), batch_flag(model, batch))
         return [flag for flag in (*checks, _state_flag(model, before)) if flag is not None]
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and not _same(buffer, before[name]):
-                    buffer.copy_(before[name])
+            for name, tensor in _state(model):
+                if name in before and not _same(tensor, before[name]):
+                    tensor.copy_(before[name])
 
 
-def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor) -> Flag | None:
+def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Flag | None:
     """Returns `no-gradient` or `zero-gradient` where the margin max_{c≠y} z_c − z_y has no usable gradient."""
-    pixels = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        loss = margin_loss(model(pixels), labels).sum()
-    gradient = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
-    if gradient is None:
-        return Flag("no-gradient", "the logits have no gradient with respect to the pixels")
-    size = gradient.flatten(1).abs().sum(dim=1)
-    useless = int(((size == 0) | ~size.isfinite()).sum())
+    useless = 0
+    for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        pixels = some.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = margin_loss(model(pixels), truth).sum()
+        gradient = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
+        if gradient is None:
+            return Flag("no-gradient", "the logits have no gradient with respect to the pixels")
+        size = gradient.flatten(1).abs().sum(dim=1)
+        useless += int(((size == 0) | ~size.isfinite()).sum())
     if useless <= _FEW * len(images):
         return None
     return Flag("zero-gradient", f"the gradient of the margin is zero or not finite at {useless} of {len(images)} "
@@ -92,6 +99,7 @@ def rough_flag(
         images: Tensor,
         labels: Tensor,
         threat: ThreatModel,
+        batch_size: int,
 ) -> Flag | None:
     """Returns `rough-gradient` where small steps up the gradient of the margin do not do what it says they will.
 
@@ -102,27 +110,32 @@ def rough_flag(
 
     Arguments:
         logits_fn: pixels (B, ...) in [0, 1] to float32 logits (B, C).
-        images: (B, ...), images that no attack broke. Of a network that is not robust none are left, and whether its
+        images: (N, ...), images that no attack broke. Of a network that is not robust none are left, and whether its
             gradient is rough does not matter.
-        labels: (B,), class indices.
+        labels: (N,), class indices.
         threat: what the adversary may do.
+        batch_size: images that are to be answered at once.
     """
     if len(images) < _FEWEST_SURVIVORS:
         return None
-    start = threat.random_start(images).requires_grad_()
-    with torch.enable_grad():
-        logits = logits_fn(start)
-        before = margin_loss(logits, labels)
-    if not logits.isfinite().all():
-        return _not_finite_flag(logits)
-    gradient, = torch.autograd.grad(before.sum(), start)
-    step = threat.scaled(gradient, threat.eps / 5)
-    with torch.no_grad():
-        logits = logits_fn(start + step)
-        gain = margin_loss(logits, labels) - before
-    if not logits.isfinite().all():
-        return _not_finite_flag(logits)
-    ratio = gain / (gradient * step).flatten(1).sum(dim=1)
+    ratios, lost = [], 0
+    for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        start = threat.random_start(some).requires_grad_()
+        with torch.enable_grad():
+            logits = logits_fn(start)
+            before = margin_loss(logits, truth)
+        # A gradient there is, even if the model answers NaN by itself.
+        gradient, = torch.autograd.grad(before.sum() + 0 * start.sum(), start)
+        step = threat.scaled(gradient, threat.eps / 5)
+        with torch.no_grad():
+            moved = logits_fn(start + step)
+            gain = margin_loss(moved, truth) - before
+        lost += int((~(logits.isfinite() & moved.isfinite())).any(dim=1).sum())
+        ratios.append(gain / (gradient * step).flatten(1).sum(dim=1))
+    if lost:
+        return Flag("non-finite-logits", f"at random points of the ball around {len(images)} images that no attack "
+                                         f"broke, {lost} answers are not finite")
+    ratio = torch.cat(ratios)
     rough = len(ratio) - int(((ratio > 0.5) & (ratio < 2)).sum())
     if rough <= 0.2 * len(ratio):
         return None
@@ -130,10 +143,15 @@ def rough_flag(
                                   "gradient changes the margin by less than half or more than twice what that says")
 
 
-def _not_finite_flag(logits: Tensor) -> Flag:
-    lost = int((~logits.isfinite()).any(dim=1).sum())
-    return Flag("non-finite-logits", f"at random points of the ball around {len(logits)} images that no attack broke, "
-                                     f"{lost} answers are not finite")
+@torch.no_grad()
+def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None:
+    """Returns `changes-state` where a model answers images (B, ...) no longer as it did, by the logits `before` (B, C).
+
+    A random model is to be asked from the same random state as then.
+    """
+    difference = _difference(model, before, model(images))
+    return Flag("changes-state", f"after the evaluation {len(images)} images are answered otherwise than before it: "
+                                 f"{difference}") if difference else None
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:
@@ -155,10 +173,16 @@ def verdict_flag(correct: dict[str, str]) -> Flag | None:
 
 
 def _state_flag(model: nn.Module, before: dict[str, Tensor]) -> Flag | None:
-    after = dict(model.named_buffers())
+    after = dict(_state(model))
     changed = sorted(name for name in before.keys() | after.keys()
                      if name not in before or name not in after or not _same(after[name], before[name]))
     return Flag("changes-state", f"answering changed {', '.join(changed[:5])}") if changed else None
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields parameters and buffers, also those that a state dict leaves out, with their names."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

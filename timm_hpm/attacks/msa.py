@@ -29,7 +29,7 @@ from ..report.verdicts import right_in_all
 from ..threat import ThreatModel
 from .cobatch import co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
-from .flags import GRADIENT_FREE, check_model, rough_flag, verdict_flag
+from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
 from .joint import JOINT_SURROGATES
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step
@@ -121,7 +121,8 @@ def mixed_surrogate_attack(
     example = images[:batch_size].to(device)
     # A model may draw random numbers whenever it is asked.
     with _seeded(device, seed, "model"):
-        num_classes = _num_classes(pixel_model, example)
+        answer = _first_answer(pixel_model, example)
+    num_classes = answer.shape[1]
     check_pixels(images, labels, num_classes)
     with _seeded(device, seed, "split"), _without_autocast(example):
         split = SplitModel(pixel_model, example)
@@ -132,13 +133,14 @@ def mixed_surrogate_attack(
     start = time.perf_counter()
     checks = _no_cost()
     with _seeded(device, seed, "checks"):
-        flags = _check_model(pixel_model, example, labels[:batch_size].to(device), checks)
+        flags = _check_model(pixel_model, images[:_NUM_CHECKED].to(device), labels[:_NUM_CHECKED].to(device),
+                             batch_size, checks)
     usable = _applicable(tuple(chosen.attacks), split, names)
     if any(flag.name == "no-gradient" for flag in flags):
         usable = _without_gradients(usable)
     plan = _plan(split, names, usable, surrogates_at_once, chosen)
     budget_of = {attack: chosen.attacks[attack].for_classes(num_classes) for attack in usable}
-    described = _described(model, split, images, labels, threat, chosen, batch_size, names, budget_of,
+    described = _described(model, pixel_model, split, images, labels, threat, chosen, batch_size, names, budget_of,
                            surrogates_at_once, seed, num_classes, device)
 
     whole_protocol = dict(about or {}) | described
@@ -172,10 +174,14 @@ def mixed_surrogate_attack(
     flags += _not_finite_flags(found)
     flags += [flag for flag in [verdict_flag(correct)] if flag]
     if not any(flag.name in ("no-gradient", "zero-gradient") for flag in flags):
-        survive = [i for i, right in enumerate(right_in_all(correct.values())) if right and i < len(example)]
+        survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
         with _seeded(device, seed, "survivors"):
-            flags += _check_survivors(split, example[survive[:_NUM_CHECKED]], labels[survive[:_NUM_CHECKED]], threat,
+            flags += _check_survivors(split, images[survive].to(device), labels[survive].to(device), threat, batch_size,
                                       checks)
+    if not any(flag.name == "changes-state" for flag in flags):
+        with _seeded(device, seed, "model"):
+            flags += [flag for flag in [change_flag(pixel_model, example, answer)] if flag]
+        checks["forward_passes"] += len(example)
     cost = _total_cost(found, checks)
     cost["all"]["seconds"] = time.perf_counter() - start
     report = AttackReport(
@@ -220,20 +226,20 @@ _ASSEMBLED: Final = "assembled"
 _NUM_CHECKED: Final = 32
 
 
-def _check_model(pixel_model: nn.Module, images: Tensor, labels: Tensor, cost: dict[str, float]) -> list[Flag]:
-    """Returns the flags of `check_model` on some of a batch's images, and adds its passes to `cost`."""
-    images, labels = images[:_NUM_CHECKED], labels[:_NUM_CHECKED]
+def _check_model(pixel_model: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
+                 cost: dict[str, float]) -> list[Flag]:
+    """Returns the flags of `check_model`, and adds its passes to `cost`."""
 
     def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
         cost["forward_passes"] += len(inputs[0])
 
     with pixel_model.register_forward_pre_hook(count):
-        flags = check_model(pixel_model, images, labels)
+        flags = check_model(pixel_model, images, labels, batch_size)
     cost["backward_passes"] += len(images)
     return flags
 
 
-def _check_survivors(split: SplitModel, images: Tensor, labels: Tensor, threat: ThreatModel,
+def _check_survivors(split: SplitModel, images: Tensor, labels: Tensor, threat: ThreatModel, batch_size: int,
                      cost: dict[str, float]) -> list[Flag]:
     """Returns the flag of `rough_flag` on images that no attack broke, and adds its passes to `cost`.
 
@@ -241,7 +247,7 @@ def _check_survivors(split: SplitModel, images: Tensor, labels: Tensor, threat: 
     """
     before = split.forward_passes, split.backward_passes
     with _without_autocast(images):
-        flag = rough_flag(lambda x: split.logits("fc", split.features(x)), images, labels.to(images.device), threat)
+        flag = rough_flag(lambda x: split.logits("fc", split.features(x)), images, labels, threat, batch_size)
     cost["forward_passes"] += split.forward_passes - before[0]
     cost["backward_passes"] += split.backward_passes - before[1]
     return [flag] if flag else []
@@ -459,8 +465,8 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
 
 
 @torch.no_grad()
-def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
-    """Returns the number of classes; raises unless the model answers with logits, and its HPM head answers last."""
+def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
+    """Returns the logits (B, C); raises unless they are logits, finite, and the HPM head's answer if there is one."""
     answers: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
@@ -472,7 +478,7 @@ def _num_classes(pixel_model: nn.Module, images: Tensor) -> int:
     if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
         raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")
-    return logits.shape[1]
+    return logits
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -484,9 +490,15 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
     """Seeds the global random state by `seed` and what is run, and puts the caller's back afterwards."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    number = int.from_bytes(digest[:6], "big")
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng([] if on_cpu else [device.index or 0], device_type="cuda" if on_cpu else device.type):
-        torch.manual_seed(int.from_bytes(digest[:6], "big"))
+        # Not torch.manual_seed, which would seed devices too whose state is not kept.
+        torch.default_generator.manual_seed(number)
+        if not on_cpu:
+            accelerator = getattr(torch, device.type)
+            with accelerator.device(device.index or 0):
+                accelerator.manual_seed(number)
         yield
 
 
@@ -508,6 +520,7 @@ def _precision(model: nn.Module, device: torch.device) -> str:
 
 def _described(
         model: nn.Module,
+        pixel_model: nn.Module,
         split: SplitModel,
         images: Tensor,
         labels: Tensor,
@@ -526,6 +539,8 @@ def _described(
     return {
         "architecture": cfg.get("architecture") or type(model).__name__,
         "weights_digest": weights_digest(model.model if isinstance(model, PixelModel) else model),
+        "normalisation": {name: getattr(pixel_model, name).flatten().tolist() for name in ("mean", "std")}
+        if isinstance(pixel_model, PixelModel) else None,
         "threat": str(threat),
         "num_images": len(images),
         "data_digest": data_digest(images, labels),

@@ -15,6 +15,8 @@ from timm_hpm import AttackReport
 from timm_hpm.files import replacing, writable_folder, write_text
 from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, data_digest, make_example, weights_digest
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture
 def report() -> AttackReport:
@@ -131,7 +133,49 @@ def test_a_binary_file_is_not_loaded(tmp_path):
         AttackReport.load(tmp_path / "weights.bin")
 
 
-@pytest.mark.parametrize("version", [0, 3, "1"])
+CO_BATCH = {"batch_size": 4, "mix": 0.9, "neighbours": "chosen", "targets": 8, "flipped": 2}
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("protocol", None, "protocol is None, expected an object"),
+    ("protocol", ["threat"], r"protocol is \['threat'\], expected an object"),
+    ("protocol", {}, r"protocol is \{\}, expected one with the model's architecture"),
+    ("correct", "1010", "correct is '1010', expected an object"),
+    ("correct", {"fc/square": "10"}, r"correct is \['fc/square'\], expected the row clean among"),
+    ("correct", {"clean": ""}, r"the row clean \(0 characters\) is '', expected a text with a 0 or 1 for each image"),
+    ("correct", {"clean": 7}, r"the row clean \(1 characters\) is 7, expected a text"),
+    ("correct", {"clean": "10", "fc/square": "1"}, r"the row fc/square \(1 characters\) is '1', expected a text"),
+    ("correct", {"clean": "10", "fc/square": "1x"}, "the row fc/square .* is '1x'"),
+    ("baseline_correct", {"fc/square": "1" * 10}, "baseline_correct is .* expected the row clean among"),
+    ("baseline_correct", {"clean": "1"}, "the row clean .* is '1', expected a text with"),
+    ("assembled", "1", "the row assembled .* is '1'"),
+    ("assembled", None, "the row assembled .* is None"),
+    ("cost", [1], "cost is .*, expected an object"),
+    ("cost", {"square": 3}, "the cost of square is 3, expected seconds, forward_passes"),
+    ("cost", {"square": {"seconds": 1.5}}, "the cost of square is "),
+    ("co_batch", None, "co_batch is None, expected an array"),
+    ("co_batch", [3], "a row of co_batch is 3"),
+    ("co_batch", [CO_BATCH, {"a": 1}], r"a row of co_batch is \{'a': 1\}"),
+    ("co_batch", [CO_BATCH | {"targets": 0}], "targets above 0"),
+    ("co_batch", [{name: CO_BATCH[name] for name in CO_BATCH if name != "neighbours"}], "expected batch_size, mix, ne"),
+])
+def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"report\.json is not a report of timm_hpm .*{message}"):
+        AttackReport.load(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("path", [
+    *(path for path in sorted(ROOT.glob("benchmarks/reports/*/*.json")) if path.name != "naive.json"),  # another format
+    *sorted(ROOT.glob("hub_cards/*.report.json")),
+], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_committed_reports_are_whole(path):
+    report = AttackReport.load(path)
+    assert report.num_images == report.protocol["num_images"]
+    assert report.to_dict() == json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("version", [0, 3, "1", 2.0, True])
 def test_another_schema_version_is_named(report, version, tmp_path):
     data = report.to_dict() | {"schema_version": version}
     (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
@@ -160,7 +204,7 @@ def test_an_unknown_flag_is_refused(report, tmp_path):
 
 
 def test_each_flag_has_its_paragraph():
-    text = (Path(__file__).parent.parent / "docs" / "flags.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     paragraphs = dict(re.findall(r"^## ([a-z-]+)\n\n(.+?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL))
     assert FLAGS.keys() <= paragraphs.keys()
     assert all(len(paragraphs[name]) > 200 for name in FLAGS)
@@ -285,7 +329,7 @@ def test_writable_folder_names_the_folder_that_a_file_stands_in_the_way_of(tmp_p
 
 
 def test_every_field_of_the_file_is_documented(report):
-    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     assert text.startswith(f"# report.json, version {SCHEMA_VERSION}\n")
     documented = re.findall(r"^\| `(\w+)`( †)? \|", text, re.MULTILINE)
     assert [name for name, _ in documented] == list(report.to_dict())

@@ -157,16 +157,18 @@ class AttackReport:
         """Returns the report that `save` wrote.
 
         Raises:
-            ValueError: not a report, or of another schema version.
+            ValueError: not a report, a damaged one, or one of another schema version.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
-            if version == 1:
+            readable = type(version) is int and version in (1, SCHEMA_VERSION)
+            if readable and version == 1:
                 data |= {"flags": [asdict(_flag_of_version_1(text)) for text in data["warnings"]], "examples": [],
                          "assembled": "", "co_batch": []}
-            if version in (1, SCHEMA_VERSION):
+            if readable:
                 values = {name: data[name] for name in cls.__dataclass_fields__}
+                _check(values)
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
                                        "examples": [Example(**example) for example in values["examples"]]})
         except (ValueError, KeyError, TypeError) as error:
@@ -236,6 +238,37 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
             "worst": worst_accuracy(rows.values())}
         for surrogate, rows in table.items()
     }
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises a ValueError that names the first field, of those read from a file, that no report has in that form."""
+    for name in ("protocol", "correct", "baseline_correct", "cost"):
+        _expect(isinstance(values[name], dict), name, values[name], "an object")
+    protocol, correct, baseline = values["protocol"], values["correct"], values["baseline_correct"]
+    _expect("architecture" in protocol, "protocol", protocol, "one with the model's architecture")
+    _expect("clean" in correct, "correct", list(correct), "the row clean among its rows")
+    _expect("clean" in baseline or not baseline, "baseline_correct", list(baseline), "the row clean among its rows")
+    assembled = {"assembled": values["assembled"]} if values["assembled"] != "" else {}
+    for name, row in [*correct.items(), *baseline.items(), *assembled.items()]:
+        _expect(isinstance(row, str) and 0 < len(row) == len(correct["clean"]) and set(row) <= {"0", "1"},
+                f"the row {name} ({len(str(row))} characters)", row, "a text with a 0 or 1 for each image")
+    for name, row in values["cost"].items():
+        _expect(_has_numbers(row, "seconds", "forward_passes", "backward_passes"), f"the cost of {name}", row,
+                "seconds, forward_passes and backward_passes")
+    _expect(isinstance(values["co_batch"], list), "co_batch", values["co_batch"], "an array")
+    for row in values["co_batch"]:
+        _expect(_has_numbers(row, "batch_size", "mix", "targets", "flipped") and "neighbours" in row
+                and row["targets"] > 0, "a row of co_batch", row,
+                "batch_size, mix, neighbours, targets above 0 and flipped")
+
+
+def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r:.60}, expected {expected}")
+
+
+def _has_numbers(row: Any, *names: str) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
 
 
 def _flag_of_version_1(text: str) -> Flag:

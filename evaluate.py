@@ -26,13 +26,14 @@ from timm.utils import ParseKwargs
 
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
+from timm_hpm.attacks.cobatch import check_co_batch
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
 from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
-from timm_hpm.sweep import SWEEP, parse_radii, save_sweep, sweep, sweep_markdown
+from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,7 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="attack an image no more once it is broken: faster where much is, and the rows of single "
                             "attacks become those of a cascade, as AutoAttack's are")
     group.add_argument("--co-batch", type=_numbers, metavar="N,N", default=[],
-                       help="also ask what neighbours in batches of these sizes do to an image that is left untouched")
+                       help="also ask what neighbours in batches of these sizes do, in batch mode, to an image that is "
+                            "left untouched")
     group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
                        help="do that for these values of the head's mix (its own)")
     group.add_argument("--surrogates-at-once", type=int, default=5, metavar="N",
@@ -171,6 +173,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     images, labels = first_images(split, args.num_images)
     if args.inference:
         timm_hpm.find_head(model)
+    if args.co_batch or args.co_batch_mix:
+        check_co_batch(args.co_batch, args.co_batch_mix, len(images))
+        check_asks_batches(model, args.inference or [own_mode(model)])
     output = output_folder(args, accelerator)
     try:
         reports = list(sweep(
@@ -197,6 +202,16 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         clear_up(output)
         print(f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
     return 0
+
+
+def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
+    """Raises a ValueError where --co-batch has nothing to ask in any of the modes; names those where it has not."""
+    others = [mode for mode in modes if mode != "batch"]
+    if others == modes or not timm_hpm.find_head(model).is_fitted():
+        raise ValueError("--co-batch asks what neighbours in a batch do, and here they do nothing (inference mode "
+                         f"{', '.join(modes)}); it needs a fitted HPM head and --inference batch")
+    if others:
+        print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
 
 # Of a run that is not finished: what it was called with.

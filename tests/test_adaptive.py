@@ -13,6 +13,7 @@ from timm_hpm.attacks import ATTACKS, Budget
 from timm_hpm.attacks.cobatch import co_batch_attack
 from timm_hpm.attacks.components import AttackBatch, Notes
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel, soft_logits, ste_logits
+from timm_hpm.sweep import sweep
 
 THREAT = ThreatModel("Linf", 0.15)
 
@@ -163,3 +164,26 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
 def test_what_has_no_neighbours_is_refused(model, digits, mode, sizes, message):
     with timm_hpm.inference_mode(model, mode), pytest.raises(ValueError, match=message):
         co_batch_attack(model, *digits, THREAT, batch_sizes=sizes)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mixes": (2.0,)}, r"a mix is 2\.0; expected a number in \[0, 1\]"),
+    ({"mixes": (0.5, -3.0)}, r"a mix is -3\.0; expected a number in \[0, 1\]"),
+    ({"mixes": (float("nan"),)}, "a mix is nan"),
+    ({"mixes": ()}, "a co-batch attack is given no mixes; expected at least one"),
+    ({"batch_sizes": ()}, "a co-batch attack is given no batch sizes; expected at least one"),
+    ({"num_targets": -1}, "num_targets is -1; expected 0, for all of them, or more"),
+])
+def test_arguments_that_make_no_co_batch_attack_are_refused(options, message):
+    model, images, labels = two_classes(0.5)
+    with pytest.raises(ValueError, match=message):
+        co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), **{"batch_sizes": (6,)} | options)
+
+
+@pytest.mark.parametrize("options", [{"co_batch": (41,)}, {"co_batch": (10,), "co_batch_mixes": (2.0,)},
+                                     {"co_batch_mixes": (0.5,)}])
+def test_neighbours_that_cannot_be_are_refused_in_every_mode_before_anything_is_attacked(model, digits, options,
+                                                                                         tmp_path):
+    with pytest.raises(ValueError, match=r"a batch size is 41|a mix is 2\.0|no batch sizes"):
+        list(sweep(model, *digits, "Linf", [0.1], ["fc", "batch"], folder=tmp_path, **options))
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,9 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     (["--inference", "fc,batch", "--robustbench-json", "info.json"], "--robustbench-json is of one evaluation"),
     (["--eps-sweep", "0.1"], "cannot read the radii '0.1'; expected FIRST:LAST:STEP"),
     (["--eps-sweep", "0:2:0.5"], "eps is 1.5 for Linf"),
+    (["--co-batch", "10", "--co-batch-mix", "2"], "a mix is 2.0; expected a number in [0, 1]"),
+    (["--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
+    (["--co-batch", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
@@ -123,6 +126,18 @@ def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypat
     assert all(f"href='{folder}/report.html'" in page for folder in folders)
     with pytest.raises(ValueError, match=r"out holds the sweep\.html of an earlier run"):
         evaluate_main([*options, "--inference", "fc"])
+
+
+def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, evaluate_main, capsys):
+    options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=1", "--inference", "fc,batch"]
+    with pytest.raises(ValueError, match="a batch size is 9; expected 2 to the number of images, 8"):
+        evaluate_main([*options, "--co-batch", "9", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    assert evaluate_main([*options, "--co-batch", "4", "--output", str(tmp_path / "run")]) == 0
+    assert "--co-batch is asked in batch mode only, not in fc\n" in capsys.readouterr().err
+    asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").co_batch
+             for mode in ("fc", "batch")}
+    assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}
 
 
 def test_a_stopped_sweep_goes_on(tmp_path, evaluate_main, monkeypatch, capsys):

@@ -85,8 +85,7 @@ def sweep(
         find_head(model)
     if save_adversarial and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
-    own = "none" if head_name(model) is None else find_head(model).inference
-    plan = [(mode, threat) for mode in dict.fromkeys(modes or [own]) for threat in threats]
+    plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
 
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = None if folder is None else Path(folder) / (report_folder(mode, threat) if len(plan) > 1 else "")
@@ -106,6 +105,11 @@ def sweep(
 
     # Not a generator itself: what is wrong is said at once.
     return (one(mode, threat) for mode, threat in plan)
+
+
+def own_mode(model: nn.Module) -> str:
+    """Returns the inference mode of a model's HPM head, `"none"` where it has no HPM head."""
+    return "none" if head_name(model) is None else find_head(model).inference
 
 
 def report_folder(mode: str, threat: ThreatModel) -> str:

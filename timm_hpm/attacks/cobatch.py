@@ -51,7 +51,7 @@ def co_batch_attack(
         labels: (N,), class indices.
         threat: what the adversary may do to neighbours.
         batch_sizes: images in a batch, from 2 to N.
-        mixes: values of the head's `mix` to try; None means its own.
+        mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
         num_targets: the first so many images that are right; 0 for all of them.
         perturbed: whether to run `"adversarial"` too, which costs 10 passes forward and backward of a batch a target.
         seed: of the random orders; the caller's random state is left alone.
@@ -60,14 +60,13 @@ def co_batch_attack(
         Rows with batch_size, mix, neighbours (the kind), targets and flipped.
 
     Raises:
-        ValueError: bad images or labels, a batch size that does not fit, or a head that is not in batch mode.
+        ValueError: bad images or labels, a batch size, a mix or a number of targets that does not fit, or a head that
+            is not in batch mode.
         NonFiniteLogitsError: an answer to the images in the order given that is NaN or infinite.
     """
     check_answers_alike(model)
     check_pixels(images, labels)
-    for size in batch_sizes:
-        if not 2 <= size <= len(images):
-            raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {len(images)}")
+    check_co_batch(batch_sizes, mixes, len(images), num_targets)
     pixel_model = pixel_model_for(model, images)
     images, labels = images.detach().float().contiguous(), labels.detach().long()
     device = device_of(pixel_model, images)
@@ -90,6 +89,22 @@ def co_batch_attack(
     finally:
         head.mix = before
     return rows
+
+
+def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, num_images: int,
+                   num_targets: int = 0) -> None:
+    """Raises a ValueError unless `co_batch_attack` takes these arguments for so many images."""
+    for name, values in (("batch sizes", batch_sizes), ("mixes", mixes)):
+        if values is not None and not values:
+            raise ValueError(f"a co-batch attack is given no {name}; expected at least one")
+    for size in batch_sizes:
+        if not 2 <= size <= num_images:
+            raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
+    for mix in mixes or ():
+        if not 0 <= mix <= 1:
+            raise ValueError(f"a mix is {mix}; expected a number in [0, 1]")
+    if num_targets < 0:
+        raise ValueError(f"num_targets is {num_targets}; expected 0, for all of them, or more")
 
 
 class _Search:

@@ -27,7 +27,7 @@ from ..head import find_head, head_name, inference_mode
 from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
 from ..report.verdicts import right_in_all
 from ..threat import ThreatModel
-from .cobatch import co_batch_attack
+from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
 from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
 from .joint import JOINT_SURROGATES
@@ -99,8 +99,8 @@ def mixed_surrogate_attack(
         The report, with a verdict for each image and candidate.
 
     Raises:
-        ValueError: bad images, labels, batch size, names of surrogates or attacks, a model in train mode, or a `resume`
-            folder of another run.
+        ValueError: bad images, labels, batch size, co-batch sizes or mixes, names of surrogates or attacks, a model in
+            train mode, or a `resume` folder of another run.
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
@@ -113,6 +113,8 @@ def mixed_surrogate_attack(
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
     check_answers_alike(model)
     check_pixels(images, labels)
+    if co_batch or co_batch_mixes is not None:
+        check_co_batch(co_batch, co_batch_mixes, len(images))
     if save_adversarial is not None:
         writable_folder(Path(save_adversarial).parent)
     images, labels = images.detach().float().contiguous(), labels.detach().long()

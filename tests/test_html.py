@@ -29,26 +29,69 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture
 def report() -> AttackReport:
-    """The embedded model's report, with examples of shapes that real data have and every flag there is."""
+    """The embedded model's report, with neighbours, examples of shapes that real data have and all flags there are."""
     committed = AttackReport.load(ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json")
     examples = [make_example(i, 3, 8, "soft/fab-t", clean, (clean + 0.03 * torch.randn_like(clean)).clamp(0, 1))
                 for i, clean in enumerate([torch.rand(1, 8, 8), torch.rand(3, 32, 32), torch.rand(3, 300, 200),
                                            torch.rand(5, 9, 9)])]
     flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
-    return dataclasses.replace(committed, examples=examples, flags=flags)
+    neighbours = [{"batch_size": 10, "mix": 0.9, "neighbours": kind, "targets": 48, "flipped": flipped}
+                  for kind, flipped in (("reshuffled", 2.4), ("adversarial", 31))]
+    return dataclasses.replace(committed, examples=examples, flags=flags, co_batch=neighbours)
 
 
 def test_the_page_holds_the_report_s_numbers(report):
     page = Page(report.to_html())
     assert "Mixed Surrogate Attack: hpm_wrn10_2" in page.text
-    for value in (report.clean_accuracy, report.robust_accuracy, report.baseline["worst"]):
-        assert f"{100 * value:.1f} ± " in page.text
-    for name in report.correct:
-        assert f"after {name}: " in page.text
+    for value, name in ((report.clean_accuracy, "clean"), (report.robust_accuracy, "robust, worst case"),
+                        (report.assembled_robust_accuracy, "robust, in one batch that carries all"),
+                        (report.baseline["worst"], "FC classifier of the same network, under")):
+        assert re.search(rf"{100 * value:.1f} ± \d+\.\d %{name}", page.text)
     for surrogate, row in report.by_surrogate.items():
         for attack, value in row.items():
             assert re.search(rf"{surrogate}, {attack}: {100 * value:.1f} ± \d+\.\d %", page.text)
     assert report.protocol["weights_digest"] in page.text and "Unreliable." in page.text
+
+
+def test_the_page_s_tables_are_those_of_the_markdown(report):
+    table = re.search(r"## Neighbours in the batch\n\n(.+)\n\n(.+)\n\|[-:|]+\n(.+)\n(.+)\n\n## ", report.to_markdown())
+    text = Page(report.to_html()).text
+    assert table[1] in text
+    for line in table.groups()[1:]:
+        assert line.replace(" | ", "").strip("| ") in text
+    assert "reshuffled2.4485.0" in text and "adversarial314864.6" in text
+    names = re.findall(r"^\| ([^|]+) \| \d+\.\d \| \d+\.\d \|$", report.to_markdown(), re.MULTILINE)
+    assert len(names) == 5 and all(name.strip("*") in text for name in names)
+
+
+def test_progress_is_over_the_seconds_of_the_attacks_in_the_order_in_which_they_ran():
+    def cost(seconds: float) -> dict[str, float]:
+        return {"seconds": seconds, "forward_passes": 1, "backward_passes": 1}
+
+    report = AttackReport(
+        {"architecture": "Linear"},
+        # By surrogate, as a report has them; APGD ran on both before Square did.
+        {"clean": "1111111110", "a/apgd-ce": "0111111111", "a/square": "1110001111", "b/apgd-ce": "1011111111"},
+        cost={"apgd-ce": cost(1.5), "square": cost(20.25), "all": cost(30)})
+    html = report.to_html()
+    assert [unescape(title) for title in re.findall(r"<title>(after .*?) ±", html)] == [
+        "after apgd-ce, at 1.5: 70.0", "after square, at 21.8: 40.0"]
+    plot = re.search(r"over time'.*?</svg>", html)[0]
+    x, y = zip(*[map(float, point.split(",")) for point in re.search(r"points='(.*?)'", plot)[1].split()], strict=True)
+    left, right = svg._LEFT - 70, svg._WIDTH - svg._RIGHT
+    middle = left + (right - left) * 1.5 / 21.75
+    assert x == pytest.approx([left, middle, middle, right, right], abs=0.1)
+    # A horizontal line, and down by 20 points and then by 30.
+    assert y[0] == y[1] and y[2] == y[3] and (y[2] - y[1]) / (y[4] - y[3]) == pytest.approx(2 / 3, abs=0.01)
+    for unknown in ({}, {"square": cost(20)}):
+        assert "over time" not in dataclasses.replace(report, cost=unknown).to_html()
+
+
+def test_ticks_are_round_and_not_too_many():
+    assert svg._round_ticks(131) == [20 * i for i in range(7)]
+    assert svg._round_ticks(499) == [50 * i for i in range(10)]
+    assert svg._round_ticks(7.3) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert svg._round_ticks(0) == [0]
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(report):
@@ -63,7 +106,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(report):
 def test_every_warning_leads_to_its_paragraph(report):
     page = Page(report.to_html())
     links = [tag["href"] for tag in page.all("a")]
-    assert links == [f"#{flag.name}" for flag in report.flags]
+    assert links == [f"{file}#{flag.name}" for file in ("", "docs/flags.md") for flag in report.flags]
     assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
     assert "seen at <3> images & more" in page.text
 
@@ -107,7 +150,8 @@ def test_dots_stand_where_their_values_are():
 def test_a_curve_of_one_point_and_a_flat_one_are_drawn():
     plot = svg.curves({"batch": [svg.Point(0.1, 0.0)], "fc": [svg.Point(0.1, 1.0, 0.0)]}, "eps", "a plot")
     assert plot.count("<polyline") == 2 and "nan" not in plot
-    assert "nan" not in svg.steps({"clean": 1.0}, "a plot") + svg.bars({"square": 0.0}, "s", "a plot")
+    assert "nan" not in svg.steps(1.0, {"square": svg.Point(0, 1.0)}, "seconds", "a plot")
+    assert "nan" not in svg.bars({"square": 0.0}, "s", "a plot")
 
 
 def browse(html: str, folder: Path) -> list:

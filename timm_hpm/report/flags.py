@@ -59,6 +59,11 @@ class Flag:
         """Whether a report with this flag is not to be relied on."""
         return FLAGS[self.name].unreliable
 
+    @property
+    def link(self) -> str:
+        """Where its paragraph is, from the project's root."""
+        return f"docs/flags.md#{self.name}"
+
     def to_markdown(self) -> str:
         """Returns the flag as Markdown, its name a link to its paragraph."""
-        return f"[{self.name}](docs/flags.md#{self.name}): {self.text}"
+        return f"[{self.name}]({self.link}): {self.text}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from . import svg
 from .flags import FLAGS, Flag
+from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, accuracies, co_batch_table
 from .verdicts import standard_error, worst_accuracy
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; ver
          overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }
-.large { display: flex; flex-wrap: wrap; gap: 2.5em; } .large div { font-size: 13px; color: #555; }
+.large { display: flex; flex-wrap: wrap; gap: 1em 2.5em; }
+.large div { font-size: 13px; color: #555; width: 220px; }
 .large b { display: block; font-size: 26px; color: #111; }
 .unreliable { background: #fdecea; border-left: 5px solid #c62828; padding: .5em 1em; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 1em; }
@@ -45,7 +47,8 @@ def report_page(report: "AttackReport") -> str:
         _summary(report),
         *flag_section(report.flags),
         "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
-        "<h2>What the attacks came to, one after another</h2>", *_progress(report),
+        *_co_batch(report),
+        *_progress(report),
         *_examples(report),
         "<h2>Protocol</h2>", table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
         "<h2>Cost</h2>", *_cost(report),
@@ -67,9 +70,9 @@ def flag_section(flags: Sequence[Flag]) -> list[str]:
     parts = ["<h2>Warnings</h2><ul>"]
     parts += [f"<li><a href='#{flag.name}'>{flag.name}</a>: {escape(flag.text)}</li>" for flag in flags]
     parts.append("</ul><dl>")
-    for name in dict.fromkeys(flag.name for flag in flags):
+    for name, link in {flag.name: flag.link for flag in flags}.items():
         parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{escape(FLAGS[name].meaning)} What to do: "
-                     f"<code>docs/flags.md#{name}</code> of timm_hpm.</dd>")
+                     f"<a href='{link}'><code>{link}</code></a> of timm_hpm.</dd>")
     return [*parts, "</dl>"]
 
 
@@ -85,12 +88,9 @@ def _point(accuracy: float, report: "AttackReport", x: float = 0.0) -> svg.Point
 
 
 def _summary(report: "AttackReport") -> str:
-    rows = [("clean accuracy", report.clean_accuracy), ("robust accuracy, worst case", report.robust_accuracy)]
-    if report.baseline:
-        rows.append(("its FC classifier under attack", report.baseline["worst"]))
     shown = "".join(f"<div><b>{100 * value:.1f} ± {100 * standard_error(value, report.num_images):.1f} %</b>"
-                    f"{escape(name)}</div>" for name, value in rows)
-    return (f"<div class='large'>{shown}</div><p>{report.num_images} images, "
+                    f"{escape(name)}</div>" for name, value in accuracies(report).items())
+    return (f"<div class='large'>{shown}</div><p>Accuracies on {report.num_images} images, "
             f"{escape(str(report.protocol.get('threat', '')))}; ± is a standard error.</p>")
 
 
@@ -117,13 +117,31 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
 
 
 def _progress(report: "AttackReport") -> list[str]:
-    after, seen = {}, []
+    by_attack: dict[str, list[str]] = {}
     for name, row in report.correct.items():
-        seen.append(row)
-        after[name] = worst_accuracy(seen)
-    return [svg.steps(after, "robust accuracy after each set of candidates"),
-            "<p>Fraction of the images that are right clean and under every set of candidates so far, in this "
-            "order.</p>"]
+        by_attack.setdefault(name.partition("/")[2], []).append(row)
+    seen, seconds = by_attack.pop(""), 0.0
+    if not by_attack or not by_attack.keys() <= report.cost.keys():
+        return []
+    after = {}
+    for attack, cost in report.cost.items():
+        if attack in by_attack:
+            seen += by_attack[attack]
+            seconds += cost["seconds"]
+            after[attack] = _point(worst_accuracy(seen), report, seconds)
+    return ["<h2>Progress over time</h2>",
+            svg.steps(report.clean_accuracy, after, "seconds spent on attacks",
+                      "robust accuracy after each attack, over time"),
+            "<p>Fraction of the images that are right clean and under every attack so far, against the seconds that "
+            "these attacks took, summed up over all surrogates, batches and processes. They stand in the order in "
+            "which they were begun; a run goes through them anew for each batch, and for surrogates that are not "
+            "attacked side by side.</p>"]
+
+
+def _co_batch(report: "AttackReport") -> list[str]:
+    if not report.co_batch:
+        return []
+    return [f"<h2>{CO_BATCH_TITLE}</h2>", f"<p>{CO_BATCH_NOTE}</p>", table(*co_batch_table(report), numbers_from=0)]
 
 
 def _examples(report: "AttackReport") -> list[str]:

@@ -14,6 +14,7 @@ from .compare import Comparison, compare
 from .examples import Example
 from .flags import Flag
 from .html import cell, report_page
+from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, ROBUST, accuracies, co_batch_table
 from .verdicts import standard_error, worst_accuracy
 
 #: Written; version 1, which had texts without names in the place of the flags, is read too.
@@ -181,14 +182,8 @@ class AttackReport:
         """Returns the report as Markdown: the table of accuracies, what they come to, and the protocol."""
         lines = [f"# Mixed Surrogate Attack: {self.name}", "", *self._table(), ""]
         lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
-        rows = [("clean", self.clean_accuracy), ("**robust, worst case over all rows**", self.robust_accuracy)]
-        if self.assembled:
-            rows.append(("robust, in one batch that carries all that was found", self.assembled_robust_accuracy))
-        if self.baseline:
-            rows += [("FC classifier of the same network, clean", self.baseline["clean"]),
-                     ("FC classifier of the same network, under AutoAttack's components", self.baseline["worst"])]
-        lines += [f"| {name} | {100 * value:.1f} | {100 * standard_error(value, self.num_images):.1f} |"
-                  for name, value in rows]
+        lines += [f"| {f'**{name}**' if name == ROBUST else name} | {100 * value:.1f} | "
+                  f"{100 * standard_error(value, self.num_images):.1f} |" for name, value in accuracies(self).items()]
         if self.co_batch:
             lines += ["", *self._co_batch_table()]
         lines += ["", "## Protocol", "", "| | |", "|---|---|"]
@@ -208,13 +203,9 @@ class AttackReport:
         return report_page(self)
 
     def _co_batch_table(self) -> list[str]:
-        lines = ["## Neighbours in the batch", "",
-                 "Clean images that are right in their own batch, left untouched while an adversary chooses their "
-                 "neighbours; and the answers that change where all images are reshuffled. None of this enters the "
-                 "accuracies above.", "",
-                 "| batch size | mix | neighbours | flipped | of | % |", "|---:|---:|---|---:|---:|---:|"]
-        return lines + [f"| {row['batch_size']} | {row['mix']} | {row['neighbours']} | {row['flipped']} | "
-                        f"{row['targets']} | {100 * row['flipped'] / row['targets']:.1f} |" for row in self.co_batch]
+        head, rows = co_batch_table(self)
+        return [f"## {CO_BATCH_TITLE}", "", CO_BATCH_NOTE, "", f"| {' | '.join(head)} |",
+                "|---:|---:|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
 
     def _table(self) -> list[str]:
         table = self.by_surrogate

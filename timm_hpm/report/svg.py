@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from math import ceil, floor
+from math import ceil, floor, log10
 from typing import Final, NamedTuple
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -80,23 +80,24 @@ def curves(curves: Mapping[str, Sequence[Point]], x_label: str, label: str) -> s
     return _svg(height, parts, label)
 
 
-def steps(values: Mapping[str, float], label: str) -> str:
-    """Returns a plot of accuracies that follow each other, as a falling stair with a name below each step."""
-    height, bottom = 300, 100
-    low = _floor_tenth(min(values.values()))
-    x = _Scale(0, len(values), _LEFT - 70, _WIDTH - _RIGHT)
-    y = _Scale(low, 1.0, height - bottom, _TOP - 45)
-    parts = _y_axis(y, x.start, _WIDTH - _RIGHT)
-    path = []
-    for i, (name, value) in enumerate(values.items()):
-        path += [f"{x(i):.1f},{y(value):.1f}", f"{x(i + 1):.1f},{y(value):.1f}"]
-        area = f"<rect x='{x(i):.1f}' y='{_TOP - 45}' width='{x(1) - x(0):.1f}' height='{y.start - _TOP + 45}' " \
-               "fill='transparent'/>"
-        parts.append(_titled(area, f"after {name}: {100 * value:.1f} %"))
-        middle = x(i + 0.5) + 4
-        parts.append(f"<text x='{middle:.1f}' y='{y.start + 8:.1f}' font-size='10' text-anchor='end' "
-                     f"transform='rotate(-60 {middle:.1f} {y.start + 8:.1f})'>{escape(name)}</text>")
-    parts.append(f"<polyline points='{' '.join(path)}' fill='none' stroke='{COLOURS[0]}' stroke-width='2'/>")
+def steps(start: float, points: Mapping[str, Point], x_label: str, label: str) -> str:
+    """Returns a plot of accuracies that follow each other: a stair from `start` at 0, with a step at each point's x."""
+    height, names = 300, list(points)
+    values, last = [point.y for point in points.values()], max(point.x for point in points.values())
+    low = _floor_tenth(min(values))
+    x = _Scale(0, last, _LEFT - 70, _WIDTH - _RIGHT)
+    y = _Scale(low, 1.0, height - _BOTTOM, _TOP - 20)
+    parts = _legend(names, x.start)
+    parts += _x_axis(x, _TOP - 20, y.start, _round_ticks(last), lambda value: f"{value:,.6g}")
+    parts += _y_axis(y, x.start, _WIDTH - _RIGHT)
+    parts.append(_text((x.start + _WIDTH - _RIGHT) / 2, height - 8, x_label, "middle"))
+    path = f"{x(0):.1f},{y(start):.1f} " + " ".join(
+        f"{x(point.x):.1f},{y(value):.1f}"
+        for before, point in zip([start, *values[:-1]], points.values(), strict=True) for value in (before, point.y))
+    parts.append(f"<polyline points='{path}' fill='none' stroke='#555' stroke-width='2'/>")
+    for i, (name, point) in enumerate(points.items()):
+        mark = f"<circle cx='{x(point.x):.1f}' cy='{y(point.y):.1f}' r='4.5' fill='{COLOURS[i % len(COLOURS)]}'/>"
+        parts.append(_titled(mark, f"after {name}, at {point.x:,.1f}: {100 * point.y:.1f} ± {100 * point.se:.1f} %"))
     return _svg(height, parts, label)
 
 
@@ -172,3 +173,12 @@ def _ticks(low: float) -> list[float]:
     """Returns round fractions from `low`, a tenth, to 1."""
     parts = 10 if low < 0.7 else 20 if low < 0.9 else 50
     return [i / parts for i in range(round(parts * low), parts + 1)]
+
+
+def _round_ticks(high: float) -> list[float]:
+    """Returns round numbers from 0 to `high`, at most eleven."""
+    if high <= 0:
+        return [0.0]
+    power = 10.0 ** floor(log10(high))
+    step = power / 5 if high < 2 * power else power / 2 if high < 5 * power else power
+    return [i * step for i in range(floor(high / step) + 1)]

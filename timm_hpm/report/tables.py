@@ -1,0 +1,32 @@
+"""What a report says in Markdown and in HTML alike."""
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .schema import AttackReport
+
+#: The name of the robust accuracy among the `accuracies`.
+ROBUST: Final = "robust, worst case over all rows"
+
+CO_BATCH_TITLE: Final = "Neighbours in the batch"
+CO_BATCH_NOTE: Final = (
+    "Clean images that are right in their own batch, left untouched while an adversary chooses their neighbours; and "
+    "the answers that change where all images are reshuffled. None of this enters the accuracies above.")
+
+
+def accuracies(report: "AttackReport") -> dict[str, float]:
+    """Returns what the verdicts come to: fractions in [0, 1], by what they are of."""
+    found = {"clean": report.clean_accuracy, ROBUST: report.robust_accuracy}
+    if report.assembled:
+        found["robust, in one batch that carries all that was found"] = report.assembled_robust_accuracy
+    if report.baseline:
+        found["FC classifier of the same network, clean"] = report.baseline["clean"]
+        found["FC classifier of the same network, under AutoAttack's components"] = report.baseline["worst"]
+    return found
+
+
+def co_batch_table(report: "AttackReport") -> tuple[list[str], list[list[str]]]:
+    """Returns the head and the rows of the table of what neighbours in a batch do."""
+    return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
+        [str(row["batch_size"]), str(row["mix"]), str(row["neighbours"]), str(row["flipped"]), str(row["targets"]),
+         f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.co_batch]

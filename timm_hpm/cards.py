@@ -44,8 +44,8 @@ _MODES = """\
 | `dataset` | ℓ2 distance to the data set's prototypes | no |
 | `fc` | the FC classifier | no |
 
-In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer, and
-adaptive attacks on the batch itself are in no figure of this card. A service that batches strangers' images together
+In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer. How often
+is in no accuracy of this card; `evaluate.py --co-batch 10,50` asks. A service that batches strangers' images together
 must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
 
 _UNFITTED = """\

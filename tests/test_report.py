@@ -60,6 +60,12 @@ def test_accuracies_are_counted_point_by_point(report):
     assert report.baseline == {"clean": 1.0, "apgd-ce": 0.8, "square": 0.6, "worst": 0.4}
 
 
+def test_an_untouched_image_that_errs_among_broken_ones_is_not_robust(report):
+    report = dataclasses.replace(report, assembled="1111111011")  # images 0, 3, 5, 6 and 9 are right again, 7 errs
+    assert report.robust_accuracy == 0.4 and report.assembled_robust_accuracy == 0.9
+    assert report.compare(report).rows[1].a == 0.4
+
+
 def test_the_worst_case_is_below_every_row(report):
     for row in report.by_surrogate.values():
         assert all(report.robust_accuracy <= row["worst"] <= accuracy for accuracy in row.values())

@@ -44,9 +44,9 @@ _MODES = """\
 | `dataset` | ℓ2 distance to the data set's prototypes | no |
 | `fc` | the FC classifier | no |
 
-In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer. How often
-is in no accuracy of this card; `evaluate.py --co-batch 10,50` asks. A service that batches strangers' images together
-must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
+In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer. How
+often is in no accuracy of this card; `evaluate.py --co-batch 10,50` asks. A service that batches strangers' images
+together must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
 
 _UNFITTED = """\
 **No prototypes yet.** Until they are fitted, the head answers exactly as the weights' own FC classifier.

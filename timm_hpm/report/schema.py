@@ -85,9 +85,14 @@ class AttackReport:
         return worst_accuracy([self.correct["clean"]])
 
     @property
+    def judged(self) -> list[str]:
+        """Verdicts of the model on every batch that it judged: clean, under each set of candidates, and assembled."""
+        return [*self.correct.values(), *([self.assembled] if self.assembled else [])]
+
+    @property
     def robust_accuracy(self) -> float:
-        """Fraction of the images that are classified correctly clean and under every candidate (point-wise worst)."""
-        return worst_accuracy(self.correct.values())
+        """Fraction of the images that no judged batch misclassifies (point-wise worst case)."""
+        return worst_accuracy(self.judged)
 
     @property
     def assembled_robust_accuracy(self) -> float:

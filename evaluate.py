@@ -2,8 +2,8 @@
 """Measures the robust accuracy of a classifier with the Mixed Surrogate Attack.
 
 Without options: the embedded `hpm_wrn10_2` on the first 100 held-out digits, at AutoAttack's standard budgets.
-Prints a table, and writes report.json, report.md and report.html into the output folder. Several processes share the
-work:
+Prints a table, and writes report.json, report.md and report.html into the output folder, and what it was called with
+(options.json). Several processes share the work:
 
     torchrun --nproc_per_node 2 evaluate.py --device cpu
 """
@@ -11,7 +11,6 @@ work:
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,8 +88,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="FOLDER", help="(output/<model>-<date>)")
     group.add_argument("--resume", type=Path, metavar="FOLDER",
-                       help="go on with a run that was stopped, by its output folder; other options are not needed, "
-                            "and refused where they differ from that run's. An empty folder begins a run")
+                       help="go on with a run that was stopped, by its output folder, or look at one that is finished; "
+                            "other options are not needed, and refused where they differ from that run's, but for "
+                            "RobustBench's. An empty folder begins a run")
     group.add_argument("--save-adversarial", action="store_true",
                        help="also write adversarial.safetensors: every candidate, for --rejudge")
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
@@ -105,12 +105,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     file = args.resume and args.resume / _OPTIONS
     if file and file.exists():
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = saved_options(file, _options(args))
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         now = _options(args)
+        # RobustBench's file is made of the report, at any time.
         different = [f"--{name.replace('_', '-')} {now[name]} (there: {saved.get(name)})" for name in now
-                     if now[name] != saved.get(name)]
+                     if now[name] != saved.get(name) and not name.startswith("robustbench")]
         if different:
             raise ValueError(f"{args.resume} holds a run of other options: {', '.join(different)}. Leave them out, or "
                              "choose another folder")
@@ -152,10 +153,6 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
 
 def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: Accelerator | None) -> int:
     """Loads, attacks, prints and writes; returns the exit code."""
-    if args.resume and any((args.resume / name).exists() for name in ("report.json", SWEEP)):
-        clear_up(args.resume)
-        print(f"{args.resume} holds a finished run")
-        return 0
     if args.robustbench_json and (args.eps_sweep or len(args.inference or ()) > 1):
         raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")
     radii = parse_radii(args.eps_sweep) if args.eps_sweep else None
@@ -177,6 +174,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         check_co_batch(args.co_batch, args.co_batch_mix, len(images))
         check_asks_batches(model, args.inference or [own_mode(model)])
     output = output_folder(args, accelerator)
+    finished = any((output / name).exists() for name in ("report.json", SWEEP))
     try:
         reports = list(sweep(
             model, images, labels, threat.norm, radii or [threat.eps], args.inference,
@@ -199,8 +197,8 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             print(reports[0].to_markdown())
         if args.robustbench_json:
             save_model_info(reports[0], args.robustbench_json, args.robustbench_info)
-        clear_up(output)
-        print(f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
+        print(f"{output} holds a finished run" if finished else
+              f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
     return 0
 
 
@@ -214,7 +212,7 @@ def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
         print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
 
-# Of a run that is not finished: what it was called with.
+# What a run was called with.
 _OPTIONS = "options.json"
 
 
@@ -227,20 +225,26 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
     output, = chosen
     if accelerator is None or accelerator.is_main_process:
         writable_folder(output)
-        for name in () if args.resume else ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS):
-            if (output / name).exists():
-                raise ValueError(f"{output} holds the {name} of an earlier run; choose another --output, "
-                                 + ("go on with it by --resume, " if name == _OPTIONS else "") + "or remove it")
+        found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS)
+                 if (output / name).exists()]
+        if found and not (args.resume and _OPTIONS in found):
+            raise ValueError(f"{output} holds the {found[0]} of an earlier run"
+                             + (f" without its {_OPTIONS}" if args.resume else "") + "; choose another --output, "
+                             + ("go on with it by --resume, " if found[0] == _OPTIONS else "") + "or remove it")
         remove_unfinished(output)
         write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
     return output
 
 
-def clear_up(output: Path) -> None:
-    """Removes what only an unfinished run needs; a run may have been stopped before it did."""
-    remove_unfinished(output)
-    shutil.rmtree(output / "progress", ignore_errors=True)
-    (output / _OPTIONS).unlink(missing_ok=True)
+def saved_options(file: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of the run in a folder, of the names in `options`; raises a ValueError where it has none."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or not saved.keys() <= options.keys():
+        raise ValueError(f"{file} is not what this evaluate.py was called with, or damaged; choose another folder")
+    return saved
 
 
 def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any:

@@ -1,5 +1,6 @@
 """Evaluations that are killed and go on, or that several processes share: real processes, real files."""
 
+import json
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_hpm
@@ -66,44 +67,45 @@ def check_same(folder: Path, other: Path) -> None:
     assert candidates[0].keys() == candidates[1].keys() and len(candidates[0]) == 2 + 5 * 5 + 2
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
-                                                        "adversarial.safetensors"}
+                                                        "adversarial.safetensors", "options.json"}
 
 
-def kill_and_resume(folder: Path, kills: int, choose: random.Random) -> int:
-    """Starts a run and kills it at random moments, each time going on; returns how often it was killed."""
-    killed = 0
+def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.Random) -> int:
+    """Starts a run and stops it by signals at random moments, each time going on; returns how many it took."""
+    stopped = 0
     process = start(*SMALL, "--save-adversarial", "--resume", str(folder))
-    while killed < kills:
+    for stop in signals:
         before = steps_in(folder)
         if before >= STEPS - 1:
             break
         # The first one early: on a busy machine this process may look away while the rest is done.
-        target = choose.randint(before + 1, min(before + STEPS // 2, STEPS - 1)) if killed else 1
+        target = choose.randint(before + 1, min(before + STEPS // 2, STEPS - 1)) if stopped else 1
         while steps_in(folder) < target and process.poll() is None:
             time.sleep(0.002)
         time.sleep(choose.uniform(0, 0.05))
         if process.poll() is not None:
             break
-        # The first stop is a user's Ctrl-C, the others leave no time for a last word.
-        process.send_signal(signal.SIGKILL if killed else signal.SIGINT)
+        process.send_signal(stop)
         err = process.communicate()[1]
         if process.returncode == 0:
             break
-        if not killed:
+        if stop == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
             assert process.returncode == 130 and f"to go on: python evaluate.py --resume {folder}" in err
-        killed += 1
+        stopped += 1
         process = start("--resume", str(folder))
         if (folder / "report.json").exists():
             break
     if process.returncode is None:
         finish(process)
-    return killed
+    return stopped
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_report(uninterrupted, tmp_path, evaluate, capsys):
     # On a busy machine a run may end before this process gets to kill it.
     run = next(folder for folder in (tmp_path / f"run{number}" for number in range(5))
-               if kill_and_resume(folder, 2, random.Random(0)))
+               if kill_and_resume(folder, [signal.SIGINT, signal.SIGKILL], random.Random(0)) == 2)
     check_same(run, uninterrupted)
     assert evaluate.main(["--resume", str(run)]) == 0
     assert "a finished run" in capsys.readouterr().out
@@ -114,7 +116,7 @@ def test_twenty_kills(uninterrupted, tmp_path):
     killed, runs = 0, 0
     while killed < 20:
         runs += 1
-        killed += kill_and_resume(tmp_path / f"run{runs}", 20 - killed, random.Random(runs))
+        killed += kill_and_resume(tmp_path / f"run{runs}", [signal.SIGKILL] * (20 - killed), random.Random(runs))
         check_same(tmp_path / f"run{runs}", uninterrupted)
 
 
@@ -133,6 +135,83 @@ def test_options_of_another_run_are_refused(evaluate, tmp_path):
         evaluate.main(["--resume", str(tmp_path / "run"), "--threat", "Linf:0.2"])
     with pytest.raises(ValueError, match=r"holds the options.json of an earlier run; .*go on with it by --resume"):
         evaluate.main([*SMALL, "--output", str(tmp_path / "run")])
+
+
+# A finished run, and folders of something else
+
+FEW = ["--num-images", "6", "--batch-size", "3", "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=2",
+       "--threat", "Linf:0.1"]
+
+
+def test_a_finished_run_is_gone_on_with_by_its_own_options_only(evaluate, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert evaluate.main([*FEW, "--output", str(run)]) == 0
+    files = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match=r"options: --model resnet50 \(there: hpm_wrn10_2\), "
+                                         r"--threat Linf:0.3 \(there: Linf:0.1\), "
+                                         r"--protocol fast \(there: standard\)\. Leave"):
+        evaluate.main(["--resume", str(run), "--threat", "Linf:0.3", "--model", "resnet50", "--protocol", "fast"])
+    assert evaluate.main([*FEW, "--resume", str(run)]) == 0
+    assert f"{run} holds a finished run" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.iterdir()} == files
+    info = tmp_path / "info.json"
+    assert evaluate.main(["--resume", str(run), "--robustbench-json", str(info), "--robustbench-info", "name=N"]) == 0
+    assert json.loads(info.read_text())["name"] == "N"
+    (run / "options.json").unlink()
+    with pytest.raises(ValueError, match=r"holds the report\.json of an earlier run without its options\.json"):
+        evaluate.main([*FEW, "--resume", str(run)])
+
+
+def test_reports_of_other_weights_are_refused_before_anything_is_attacked(evaluate, tmp_path, model):
+    weights = model.state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    options = [*FEW, "--checkpoint", str(tmp_path / "w.safetensors"), "--inference", "dataset,fc"]
+    run = tmp_path / "run"
+    assert evaluate.main([*options, "--output", str(run)]) == 0
+    (run / "sweep.html").unlink()
+    (run / "dataset-Linf-0.1" / "report.json").unlink()
+    save_file(weights | {"fc.bias": weights["fc.bias"] + 1}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"fc-Linf-0.1/report.json is the report of another run \(weights_digest: "):
+        evaluate.main([*options, "--resume", str(run)])
+    assert not (run / "sweep.html").exists() and not (run / "dataset-Linf-0.1" / "report.json").exists()
+    assert not (run / "dataset-Linf-0.1" / "progress").exists()
+
+
+def test_only_the_run_s_own_progress_is_removed(evaluate, tmp_path):
+    thesis = tmp_path / "run" / "progress" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("x")
+    (thesis.parent / "run.json").write_text('{"seed": 0, "save_adversarial": true, "author": "me"}')
+    options = [*FEW, "--inference", "fc,dataset"]
+    assert evaluate.main([*options, "--output", str(tmp_path / "run")]) == 0
+    assert evaluate.main([*options, "--resume", str(tmp_path / "run")]) == 0
+    assert thesis.read_text() == "x" and (thesis.parent / "run.json").exists()
+    # A single run, finished: it may have been stopped before it removed its own progress, and that was no thesis.
+    single = tmp_path / "single"
+    assert evaluate.main([*FEW, "--output", str(single)]) == 0
+    thesis.parent.rename(single / "progress")
+    assert evaluate.main(["--resume", str(single)]) == 0
+    assert (single / "progress" / "thesis.tex").exists()
+    (single / "progress").rename(tmp_path / "elsewhere")
+    described = AttackReport.load(single / "report.json").protocol
+    run = {name: described[name] for name in described if name not in ("model", "weights", "dataset", "split")}
+    (single / "progress").mkdir()
+    (single / "progress" / "run.json").write_text(json.dumps(run | {"save_adversarial": False}))
+    (single / "progress" / "batch00000-step00.safetensors").touch()
+    (single / ".progress.99.tmp").mkdir()
+    assert evaluate.main(["--resume", str(single)]) == 0
+    assert {path.name for path in single.iterdir()} == {"report.json", "report.md", "report.html", "options.json"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"colour": "red"}'])
+def test_options_of_another_program_are_refused_and_stay(evaluate, tmp_path, text):
+    (tmp_path / "options.json").write_text(text)
+    for option, message in (("--resume", "is not what this evaluate.py was called with"),
+                            ("--output", r"holds the options\.json of an earlier run")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([*FEW, option, str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["options.json"]
+    assert (tmp_path / "options.json").read_text() == text
 
 
 # The folder, from Python

@@ -42,7 +42,7 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     folder, = (tmp_path / "output").iterdir()
     assert folder.name.startswith("hpm_wrn10_2-")
     assert {path.name for path in folder.iterdir()} == {
-        "report.json", "report.md", "report.html", "adversarial.safetensors"}
+        "report.json", "report.md", "report.html", "adversarial.safetensors", "options.json"}
     report = AttackReport.load(folder / "report.json")
     assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
     assert (folder / "report.md").read_text() == report.to_markdown()
@@ -119,7 +119,7 @@ def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypat
     printed = capsys.readouterr().out
     assert "| eps | sample | fc |" in printed and "written: out/sweep.html" in printed
     folders = {f"{mode}-Linf-{eps}" for mode in ("sample", "fc") for eps in ("0.1", "0.2")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "sweep.html"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "sweep.html", "options.json"}
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("*/*")}
     assert files == {f"{folder}/report.{kind}" for folder in folders for kind in ("json", "md", "html")}
     page = (tmp_path / "out" / "sweep.html").read_text()

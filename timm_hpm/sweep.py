@@ -1,7 +1,6 @@
 """One model in several inference modes and at several radii: a report for each, and a page for all."""
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
@@ -13,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .attacks import mixed_surrogate_attack
-from .files import write_text
+from .attacks.progress import remove_progress
+from .files import remove_unfinished, write_text
 from .head import check_inference, find_head, head_name, inference_mode
 from .report import AttackReport, Flag, svg
 from .report.html import flag_section, page, table, unreliable_banner
@@ -67,15 +67,15 @@ def sweep(
         radii: in units of the pixel range.
         modes: inference modes of the HPM head; None means the model's own, or that of a model without an HPM head.
         folder: where each report is written as soon as it is there, with what a stopped sweep needs to go on: a report
-            that is there already is not made again. A single report lies in the folder itself, several in folders
-            named by mode and radius (`report_folder`).
+            that is there already is not made again, and refused if it is of another run. A single report lies in the
+            folder itself, several in folders named by mode and radius (`report_folder`).
         save_adversarial: whether the candidates are written beside each report, for `rejudge`.
         accelerator: of several processes; the first one writes.
         **options: the other arguments of `mixed_surrogate_attack`.
 
     Raises:
-        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, or candidates to be saved
-            without a folder. Nothing was attacked then.
+        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, candidates to be saved
+            without a folder, or a report of another run in the folder. Nothing was attacked then.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     if not threats:
@@ -86,25 +86,27 @@ def sweep(
     if save_adversarial and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
+    places = {} if folder is None else {
+        entry: Path(folder) / (report_folder(*entry) if len(plan) > 1 else "") for entry in plan}
 
     def one(mode: str, threat: ThreatModel) -> AttackReport:
-        place = None if folder is None else Path(folder) / (report_folder(mode, threat) if len(plan) > 1 else "")
-        if place is not None and (place / "report.json").exists():
-            # It may have been stopped before that was cleared up.
-            shutil.rmtree(place / "progress", ignore_errors=True)
-            return AttackReport.load(place / "report.json")
+        place = places.get((mode, threat))
         with nullcontext() if mode == "none" else inference_mode(model, mode):
             report = mixed_surrogate_attack(
                 model, images, labels, threat, accelerator=accelerator,
-                resume=place and place / "progress",
+                resume=place and place / "progress", finished=place and place / "report.json",
                 save_adversarial=place / "adversarial.safetensors" if place and save_adversarial else None, **options)
         if place is not None and (accelerator is None or accelerator.is_main_process):
-            report.write(place)
-            shutil.rmtree(place / "progress")
+            if not (place / "report.json").exists():
+                report.write(place)
+            # A run may have been stopped between the two.
+            remove_progress(place / "progress", report.protocol)
+            remove_unfinished(place)
         return report
 
     # Not a generator itself: what is wrong is said at once.
-    return (one(mode, threat) for mode, threat in plan)
+    there = {entry: one(*entry) for entry, place in places.items() if (place / "report.json").exists()}
+    return (there[entry] if entry in there else one(*entry) for entry in plan)
 
 
 def own_mode(model: nn.Module) -> str:

@@ -32,7 +32,7 @@ from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
 from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
 from .joint import JOINT_SURROGATES
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
-from .progress import ProgressFolder, Step
+from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
 from .surrogates import SplitModel
 
@@ -56,6 +56,7 @@ def mixed_surrogate_attack(
         progress: bool = False,
         save_adversarial: str | os.PathLike | None = None,
         resume: str | os.PathLike | None = None,
+        finished: str | os.PathLike | None = None,
         accelerator: Accelerator | None = None,
         about: Mapping[str, Any] | None = None,
 ) -> AttackReport:
@@ -91,6 +92,8 @@ def mixed_surrogate_attack(
             reads it. Until it is written, the candidates lie in `resume`, or without that in a folder beside the file.
         resume: a folder that keeps what was found so far, after each attack on each batch. A run that was killed goes
             on from there to the same report; another run's folder is refused.
+        finished: where the report.json of this run may lie already. It is returned then, and nothing is attacked;
+            another run's report is refused.
         accelerator: of several processes that all make this call: batches are dealt out to them whole, and the report,
             the same on each, does not depend on their number. None means this process only.
         about: what else the report's protocol is to say, such as the data set, the split and the weights' origin.
@@ -100,7 +103,7 @@ def mixed_surrogate_attack(
 
     Raises:
         ValueError: bad images, labels, batch size, co-batch sizes or mixes, names of surrogates or attacks, a model in
-            train mode, or a `resume` folder of another run.
+            train mode, or a `resume` folder or `finished` report of another run.
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
@@ -146,6 +149,10 @@ def mixed_surrogate_attack(
                            surrogates_at_once, seed, num_classes, device)
 
     whole_protocol = dict(about or {}) | described
+    if finished is not None and Path(finished).exists():
+        report = AttackReport.load(finished)
+        check_same_run(f"{finished} is the report", report.protocol, whole_protocol)
+        return report
     with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
         neighbours = []
         if rank == 0 and co_batch and split.couples(split.twin()):

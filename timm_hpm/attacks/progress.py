@@ -1,6 +1,8 @@
 """What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +19,9 @@ from ..report import Example, Flag
 
 # One for all: thousands of small tensors that stay between large ones that go would tear the heap.
 _NOTHING: Final = torch.empty(0)
+
+# Which run a folder is of.
+_RUN: Final = "run.json"
 
 
 @dataclass
@@ -67,8 +72,7 @@ class ProgressFolder:
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):
         self.folder = folder
-        file = folder / "run.json"
-        run = json.loads(json.dumps(run))
+        file = folder / _RUN
         if begins:
             writable_folder(folder)
             remove_unfinished(folder)
@@ -81,11 +85,7 @@ class ProgressFolder:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); remove {folder} and start again") from error
-        different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
-                     if found.get(name) != run.get(name)]
-        if different:
-            raise ValueError(f"{folder} holds the progress of another run ({'; '.join(different)}). Give what that run "
-                             "had, or another folder")
+        check_same_run(f"{folder} holds the progress", found, run)
 
     def load(self, batch: int, step: int) -> Step | None:
         """Returns the step of a batch, or None where it is still to be made."""
@@ -124,3 +124,34 @@ class ProgressFolder:
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"
+
+
+def check_same_run(what: str, found: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises a ValueError that says what differs, unless `what` was found is of this run.
+
+    Arguments:
+        what: begins the message, such as `"FOLDER holds the progress"`.
+        found: all that it depends on, as it was read from JSON.
+        run: the same of this run.
+    """
+    run = json.loads(json.dumps(run))
+    different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
+                 if found.get(name) != run.get(name)]
+    if different:
+        raise ValueError(f"{what} of another run ({'; '.join(different)}). Give what that run had, or another folder")
+
+
+def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
+    """Removes a `ProgressFolder` of the run that a report's protocol describes; any other folder stays as it is.
+
+    If that is stopped, `remove_unfinished` does the rest.
+    """
+    try:
+        run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+        if protocol | run != protocol | {"save_adversarial": run["save_adversarial"]}:
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)

@@ -185,5 +185,6 @@ def test_arguments_that_make_no_co_batch_attack_are_refused(options, message):
 def test_neighbours_that_cannot_be_are_refused_in_every_mode_before_anything_is_attacked(model, digits, options,
                                                                                          tmp_path):
     with pytest.raises(ValueError, match=r"a batch size is 41|a mix is 2\.0|no batch sizes"):
-        list(sweep(model, *digits, "Linf", [0.1], ["fc", "batch"], folder=tmp_path, **options))
+        list(sweep(model, *digits, "Linf", [0.1], ["fc", "batch"], folder=tmp_path, attacks=["apgd-ce"],
+                   surrogates=["fc"], budgets={"apgd-ce": Budget(1)}, **options))
     assert not list(tmp_path.iterdir())

@@ -55,6 +55,11 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     with pytest.raises(ValueError, match=r"the model's mix is 0.0, that of .* is 0.5"):
         evaluate_main(["--rejudge", str(folder), "--model-kwargs", "mix=0.0"])
 
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = run(*launcher, str(ROOT / "evaluate.py"), *QUICK, "--output", "launched", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert AttackReport.load(tmp_path / "launched" / "report.json").same_results(report)
+
     data = json.loads((folder / "report.json").read_text())
     data["correct"]["fc/apgd-ce"] = data["correct"]["fc/apgd-ce"].translate(str.maketrans("01", "10"))
     (folder / "report.json").write_text(json.dumps(data))

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, Budget, Protocol
 from timm_hpm.attacks.components import AttackBatch, Notes
+from timm_hpm.attacks.joint import JOINT_ATTACKS
 from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.msa import surrogates_of
 from timm_hpm.attacks.surrogates import SplitModel
@@ -86,7 +87,7 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
             mine = seconds(attack)
             forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
             # Those two take one surrogate after the other.
-            at_once = [[one] for one in surrogates] if name in ("joint", "apgd-chain") else [surrogates]
+            at_once = [[one] for one in surrogates] if name in (*JOINT_ATTACKS, "apgd-chain") else [surrogates]
             forward, backward = forward / len(at_once), backward / len(at_once)
             others = sum(seconds(lambda names=names, f=forward, b=backward: passes(split, images, names, f, b))
                          for names in at_once)

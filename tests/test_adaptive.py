@@ -57,6 +57,29 @@ def test_the_joint_attack_never_ends_with_a_worse_batch_than_it_began_with(model
         assert errors(split, points, labels) >= errors(split, strong, labels)
 
 
+def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits):
+    images, labels = digits
+    split = SplitModel(timm_hpm.PixelModel(model), images)
+
+    def wrong(points: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return split.logits("ste", split.features(points)).argmax(dim=1) != labels
+
+    first = ATTACKS["joint"](AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20), Notes())
+    sought = ~torch.stack([wrong(points) for points in first.split(40)]).any(dim=0)
+    start = 0.9 * images
+    batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
+    torch.manual_seed(0)
+    found = ATTACKS["joint-rest"](batch, THREAT, Budget(40), Notes())
+    assert sought.sum() > 10 and any((wrong(points) & sought).any() for points in found.split(40))
+    for points in found.split(40):
+        assert (THREAT.distance(points, images) <= THREAT.eps + 1e-6).all()
+        assert points.min() >= 0 and points.max() <= 1
+        assert (points != images).flatten(1).any(dim=1).all(), "the others move for their sake"
+    nothing = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=torch.zeros_like(sought))
+    assert torch.equal(ATTACKS["joint-rest"](nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
+
+
 def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):
     split = SplitModel(timm_hpm.PixelModel(model), digits[0])
     with torch.no_grad():

@@ -19,7 +19,7 @@ from timm_hpm.report.html import report_page
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
-           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5)}
+           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-rest": Budget(5)}
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def guarded(lost: str, mode: str, images: torch.Tensor) -> nn.Module:
 
 
 TINY = {"apgd-ce": Budget(3), "apgd-t": Budget(2, targets=2), "fab-t": Budget(2, targets=2), "square": Budget(5),
-        "apgd-chain": Budget(2), "joint": Budget(2)}
+        "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2)}
 
 
 @pytest.mark.parametrize(("lost", "survivors_only"), [("answers", False), ("features", False), ("features", True)])

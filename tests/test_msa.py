@@ -21,12 +21,13 @@ import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Budget, Notes
 from timm_hpm.attacks.judge import predictions
+from timm_hpm.attacks.msa import rows_of
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3)}
 
 
 def linear_problem(num_classes: int, num_images: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -305,9 +306,10 @@ class Run:
 
 
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
-ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {"soft/joint", "ste/joint"}
+ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
+    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *rows_of("joint-rest"))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
-          "apgd-chain": Budget(10), "joint": Budget(20)}
+          "apgd-chain": Budget(10), "joint": Budget(20), "joint-rest": Budget(20)}
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda at_once: f"{at_once} at once")
@@ -364,7 +366,8 @@ def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
     names = list(SURROGATES)
     order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
              for surrogate in names[i:i + at_once]]
-    order += [f"{surrogate}/apgd-chain" for surrogate in names] + ["soft/joint", "ste/joint"]
+    order += [f"{surrogate}/apgd-chain" for surrogate in names]
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *rows_of("joint-rest")) for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
         found_by = next((name for name in ["clean", *order] if attacked.report.correct[name][i] == "0"), "clean")

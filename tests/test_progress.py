@@ -21,7 +21,8 @@ from timm_hpm.attacks import Budget, Protocol
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
-         "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=9", "apgd-chain=1", "joint=2"]
+         "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=9", "apgd-chain=1", "joint=2",
+         "joint-rest=1"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain and the joint attack.
 STEPS = 4 * (2 * 4 + 2)
 

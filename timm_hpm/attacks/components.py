@@ -71,6 +71,7 @@ class AttackBatch:
         labels: (B,), class indices.
         start: (B, channels, H, W), where the images stand at first; None means clean.
         active: (B,), the images to attack, which must start clean; None means all. The others stay at their start.
+        sought: (B,), the images that no attack has broken yet; None means all.
         on_query: called after each query, for a progress bar.
     """
 
@@ -83,6 +84,7 @@ class AttackBatch:
             *,
             start: Tensor | None = None,
             active: Tensor | None = None,
+            sought: Tensor | None = None,
             on_query: Callable[[], None] = lambda: None,
     ):
         self.model = model
@@ -94,6 +96,7 @@ class AttackBatch:
         self.labels = labels.repeat(copies)
         self.rows = torch.arange(len(self.clean), device=images.device)
         self.active = self.rows if active is None else self.rows[active.repeat(copies)]
+        self.sought = torch.ones_like(labels, dtype=torch.bool) if sought is None else sought
         start = images if start is None else start
         self.points = start.repeat(copies, 1, 1, 1)
         self.not_finite: set[int] = set()

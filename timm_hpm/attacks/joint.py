@@ -11,6 +11,9 @@ from ..threat import ThreatModel
 from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
 from .surrogates import SURROGATES, soft_logits
 
+#: How often `joint-rest` is run on a batch, each time for what the times before have left.
+ROUNDS: Final = 8
+
 #: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
 JOINT_SURROGATES: Final = ("soft", "ste")
 
@@ -39,16 +42,38 @@ def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
     anyway moves the batch-level prototypes for the sake of the others. Of the batches on the way the one counts in
     which the head itself errs most. It begins where the batch's images stand.
     """
-    return torch.cat([_ascend_together(batch, s, threat, budget.iterations) for s in range(len(batch.surrogates))])
+    everything = torch.ones_like(batch.sought)
+    return torch.cat([_ascend_together(batch, s, threat, budget.iterations, points, everything)[0]
+                      for s, points in enumerate(batch.points.split(batch.size))])
 
 
-def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations: int) -> Tensor:
-    """Returns the best whole batch (B, ...) found through the surrogate of number `s`."""
+def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of the same for the errors among the images that are sought alone.
+
+    All others move for their sake. It begins at random points of the ball, and each surrogate is after what the ones
+    before it have left. Where nothing is left the images stay where they stand.
+    """
+    found, sought = [], batch.sought
+    for s, points in enumerate(batch.points.split(batch.size)):
+        if sought.any():
+            start = threat.random_start(batch.clean[:batch.size])
+            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, sought)
+            sought = sought & ~wrong
+        found.append(points)
+    return torch.cat(found)
+
+
+def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations: int, x: Tensor,
+                     sought: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the best whole batch (B, ...) found from `x` through the surrogate of number `s`, and its errors (B,).
+
+    Only errors among the images that are `sought` (B,) count.
+    """
     model, surrogate = batch.model, batch.surrogates[s]
     assert model.head is not None
     rows = slice(s * batch.size, (s + 1) * batch.size)
-    clean, labels, x = batch.clean[rows], batch.labels[rows], batch.points[rows]
-    before, best, most = x, x, -1
+    clean, labels = batch.clean[rows], batch.labels[rows]
+    before, best, most, wrong_there = x, x, -1, sought
     for i in range(iterations + 1):
         temperature = _LAST_TEMPERATURE ** (i / iterations)
         logits_of = partial(soft_logits, temperature=temperature) if surrogate == "soft" else (
@@ -57,13 +82,14 @@ def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations
         with torch.set_grad_enabled(i < iterations):
             features = model.features(x)
             logits = batch.finite(batch.rows[rows], x, logits_of(model.head, features))
-            loss = margin_loss(logits, labels).sigmoid().sum()
+            loss = margin_loss(logits, labels).sigmoid()[sought].sum()
         with torch.no_grad():
-            errors = int((predicted_classes(model.logits(model.twin(), features.detach())) != labels).sum())
+            wrong = predicted_classes(model.logits(model.twin(), features.detach())) != labels
+            errors = int(wrong[sought].sum())
         batch.on_query()
         # The later of two: it was found nearer to the head's own assignment.
         if errors >= most:
-            best, most = x.detach(), errors
+            best, most, wrong_there = x.detach(), errors, wrong
         if i == iterations:
             break
         gradient, = torch.autograd.grad(loss, x)
@@ -72,4 +98,8 @@ def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations
             moved = threat.project(x + threat.scaled(gradient, size), clean)
             moved = threat.project(x + _NEW_STEP * (moved - x) + (1 - _NEW_STEP) * (x - before), clean)
             before, x = x.detach(), moved
-    return best
+    return best, wrong_there
+
+
+#: Attacks on a whole batch, in which every image moves.
+JOINT_ATTACKS: Final = {"joint": joint, "joint-rest": joint_rest}

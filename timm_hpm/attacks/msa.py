@@ -25,12 +25,12 @@ from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
 from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
-from ..report.verdicts import right_in_all
+from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
 from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
-from .joint import JOINT_SURROGATES
+from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
@@ -282,9 +282,14 @@ def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[s
 
 def surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the surrogates that an attack takes; none where it does not apply."""
-    if attack == "joint":
+    if attack in JOINT_ATTACKS:
         return tuple(name for name in surrogates if name in JOINT_SURROGATES and split.couples(name))
     return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
+
+
+def rows_of(attack: str) -> list[str]:
+    """Returns the names of what is judged of an attack: of one in rounds, each round."""
+    return [f"{attack}#{i + 1}" for i in range(ROUNDS)] if attack == "joint-rest" else [attack]
 
 
 def _plan(
@@ -294,9 +299,10 @@ def _plan(
         at_once: int,
         protocol: Protocol,
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Returns the (surrogates side by side, attack) of one batch, in order."""
+    """Returns the (surrogates side by side, attack) of one batch, in order; rounds of an attack as `"joint-rest#1"`."""
     groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
-    together = [(surrogates_of(attack, split, surrogates), attack) for attack in attacks if attack not in COMPONENTS]
+    together = [(surrogates_of(attack, split, surrogates), name) for attack in attacks if attack not in COMPONENTS
+                for name in rows_of(attack)]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
     # Where an image is attacked only until it is broken, the cheap attacks come first.
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
@@ -329,7 +335,7 @@ class _Run:
 
     def queries(self) -> int:
         """Returns about how many queries a batch takes, for a progress bar."""
-        return sum(self.budgets[attack].queries() for _, attack in self.plan)
+        return sum(self.budgets[attack_of(attack)].queries() for _, attack in self.plan)
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
@@ -341,7 +347,7 @@ class _Run:
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
-            done = bar.n + self.budgets[attack].queries()
+            done = bar.n + self.budgets[attack_of(attack)].queries()
             step = None if self.folder is None else self.folder.load(first // self.batch_size, number)
             if step is None:
                 step = self._attacked(group, attack, images, labels, first, standing, broken,
@@ -379,14 +385,15 @@ class _Run:
         surrogates = [self.split.twin() if name == TRUE_MODEL else name for name in group]
         before = time.perf_counter(), self.split.forward_passes, self.split.backward_passes
         with _seeded(self.device, self.seed, attack, group, first), _without_autocast(images):
-            # The joint attack takes the batch as it has become, and every image of it.
-            start = standing if self.survivors_only or attack == "joint" else None
-            active = ~broken if self.survivors_only and attack != "joint" else None
-            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active,
+            # The joint attacks take the batch as it has become, and every image of it.
+            together = attack_of(attack) in JOINT_ATTACKS
+            start = standing if self.survivors_only or together else None
+            active = ~broken if self.survivors_only and not together else None
+            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active, sought=~broken,
                                 on_query=on_query)
             found = batch.points
             if len(batch.active):
-                found = ATTACKS[attack](batch, self.threat, self.budgets[attack], notes)
+                found = ATTACKS[attack_of(attack)](batch, self.threat, self.budgets[attack_of(attack)], notes)
             # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
             found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
@@ -455,7 +462,8 @@ def _not_finite_flags(steps: Iterable[Step]) -> list[Flag]:
 
 def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
     """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
-    names = [f"{surrogate}/{attack}" for surrogate in (*surrogates, TRUE_MODEL) for attack in ATTACKS]
+    names = [f"{surrogate}/{name}" for surrogate in (*surrogates, TRUE_MODEL) for attack in ATTACKS
+             for name in rows_of(attack)]
     return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
 
 
@@ -466,7 +474,7 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
     for step in steps:
         for key, value in step.cost.items():
             if step.attack not in ("clean", _ASSEMBLED):
-                row = cost.setdefault(step.attack, _no_cost())
+                row = cost.setdefault(attack_of(step.attack), _no_cost())
                 row[key] += value
             total[key] += value
         total["forward_passes"] += sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))

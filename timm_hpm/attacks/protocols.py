@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from .components import COMPONENTS, Budget
-from .joint import apgd_chain, joint
+from .joint import JOINT_ATTACKS, apgd_chain
 from .surrogates import check_names
 
 #: All attacks: AutoAttack's components, and those on what is special about an HPM head.
-ATTACKS: Final = {**COMPONENTS, "apgd-chain": apgd_chain, "joint": joint}
+ATTACKS: Final = {**COMPONENTS, "apgd-chain": apgd_chain, **JOINT_ATTACKS}
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,17 @@ class Protocol:
 
 
 #: `standard`: each of AutoAttack's components at its standard budget through every surrogate, Square on the true model,
-#: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: the
-#: same without FAB, and with fewer queries of Square, on the true model alone.
+#: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: the same without
+#: FAB, and with fewer queries of Square, on the true model alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
                               "fab-t": Budget(100, targets=9), "square": Budget(5_000),
-                              "apgd-chain": Budget(100), "joint": Budget(100)}),
+                              "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(100)}),
         Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9), "square": Budget(2_000),
-                          "apgd-chain": Budget(100), "joint": Budget(100)}, square_on_true_only=True),
+                          "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(100)},
+                 square_on_true_only=True),
     )
 }
 

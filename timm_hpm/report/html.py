@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from . import svg
 from .flags import FLAGS, Flag
 from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, accuracies, co_batch_table
-from .verdicts import standard_error, worst_accuracy
+from .verdicts import attack_of, standard_error, worst_accuracy
 
 if TYPE_CHECKING:
     from .schema import AttackReport
@@ -119,8 +119,8 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
 def _progress(report: "AttackReport") -> list[str]:
     by_attack: dict[str, list[str]] = {}
     for name, row in report.correct.items():
-        by_attack.setdefault(name.partition("/")[2], []).append(row)
-    seen, seconds = by_attack.pop(""), 0.0
+        by_attack.setdefault(attack_of(name), []).append(row)
+    seen, seconds = by_attack.pop("clean"), 0.0
     if not by_attack or not by_attack.keys() <= report.cost.keys():
         return []
     after = {}

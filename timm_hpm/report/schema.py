@@ -15,7 +15,7 @@ from .examples import Example
 from .flags import Flag
 from .html import cell, report_page
 from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, ROBUST, accuracies, co_batch_table
-from .verdicts import standard_error, worst_accuracy
+from .verdicts import attack_of, standard_error, worst_accuracy
 
 #: Written; version 1, which had texts without names in the place of the flags, is read too.
 SCHEMA_VERSION: Final = 2
@@ -224,15 +224,15 @@ class AttackReport:
 
 
 def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, str]] = {}
+    table: dict[str, dict[str, list[str]]] = {}
     for name, row in correct.items():
         surrogate, _, attack = name.partition("/")
         if attack:
-            table.setdefault(surrogate, {})[attack] = row
+            table.setdefault(surrogate, {}).setdefault(attack_of(name), []).append(row)
     return {
-        surrogate: {attack: worst_accuracy([row]) for attack, row in rows.items()} | {
-            "worst": worst_accuracy(rows.values())}
-        for surrogate, rows in table.items()
+        surrogate: {attack: worst_accuracy(rows) for attack, rows in by_attack.items()} | {
+            "worst": worst_accuracy(row for rows in by_attack.values() for row in rows)}
+        for surrogate, by_attack in table.items()
     }
 
 

@@ -4,6 +4,11 @@ import math
 from collections.abc import Iterable
 
 
+def attack_of(name: str) -> str:
+    """Returns the attack of a row's name such as `"ste/joint"`, or of a round of it, as `"ste/joint-rest#2"`."""
+    return name.rpartition("/")[2].partition("#")[0]
+
+
 def right_in_all(rows: Iterable[str]) -> list[bool]:
     """Returns for each image whether it is right in every row (point-wise worst case).
 

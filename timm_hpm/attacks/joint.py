@@ -12,7 +12,7 @@ from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, pr
 from .surrogates import SURROGATES, soft_logits
 
 #: How often `joint-rest` is run on a batch, each time for what the times before have left.
-ROUNDS: Final = 8
+ROUNDS: Final = 4
 
 #: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
 JOINT_SURROGATES: Final = ("soft", "ste")

@@ -400,11 +400,14 @@ def test_worst_cases_are_counted_image_by_image(attacked):
     assert list(table) == [*SURROGATES, "true"]
     for surrogate in SURROGATES:
         attacks = [attack for attack in table[surrogate] if attack != "worst"]
-        assert {f"{surrogate}/{attack}" for attack in attacks} == {name for name in ROWS if name.startswith(surrogate)}
-        rows = [report.correct[f"{surrogate}/{attack}"] for attack in attacks]
-        assert [table[surrogate][attack] for attack in attacks] == [row.count("1") / 60 for row in rows]
-        assert table[surrogate]["worst"] == robust_images(rows).sum().item() / 60
-    assert report.robust_accuracy == robust_images(report.correct.values()).sum().item() / 60
+        names = {attack: [f"{surrogate}/{name}" for name in rows_of(attack)] for attack in attacks}
+        assert {name for some in names.values() for name in some} == {
+            name for name in ROWS if name.startswith(surrogate)}
+        rows = {attack: [report.correct[name] for name in some] for attack, some in names.items()}
+        assert all(table[surrogate][attack] == robust_images(rows[attack]).sum().item() / 60 for attack in attacks)
+        assert all(table[surrogate][attack] == rows[attack][0].count("1") / 60 for attack in COMPONENTS)
+        assert table[surrogate]["worst"] == robust_images([row for some in rows.values() for row in some]).sum().item() / 60
+    assert report.robust_accuracy == robust_images(report.judged).sum().item() / 60
     assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
     assert report.robust_accuracy < min(row[attack] for row in table.values() for attack in COMPONENTS if attack in row)
     assert report.robust_accuracy < report.clean_accuracy == report.correct["clean"].count("1") / 60 < 1

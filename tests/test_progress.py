@@ -18,13 +18,14 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import Budget, Protocol
+from timm_hpm.attacks.joint import ROUNDS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=9", "apgd-chain=1", "joint=2",
          "joint-rest=1"]
-# A batch has two groups of surrogates, each attacked by four components, then the chain and the joint attack.
-STEPS = 4 * (2 * 4 + 2)
+# A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, and rounds.
+STEPS = 4 * (2 * 4 + 2 + ROUNDS)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def check_same(folder: Path, other: Path) -> None:
     assert reports[0].same_results(reports[1])
     assert 0 < reports[0].robust_accuracy < reports[0].clean_accuracy
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
-    assert candidates[0].keys() == candidates[1].keys() and len(candidates[0]) == 2 + 5 * 5 + 2
+    assert candidates[0].keys() == candidates[1].keys() and len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + ROUNDS)
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
                                                         "adversarial.safetensors", "options.json"}

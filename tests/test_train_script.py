@@ -116,7 +116,11 @@ for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict
     dist.all_gather(parts, tensor)
     assert torch.equal(*parts), name
 assert run.head.num_updates.max() > 6
-run.accelerator.end_training()
+# As `train` ends: nothing may hold the process group, whose threads would outlive it.
+accelerator = run.accelerator
+del run
+accelerator.free_memory()
+accelerator.end_training()
 '''
 
 
@@ -129,6 +133,7 @@ def test_all_that_is_learned_stays_equal_on_all_processes(tmp_path):
 
 
 WORKER = '''
+import gc
 import sys
 
 import timm, torch
@@ -164,6 +169,8 @@ shard = [(images[row].unsqueeze(0), labels[row].unsqueeze(0)) for row in range(r
 timm_hpm.fit_prototypes(timm_hpm.PixelModel(model), shard, reduce=reduced)
 answers["prototypes"] = timm_hpm.find_head(model).prototypes
 torch.save(answers, f"{folder}/rank{rank}.pt")
+del trained, output, trunk, model  # they hold the process group, whose threads would outlive it
+gc.collect()
 dist.destroy_process_group()
 '''
 

@@ -157,6 +157,7 @@ def test_gradients_under_grad_checkpointing(name):
 
 
 WORKER = """
+import gc
 import sys
 
 import torch
@@ -175,6 +176,8 @@ for model, x, y in torch.load(f"{folder}/inputs.pt", weights_only=False):
     torch.nn.functional.cross_entropy(logits, y[rows]).backward()
     answers.append((logits.detach(), [p.grad for p in model.parameters()], model.state_dict()))
 torch.save(answers, f"{folder}/rank{rank}.pt")
+del parallel, model, logits  # they hold the process group, whose threads would outlive it
+gc.collect()
 dist.destroy_process_group()
 """
 

@@ -98,10 +98,15 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
                 with suppress(OSError):  # it is not there, or something is in it
                     Path(output).rmdir()
             raise
+        accelerator = run.accelerator
         try:
             return run.train()
         finally:
-            run.accelerator.end_training()
+            # What still holds the process group keeps its threads, and a thread that wants Python while that ends
+            # is aborted, and the process with it.
+            del run
+            accelerator.free_memory()
+            accelerator.end_training()
 
 
 @dataclass

@@ -54,7 +54,7 @@ def test_the_embedded_cards_figures_are_the_reports():
     right, baseline = (round(accuracy * report.num_images)
                        for accuracy in (report.robust_accuracy, report.baseline["worst"]))
     text = " ".join(card.text.split())
-    assert f"the head classified {right} correctly throughout, its own FC classifier {baseline}: a difference beyond" in text
+    assert f"classified {right} correctly throughout, its own FC classifier {baseline}: a difference beyond" in text
     # Square on the straight-through surrogate is Square on the true model: one set, in two rows.
     sets, baseline_sets = len(report.correct) - 2, len(report.baseline_correct) - 1
     assert f"faced {sets} sets of candidates, the FC classifier {baseline_sets}" in text

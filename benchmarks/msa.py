@@ -86,7 +86,7 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
 
             mine = seconds(attack)
             forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
-            # Those two take one surrogate after the other.
+            # These take one surrogate after the other.
             at_once = [[one] for one in surrogates] if name in (*JOINT_ATTACKS, "apgd-chain") else [surrogates]
             forward, backward = forward / len(at_once), backward / len(at_once)
             others = sum(seconds(lambda names=names, f=forward, b=backward: passes(split, images, names, f, b))

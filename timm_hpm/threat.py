@@ -63,7 +63,11 @@ class ThreatModel:
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the distance of each image of `x` (B, ...) from the same of `y`, as (B,)."""
-        delta = (x - y).flatten(1)
+        return self.size(x - y)
+
+    def size(self, delta: Tensor) -> Tensor:
+        """Returns the norm of each perturbation of `delta` (B, ...), as (B,)."""
+        delta = delta.flatten(1)
         return delta.abs().amax(dim=1) if self.norm == "Linf" else delta.norm(dim=1)
 
     def project(self, x: Tensor, clean: Tensor) -> Tensor:

@@ -71,14 +71,15 @@ def apgd(
     best_loss_then, halved_then = best_loss, torch.ones_like(wrong)
     before = x
     for i in range(iterations):
-        moved = ball.project(x + ball.step(gradient, step_size))
+        moved = ball.project(ball.step(gradient, step_size).add_(x))
         # The first step is all new; written so, its rounding is AutoAttack's.
         new = _NEW_STEP if i else 1.0
-        moved = ball.project(x + (moved - x) * new + (x - before) * (1 - new))
+        moved = ball.project(moved.sub_(x).mul_(new).add_(x).add_((x - before).mul_(1 - new)))
         before, x = x, moved
         loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
-        fooled = fooled | wrong
-        fooling = torch.where(per_image(wrong, x), x, fooling)
+        if wrong.any():
+            fooled = fooled | wrong
+            fooling = torch.where(per_image(wrong, x), x, fooling)
         losses[i] = loss
         larger = loss > best_loss
         best_loss = torch.where(larger, loss, best_loss)
@@ -87,7 +88,7 @@ def apgd(
             break
         best_gradient = torch.where(per_image(larger, x), gradient, best_gradient)
         if i + 1 - last_check == checkpoint:
-            raising = sum((losses[i - j] > losses[i - j - 1]).float() for j in range(checkpoint))
+            raising = (losses > losses.roll(1, dims=0))[i + 1 - checkpoint:i + 1].sum(dim=0)
             halved = (raising <= checkpoint * _RAISING) | (~halved_then & (best_loss_then >= best_loss))
             step_size = torch.where(per_image(halved, x), step_size / 2, step_size)
             x = torch.where(per_image(halved, x), best, x)
@@ -134,12 +135,13 @@ class _Ball:
         return self.clean + self.eps * (noise / (per_image(size, noise) + 1e-12))
 
     def step(self, gradient: Tensor, size: Tensor) -> Tensor:
-        return size * gradient.sign() if self.norm == "Linf" else size * _unit(gradient)
+        return (gradient.sign() if self.norm == "Linf" else _unit(gradient)).mul_(size)
 
     def project(self, x: Tensor) -> Tensor:
+        """Returns `x` moved into the ball, in place."""
         if self.norm == "Linf":
-            return torch.clamp(x, self.low, self.high)
-        delta = x - self.clean
+            return x.clamp_(self.low, self.high)
+        delta = x.sub_(self.clean)
         length = per_image(delta.square().flatten(1).sum(dim=1).sqrt(), delta)
         return delta.div_(length + 1e-12).mul_(length.clamp(max=self.eps)).add_(self.clean).clamp_(0, 1)
 

@@ -11,9 +11,9 @@ Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenk
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,7 @@ class AttackBatch:
         start = images if start is None else start
         self.points = start.repeat(copies, 1, 1, 1)
         self.not_finite: set[int] = set()
+        self._asked: tuple[Tensor, list[_Part]] = (self.rows, self._parts(self.rows))
         with torch.no_grad():
             self._features = model.features(start).repeat(copies, 1)
         self.clean_logits = self.current_logits()
@@ -112,16 +113,17 @@ class AttackBatch:
         if not len(rows):
             return self.clean_logits[:0]
         features = self.model.features(pixels)
-        logits = torch.cat([
-            self._surrogate_logits(surrogate, rows[span] - offset, features[span], offset)
-            for surrogate, span, offset in self._spans(rows)
-        ])
+        # A search asks for the same rows again and again.
+        if rows is not self._asked[0]:
+            self._asked = rows, self._parts(rows)
+        logits = torch.cat([self._surrogate_logits(part, features[part.span]) for part in self._asked[1]])
         self.on_query()
         return self.finite(rows, pixels, logits)
 
     def finite(self, rows: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
         """Returns the `logits` (R, C) that answered the `pixels` of `rows`, and others where they are not finite."""
-        if logits.isfinite().all():
+        # The sum is not finite where one of them is not; where only the sum overflows, the longer way finds out.
+        if math.isfinite(float(logits.detach().sum())) or logits.isfinite().all():
             return logits
         lost = ~logits.isfinite().all(dim=1)
         self.not_finite.update(rows[lost].tolist())
@@ -157,17 +159,40 @@ class AttackBatch:
         """Returns whether some surrogate's answers depend on the rest of its batch."""
         return any(map(self.model.couples, self.surrogates))
 
-    def _spans(self, rows: Tensor) -> Iterator[tuple[str, slice, int]]:
+    def _parts(self, rows: Tensor) -> list["_Part"]:
+        """Returns the parts of the ascending `rows` (R,), one for each surrogate that has some."""
         ends = torch.searchsorted(rows, self.size * torch.arange(len(self.surrogates) + 1, device=rows.device)).tolist()
+        parts = []
         for s, surrogate in enumerate(self.surrogates):
-            if ends[s] < ends[s + 1]:
-                yield surrogate, slice(ends[s], ends[s + 1]), s * self.size
+            span = slice(ends[s], ends[s + 1])
+            needs_others = self.model.couples(surrogate) and span.stop - span.start < self.size
+            if span.start < span.stop:
+                parts.append(_Part(surrogate, span, s * self.size,
+                                   rows[span] - s * self.size if needs_others else None))
+        return parts
 
-    def _surrogate_logits(self, surrogate: str, images: Tensor, features: Tensor, offset: int) -> Tensor:
-        if not self.model.couples(surrogate) or len(images) == self.size:
-            return self.model.logits(surrogate, features)
-        whole = self._features[offset:offset + self.size].index_copy(0, images, features)
-        return self.model.logits(surrogate, whole)[images]
+    def _surrogate_logits(self, part: "_Part", features: Tensor) -> Tensor:
+        if part.among is None:
+            return self.model.logits(part.surrogate, features)
+        whole = self._features[part.first:part.first + self.size].index_copy(0, part.among, features)
+        return self.model.logits(part.surrogate, whole)[part.among]
+
+
+class _Part(NamedTuple):
+    """The rows of one surrogate among those of a query.
+
+    Arguments:
+        surrogate: its name.
+        span: where they stand in the query.
+        first: the surrogate's first row of all.
+        among: (r,), their places in the surrogate's batch, whose other images its answers depend on; None where the
+            answers depend on none, or the batch is whole.
+    """
+
+    surrogate: str
+    span: slice
+    first: int
+    among: Tensor | None
 
 
 # Of logits: a lead that no search takes for progress.
@@ -280,7 +305,8 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
         if keeps_whole_batches:
             # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
             fooled = loss >= 0
-            batch.place(rows[fooled], pixels[fooled])
+            if fooled.any():
+                batch.place(rows[fooled], pixels[fooled])
         return loss
 
     rows = batch.active

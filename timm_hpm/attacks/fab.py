@@ -46,73 +46,78 @@ def fab(
     """
     found, x = clean, clean
     nearest = torch.full_like(labels, math.inf, dtype=clean.dtype)
+    both = torch.stack([clean, clean])
     for _ in range(iterations):
         lead, gradient = _target_lead(logits_fn, x, labels, targets)
         # Of both points the distance is to the plane on which the approximation at x has no lead.
-        leads = torch.cat([lead, lead + (gradient * (clean - x)).flatten(1).sum(dim=1)])
-        steps = step_to_plane(torch.cat([x, clean]), gradient.repeat(2, *[1] * (x.ndim - 1)), leads, threat.norm)
-        size, clean_size = threat.distance(steps, torch.zeros_like(steps)).clamp(min=1e-8).chunk(2)
+        leads = torch.stack([lead, lead + (gradient * (clean - x)).flatten(1).sum(dim=1)])
+        both[0] = x
+        steps = step_to_plane(both, gradient, leads, threat.norm)
+        size, clean_size = threat.size(steps.flatten(0, 1)).clamp(min=1e-8).chunk(2)
         bias = per_image((size / (size + clean_size)).clamp(max=_LARGEST_BIAS), x)
-        step, clean_step = steps.chunk(2)
-        x = torch.lerp(x + _OVERSHOOT * step, clean + _OVERSHOOT * clean_step, bias).clamp_(0, 1)
+        x = torch.lerp(*steps.mul_(_OVERSHOOT).add_(both), bias).clamp_(0, 1)
         fooled = logits_fn(x).argmax(dim=1) != labels
+        if not fooled.any():
+            continue
         distance = threat.distance(x, clean)
         nearer = fooled & (distance < nearest)
         nearest = torch.where(nearer, distance, nearest)
         found = torch.where(per_image(nearer, x), x, found)
-        x = torch.where(per_image(fooled, x), clean + _STEP_BACK * (x - clean), x)
+        x = torch.lerp(clean, x, per_image(torch.where(fooled, _STEP_BACK, 1.0), x))
     return found
 
 
 def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -> Tensor:
-    """Returns the shortest steps (R, ...), in a norm, from `points` to hyperplanes, with pixels staying in [0, 1].
+    """Returns the shortest steps, in a norm, from `points` to hyperplanes, with pixels staying in [0, 1].
 
     Where no image is on the plane the step goes to the one nearest to it; along a normal of zeros there is no step.
 
     Arguments:
-        points: (R, ...), pixels in [0, 1].
+        points: (R, ...), pixels in [0, 1], or (K, R, ...): K points for each normal.
         normals: (R, ...), w of the planes, finite.
-        offsets: (R,), o: a step d leads to the plane where w·d = −o.
+        offsets: (R,) or (K, R), o: a step d leads to the plane where w·d = −o.
         norm: `"Linf"` or `"L2"`.
     """
     w = normals.flatten(1)
     # The plane does not change with its normal's size, which can be such that its square underflows.
     largest = w.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
-    needed = offsets.abs() / largest.squeeze(1)
-    w = w / torch.where(offsets.unsqueeze(1) > 0, -largest, largest)
-    x = points.flatten(1)
-    room = torch.where(w > 0, 1 - x, x)
+    needed, w = offsets.abs() / largest.squeeze(1), w / largest
+    slopes, down = w.abs(), (offsets > 0).unsqueeze(-1)
+    x = points.reshape(*offsets.shape, -1)
+    room = torch.where((w > 0) ^ down, 1 - x, x)
     if norm == "Linf":
         # All pixels go equally far, or to the end of their range.
-        distance = _shared_size(w.abs(), room, needed)
+        distance = _shared_size(slopes, room, needed)
     else:
-        # All pixels go along the normal, or to the end of their range.
-        distance = w.abs() * _shared_size(w.square(), room / w.abs(), needed)
-    # A pixel that the plane does not ask for stays, even where no size leads there.
-    step = torch.where(w == 0, 0, torch.minimum(distance, room)) * w.sign()
-    return step.view_as(points)
+        # All pixels go along the normal, or to the end of their range; one that the plane does not ask for stays, even
+        # where no size leads there.
+        asked = slopes > 0
+        distance = _shared_size(slopes.square(), torch.where(asked, room / slopes, 0), needed)
+        distance = torch.where(asked, slopes * distance, 0)
+    return torch.minimum(distance, room).mul_(w.sign()).mul_(torch.where(down, -1.0, 1.0)).view_as(points)
 
 
 def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
-    """Returns the smallest s ≥ 0 (R, 1) with Σ slopes · min(s, ends) = needed, infinity where there is none.
+    """Returns the smallest s ≥ 0 (..., R, 1) with Σ slopes · min(s, ends) = needed, infinity where there is none.
 
     Arguments:
         slopes: (R, D), 0 or more.
-        ends: (R, D), 0 or more; anything where the slope is 0.
-        needed: (R,), 0 or more.
+        ends: (..., R, D), 0 or more.
+        needed: (..., R), 0 or more.
     """
-    needed, whole = needed.unsqueeze(1), torch.where(slopes > 0, slopes * ends, 0)
-    size = torch.where(needed > 0, needed / slopes.sum(dim=1, keepdim=True), 0)
+    needed, whole, going = needed.unsqueeze(-1), slopes * ends, ends > 0
+    size = needed / torch.where(going, slopes, 0).sum(dim=-1, keepdim=True)
+    size = torch.where(needed > 0, size, 0)
     while True:
         # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end.
-        going = ends > size
-        gone = torch.where(going, 0, whole).sum(dim=1, keepdim=True)
-        new = (needed - gone) / (slopes * going).sum(dim=1, keepdim=True)
-        grows = new > size
-        if not grows.any():
+        still = ends > size
+        if torch.equal(still, going):
             return size
-        size = torch.where(grows, new, size)
+        going = still
+        gone = torch.where(going, 0, whole).sum(dim=-1, keepdim=True)
+        new = (needed - gone) / torch.where(going, slopes, 0).sum(dim=-1, keepdim=True)
+        size = torch.where(new > size, new, size)
 
 
 @torch.enable_grad()
@@ -123,4 +128,4 @@ def _target_lead(logits_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tenso
     logits = logits_fn(x)
     lead = (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
     gradient, = torch.autograd.grad(lead.sum(), x)
-    return lead.detach(), gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return lead.detach(), gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -81,10 +81,13 @@ def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
             features = model.features(x)
-            logits = batch.finite(batch.rows[rows], x, logits_of(model.head, features))
+            answer = logits_of(model.head, features)
+            logits = batch.finite(batch.rows[rows], x, answer)
             loss = margin_loss(logits, labels).sigmoid()[sought].sum()
         with torch.no_grad():
-            wrong = predicted_classes(model.logits(model.twin(), features.detach())) != labels
+            # The head's own answer, which one of the surrogates has given already.
+            own = answer if surrogate == model.twin() else model.logits(model.twin(), features.detach())
+            wrong = predicted_classes(own) != labels
             errors = int(wrong[sought].sum())
         batch.on_query()
         # The later of two: it was found nearer to the head's own assignment.

@@ -89,13 +89,14 @@ class _LinfSearch:
     def propose(self, part: float) -> None:
         _, channels, height, width = self.points.shape
         side = min(max(round(math.sqrt(part * height * width)), 1), height, width)
-        self.window = _window(height, width, side)
-        self.before = self.points[self.window].clone()
-        step = 2.0 * self.eps * _signs([channels, 1, 1], self.points)
-        self.points[self.window] = torch.clamp(self.before + step, self.low[self.window], self.high[self.window])
+        window = _window(height, width, side)
+        self.changed = self.points[window]
+        self.before = self.changed.clone()
+        self.changed += 2.0 * self.eps * _signs([channels, 1, 1], self.points)
+        self.changed.clamp_(self.low[window], self.high[window])
 
     def accept(self, better: Tensor) -> None:
-        self.points[self.window] = torch.where(better, self.points[self.window], self.before)
+        self.changed.copy_(torch.where(better, self.changed, self.before))
 
 
 class _L2Search:

@@ -5,9 +5,10 @@
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
         [--output FOLDER]
 
-- attack over passes: time of the attacks of `standard` at a fifth of their budgets on one batch, over the time that
-  their counted passes, from the pixels to the surrogates' logits, take by themselves in batches of as many rows as the
-  attack has at first; the median of several runs. Also for each attack.
+- attack over passes: time of an evaluation by `standard` at a fifth of its budgets on one batch, checks and verdicts
+  included, over the time that its counted passes take by themselves: the attacks' from the pixels to the surrogates'
+  logits, in batches of as many rows as the attack has at first, and the judge's. The median of several runs; also for
+  each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
@@ -35,8 +36,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm.attacks import ATTACKS, PROTOCOLS, Budget, Protocol
-from timm_hpm.attacks.components import AttackBatch, Notes
+from timm_hpm.attacks import PROTOCOLS, Protocol
 from timm_hpm.attacks.joint import JOINT_ATTACKS
 from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.msa import surrogates_of
@@ -68,33 +68,36 @@ def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], forward
 
 def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, scale: float,
              runs: int) -> dict[str, float]:
-    """Returns the time of each attack, and of all, over that of its passes."""
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    """Returns the time of a whole evaluation on one batch, and of each of its attacks, over that of its passes."""
+    pixel_model = timm_hpm.PixelModel(model)
+    split = SplitModel(pixel_model, images)
     protocol = scaled(PROTOCOLS["standard"], scale / 5)
     ratios: dict[str, list[float]] = {}
     for _ in range(runs):
-        whole = alone = 0.0
-        for name, budget in protocol.attacks.items():
+        report = timm_hpm.mixed_surrogate_attack(model, images, labels, threat, batch_size=len(images),
+                                                 surrogates_at_once=5, protocol=protocol)
+        total = report.cost.pop("all")
+        # The judge's, and those of the checks.
+        rest = total["forward_passes"] - sum(cost["forward_passes"] for cost in report.cost.values())
+        alone = seconds(lambda rest=rest: judge_passes(pixel_model, images, rest))
+        for name, cost in report.cost.items():
             surrogates = surrogates_of(name, split, split.default_surrogates())
-            if not surrogates:
-                continue
-            before = split.forward_passes, split.backward_passes
-
-            def attack(name: str = name, surrogates: Sequence[str] = surrogates, budget: Budget = budget) -> None:
-                batch = AttackBatch(split, surrogates, images, labels)
-                ATTACKS[name](batch, threat, budget.for_classes(batch.clean_logits.shape[1]), Notes())
-
-            mine = seconds(attack)
-            forward, backward = split.forward_passes - before[0], split.backward_passes - before[1]
             # These take one surrogate after the other.
             at_once = [[one] for one in surrogates] if name in (*JOINT_ATTACKS, "apgd-chain") else [surrogates]
-            forward, backward = forward / len(at_once), backward / len(at_once)
+            forward, backward = cost["forward_passes"] / len(at_once), cost["backward_passes"] / len(at_once)
             others = sum(seconds(lambda names=names, f=forward, b=backward: passes(split, images, names, f, b))
                          for names in at_once)
-            ratios.setdefault(name, []).append(mine / others)
-            whole, alone = whole + mine, alone + others
-        ratios.setdefault("all", []).append(whole / alone)
+            ratios.setdefault(name, []).append(cost["seconds"] / others)
+            alone += others
+        ratios.setdefault("all", []).append(total["seconds"] / alone)
     return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+@torch.no_grad()
+def judge_passes(model: nn.Module, images: Tensor, number: float) -> None:
+    """Makes so many passes of the true model in batches of `images`."""
+    for _ in range(round(number / len(images))):
+        model(images)
 
 
 def scaled(protocol: Protocol, scale: float) -> Protocol:
@@ -135,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="of attack over passes (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--model", default="hpm_wrn10_2")
     parser.add_argument("--checkpoint")

@@ -175,6 +175,14 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     row = report.co_batch[1]
     assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report.to_markdown()
     assert "Neighbours in the batch" not in plain.to_markdown()
+    asked = {"co_batch": (4,), "co_batch_mixes": (0.9,)}
+    options["finished"] = tmp_path / "report.json"
+    with pytest.raises(ValueError, match=r"report of another run \(co_batch: \[4\] there, \[6\] now\)"):
+        mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked | {"co_batch": (6,)})
+    with pytest.raises(ValueError, match=r"co_batch_mixes: \[0.9\] there, None now"):
+        mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    assert mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked) == report
+    del options["finished"]
     with timm_hpm.inference_mode(model, "sample"):
         assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,)).co_batch
 

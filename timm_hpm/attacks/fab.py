@@ -55,7 +55,8 @@ def fab(
         steps = step_to_plane(both, gradient, leads, threat.norm)
         size, clean_size = threat.size(steps.flatten(0, 1)).clamp(min=1e-8).chunk(2)
         bias = per_image((size / (size + clean_size)).clamp(max=_LARGEST_BIAS), x)
-        x = torch.lerp(*steps.mul_(_OVERSHOOT).add_(both), bias).clamp_(0, 1)
+        moved, clean_moved = steps.mul_(_OVERSHOOT).add_(both)
+        x = torch.lerp(moved, clean_moved, bias).clamp_(0, 1)
         fooled = logits_fn(x).argmax(dim=1) != labels
         if not fooled.any():
             continue

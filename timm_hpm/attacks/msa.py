@@ -107,59 +107,54 @@ def mixed_surrogate_attack(
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    if surrogates_at_once < 1:
-        raise ValueError(f"surrogates_at_once is {surrogates_at_once}; expected at least 1")
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if save_adversarial is not None and processes > 1 and resume is None:
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
+    for name, number in (("batch_size", batch_size), ("surrogates_at_once", surrogates_at_once)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; expected at least 1")
     check_answers_alike(model)
     check_pixels(images, labels)
     if co_batch or co_batch_mixes is not None:
         check_co_batch(co_batch, co_batch_mixes, len(images))
     if save_adversarial is not None:
         writable_folder(Path(save_adversarial).parent)
+    start = time.perf_counter()
     images, labels = images.detach().float().contiguous(), labels.detach().long()
-    pixel_model = pixel_model_for(model, images)
-    device = device_of(pixel_model, images)
-    example = images[:batch_size].to(device)
-    # A model may draw random numbers whenever it is asked.
-    with _seeded(device, seed, "model"):
-        answer = _first_answer(pixel_model, example)
-    num_classes = answer.shape[1]
-    check_pixels(images, labels, num_classes)
-    with _seeded(device, seed, "split"), _without_autocast(example):
-        split = SplitModel(pixel_model, example)
+    subject = _Subject.of(model, images, labels, batch_size, seed)
+    split = subject.split
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
     chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets,
                             survivors_only)
     names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
-    start = time.perf_counter()
     checks = _no_cost()
-    with _seeded(device, seed, "checks"):
-        flags = _check_model(pixel_model, images[:_NUM_CHECKED].to(device), labels[:_NUM_CHECKED].to(device),
-                             batch_size, checks)
+    flags = subject.flags_before(images, labels, checks)
     usable = _applicable(tuple(chosen.attacks), split, names)
     if any(flag.name == "no-gradient" for flag in flags):
         usable = _without_gradients(usable)
     plan = _plan(split, names, usable, surrogates_at_once, chosen)
-    budget_of = {attack: chosen.attacks[attack].for_classes(num_classes) for attack in usable}
-    described = _described(model, pixel_model, split, images, labels, threat, chosen, batch_size, names, budget_of,
-                           surrogates_at_once, seed, num_classes, device)
-
+    budget_of = {attack: chosen.attacks[attack].for_classes(subject.num_classes) for attack in usable}
+    asks_neighbours = bool(co_batch) and split.couples(split.twin())
+    described = subject.described(images, labels) | {
+        "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(),
+        **replace(chosen, surrogates=names, attacks=budget_of).summary(),
+        "surrogates_at_once": surrogates_at_once, "seed": seed,
+    }
+    if asks_neighbours:
+        described |= {"co_batch": list(co_batch), "co_batch_mixes": co_batch_mixes and list(co_batch_mixes)}
     whole_protocol = dict(about or {}) | described
     if finished is not None and Path(finished).exists():
         report = AttackReport.load(finished)
         check_same_run(f"{finished} is the report", report.protocol, whole_protocol)
         return report
+
     with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
         neighbours = []
-        if rank == 0 and co_batch and split.couples(split.twin()):
-            with _seeded(device, seed, "co-batch"):
+        if rank == 0 and asks_neighbours:
+            with _seeded(subject.device, seed, "co-batch"):
                 neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes,
                                              seed=seed)
-        run = _Run(model, pixel_model, split, threat, plan, budget_of, batch_size, seed, device,
+        run = _Run(subject, threat, plan, budget_of,
                    survivors_only=chosen.survivors_only,
                    with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
                    keeps_candidates=save_adversarial is not None, folder=folder)
@@ -179,21 +174,11 @@ def mixed_surrogate_attack(
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    flags += dict.fromkeys(flag for step in found for flag in step.flags)
-    flags += _not_finite_flags(found)
-    flags += [flag for flag in [verdict_flag(correct)] if flag]
-    if not any(flag.name in ("no-gradient", "zero-gradient") for flag in flags):
-        survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
-        with _seeded(device, seed, "survivors"):
-            flags += _check_survivors(split, images[survive].to(device), labels[survive].to(device), threat, batch_size,
-                                      checks)
-    if not any(flag.name == "changes-state" for flag in flags):
-        with _seeded(device, seed, "model"):
-            flags += [flag for flag in [change_flag(pixel_model, example, answer)] if flag]
-        checks["forward_passes"] += len(example)
+    flags += [*dict.fromkeys(flag for step in found for flag in step.flags), *_not_finite_flags(found)]
+    flags += subject.flags_after(images, labels, threat, correct, {flag.name for flag in flags}, checks)
     cost = _total_cost(found, checks)
     cost["all"]["seconds"] = time.perf_counter() - start
-    report = AttackReport(
+    return AttackReport(
         protocol=whole_protocol,
         correct=correct,
         co_batch=neighbours,
@@ -203,7 +188,6 @@ def mixed_surrogate_attack(
         flags=flags,
         examples=_first(example for step in found for example in step.examples),
     )
-    return report
 
 
 @contextmanager
@@ -231,35 +215,97 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
 # The row of the batches in which each image carries what broke it.
 _ASSEMBLED: Final = "assembled"
 
-# Enough to see what `check_model` looks for.
+# Enough to see what the checks look for.
 _NUM_CHECKED: Final = 32
 
 
-def _check_model(pixel_model: nn.Module, images: Tensor, labels: Tensor, batch_size: int,
-                 cost: dict[str, float]) -> list[Flag]:
-    """Returns the flags of `check_model`, and adds its passes to `cost`."""
+@dataclass
+class _Subject:
+    """What is attacked: the model, its attacked copy, and what it answered before anything was done to it."""
 
-    def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        cost["forward_passes"] += len(inputs[0])
+    model: nn.Module
+    pixel_model: nn.Module
+    split: SplitModel
+    device: torch.device
+    example: Tensor
+    answer: Tensor
+    batch_size: int
+    seed: int
 
-    with pixel_model.register_forward_pre_hook(count):
-        flags = check_model(pixel_model, images, labels, batch_size)
-    cost["backward_passes"] += len(images)
-    return flags
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "_Subject":
+        """Returns the subject; raises unless the model answers its first batch as a classifier of these classes."""
+        pixel_model = pixel_model_for(model, images)
+        device = device_of(pixel_model, images)
+        example = images[:batch_size].to(device)
+        # A model may draw random numbers whenever it is asked.
+        with _seeded(device, seed, "model"):
+            answer = _first_answer(pixel_model, example)
+        check_pixels(images, labels, answer.shape[1])
+        with _seeded(device, seed, "split"), _without_autocast(example):
+            split = SplitModel(pixel_model, example)
+        return cls(model, pixel_model, split, device, example, answer, batch_size, seed)
 
+    @property
+    def num_classes(self) -> int:
+        return self.answer.shape[1]
 
-def _check_survivors(split: SplitModel, images: Tensor, labels: Tensor, threat: ThreatModel, batch_size: int,
-                     cost: dict[str, float]) -> list[Flag]:
-    """Returns the flag of `rough_flag` on images that no attack broke, and adds its passes to `cost`.
+    def flags_before(self, images: Tensor, labels: Tensor, cost: dict[str, float]) -> list[Flag]:
+        """Returns the flags of `check_model` on the first of the images, and adds its passes to `cost`."""
+        images, labels = images[:_NUM_CHECKED].to(self.device), labels[:_NUM_CHECKED].to(self.device)
 
-    Of a model with an HPM head the network with its FC classifier is checked: the head is known.
-    """
-    before = split.forward_passes, split.backward_passes
-    with _without_autocast(images):
-        flag = rough_flag(lambda x: split.logits("fc", split.features(x)), images, labels, threat, batch_size)
-    cost["forward_passes"] += split.forward_passes - before[0]
-    cost["backward_passes"] += split.backward_passes - before[1]
-    return [flag] if flag else []
+        def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            cost["forward_passes"] += len(inputs[0])
+
+        with _seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
+            flags = check_model(self.pixel_model, images, labels, self.batch_size)
+        cost["backward_passes"] += len(images)
+        return flags
+
+    def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
+                    raised: set[str], cost: dict[str, float]) -> list[Flag]:
+        """Returns what the verdicts say, and how the model answers now, and adds the passes of that to `cost`.
+
+        Of a model with an HPM head the gradient of the network with its FC classifier is checked: the head is known.
+        `raised` are the names of the flags so far.
+        """
+        flags = [verdict_flag(correct)]
+        if not raised & {"no-gradient", "zero-gradient"}:
+            survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
+            before = self.split.forward_passes, self.split.backward_passes
+            with _seeded(self.device, self.seed, "survivors"), _without_autocast(self.example):
+                flags.append(rough_flag(lambda x: self.split.logits("fc", self.split.features(x)),
+                                        images[survive].to(self.device), labels[survive].to(self.device), threat,
+                                        self.batch_size))
+            cost["forward_passes"] += self.split.forward_passes - before[0]
+            cost["backward_passes"] += self.split.backward_passes - before[1]
+        if "changes-state" not in raised:
+            with _seeded(self.device, self.seed, "model"):
+                flags.append(change_flag(self.pixel_model, self.example, self.answer))
+            cost["forward_passes"] += len(self.example)
+        return [flag for flag in flags if flag is not None]
+
+    def described(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Returns what a report's protocol says of the model, the images, and what they met on."""
+        cfg = getattr(getattr(self.model, "model", self.model), "pretrained_cfg", None) or {}
+        head = None if self.split.head is None else find_head(self.model)
+        return {
+            "architecture": cfg.get("architecture") or type(self.model).__name__,
+            "weights_digest": weights_digest(self.model.model if isinstance(self.model, PixelModel) else self.model),
+            "normalisation": {name: getattr(self.pixel_model, name).flatten().tolist() for name in ("mean", "std")}
+            if isinstance(self.pixel_model, PixelModel) else None,
+            "num_images": len(images),
+            "data_digest": data_digest(images, labels),
+            "num_classes": self.num_classes,
+            "inference": "none" if head is None else head.inference,
+            "mix": None if head is None else head.mix,
+            "prototypes_fitted": None if head is None else head.is_fitted(),
+            "precision": _precision(self.model, self.device),
+            "attacked_scale": None if self.split.head is None else float(self.split.head.scale()),
+            "device": self.device.type,
+            "versions": {"python": platform.python_version()} | {
+                package: version(package) for package in ("timm-hpm", "torch", "timm")},
+        }
 
 
 def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
@@ -318,15 +364,10 @@ def _plan(
 class _Run:
     """One evaluation: attacks batch after batch, judges what it finds, and keeps that where it is to be kept."""
 
-    model: nn.Module
-    pixel_model: nn.Module
-    split: SplitModel
+    subject: _Subject
     threat: ThreatModel
     plan: list[tuple[tuple[str, ...], str]]
     budgets: dict[str, Budget]
-    batch_size: int
-    seed: int
-    device: torch.device
     survivors_only: bool
     with_baseline: bool
     keeps_candidates: bool
@@ -339,28 +380,28 @@ class _Run:
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
-        images, labels = images.to(self.device), labels.to(self.device)
+        images, labels = images.to(self.subject.device), labels.to(self.subject.device)
         standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-        with _seeded(self.device, self.seed, "judge", "clean", first):
+        with _seeded(self.subject.device, self.subject.seed, "judge", "clean", first):
             clean = self._judged("clean", {"clean": images}, images, labels, first, broken)
         broken[clean.broken] = True
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.budgets[attack_of(attack)].queries()
-            step = None if self.folder is None else self.folder.load(first // self.batch_size, number)
+            step = None if self.folder is None else self.folder.load(first // self.subject.batch_size, number)
             if step is None:
                 step = self._attacked(group, attack, images, labels, first, standing, broken,
                                       partial(_advance, bar, done))
                 if self.folder is not None:
-                    self.folder.save(first // self.batch_size, number, step)
+                    self.folder.save(first // self.subject.batch_size, number, step)
             bar.update(done - bar.n)
-            standing[step.broken] = step.points.to(self.device)
+            standing[step.broken] = step.points.to(self.subject.device)
             broken[step.broken] = True
             steps.append(replace(step.without_pixels(),
                                  examples=step.examples if self.num_examples < NUM_EXAMPLES else []))
         self.num_examples += sum(len(step.examples) for step in steps)
-        if self.split.couples(self.split.twin()):
+        if self.subject.split.couples(self.subject.split.twin()):
             everything = {_ASSEMBLED: standing}
             assembled = self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
             steps.append(assembled.without_pixels())
@@ -370,9 +411,9 @@ class _Run:
                         protocol: dict[str, Any]) -> None:
         """Writes images, labels and all candidates, each batch's fetched from the folder when it is due."""
         assert self.folder is not None
-        tensors = {name: Parts(tensor, tensor.split(self.batch_size))
+        tensors = {name: Parts(tensor, tensor.split(self.subject.batch_size))
                    for name, tensor in (("clean", images), ("labels", labels))}
-        batches = range(-(-len(images) // self.batch_size))
+        batches = range(-(-len(images) // self.subject.batch_size))
         for number, (group, attack) in enumerate(self.plan):
             for name in (f"{surrogate}/{attack}" for surrogate in group):
                 tensors[name] = Parts(images, map(partial(self.folder.candidates, name, number), batches))
@@ -381,15 +422,16 @@ class _Run:
     def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
                   standing: Tensor, broken: Tensor, on_query: Callable[[], None]) -> Step:
         """Returns what one attack on one batch finds through a group of surrogates."""
+        split, seed, device = self.subject.split, self.subject.seed, self.subject.device
         notes = Notes(f"{attack} on {', '.join(group)}: ")
-        surrogates = [self.split.twin() if name == TRUE_MODEL else name for name in group]
-        before = time.perf_counter(), self.split.forward_passes, self.split.backward_passes
-        with _seeded(self.device, self.seed, attack, group, first), _without_autocast(images):
+        surrogates = [split.twin() if name == TRUE_MODEL else name for name in group]
+        before = time.perf_counter(), split.forward_passes, split.backward_passes
+        with _seeded(device, seed, attack, group, first), _without_autocast(images):
             # The joint attacks take the batch as it has become, and every image of it.
             together = attack_of(attack) in JOINT_ATTACKS
             start = standing if self.survivors_only or together else None
             active = ~broken if self.survivors_only and not together else None
-            batch = AttackBatch(self.split, surrogates, images, labels, start=start, active=active, sought=~broken,
+            batch = AttackBatch(split, surrogates, images, labels, start=start, active=active, sought=~broken,
                                 on_query=on_query)
             found = batch.points
             if len(batch.active):
@@ -399,24 +441,25 @@ class _Run:
         seconds = time.perf_counter() - before[0]
         named = {f"{surrogate}/{attack}": points
                  for surrogate, points in zip(group, found.split(len(images)), strict=True)}
-        with _seeded(self.device, self.seed, "judge", attack, group, first):
+        with _seeded(device, seed, "judge", attack, group, first):
             step = self._judged(attack, named, images, labels, first, broken)
         not_finite: dict[str, list[int]] = {}
         for row in sorted(batch.not_finite):
             search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
             not_finite.setdefault(search, []).append(first + row % batch.size)
         return replace(step, flags=notes.flags, not_finite=not_finite | step.not_finite, cost={
-            "seconds": seconds, "forward_passes": self.split.forward_passes - before[1],
-            "backward_passes": self.split.backward_passes - before[2]})
+            "seconds": seconds, "forward_passes": split.forward_passes - before[1],
+            "backward_passes": split.backward_passes - before[2]})
 
     def _judged(self, attack: str, candidates: dict[str, Tensor], images: Tensor, labels: Tensor, first: int,
                 broken: Tensor) -> Step:
         """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
+        model, batch_size = self.subject.pixel_model, self.subject.batch_size
         correct, baseline, examples, not_finite = {}, {}, [], {}
         newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
         for name, found in candidates.items():
             # A model that does not answer clean images is broken; under attack that is what an adversary wants.
-            answers = predictions(self.pixel_model, found, self.batch_size, first_image=first,
+            answers = predictions(model, found, batch_size, first_image=first,
                                   allow_non_finite=attack != "clean").to(labels.device)
             if (answers < 0).any():
                 not_finite[f"{name}: on the candidates, the true model's"] = [
@@ -429,8 +472,8 @@ class _Run:
                 examples += [make_example(first + i, int(labels[i]), int(answers[i]), name, images[i], found[i])
                              for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
             if self.with_baseline and (name == "clean" or (name.startswith("fc/") and attack in COMPONENTS)):
-                with inference_mode(self.model, "fc"):
-                    baseline[name] = as_row(judge(self.pixel_model, found, labels, self.batch_size, first_image=first,
+                with inference_mode(self.subject.model, "fc"):
+                    baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
                                                   allow_non_finite=True))
         kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and "/" in name}
         return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
@@ -533,46 +576,3 @@ def _precision(model: nn.Module, device: torch.device) -> str:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         dtype = f"autocast to {torch.get_autocast_dtype(device.type)}"
     return dtype.replace("torch.", "")
-
-
-def _described(
-        model: nn.Module,
-        pixel_model: nn.Module,
-        split: SplitModel,
-        images: Tensor,
-        labels: Tensor,
-        threat: ThreatModel,
-        protocol: Protocol,
-        batch_size: int,
-        surrogates: tuple[str, ...],
-        budgets: dict[str, Budget],
-        at_once: int,
-        seed: int,
-        num_classes: int,
-        device: torch.device,
-) -> dict[str, Any]:
-    cfg = getattr(getattr(model, "model", model), "pretrained_cfg", None) or {}
-    head = None if split.head is None else find_head(model)
-    return {
-        "architecture": cfg.get("architecture") or type(model).__name__,
-        "weights_digest": weights_digest(model.model if isinstance(model, PixelModel) else model),
-        "normalisation": {name: getattr(pixel_model, name).flatten().tolist() for name in ("mean", "std")}
-        if isinstance(pixel_model, PixelModel) else None,
-        "threat": str(threat),
-        "num_images": len(images),
-        "data_digest": data_digest(images, labels),
-        "num_classes": num_classes,
-        "batch_size": batch_size,
-        "inference": "none" if head is None else head.inference,
-        "mix": None if head is None else head.mix,
-        "prototypes_fitted": None if head is None else head.is_fitted(),
-        "precision": _precision(model, device),
-        "attacked_scale": None if split.head is None else float(split.head.scale()),
-        "protocol_digest": protocol.digest(),
-        **replace(protocol, surrogates=surrogates, attacks=budgets).summary(),
-        "surrogates_at_once": at_once,
-        "seed": seed,
-        "device": device.type,
-        "versions": {"python": platform.python_version()} | {
-            package: version(package) for package in ("timm-hpm", "torch", "timm")},
-    }

@@ -87,6 +87,24 @@ def test_progress_is_over_the_seconds_of_the_attacks_in_the_order_in_which_they_
         assert "over time" not in dataclasses.replace(report, cost=unknown).to_html()
 
 
+def test_the_names_of_a_plot_have_colours_of_their_own(report):
+    plot = re.search(r"<svg.*?</svg>", report.to_html(), re.DOTALL)[0]
+    legend = re.findall(r"<circle cx='\d+' cy='12' r='5' fill='(.+?)'/>", plot)
+    assert len(legend) == len({*report.by_surrogate["ste"], *report.by_surrogate["fc"]}) == len(set(legend))
+
+
+def test_error_bars_are_a_standard_error_to_each_side():
+    def bar(plot: str) -> list[float]:
+        return [float(number) for number in re.search(
+            r"<g><title>.*?<line x1='(.+?)' y1='(.+?)' x2='(.+?)' y2='(.+?)'", plot).groups()]
+
+    # An axis of accuracies from 40 to 100 %, and one from 0 to 100 %.
+    left, _, right, _ = bar(svg.dots({"fc": {"square": svg.Point(0, 0.5, 0.05)}}, ["square"], {}, ""))
+    assert right - left == pytest.approx(0.1 * (svg._WIDTH - svg._RIGHT - svg._LEFT) / 0.6, abs=0.1)
+    _, low, _, high = bar(svg.curves({"fc": [svg.Point(0.1, 0.5, 0.1)]}, "eps", ""))
+    assert low - high == pytest.approx(0.2 * (400 - svg._BOTTOM - svg._TOP), abs=0.1)
+
+
 def test_ticks_are_round_and_not_too_many():
     assert svg._round_ticks(131) == [20 * i for i in range(7)]
     assert svg._round_ticks(499) == [50 * i for i in range(10)]
@@ -106,8 +124,10 @@ def test_the_page_asks_for_nothing_from_elsewhere(report):
 def test_every_warning_leads_to_its_paragraph(report):
     page = Page(report.to_html())
     links = [tag["href"] for tag in page.all("a")]
-    assert links == [f"{file}#{flag.name}" for file in ("", "docs/flags.md") for flag in report.flags]
+    assert links == [f"#{flag.name}" for flag in report.flags]
     assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
+    assert "replace what cannot be differentiated by something similar" in " ".join(page.text.split())
+    assert "`" not in page.text and "](" not in page.text
     assert "seen at <3> images & more" in page.text
 
 

@@ -15,6 +15,7 @@ from timm_hpm import AttackReport
 from timm_hpm.attacks import PROTOCOLS
 from timm_hpm.files import replacing, writable_folder, write_text
 from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, data_digest, make_example, weights_digest
+from timm_hpm.report.flags import paragraph
 
 ROOT = Path(__file__).parent.parent
 
@@ -211,11 +212,13 @@ def test_an_unknown_flag_is_refused(report, tmp_path):
         AttackReport.load(tmp_path / "report.json")
 
 
-def test_each_flag_has_its_paragraph():
-    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    paragraphs = dict(re.findall(r"^## ([a-z-]+)\n\n(.+?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert FLAGS.keys() <= paragraphs.keys()
-    assert all(len(paragraphs[name]) > 200 for name in FLAGS)
+def test_each_flag_has_its_paragraph_which_the_docs_have_too():
+    docs = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert docs == (ROOT / "timm_hpm" / "report" / "flags.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", docs, re.MULTILINE) == list(FLAGS)
+    for name, unreliable in FLAGS.items():
+        assert f"## {name}\n\n{paragraph(name)}\n" in docs and len(paragraph(name)) > 200
+        assert paragraph(name).startswith("**Unreliable.** ") == unreliable
 
 
 def test_the_data_digest_tells_images_labels_and_their_order_apart():
@@ -260,8 +263,10 @@ def test_markdown_holds_the_numbers(report):
     assert table_row(markdown, "attacks") == ["apgd-ce steps 100, restarts 5"]
     assert table_row(markdown, "apgd-ce") == ["12.2", "2010", "2000"]
     assert table_row(markdown, "all") == ["20.5", "4020", "2001"]
-    assert "\n- [saturated-softmax](docs/flags.md#saturated-softmax): fc: one-hot at image 4\n" in markdown
-    assert "\n**Unreliable**: " in markdown and "[zero-gradient](docs/flags.md#zero-gradient): at 9 of" in markdown
+    assert "\n- [saturated-softmax](#saturated-softmax): fc: one-hot at image 4\n" in markdown
+    assert "\n**Unreliable**: " in markdown and "[zero-gradient](#zero-gradient): at 9 of" in markdown
+    for name in ("saturated-softmax", "zero-gradient"):
+        assert f"\n### {name}\n\n{paragraph(name)}\n\n(docs/flags.md#{name} of timm_hpm)\n" in markdown
 
 
 def test_markdown_of_a_plain_classifier_has_no_baseline_and_no_warnings():

@@ -1,37 +1,23 @@
-"""`Flag`: a named warning of an evaluation; docs/flags.md has a paragraph for each name."""
+"""`Flag`: a named warning of an evaluation. flags.md beside this file, and so docs/flags.md, explains each name."""
 
+import re
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Final
 
-
-class FlagKind(NamedTuple):
-    """Whether a flag makes a report unreliable, and what it means in a sentence."""
-
-    unreliable: bool
-    meaning: str
-
-
-#: Every name that a flag may have.
+#: Every name that a flag may have, and whether a report with it is not to be relied on.
 FLAGS: Final = {
-    "no-gradient": FlagKind(True, "The logits do not depend on the pixels in a way that can be differentiated, so only "
-                                  "attacks without gradients were run."),
-    "zero-gradient": FlagKind(True, "The gradient by which attacks find their way is zero or not finite, so what they "
-                                    "do not break proves nothing."),
-    "random-forward": FlagKind(True, "The model answers the same images differently when asked again."),
-    "batch-dependent": FlagKind(True, "An image's answer depends on the other images of its batch, and the attacks do "
-                                      "not expect it to."),
-    "changes-state": FlagKind(True, "The model changes its own buffers when it answers, so it is not the same model "
-                                    "throughout."),
-    "black-box-stronger": FlagKind(True, "Square, which needs no gradient, broke images that no attack with gradients "
-                                         "broke: the gradients mislead."),
-    "rough-gradient": FlagKind(True, "At images that were not broken, small steps up the gradient do not do what it "
-                                     "says they will: it leads attacks astray."),
-    "non-finite-logits": FlagKind(True, "The model, or a surrogate of it, answered NaN or infinity under attack. Such "
-                                        "an answer of the model counts as an error; a search that meets one might have "
-                                        "found more."),
-    "saturated-softmax": FlagKind(False, "The softmax of some answers is one-hot in float32, which leaves the "
-                                         "cross-entropy no gradient; the other losses still have one."),
-    "zero-loss-gradient": FlagKind(False, "At some step the loss of some image had a gradient of zero."),
+    "no-gradient": True,
+    "zero-gradient": True,
+    "random-forward": True,
+    "batch-dependent": True,
+    "changes-state": True,
+    "black-box-stronger": True,
+    "rough-gradient": True,
+    "non-finite-logits": True,
+    "saturated-softmax": False,
+    "zero-loss-gradient": False,
 }
 
 
@@ -57,13 +43,17 @@ class Flag:
     @property
     def unreliable(self) -> bool:
         """Whether a report with this flag is not to be relied on."""
-        return FLAGS[self.name].unreliable
+        return FLAGS[self.name]
 
-    @property
-    def link(self) -> str:
-        """Where its paragraph is, from the project's root."""
-        return f"docs/flags.md#{self.name}"
 
-    def to_markdown(self) -> str:
-        """Returns the flag as Markdown, its name a link to its paragraph."""
-        return f"[{self.name}]({self.link}): {self.text}"
+def paragraph(name: str) -> str:
+    """Returns what docs/flags.md says of a flag, in Markdown: what it means, and what to do about it."""
+    return _paragraphs()[name]
+
+
+@cache
+def _paragraphs() -> dict[str, str]:
+    # In the package too: a report is read where there is no docs/.
+    text = Path(__file__).with_name("flags.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^## ([a-z-]+)\n\n(.+?)\n(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL)
+    return dict(parts)

@@ -1,11 +1,12 @@
 """A report as one HTML file that opens offline: no script, and nothing that is loaded from elsewhere."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 from . import svg
-from .flags import FLAGS, Flag
+from .flags import Flag, paragraph
 from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, accuracies, co_batch_table
 from .verdicts import attack_of, standard_error, worst_accuracy
 
@@ -19,6 +20,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom:
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; }
+th, td:first-child { overflow-wrap: normal; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }
 .large { display: flex; flex-wrap: wrap; gap: 1em 2.5em; }
@@ -64,16 +66,24 @@ def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
 
 
 def flag_section(flags: Sequence[Flag]) -> list[str]:
-    """Returns the warnings, each with a link to what its name means."""
+    """Returns the warnings, each with a link to its paragraph of docs/flags.md, which follows."""
     if not flags:
         return []
     parts = ["<h2>Warnings</h2><ul>"]
     parts += [f"<li><a href='#{flag.name}'>{flag.name}</a>: {escape(flag.text)}</li>" for flag in flags]
     parts.append("</ul><dl>")
-    for name, link in {flag.name: flag.link for flag in flags}.items():
-        parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{escape(FLAGS[name].meaning)} What to do: "
-                     f"<a href='{link}'><code>{link}</code></a> of timm_hpm.</dd>")
+    for name in dict.fromkeys(flag.name for flag in flags):
+        parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{_from_markdown(paragraph(name))}"
+                     f"<p>(docs/flags.md#{name} of timm_hpm)</p></dd>")
     return [*parts, "</dl>"]
+
+
+def _from_markdown(text: str) -> str:
+    """Returns paragraphs of Markdown as HTML; a link is its text alone, as what it leads to may not be on the page."""
+    text = re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    text = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", text)
+    return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))
 
 
 def cell(value: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..files import tensor_bytes, write_text
 from .compare import Comparison, compare
 from .examples import Example
-from .flags import Flag
+from .flags import Flag, paragraph
 from .html import cell, report_page
 from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, ROBUST, accuracies, co_batch_table
 from .verdicts import attack_of, standard_error, worst_accuracy
@@ -200,7 +200,9 @@ class AttackReport:
             lines += ["", "## Warnings", ""]
             if self.unreliable:
                 lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
-            lines += [f"- {flag.to_markdown()}" for flag in self.flags]
+            lines += [f"- [{flag.name}](#{flag.name}): {flag.text}" for flag in self.flags]
+            for name in dict.fromkeys(flag.name for flag in self.flags):
+                lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:

@@ -5,8 +5,8 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Final, NamedTuple
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a grey for what a plot has last.
+COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 _WIDTH: Final = 760
 _LEFT, _RIGHT, _TOP, _BOTTOM = 130, 24, 60, 44

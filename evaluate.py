@@ -82,8 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "left untouched")
     group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
                        help="do that for these values of the head's mix (its own)")
-    group.add_argument("--surrogates-at-once", type=int, default=5, metavar="N",
-                       help="surrogates attacked side by side: N times the memory, faster for small nets (%(default)s)")
+    group.add_argument("--surrogates-at-once", type=int, metavar="N",
+                       help="surrogates attacked side by side: N times the memory, faster for small nets (5 for images "
+                            "of up to 64x64 pixels, 1 for larger ones); a run is kept after each attack on so many")
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="FOLDER", help="(output/<model>-<date>)")
@@ -131,6 +132,11 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks, --budget or "
                          "--survivors-only")
     budgets = dict(_budget(text) for text in args.budget)
+    attacks = args.attacks or PROTOCOLS["standard" if args.protocol == "custom" else args.protocol].attacks
+    unused = [name for name in budgets if name in ATTACKS and name not in attacks]
+    if unused:
+        raise ValueError(f"--budget is given for {', '.join(unused)}, which is not among the attacks that are run, "
+                         f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
     with several_processes(args.device) as accelerator:
         return evaluate(args, budgets, accelerator)
 
@@ -173,6 +179,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     if args.co_batch or args.co_batch_mix:
         check_co_batch(args.co_batch, args.co_batch_mix, len(images))
         check_asks_batches(model, args.inference or [own_mode(model)])
+    at_once = args.surrogates_at_once
+    if at_once is None:
+        at_once = 5 if images[0, 0].numel() <= 64 * 64 else 1
     output = output_folder(args, accelerator)
     finished = any((output / name).exists() for name in ("report.json", SWEEP))
     try:
@@ -181,7 +190,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             folder=output, save_adversarial=args.save_adversarial, accelerator=accelerator,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
-            survivors_only=args.survivors_only, surrogates_at_once=args.surrogates_at_once, seed=args.seed,
+            survivors_only=args.survivors_only, surrogates_at_once=at_once, seed=args.seed,
             progress=True, co_batch=args.co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
@@ -232,6 +241,8 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
                              + (f" without its {_OPTIONS}" if args.resume else "") + "; choose another --output, "
                              + ("go on with it by --resume, " if found[0] == _OPTIONS else "") + "or remove it")
         remove_unfinished(output)
+        if args.resume and _OPTIONS not in found:
+            print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
         write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
     return output
 

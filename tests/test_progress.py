@@ -1,5 +1,6 @@
 """Evaluations that are killed and go on, or that several processes share: real processes, real files."""
 
+import copy
 import json
 import os
 import random
@@ -243,7 +244,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     ({"images": "other"}, r"\(data_digest: "),
     ({"labels": "other"}, r"\(data_digest: "),
     ({"model": "other"}, r"\(weights_digest: "),
-    ({"model": "sample"}, r"\(inference: batch there, sample now\)"),
+    ({"model": "sample"}, r"\(inference: batch there, sample now; clean_margin: "),
     ({"model": "darker"}, r"\(normalisation: "),
 ])
 def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_path):
@@ -281,6 +282,23 @@ def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, 
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder)
+
+
+def test_another_network_of_the_same_weights_is_another_run(model, digits, tmp_path):
+    class Rounded(nn.Module):
+        def __init__(self, levels):
+            super().__init__()
+            self.model, self.levels = timm_hpm.PixelModel(model), levels
+
+        def forward(self, x):
+            return self.model(x + ((x * self.levels).round() / self.levels - x).detach())
+
+    images, labels = digits
+    first = Rounded(255).eval()
+    mixed_surrogate_attack(first, images, labels, THREAT, **QUICK, resume=tmp_path)
+    mixed_surrogate_attack(copy.deepcopy(first), images, labels, THREAT, **QUICK, resume=tmp_path)
+    with pytest.raises(ValueError, match=r"of another run \(clean_margin: -\d+\.\d+ there, -\d+\.\d+ now; "):
+        mixed_surrogate_attack(Rounded(3).eval(), images, labels, THREAT, **QUICK, resume=tmp_path)
 
 
 def test_a_finished_step_is_not_made_again(model, digits, tmp_path):

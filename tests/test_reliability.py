@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import subprocess
 import sys
 
@@ -161,6 +162,56 @@ def test_the_caller_s_random_states_trace_function_and_loggers_are_left_alone(mo
     finally:
         sys.settrace(previous)
     assert "call" in traced
+
+
+def test_a_caller_in_inference_mode_gets_the_same_report(model, digits):
+    images, labels = digits
+    options = {"budgets": SMALL, "batch_size": 16, "co_batch": (4,)}
+    expected = mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    with torch.inference_mode():
+        found = mixed_surrogate_attack(model, images.clone(), labels.clone(), THREAT, **options)
+        assert torch.is_inference_mode_enabled()
+    assert found.same_results(expected) and "apgd-ce" in expected.by_surrogate["fc"]
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_default_dtype_of_the_caller_s_does_not_matter(model, digits, norm):
+    images, labels = (part[:4] for part in digits)
+    torch.set_default_dtype(torch.float64)
+    try:
+        report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, 0.1), budgets=SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {"fab-t", "square", "joint", "joint-rest"} <= report.by_surrogate["ste"].keys()
+
+
+def test_what_is_no_tensor_is_named(model, digits):
+    images, labels = digits
+    with pytest.raises(ValueError, match=r"images is of the type ndarray; expected a tensor \(torch.from_numpy"):
+        mixed_surrogate_attack(model, images.numpy(), labels, THREAT)
+    with pytest.raises(ValueError, match=r"labels is of the type list; expected a tensor"):
+        mixed_surrogate_attack(model, images, labels.tolist(), THREAT)
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :10], x
+
+    with pytest.raises(ValueError, match=r"the model answers with a tuple; expected logits \(B, C\), a tensor"):
+        mixed_surrogate_attack(Pair().eval(), images, labels, THREAT)
+
+
+def test_a_warning_is_counted_over_all_batches(colours):
+    class Saturated(Colours):
+        def forward(self, x):
+            return 1e5 * super().forward(x)
+
+    model, images = Saturated().eval(), colours[1]
+    labels = model(images).argmax(dim=1)
+    report = mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)},
+                                    batch_size=4)
+    text, = [flag.text for flag in report.flags if flag.name == "saturated-softmax"]
+    number = int(re.search(r"apgd-ce on model: the softmax of (\d+) of 12 clean answers is one-hot", text)[1])
+    assert 8 <= number <= 12
 
 
 def test_an_attack_that_fails_leaves_the_random_state_alone():

@@ -102,6 +102,7 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     (["--co-batch", "10", "--co-batch-mix", "2"], "a mix is 2.0; expected a number in [0, 1]"),
     (["--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
     (["--co-batch", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
+    (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,

@@ -34,7 +34,8 @@ def test_parse_reads_fractions_and_numbers(text, norm, eps):
     assert ThreatModel.parse(text).eps == eps
 
 
-@pytest.mark.parametrize("text", ["Linf:8/255", "Linf:4/255", "L2:0.5", "L2:128/255", "Linf:0.1"])
+@pytest.mark.parametrize("text", ["Linf:8/255", "Linf:4/255", "L2:0.5", "L2:128/255", "Linf:0.1", "Linf:3/255",
+                                  "Linf:15/255", "Linf:0.2", "L2:0.05", "L2:3.0", "Linf:1.0"])
 def test_the_usual_texts_come_back_as_they_were(text):
     assert str(ThreatModel.parse(text)) == text
 

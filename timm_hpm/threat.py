@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Final
 
 import torch
@@ -56,9 +55,10 @@ class ThreatModel:
 
     def __str__(self) -> str:
         """Returns a text that `parse` reads back to an equal threat model."""
-        fraction = Fraction(self.eps).limit_denominator(255)
-        if fraction.denominator == 255 and fraction.numerator / 255 == self.eps:
-            return f"{self.norm}:{fraction.numerator}/255"
+        number = round(self.eps * 255)
+        # A short decimal is what was meant: 0.2 is 51/255, too.
+        if number / 255 == self.eps and len(repr(self.eps)) > 5:
+            return f"{self.norm}:{number}/255"
         return f"{self.norm}:{self.eps!r}"
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:

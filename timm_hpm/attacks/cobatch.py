@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..data import check_answers_alike, check_pixels
+from ..data import check_answers_alike, check_pixels, normal_tensor
 from ..head import HPMHead
 from ..threat import ThreatModel
 from .components import margin_loss
@@ -26,6 +26,7 @@ _SHUFFLES: Final = 5
 _STEPS: Final = 10
 
 
+@torch.inference_mode(False)
 def co_batch_attack(
         model: nn.Module,
         images: Tensor,
@@ -68,7 +69,7 @@ def co_batch_attack(
     check_pixels(images, labels)
     check_co_batch(batch_sizes, mixes, len(images), num_targets)
     pixel_model = pixel_model_for(model, images)
-    images, labels = images.detach().float().contiguous(), labels.detach().long()
+    images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     device = device_of(pixel_model, images)
     split = SplitModel(pixel_model, images[:max(batch_sizes)].to(device))
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():

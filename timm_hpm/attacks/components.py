@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..report import Flag
 from ..threat import ThreatModel
 from .apgd import Ascent, apgd, cross_entropy, targeted_loss
 from .fab import fab
@@ -236,10 +235,8 @@ def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Not
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
     rows = batch.active
     wrong = F.softmax(batch.clean_logits[rows], dim=1).scatter(1, batch.labels[rows].unsqueeze(1), 0.0).sum(dim=1)
-    if (wrong == 0).any():
-        notes.flag("saturated-softmax", f"the softmax of {int((wrong == 0).sum())} of {len(wrong)} clean answers is "
-                   "one-hot in float32, and the gradient of the cross-entropy 0: the candidates of this attack prove "
-                   "little")
+    notes.count("saturated-softmax", "the softmax of {} of {} clean answers is one-hot in float32, and the gradient of "
+                "the cross-entropy 0: the candidates of this attack prove little", int((wrong == 0).sum()), len(wrong))
     return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget))
 
 
@@ -255,8 +252,8 @@ def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
         labels = batch.labels[rows]
         found = apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
                      targeted_loss(labels, target[rows]))
-        if found.without_gradient:
-            notes.flag("zero-loss-gradient", f"the targeted loss of {found.without_gradient} points has no gradient")
+        notes.count("zero-loss-gradient", "the targeted loss has no gradient at {} of {} starts",
+                    found.without_gradient, len(rows))
         better = found.fooled | (found.loss > best_loss[rows])
         batch.place(rows[better], _candidates(found)[better])
         best_loss[rows[better]] = found.loss[better]
@@ -323,17 +320,17 @@ COMPONENTS: Final[dict[str, Callable[[AttackBatch, ThreatModel, Budget, "Notes"]
 
 
 class Notes:
-    """Gathers the flags that components raise, each once."""
+    """Gathers what components warn of, as the number of images (a target each counts anew) that it is about."""
 
     def __init__(self, prefix: str = "") -> None:
-        self.flags: list[Flag] = []
         self.prefix = prefix
+        #: Name of the flag and its text, which says how many by `{}` and of how many by the next, to these numbers.
+        self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def flag(self, name: str, text: str) -> None:
-        """Keeps a flag of the attack that `prefix` names."""
-        flag = Flag(name, self.prefix + text)
-        if flag not in self.flags:
-            self.flags.append(flag)
+    def count(self, name: str, text: str, affected: int, total: int) -> None:
+        """Adds to what a flag of the attack that `prefix` names is about; where that is none there is no flag."""
+        before = self.counts.get((name, self.prefix + text), (0, 0))
+        self.counts[name, self.prefix + text] = before[0] + affected, before[1] + total
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:

@@ -64,7 +64,7 @@ def fab(
         nearer = fooled & (distance < nearest)
         nearest = torch.where(nearer, distance, nearest)
         found = torch.where(per_image(nearer, x), x, found)
-        x = torch.lerp(clean, x, per_image(torch.where(fooled, _STEP_BACK, 1.0), x))
+        x = torch.lerp(clean, x, per_image(torch.where(fooled, _STEP_BACK, 1.0).to(x.dtype), x))
     return found
 
 
@@ -96,7 +96,7 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
         asked = slopes > 0
         distance = _shared_size(slopes.square(), torch.where(asked, room / slopes, 0), needed)
         distance = torch.where(asked, slopes * distance, 0)
-    return torch.minimum(distance, room).mul_(w.sign()).mul_(torch.where(down, -1.0, 1.0)).view_as(points)
+    return torch.minimum(distance, room).mul_(w.sign()).mul_(1 - 2 * down.to(w.dtype)).view_as(points)
 
 
 def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import PixelModel, check_answers_alike, check_pixels
+from ..data import PixelModel, check_answers_alike, check_pixels, normal_tensor
 from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
@@ -28,7 +28,7 @@ from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data
 from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
-from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite
+from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
 from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
 from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
@@ -37,6 +37,8 @@ from .protocols import ATTACKS, Protocol, find_protocol
 from .surrogates import SplitModel
 
 
+# A caller's inference mode would leave no gradients to attack by.
+@torch.inference_mode(False)
 def mixed_surrogate_attack(
         model: nn.Module,
         images: Tensor,
@@ -120,7 +122,7 @@ def mixed_surrogate_attack(
     if save_adversarial is not None:
         writable_folder(Path(save_adversarial).parent)
     start = time.perf_counter()
-    images, labels = images.detach().float().contiguous(), labels.detach().long()
+    images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     subject = _Subject.of(model, images, labels, batch_size, seed)
     split = subject.split
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -135,9 +137,12 @@ def mixed_surrogate_attack(
     plan = _plan(split, names, usable, surrogates_at_once, chosen)
     budget_of = {attack: chosen.attacks[attack].for_classes(subject.num_classes) for attack in usable}
     asks_neighbours = bool(co_batch) and split.couples(split.twin())
-    described = subject.described(images, labels) | {
-        "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(),
-        **replace(chosen, surrogates=names, attacks=budget_of).summary(),
+    summary = replace(chosen, surrogates=names, attacks=budget_of).summary()
+    for attack, budget in summary["attacks"].items():
+        if len(rows_of(attack)) > 1:
+            budget["rounds"] = len(rows_of(attack))
+    described = subject.described(images, labels, {flag.name for flag in flags}) | {
+        "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(), **summary,
         "surrogates_at_once": surrogates_at_once, "seed": seed,
     }
     if asks_neighbours:
@@ -174,7 +179,7 @@ def mixed_surrogate_attack(
     twin = f"{split.twin()}/square"
     if twin in correct and split.head is not None:
         correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    flags += [*dict.fromkeys(flag for step in found for flag in step.flags), *_not_finite_flags(found)]
+    flags += [*_noted_flags(found), *_not_finite_flags(found)]
     flags += subject.flags_after(images, labels, threat, correct, {flag.name for flag in flags}, checks)
     cost = _total_cost(found, checks)
     cost["all"]["seconds"] = time.perf_counter() - start
@@ -285,8 +290,15 @@ class _Subject:
             cost["forward_passes"] += len(self.example)
         return [flag for flag in flags if flag is not None]
 
-    def described(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Returns what a report's protocol says of the model, the images, and what they met on."""
+    def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
+        """Returns what a report's protocol says of the model, the images, and what they met on.
+
+        `raised` are the names of the flags so far.
+        """
+        margin = None
+        if not raised & {"random-forward", "changes-state"}:
+            # Weights do not tell a network from one that computes something else with them.
+            margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
         cfg = getattr(getattr(self.model, "model", self.model), "pretrained_cfg", None) or {}
         head = None if self.split.head is None else find_head(self.model)
         return {
@@ -300,6 +312,7 @@ class _Subject:
             "inference": "none" if head is None else head.inference,
             "mix": None if head is None else head.mix,
             "prototypes_fitted": None if head is None else head.is_fitted(),
+            "clean_margin": margin,
             "precision": _precision(self.model, self.device),
             "attacked_scale": None if self.split.head is None else float(self.split.head.scale()),
             "device": self.device.type,
@@ -447,7 +460,8 @@ class _Run:
         for row in sorted(batch.not_finite):
             search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
             not_finite.setdefault(search, []).append(first + row % batch.size)
-        return replace(step, flags=notes.flags, not_finite=not_finite | step.not_finite, cost={
+        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()]
+        return replace(step, noted=noted, not_finite=not_finite | step.not_finite, cost={
             "seconds": seconds, "forward_passes": split.forward_passes - before[1],
             "backward_passes": split.backward_passes - before[2]})
 
@@ -493,6 +507,17 @@ def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
     return rows
 
 
+def _noted_flags(steps: Iterable[Step]) -> list[Flag]:
+    """Returns a flag for each thing that attacks warned of, over all batches."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for step in steps:
+        for name, text, affected, total in step.noted:
+            count = counts.setdefault((name, text), [0, 0])
+            count[0] += affected
+            count[1] += total
+    return [Flag(name, text.format(*count)) for (name, text), count in counts.items() if count[0]]
+
+
 def _not_finite_flags(steps: Iterable[Step]) -> list[Flag]:
     """Returns a flag for each place at which logits were not finite, over all batches."""
     images: dict[str, list[int]] = {}
@@ -532,6 +557,9 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
     with head.register_forward_hook(lambda module, inputs, output: answers.append(output)):
         logits = pixel_model(images)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model answers with a {type(logits).__name__}; expected logits (B, C), a tensor: wrap it "
+                         "in a module that returns them alone")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
     check_finite(logits, partial(image_name, 0))
@@ -552,6 +580,16 @@ def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     number = int.from_bytes(digest[:6], "big")
     on_cpu = device.type == "cpu"
+    if device.type == "mps":
+        # It has one device, and functions without a number.
+        state = torch.mps.get_rng_state()
+        try:
+            with _seeded(torch.device("cpu"), seed, *what):
+                torch.mps.manual_seed(number)
+                yield
+        finally:
+            torch.mps.set_rng_state(state)
+        return
     with torch.random.fork_rng([] if on_cpu else [device.index or 0], device_type="cuda" if on_cpu else device.type):
         # Not torch.manual_seed, which would seed devices too whose state is not kept.
         torch.default_generator.manual_seed(number)

@@ -1,6 +1,7 @@
 """What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import remove_unfinished, replacing, writable_folder, write_text
-from ..report import Example, Flag
+from ..report import Example
 
 # One for all: thousands of small tensors that stay between large ones that go would tear the heap.
 _NOTHING: Final = torch.empty(0)
+
+# What the model answered: another number of threads rounds otherwise.
+_MEASURED: Final = ("attacked_scale", "clean_margin")
 
 # Which run a folder is of.
 _RUN: Final = "run.json"
@@ -33,7 +37,7 @@ class Step:
         correct: the true model's verdicts, a text of B characters for each `"<surrogate>/<attack>"`.
         baseline_correct: the same of the FC classifier, on what was found on that classifier.
         cost: seconds and passes.
-        flags: what the attack warned of.
+        noted: what the attack warned of (see `Notes`): the flag's name, its text, how many images and of how many.
         not_finite: the images whose logits were NaN or infinite, by where that was: the search or the verdicts.
         examples: pictures of the first few images that it broke.
         broken: (K,), the images of the batch that no earlier step had broken.
@@ -45,7 +49,7 @@ class Step:
     correct: dict[str, str]
     baseline_correct: dict[str, str]
     cost: dict[str, float]
-    flags: list[Flag]
+    noted: list[tuple[str, str, int, int]]
     examples: list[Example]
     broken: Tensor
     points: Tensor
@@ -93,7 +97,7 @@ class ProgressFolder:
             return None
         with self._opened(batch, step) as file:
             result = json.loads(file.metadata()["step"])
-            result["flags"] = [Flag(**flag) for flag in result["flags"]]
+            result["noted"] = [tuple(note) for note in result["noted"]]
             result["examples"] = [Example(**example) for example in result["examples"]]
             return Step(**result, broken=file.get_tensor("broken"), points=file.get_tensor("points"))
 
@@ -105,7 +109,7 @@ class ProgressFolder:
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
-                  "cost": found.cost, "flags": [asdict(flag) for flag in found.flags],
+                  "cost": found.cost, "noted": found.noted,
                   "examples": [asdict(example) for example in found.examples], "not_finite": found.not_finite}
         tensors = {"broken": found.broken, "points": found.points} | found.candidates
         with replacing(self._path(batch, step)) as temporary:
@@ -136,9 +140,15 @@ def check_same_run(what: str, found: dict[str, Any], run: dict[str, Any]) -> Non
     """
     run = json.loads(json.dumps(run))
     different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
-                 if found.get(name) != run.get(name)]
+                 if not _same(name, found.get(name), run.get(name))]
     if different:
         raise ValueError(f"{what} of another run ({'; '.join(different)}). Give what that run had, or another folder")
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name in _MEASURED and isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
+    return one == other
 
 
 def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
@@ -148,7 +158,8 @@ def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
     """
     try:
         run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
-        if protocol | run != protocol | {"save_adversarial": run["save_adversarial"]}:
+        expected = {**protocol, "save_adversarial": run["save_adversarial"]}
+        if not all(_same(name, value, expected[name]) for name, value in run.items()):
             return
     except (OSError, ValueError, KeyError, TypeError):
         return

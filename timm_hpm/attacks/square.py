@@ -155,7 +155,7 @@ def _image_length(x: Tensor) -> Tensor:
 
 
 def _signs(shape: list[int], like: Tensor) -> Tensor:
-    return torch.sign(2 * torch.rand(shape).to(like.device) - 1)
+    return torch.sign(2 * torch.rand(shape, dtype=like.dtype).to(like.device) - 1)
 
 
 def _window(height: int, width: int, side: int) -> tuple[Any, slice, slice]:
@@ -165,16 +165,16 @@ def _window(height: int, width: int, side: int) -> tuple[Any, slice, slice]:
 
 def _bump(side: int, like: Tensor) -> Tensor:
     """Returns two halves of opposite sign (side, side), each largest in its middle, upright or lying; of length 1."""
-    bump = torch.zeros(side, side, device=like.device)
-    bump[:side // 2] = _half_bump(side // 2, side)
-    bump[side // 2:] = -_half_bump(side - side // 2, side)
+    bump = torch.zeros(side, side, dtype=like.dtype, device=like.device)
+    bump[:side // 2] = _half_bump(side // 2, side, like)
+    bump[side // 2:] = -_half_bump(side - side // 2, side, like)
     bump /= _length(bump, (0, 1))
     # Laid out alike either way, it is summed in AutoAttack's order.
     return bump.t().contiguous() if torch.rand(1) > 0.5 else bump
 
 
-def _half_bump(height: int, width: int) -> Tensor:
-    bump = torch.zeros(height, width)
+def _half_bump(height: int, width: int, like: Tensor) -> Tensor:
+    bump = torch.zeros(height, width, dtype=like.dtype)
     top, left = height // 2, width // 2
     for ring in range(max(height, width) // 2 + 1):
         rows, columns = (slice(max(first - ring, 0), first + ring + 1) for first in (top, left))

@@ -1,6 +1,14 @@
 """Data sets as pixels in [0, 1], and the boundary between pixels and a model's normalised inputs."""
 
-from .pixels import PixelModel, as_pixel_model, check_answers_alike, check_pixels, random_flip, random_shift
+from .pixels import (
+    PixelModel,
+    as_pixel_model,
+    check_answers_alike,
+    check_pixels,
+    normal_tensor,
+    random_flip,
+    random_shift,
+)
 from .sources import DATASETS, DataSource, data_source
 from .splits import SPLITS, ImageSplit, check_every_class, first_images, hold_out, load_split, open_split
 
@@ -18,6 +26,7 @@ __all__ = [
     "first_images",
     "hold_out",
     "load_split",
+    "normal_tensor",
     "open_split",
     "random_flip",
     "random_shift",

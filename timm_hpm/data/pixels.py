@@ -92,8 +92,17 @@ def check_answers_alike(model: nn.Module) -> None:
                          "from call to call; call model.eval()")
 
 
+def normal_tensor(x: Tensor) -> Tensor:
+    """Returns `x`, or a copy that gradients can be taken by where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
+
+
 def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
     """Raises a ValueError unless `images` (N, C, H, W) are pixels in [0, 1] and `labels` (N,) their class indices."""
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
+                             "one of an array)")
     if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
                          "(N, channels, height, width) in floating point, each above 0")

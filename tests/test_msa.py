@@ -724,5 +724,14 @@ def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
     assert protocol["num_images"] == 24 and protocol["num_classes"] == 10 and protocol["inference"] == "batch"
     assert protocol["attacks"] == {"apgd-t": {"iterations": 10, "targets": 2}}
     assert {"torch", "timm", "timm-hpm", "python"} == set(protocol["versions"])
+    docs = (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    assert not [name for name in protocol if f"`{name}`" not in docs]
     assert AttackReport.load(tmp_path / "report.json").same_results(report)
     assert report.cost["all"]["forward_passes"] > report.cost["apgd-t"]["forward_passes"] > 0
+
+
+def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
+    images, labels = (part[:4] for part in digits)
+    report = mixed_surrogate_attack(digits_model, images, labels, THREAT, budgets=SMALL, attacks=["joint-rest"])
+    assert report.protocol["attacks"] == {"joint-rest": {"iterations": SMALL["joint-rest"].iterations, "rounds": 4}}
+    assert "joint-rest iterations 3, rounds 4" in report.to_markdown()

@@ -95,15 +95,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save-adversarial", action="store_true",
                        help="also write adversarial.safetensors: every candidate, for --rejudge")
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
-                       help="attack nothing: judge that folder's adversarial.safetensors again, compare with its "
-                            "report.json, and say whether they agree")
-    group.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"),
-                       help="attack nothing: print two reports on the same images side by side, with the paired "
-                            "significance of their difference (McNemar)")
+                       help="attack nothing: judge that folder's adversarial.safetensors again, by that run's model "
+                            "or the one given, compare with its report.json, and say whether they agree")
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
+                       help="attack nothing: print two reports (files or folders) on the same images side by side, "
+                            "with the paired significance of their difference (McNemar)")
     group.add_argument("--robustbench-json", type=Path, metavar="FILE", help="also write RobustBench's model_info")
     group.add_argument("--robustbench-info", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
     args = parser.parse_args(argv)
+    if args.rejudge and (args.rejudge / _OPTIONS).exists():
+        # The report says the inference mode.
+        given = saved_options(args.rejudge / _OPTIONS, _options(args)) | {"inference": None}
+        parser.set_defaults(**given)
+        args = parser.parse_args(argv)
     file = args.resume and args.resume / _OPTIONS
     if file and file.exists():
         saved = saved_options(file, _options(args))
@@ -123,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
     args = parse_args(argv)
     if args.compare:
-        first, second = map(timm_hpm.AttackReport.load, args.compare)
+        first, second = (timm_hpm.AttackReport.load(path / "report.json" if path.is_dir() else path)
+                         for path in args.compare)
         print(first.compare(second).to_markdown())
         return 0
     if args.rejudge and args.inference:

@@ -76,6 +76,17 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
         evaluate_main(["--rejudge", str(folder)])
 
 
+def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
+    for name, mix in (("a", "0.25"), ("b", "0.75")):
+        assert evaluate_main([*QUICK, "--budget", "apgd-ce=2", "--inference", "sample", "--model-kwargs", f"mix={mix}",
+                              "--save-adversarial", "--output", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert evaluate_main(["--rejudge", str(tmp_path / "a")]) == 0
+    assert "every verdict as in the report" in capsys.readouterr().out
+    assert evaluate_main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")]) == 0
+    assert "| mix | 0.25 | 0.75 |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--output", "file/below"], "cannot write into the output folder file/below"),
     (["--dataset", "cifar11"], "unknown data set 'cifar11'; expected one of digits"),

@@ -105,9 +105,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
     args = parser.parse_args(argv)
     if args.rejudge and (args.rejudge / _OPTIONS).exists():
-        # The report says the inference mode.
-        given = saved_options(args.rejudge / _OPTIONS, _options(args)) | {"inference": None}
-        parser.set_defaults(**given)
+        # The report says the inference mode, and it may be another machine.
+        saved = saved_options(args.rejudge / _OPTIONS, _options(args))
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("inference", "device")})
         args = parser.parse_args(argv)
     file = args.resume and args.resume / _OPTIONS
     if file and file.exists():

@@ -23,8 +23,8 @@ from timm_hpm.attacks.joint import ROUNDS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
-         "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=9", "apgd-chain=1", "joint=2",
-         "joint-rest=1"]
+         "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
+         "joint-rest=6"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, and rounds.
 STEPS = 4 * (2 * 4 + 2 + ROUNDS)
 
@@ -79,10 +79,11 @@ def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.
     process = start(*SMALL, "--save-adversarial", "--resume", str(folder))
     for stop in signals:
         before = steps_in(folder)
-        if before >= STEPS - 1:
+        # On a busy machine this process may look away while the rest is done: the first one early, none at the end.
+        latest = STEPS * 3 // 4
+        if before >= latest:
             break
-        # The first one early: on a busy machine this process may look away while the rest is done.
-        target = choose.randint(before + 1, min(before + STEPS // 2, STEPS - 1)) if stopped else 1
+        target = choose.randint(before + 1, min(before + STEPS // 2, latest)) if stopped else 1
         while steps_in(folder) < target and process.poll() is None:
             time.sleep(0.002)
         time.sleep(choose.uniform(0, 0.05))

@@ -336,8 +336,9 @@ def _variance(correct: int, total: int) -> float:
 
 def _budget(budget: Mapping[str, Any]) -> str:
     steps = f"{budget['iterations']:,}" if "iterations" in budget else ""
-    rest = ", ".join(f"{name} {value}" for name, value in budget.items() if name not in ("iterations", "targets"))
-    times = f"{budget['targets']} × {steps}" if "targets" in budget else steps
+    times = "".join(f"{value} × " for name, value in budget.items() if name in ("targets", "rounds")) + steps
+    rest = ", ".join(f"{name} {value}" for name, value in budget.items()
+                     if name not in ("iterations", "targets", "rounds"))
     return " ".join(part for part in (times, rest) if part)
 
 

@@ -31,7 +31,7 @@ from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
-from timm_hpm.robustbench import AUTHORS_FIELDS, check_known, save_model_info
+from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 
 
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="attack nothing: print two reports (files or folders) on the same images side by side, "
                             "with the paired significance of their difference (McNemar)")
     group.add_argument("--robustbench-json", type=Path, metavar="FILE", help="also write RobustBench's model_info")
-    group.add_argument("--robustbench-info", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
+    group.add_argument("--robustbench-info", nargs="*", default=[], metavar="NAME=VALUE",
                        help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
     args = parser.parse_args(argv)
     if args.rejudge and (args.rejudge / _OPTIONS).exists():
@@ -170,7 +170,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     radii = parse_radii(args.eps_sweep) if args.eps_sweep else None
     for mode in args.inference or ():
         check_inference(mode)
-    check_known(args.robustbench_info)
+    authors = parse_known(args.robustbench_info)
     if args.robustbench_json:
         writable_folder(args.robustbench_json.parent)
     model = load_model(args, accelerator)
@@ -211,7 +211,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         else:
             print(reports[0].to_markdown())
         if args.robustbench_json:
-            save_model_info(reports[0], args.robustbench_json, args.robustbench_info)
+            save_model_info(reports[0], args.robustbench_json, authors)
         print(f"{output} holds a finished run" if finished else
               f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
     return 0

@@ -11,8 +11,9 @@ surrogate but the one that computes the true model's own logits.
 
 A run of an attack is judged as the Mixed Surrogate Attack's are: by the true model, in the report's whole batches, each
 image at the point of the ball where the run had fooled the attacked logits most. In the batch mode all images of a
-batch are attacked, and those that were broken already stand at what the same run found for them; in the other modes,
-where they would change nothing, they are left out. Without --report the protocol `standard` runs first.
+batch are attacked, those that were broken already stand at what the same run found for them, and each whole batch in
+which the run saw an image fooled for the first time is judged besides; in the other modes, where they would change
+nothing, broken images are left out. Without --report the protocol `standard` runs first.
 """
 
 import argparse
@@ -98,6 +99,8 @@ class Watched:
     """The logits of one whole batch, which remember each image's worst point in the ball among those asked for.
 
     What the libraries hand back differs: the last point that fooled the logits, or the clean image where none did.
+    Where an answer depends on the batch, an image may be wrong among its neighbours of that moment only: `whole` keeps
+    the batches in which one was wrong for the first time.
 
     Arguments:
         logits_fn: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
@@ -108,12 +111,17 @@ class Watched:
     def __init__(self, logits_fn: Logits, clean: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel):
         self.logits_fn, self.clean, self.labels, self.threat = logits_fn, clean, labels, threat
         self.points, self.margins = clean.clone(), torch.full(labels.shape, -math.inf, device=clean.device)
+        self.whole: list[Tensor] = []
+        self.wrong = torch.zeros_like(labels, dtype=torch.bool)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         logits = self.logits_fn(pixels)
         pixels, margins = pixels.detach(), margin_loss(logits.detach(), self.labels)
         margins = margins.where(logits.isfinite().all(dim=1), math.inf)  # no class: an error
         inside = self.threat.distance(pixels, self.clean) <= self.threat.eps + 1e-6
+        if inside.all() and ((margins > 0) & ~self.wrong).any():
+            self.wrong |= margins > 0
+            self.whole.append(self.threat.project(pixels, self.clean))
         better = inside & (margins > self.margins)
         self.points[better], self.margins[better] = pixels[better], margins[better]
         return logits
@@ -237,7 +245,8 @@ def find_missed(
                 np.random.seed(seed + number)
                 logits = Watched(targets[target], clean, truth, threat)
                 run(logits, clean, truth)
-                broken |= ~judge(model, logits.candidates(), truth, len(clean), allow_non_finite=True)
+                for points in [logits.candidates(), *(logits.whole if protocol["inference"] == "batch" else [])]:
+                    broken |= ~judge(model, points, truth, len(clean), allow_non_finite=True)
             missed[target][attacker] += indices[broken & robust[indices]].tolist()
     return missed
 

@@ -5,10 +5,10 @@
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
         [--output FOLDER]
 
-- attack over passes: time of an evaluation by `standard` at a fifth of its budgets on one batch, checks and verdicts
-  included, over the time that its counted passes take by themselves: the attacks' from the pixels to the surrogates'
-  logits, in batches of as many rows as the attack has at first, and the judge's. The median of several runs; also for
-  each attack.
+- attack over passes: time of an evaluation by `standard` on one batch, checks and verdicts
+  included, over the time that its counted passes take by themselves, before it and after it: the attacks' from the
+  pixels to the surrogates' logits, each with as many rows as it had, and the judge's. The median of several runs after
+  one that does not count; also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
@@ -21,14 +21,19 @@ scale 1. `--output` keeps the raw reports.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from _timing import seconds
@@ -36,7 +41,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm.attacks import PROTOCOLS, Protocol
+from timm_hpm.attacks import ATTACKS, PROTOCOLS, Protocol
 from timm_hpm.attacks.joint import JOINT_ATTACKS
 from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.msa import surrogates_of
@@ -44,52 +49,102 @@ from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for
+from timm_hpm.report import weights_digest
 from timm_hpm.report.verdicts import right_in_all
 
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 
 
-def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], forward: float,
-           backward: float) -> None:
-    """Makes as many passes, in batches of `images` for each of the surrogates side by side, as were counted."""
-    rows = images.repeat(len(surrogates), 1, 1, 1)
+def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Counter[tuple[int, bool]],
+           share: float = 1) -> None:
+    """Makes the passes that were counted, to the logits of the surrogates side by side.
+
+    Arguments:
+        sizes: how many there were of each number of rows, with a gradient and without one.
+        share: the part of them to make.
+    """
+    rows = images.repeat(max(size for size, _ in sizes) // len(images) + 1, 1, 1, 1)
 
     def logits(x: Tensor) -> Tensor:
-        parts = split.features(x).split(len(images))
-        return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=True)])
+        parts = split.features(x).split(-(-len(x) // len(surrogates)))
+        return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=False)])
 
-    for _ in range(round(backward / len(rows))):
-        x = rows.clone().requires_grad_()
-        torch.autograd.grad(logits(x).sum(), x)
-    with torch.no_grad():
-        for _ in range(round((forward - backward) / len(rows))):
-            logits(rows)
+    for (size, with_gradient), number in sizes.items():
+        for _ in range(round(number * share)):
+            x = rows[:size].clone().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                answers = logits(x)
+            if with_gradient:
+                torch.autograd.grad(answers.sum(), x)
+
+
+@contextmanager
+def counted_sizes() -> Iterator[dict[str, Counter[tuple[int, bool]]]]:
+    """Yields what is filled, for each attack made meanwhile, with the sizes of the passes it makes; see `passes`."""
+    sizes: dict[str, Counter[tuple[int, bool]]] = {}
+    features, attacks = SplitModel.features, dict(ATTACKS)
+    now: list[str] = []
+
+    def counting(split: SplitModel, pixels: Tensor) -> Tensor:
+        if now:
+            sizes[now[-1]][len(pixels), torch.is_grad_enabled() and pixels.requires_grad] += 1
+        return features(split, pixels)
+
+    def named(name: str, *args: Any) -> Tensor:
+        sizes.setdefault(name, Counter())
+        now.append(name)
+        try:
+            return attacks[name](*args)
+        finally:
+            now.pop()
+
+    SplitModel.features = counting  # type: ignore[method-assign]
+    ATTACKS.update({name: partial(named, name) for name in attacks})
+    try:
+        yield sizes
+    finally:
+        SplitModel.features = features  # type: ignore[method-assign]
+        ATTACKS.update(attacks)
 
 
 def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, scale: float,
              runs: int) -> dict[str, float]:
-    """Returns the time of a whole evaluation on one batch, and of each of its attacks, over that of its passes."""
+    """Returns the time of a whole evaluation on one batch, and of each of its attacks, over that of its passes.
+
+    The passes alone are timed before and after each evaluation, as the machine's speed drifts.
+    """
     pixel_model = timm_hpm.PixelModel(model)
     split = SplitModel(pixel_model, images)
-    protocol = scaled(PROTOCOLS["standard"], scale / 5)
-    ratios: dict[str, list[float]] = {}
-    for _ in range(runs):
-        report = timm_hpm.mixed_surrogate_attack(model, images, labels, threat, batch_size=len(images),
-                                                 surrogates_at_once=5, protocol=protocol)
-        total = report.cost.pop("all")
-        # The judge's, and those of the checks.
-        rest = total["forward_passes"] - sum(cost["forward_passes"] for cost in report.cost.values())
-        alone = seconds(lambda rest=rest: judge_passes(pixel_model, images, rest))
-        for name, cost in report.cost.items():
+
+    def evaluated() -> dict[str, dict[str, float]]:
+        return timm_hpm.mixed_surrogate_attack(
+            model, images, labels, threat, batch_size=len(images), surrogates_at_once=5,
+            protocol=scaled(PROTOCOLS["standard"], scale)).cost
+
+    def alone() -> dict[str, float]:
+        times = {}
+        for name, some in sizes.items():
             surrogates = surrogates_of(name, split, split.default_surrogates())
             # These take one surrogate after the other.
             at_once = [[one] for one in surrogates] if name in (*JOINT_ATTACKS, "apgd-chain") else [surrogates]
-            forward, backward = cost["forward_passes"] / len(at_once), cost["backward_passes"] / len(at_once)
-            others = sum(seconds(lambda names=names, f=forward, b=backward: passes(split, images, names, f, b))
-                         for names in at_once)
-            ratios.setdefault(name, []).append(cost["seconds"] / others)
-            alone += others
-        ratios.setdefault("all", []).append(total["seconds"] / alone)
+            times[name] = sum(seconds(partial(passes, split, images, names, some, 1 / len(at_once)))
+                              for names in at_once)
+        times["all"] = sum(times.values()) + seconds(lambda: judge_passes(pixel_model, images, rest))
+        return times
+
+    with counted_sizes() as sizes:
+        cost = evaluated()
+    # The judge's, and those of the checks.
+    rest = cost["all"]["forward_passes"] - sum(number * size for some in sizes.values()
+                                               for (size, _), number in some.items())
+    ratios: dict[str, list[float]] = {}
+    before = alone()
+    for _ in range(runs):
+        cost = evaluated()
+        after = alone()
+        for name, part in cost.items():
+            ratios.setdefault(name, []).append(part["seconds"] / statistics.mean((before[name], after[name])))
+        before = after
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
@@ -136,7 +191,7 @@ def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.Thr
 def main() -> None:
     """Prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--runs", type=int, default=3, help="of attack over passes (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
@@ -191,17 +246,20 @@ def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: 
     wall, processor = both_times(run_naive)
     robust = sum(right_in_all(correct.values())) / len(images)
     print(f"naive: robust {100 * robust:.1f} %", flush=True)
+    times = {"naive": {"seconds": wall, "processor_seconds": processor}}
     if args.output:
         write_text(args.output / "naive.json", json.dumps({
             "model": args.model, "checkpoint": args.checkpoint, "dataset": args.dataset, "split": args.split,
-            "threat": str(threat), "batch_size": args.batch_size, "scale": args.scale, "seconds": wall,
-            "robust_accuracy": robust, "correct": correct}, indent=1) + "\n")
+            "weights_digest": weights_digest(model), "threat": str(threat), "batch_size": args.batch_size,
+            "scale": args.scale, "robust_accuracy": robust, "correct": correct}, indent=1) + "\n")
     for name in protocols:
         mine, my_processor = both_times(lambda name=name: run(name))
         print(f"{name} over naive: {mine / wall:.2f} (processor's time {my_processor / processor:.2f}; robust "
               f"{100 * report.robust_accuracy:.1f} %, naive {100 * robust:.1f} %)", flush=True)
         if args.output:
             report.save(args.output / f"{name}.json")
+            times[name] = {"seconds": mine, "processor_seconds": my_processor}
+            write_text(args.output / "times.json", json.dumps(times, indent=1) + "\n")
 
 
 def both_times(task: Callable[[], object]) -> tuple[float, float]:
@@ -224,7 +282,8 @@ def processes(args: argparse.Namespace) -> float:
         for number in (1, 2):
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
             command = [sys.executable, *launcher, *options, "--output", f"{folder}/{number}"]
-            times.append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True)))
+            times.append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True,
+                                                                        env=os.environ | {"OMP_NUM_THREADS": "1"})))
         reports = [timm_hpm.AttackReport.load(f"{folder}/{number}/report.json") for number in (1, 2)]
     assert reports[0].same_results(reports[1]), "the report depends on the number of processes"
     return times[0] / times[1]

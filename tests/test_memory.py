@@ -205,7 +205,7 @@ def test_images_that_are_broken_do_not_stay_in_memory():
 @pytest.mark.slow
 def test_ten_thousand_images_under_every_attack_fit_in_4_gib(tmp_path):
     few, many, saved = peaks(32, "evaluate(2000)", "evaluate(10_000)", f"evaluate(10_000, {str(tmp_path)!r})")
-    assert few[1] == many[1] == saved[1] == 5 * 5 + 2 * (1 + ROUNDS) + 1
+    assert few[1] == many[1] == saved[1] == 5 * 5 + 2 * (1 + ROUNDS["joint-rest"]) + 1
     images = 8000 * 3 * 32 ** 2 * 4 / 2 ** 20
     assert many[0] - few[0] <= 2 * images
     # Judging again has one set of candidates in memory at a time.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -18,6 +18,27 @@ AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", 
 
 # The surrogate that computes the true model's logits, by inference mode: attacks on it are AutoAttack on the model.
 _OWN: Final = {"none": "model", "fc": "fc", "dataset": "dataset", "sample": "ste", "batch": "ste"}
+
+
+def parse_known(texts: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of texts such as `"reported=51.0"`: texts, as RobustBench's are, but for `additional_data`.
+
+    Raises:
+        ValueError: a text without a name, a field that is none of `AUTHORS_FIELDS`, or `additional_data` other than
+            true and false.
+    """
+    known: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is no field of RobustBench's model_info; expected NAME=VALUE")
+        known[name] = value
+    if "additional_data" in known:
+        answers = {"true": True, "false": False}
+        if known["additional_data"].lower() not in answers:
+            raise ValueError(f"additional_data is {known['additional_data']!r}; expected true or false")
+        known["additional_data"] = answers[known["additional_data"].lower()]
+    return dict(check_known(known))
 
 
 def check_known(known: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -50,7 +71,8 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
     own = _OWN[protocol["inference"] if protocol["prototypes_fitted"] is not False else "fc"]
     measured = {
         "link": "", "name": "", "authors": "", "additional_data": None, "number_forward_passes": 1,
-        "dataset": protocol.get("dataset", ""), "venue": "", "architecture": protocol["architecture"],
+        "dataset": protocol.get("dataset", "").removeprefix("torch/"), "venue": "",
+        "architecture": protocol["architecture"],
         "eps": str(ThreatModel.parse(protocol["threat"])).partition(":")[2],
         "clean_acc": _percent(report.clean_accuracy), "reported": "",
         "autoattack_acc": _percent(_accuracy_under(report, own)) if _is_standard(protocol, own) else "",

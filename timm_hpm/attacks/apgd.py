@@ -62,7 +62,7 @@ def apgd(
     loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels)
     without_gradient = int((gradient.flatten(1).abs().sum(dim=1) == 0).sum())
     fooling, fooled = x.clone(), wrong
-    best, best_loss, best_gradient = x, loss, gradient
+    best, best_loss, best_gradient = x.clone(), loss, gradient.clone()
     step_size = torch.full_like(per_image(loss, x), 2 * threat.eps)
     # The last row is what precedes the first at the first checkpoint.
     losses = loss.new_zeros(iterations, len(x))
@@ -79,14 +79,14 @@ def apgd(
         loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
         if wrong.any():
             fooled = fooled | wrong
-            fooling = torch.where(per_image(wrong, x), x, fooling)
+            _put(fooling, wrong, x)
         losses[i] = loss
         larger = loss > best_loss
         best_loss = torch.where(larger, loss, best_loss)
-        best = torch.where(per_image(larger, x), x, best)
+        _put(best, larger, x)
         if i + 1 == iterations:
             break
-        best_gradient = torch.where(per_image(larger, x), gradient, best_gradient)
+        _put(best_gradient, larger, gradient)
         if i + 1 - last_check == checkpoint:
             raising = (losses > losses.roll(1, dims=0))[i + 1 - checkpoint:i + 1].sum(dim=0)
             halved = (raising <= checkpoint * _RAISING) | (~halved_then & (best_loss_then >= best_loss))
@@ -116,6 +116,12 @@ def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]
         return -lead.squeeze(1) / (largest[:, 0] - 0.5 * (largest[:, 2] + largest[:, 3]) + 1e-12)
 
     return loss
+
+
+def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
+    """Copies the `values` (R, ...) `where` (R,) says so, in place; on a CPU much faster than torch.where."""
+    rows = where.nonzero().squeeze(1)
+    into.index_copy_(0, rows, values.index_select(0, rows))
 
 
 class _Ball:

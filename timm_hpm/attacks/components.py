@@ -115,7 +115,9 @@ class AttackBatch:
         # A search asks for the same rows again and again.
         if rows is not self._asked[0]:
             self._asked = rows, self._parts(rows)
-        logits = torch.cat([self._surrogate_logits(part, features[part.span]) for part in self._asked[1]])
+        parts = self._asked[1]
+        logits = torch.cat([self._surrogate_logits(part, own) for part, own in
+                            zip(parts, features.split([part.size for part in parts]), strict=True)])
         self.on_query()
         return self.finite(rows, pixels, logits)
 
@@ -163,18 +165,18 @@ class AttackBatch:
         ends = torch.searchsorted(rows, self.size * torch.arange(len(self.surrogates) + 1, device=rows.device)).tolist()
         parts = []
         for s, surrogate in enumerate(self.surrogates):
-            span = slice(ends[s], ends[s + 1])
-            needs_others = self.model.couples(surrogate) and span.stop - span.start < self.size
-            if span.start < span.stop:
-                parts.append(_Part(surrogate, span, s * self.size,
-                                   rows[span] - s * self.size if needs_others else None))
+            count = ends[s + 1] - ends[s]
+            needs_others = self.model.couples(surrogate) and count < self.size
+            if count:
+                parts.append(_Part(surrogate, count, s * self.size,
+                                   rows[ends[s]:ends[s + 1]] - s * self.size if needs_others else None))
         return parts
 
     def _surrogate_logits(self, part: "_Part", features: Tensor) -> Tensor:
         if part.among is None:
             return self.model.logits(part.surrogate, features)
         whole = self._features[part.first:part.first + self.size].index_copy(0, part.among, features)
-        return self.model.logits(part.surrogate, whole)[part.among]
+        return self.model.logits(part.surrogate, whole).index_select(0, part.among)
 
 
 class _Part(NamedTuple):
@@ -182,14 +184,14 @@ class _Part(NamedTuple):
 
     Arguments:
         surrogate: its name.
-        span: where they stand in the query.
+        size: how many they are, r.
         first: the surrogate's first row of all.
         among: (r,), their places in the surrogate's batch, whose other images its answers depend on; None where the
             answers depend on none, or the batch is whole.
     """
 
     surrogate: str
-    span: slice
+    size: int
     first: int
     among: Tensor | None
 
@@ -283,13 +285,14 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
         usable = (distance > 0) & boundary.flatten(1).isfinite().all(dim=1)
         rows, boundary, clean, distance = rows[usable], boundary[usable], clean[usable], distance[usable]
         surface = threat.project(clean + (boundary - clean) * (threat.eps / distance).view(-1, 1, 1, 1), clean)
-        inside = (distance <= threat.eps).view(-1, 1, 1, 1)
-        for points in (torch.where(inside, boundary, surface), surface):
+        inside = distance <= threat.eps
+        nearest = torch.where(inside.view(-1, 1, 1, 1), boundary, surface)
+        for some, points in ((rows, nearest), (rows[inside], surface[inside])):
             with torch.no_grad():
-                new_loss = margin_loss(batch.query(rows, points), batch.labels[rows])
-            better = new_loss > loss[rows]
-            batch.place(rows[better], points[better])
-            loss[rows[better]] = new_loss[better]
+                new_loss = margin_loss(batch.query(some, points), batch.labels[some])
+            better = new_loss > loss[some]
+            batch.place(some[better], points[better])
+            loss[some[better]] = new_loss[better]
     return batch.points
 
 

@@ -84,9 +84,11 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
     largest = w.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     needed, w = offsets.abs() / largest.squeeze(1), w / largest
-    slopes, down = w.abs(), (offsets > 0).unsqueeze(-1)
+    slopes = w.abs()
+    # Where each pixel goes: 1, −1, or 0 where the plane does not ask for it.
+    way = w.sign() * (1 - 2 * (offsets > 0).to(w.dtype)).unsqueeze(-1)
     x = points.reshape(*offsets.shape, -1)
-    room = torch.where((w > 0) ^ down, 1 - x, x)
+    room = torch.gt(way, 0, out=torch.empty_like(way)).sub_(x).abs_()
     if norm == "Linf":
         # All pixels go equally far, or to the end of their range.
         distance = _shared_size(slopes, room, needed)
@@ -94,9 +96,10 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
         # All pixels go along the normal, or to the end of their range; one that the plane does not ask for stays, even
         # where no size leads there.
         asked = slopes > 0
-        distance = _shared_size(slopes.square(), torch.where(asked, room / slopes, 0), needed)
+        ends = torch.where(asked, room / slopes, 0).clamp_(max=torch.finfo(room.dtype).max)
+        distance = _shared_size(slopes.square(), ends, needed)
         distance = torch.where(asked, slopes * distance, 0)
-    return torch.minimum(distance, room).mul_(w.sign()).mul_(1 - 2 * down.to(w.dtype)).view_as(points)
+    return torch.minimum(distance, room).mul_(way).view_as(points)
 
 
 def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
@@ -107,17 +110,17 @@ def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
         ends: (..., R, D), 0 or more.
         needed: (..., R), 0 or more.
     """
-    needed, whole, going = needed.unsqueeze(-1), slopes * ends, ends > 0
-    size = needed / torch.where(going, slopes, 0).sum(dim=-1, keepdim=True)
-    size = torch.where(needed > 0, size, 0)
+    # Masks of numbers and products: on a CPU torch.where takes several times as long.
+    needed, whole, mask = needed.unsqueeze(-1), slopes * ends, torch.empty_like(ends)
+    slope = torch.gt(ends, 0, out=mask).mul_(slopes).sum(dim=-1, keepdim=True)
+    size = torch.where(needed > 0, needed / slope, 0)
     while True:
         # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end.
-        still = ends > size
-        if torch.equal(still, going):
+        before, slope = slope, torch.gt(ends, size, out=mask).mul_(slopes).sum(dim=-1, keepdim=True)
+        if torch.equal(slope, before):
             return size
-        going = still
-        gone = torch.where(going, 0, whole).sum(dim=-1, keepdim=True)
-        new = (needed - gone) / torch.where(going, slopes, 0).sum(dim=-1, keepdim=True)
+        gone = torch.le(ends, size, out=mask).mul_(whole).sum(dim=-1, keepdim=True)
+        new = (needed - gone) / slope
         size = torch.where(new > size, new, size)
 
 

@@ -5,7 +5,7 @@ checks of AutoAttack). docs/flags.md says what each flag means and what to do ab
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Final
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..head import head_name, inference_mode
 from ..report import TRUE_MODEL, Flag
+from ..report.verdicts import attack_of
 from ..threat import ThreatModel
-from .components import margin_loss
+from .components import COMPONENTS, margin_loss
 
 #: Attacks that need no gradient.
 GRADIENT_FREE: Final = ("square",)
@@ -40,11 +41,18 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
         labels: (N,), class indices.
         batch_size: images that the model is to answer at once; one check asks for twice as many.
     """
-    before = {name: tensor.clone() for name, tensor in _state(model)}
     batch = images[:batch_size]
-    try:
+    with restored(model) as before:
         checks = (gradient_flag(model, images, labels, batch_size), random_flag(model, batch), batch_flag(model, batch))
         return [flag for flag in (*checks, _state_flag(model, before)) if flag is not None]
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yields copies of a model's parameters and buffers by name, and puts back afterwards what has changed of them."""
+    before = {name: tensor.clone() for name, tensor in _state(model)}
+    try:
+        yield before
     finally:
         with torch.no_grad():
             for name, tensor in _state(model):
@@ -159,8 +167,9 @@ def verdict_flag(correct: dict[str, str]) -> Flag | None:
 
     More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`.
     """
-    with_gradients = [row for name, row in correct.items() if name.rpartition("/")[2] not in ("clean", *GRADIENT_FREE)]
-    without = {name: row for name, row in correct.items() if name.rpartition("/")[2] in GRADIENT_FREE}
+    # The attacks that are ours begin where others, Square among them, have brought an image, and may leave it there.
+    with_gradients = [row for name, row in correct.items() if attack_of(name) in COMPONENTS.keys() - {*GRADIENT_FREE}]
+    without = {name: row for name, row in correct.items() if attack_of(name) in GRADIENT_FREE}
     if not with_gradients or not without:
         return None
     survive = [all(row[i] == "1" for row in (correct["clean"], *with_gradients)) for i in range(len(correct["clean"]))]

@@ -38,7 +38,8 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     made = {id(tensor): conv for conv, tensor in convolutions}
     pairs = [(made[id(tensor)], norm) for norm, tensor in norms
              if id(tensor) in made and uses[tensor.grad_fn] == 1 and asked[id(norm)] == 1
-             and asked[id(made[id(tensor)])] == 1 and norm.running_mean is not None and norm.running_var is not None]
+             and asked[id(made[id(tensor)])] == 1 and norm.running_mean is not None and norm.running_var is not None
+             and _keeps_its_weight(made[id(tensor)])]
     for conv, norm in pairs:
         _fold(conv, norm)
     replaced = {id(norm): _rest_of(norm) for _, norm in pairs}
@@ -47,6 +48,11 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
             if id(child) in replaced:
                 setattr(parent, name, replaced[id(child)])
     return len(pairs)
+
+
+def _keeps_its_weight(conv: nn.Conv2d) -> bool:
+    """Returns whether a convolution's weight is a parameter; spectral and weight norm make it anew at each call."""
+    return "weight" in conv._parameters and not conv._forward_pre_hooks
 
 
 def _uses(node: Any) -> Counter:

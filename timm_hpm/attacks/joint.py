@@ -11,8 +11,8 @@ from ..threat import ThreatModel
 from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
 from .surrogates import SURROGATES, soft_logits
 
-#: How often `joint-rest` is run on a batch, each time for what the times before have left.
-ROUNDS: Final = 4
+#: How often an attack is run on a batch, each time for what the times before have left; the others once.
+ROUNDS: Final = {"joint-rest": 4}
 
 #: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
 JOINT_SURROGATES: Final = ("soft", "ste")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -29,7 +31,7 @@ from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
-from .flags import GRADIENT_FREE, change_flag, check_model, rough_flag, verdict_flag
+from .flags import GRADIENT_FREE, change_flag, check_model, restored, rough_flag, verdict_flag
 from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
@@ -74,8 +76,8 @@ def mixed_surrogate_attack(
 
     Arguments:
         model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
-            not changed: attacks work on a frozen copy, in float32. It is judged in its own precision, and in the
-            caller's autocast.
+            not changed: attacks work on a frozen copy, in float32, and what it changes of itself when it answers is put
+            back. It is judged in its own precision, and in the caller's autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do.
@@ -123,76 +125,75 @@ def mixed_surrogate_attack(
         writable_folder(Path(save_adversarial).parent)
     start = time.perf_counter()
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
-    subject = _Subject.of(model, images, labels, batch_size, seed)
-    split = subject.split
-    chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
-    chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets,
-                            survivors_only)
-    names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
-    checks = _no_cost()
-    flags = subject.flags_before(images, labels, checks)
-    usable = _applicable(tuple(chosen.attacks), split, names)
-    if any(flag.name == "no-gradient" for flag in flags):
-        usable = _without_gradients(usable)
-    plan = _plan(split, names, usable, surrogates_at_once, chosen)
-    budget_of = {attack: chosen.attacks[attack].for_classes(subject.num_classes) for attack in usable}
-    asks_neighbours = bool(co_batch) and split.couples(split.twin())
-    summary = replace(chosen, surrogates=names, attacks=budget_of).summary()
-    for attack, budget in summary["attacks"].items():
-        if len(rows_of(attack)) > 1:
-            budget["rounds"] = len(rows_of(attack))
-    described = subject.described(images, labels, {flag.name for flag in flags}) | {
-        "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(), **summary,
-        "surrogates_at_once": surrogates_at_once, "seed": seed,
-    }
-    if asks_neighbours:
-        described |= {"co_batch": list(co_batch), "co_batch_mixes": co_batch_mixes and list(co_batch_mixes)}
-    whole_protocol = dict(about or {}) | described
-    if finished is not None and Path(finished).exists():
-        report = AttackReport.load(finished)
-        check_same_run(f"{finished} is the report", report.protocol, whole_protocol)
-        return report
+    _keep_freed_memory()
+    with restored(model):
+        subject = _Subject.of(model, images, labels, batch_size, seed)
+        split = subject.split
+        chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
+        chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets,
+                                survivors_only)
+        names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
+        checks = _no_cost()
+        flags = subject.flags_before(images, labels, checks)
+        usable = _applicable(tuple(chosen.attacks), split, names)
+        if any(flag.name == "no-gradient" for flag in flags):
+            usable = _without_gradients(usable)
+        plan = _plan(split, names, usable, surrogates_at_once, chosen)
+        budget_of = {attack: chosen.attacks[attack].for_classes(subject.num_classes) for attack in usable}
+        asks_neighbours = bool(co_batch) and split.couples(split.twin())
+        summary = replace(chosen, surrogates=names, attacks=budget_of).summary()
+        described = subject.described(images, labels, {flag.name for flag in flags}) | {
+            "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(), **summary,
+            "surrogates_at_once": surrogates_at_once, "seed": seed,
+        }
+        if asks_neighbours:
+            described |= {"co_batch": list(co_batch), "co_batch_mixes": co_batch_mixes and list(co_batch_mixes)}
+        whole_protocol = dict(about or {}) | described
+        if finished is not None and Path(finished).exists():
+            report = AttackReport.load(finished)
+            check_same_run(f"{finished} is the report", report.protocol, whole_protocol)
+            return report
 
-    with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
-        neighbours = []
-        if rank == 0 and asks_neighbours:
-            with _seeded(subject.device, seed, "co-batch"):
-                neighbours = co_batch_attack(model, images, labels, threat, batch_sizes=co_batch, mixes=co_batch_mixes,
-                                             seed=seed)
-        run = _Run(subject, threat, plan, budget_of,
-                   survivors_only=chosen.survivors_only,
-                   with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
-                   keeps_candidates=save_adversarial is not None, folder=folder)
-        mine = range(rank * batch_size, len(images), processes * batch_size)
-        with tqdm(total=len(mine) * run.queries(), disable=not progress or rank > 0, unit="query", smoothing=0) as bar:
-            steps = [(first, run.attack_batch(first, images[first:first + batch_size], labels[first:first + batch_size],
-                                              bar)) for first in mine]
-        if accelerator is not None:
-            steps = sorted(gather_object(steps), key=lambda batch: batch[0])
-            neighbours = gather_object(neighbours)
-        if save_adversarial is not None and rank == 0:
-            run.save_candidates(save_adversarial, images, labels, whole_protocol)
+        with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
+            neighbours = []
+            if rank == 0 and asks_neighbours:
+                neighbours = subject.neighbours(images, labels, threat, co_batch, co_batch_mixes, folder)
+            run = _Run(subject, threat, plan, budget_of,
+                       survivors_only=chosen.survivors_only,
+                       with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
+                       keeps_candidates=save_adversarial is not None, folder=folder)
+            mine = range(rank * batch_size, len(images), processes * batch_size)
+            with tqdm(total=len(mine) * run.queries(), disable=not progress or rank > 0, unit="query",
+                      smoothing=0) as bar:
+                steps = [(first, run.attack_batch(first, images[first:first + batch_size],
+                                                  labels[first:first + batch_size], bar)) for first in mine]
+            earlier = [run.earlier_seconds]
+            if accelerator is not None:
+                steps = sorted(gather_object(steps), key=lambda batch: batch[0])
+                neighbours, earlier = gather_object(neighbours), gather_object(earlier)
+            if save_adversarial is not None and rank == 0:
+                run.save_candidates(save_adversarial, images, labels, whole_protocol)
 
-    found = [step for _, batch in steps for step in batch]
-    judged = _joined(step.correct for step in found)
-    correct = _in_order(judged, names)
-    twin = f"{split.twin()}/square"
-    if twin in correct and split.head is not None:
-        correct[f"{TRUE_MODEL}/square"] = correct[twin]
-    flags += [*_noted_flags(found), *_not_finite_flags(found)]
-    flags += subject.flags_after(images, labels, threat, correct, {flag.name for flag in flags}, checks)
-    cost = _total_cost(found, checks)
-    cost["all"]["seconds"] = time.perf_counter() - start
-    return AttackReport(
-        protocol=whole_protocol,
-        correct=correct,
-        co_batch=neighbours,
-        assembled=judged.get(_ASSEMBLED, ""),
-        baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
-        cost=cost,
-        flags=flags,
-        examples=_first(example for step in found for example in step.examples),
-    )
+        found = [step for _, batch in steps for step in batch]
+        judged = _joined(step.correct for step in found)
+        correct = _in_order(judged, names)
+        twin = f"{split.twin()}/square"
+        if twin in correct and split.head is not None:
+            correct[f"{TRUE_MODEL}/square"] = correct[twin]
+        flags += [*_noted_flags(found), *_not_finite_flags(found)]
+        flags += subject.flags_after(images, labels, threat, correct, {flag.name for flag in flags}, checks)
+        cost = _total_cost(found, checks)
+        cost["all"]["seconds"] = time.perf_counter() - start + sum(earlier) / processes
+        return AttackReport(
+            protocol=whole_protocol,
+            correct=correct,
+            co_batch=neighbours,
+            assembled=judged.get(_ASSEMBLED, ""),
+            baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
+            cost=cost,
+            flags=flags,
+            examples=_first(example for step in found for example in step.examples),
+        )
 
 
 @contextmanager
@@ -205,13 +206,19 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
         folder = ProgressFolder(Path(resume), run) if first else None
         if accelerator is not None:
             accelerator.wait_for_everyone()
-        yield folder or ProgressFolder(Path(resume), run, begins=False)
+        try:
+            yield folder or ProgressFolder(Path(resume), run, begins=False)
+        finally:
+            if folder is not None:
+                folder.close()
     elif save_adversarial is not None:
         path = Path(save_adversarial)
         temporary = path.with_name(f".{path.name}.progress.{os.getpid()}.tmp")
+        folder = ProgressFolder(temporary, run)
         try:
-            yield ProgressFolder(temporary, run)
+            yield folder
         finally:
+            folder.close()
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         yield None
@@ -290,6 +297,18 @@ class _Subject:
             cost["forward_passes"] += len(self.example)
         return [flag for flag in flags if flag is not None]
 
+    def neighbours(self, images: Tensor, labels: Tensor, threat: ThreatModel, batch_sizes: Sequence[int],
+                   mixes: Sequence[float] | None, folder: ProgressFolder | None) -> list[dict[str, Any]]:
+        """Returns the rows of `co_batch_attack`, which the folder keeps."""
+        rows = None if folder is None else folder.load_co_batch()
+        if rows is None:
+            with _seeded(self.device, self.seed, "co-batch"):
+                rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=batch_sizes, mixes=mixes,
+                                       seed=self.seed)
+            if folder is not None:
+                folder.save_co_batch(rows)
+        return rows
+
     def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
         """Returns what a report's protocol says of the model, the images, and what they met on.
 
@@ -348,7 +367,7 @@ def surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -
 
 def rows_of(attack: str) -> list[str]:
     """Returns the names of what is judged of an attack: of one in rounds, each round."""
-    return [f"{attack}#{i + 1}" for i in range(ROUNDS)] if attack == "joint-rest" else [attack]
+    return [f"{attack}#{i + 1}" for i in range(ROUNDS[attack])] if attack in ROUNDS else [attack]
 
 
 def _plan(
@@ -363,7 +382,10 @@ def _plan(
     together = [(surrogates_of(attack, split, surrogates), name) for attack in attacks if attack not in COMPONENTS
                 for name in rows_of(attack)]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
-    # Where an image is attacked only until it is broken, the cheap attacks come first.
+    # Where an image is attacked only until it is broken, the cheap attacks come first; after those that need no
+    # gradient it would be said to be broken by one that does.
+    if protocol.survivors_only:
+        attacks = tuple(sorted(attacks, key=lambda attack: attack in GRADIENT_FREE))
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
         (group, attack) for group in groups for attack in attacks]
     if protocol.square_on_true_only:
@@ -386,6 +408,8 @@ class _Run:
     keeps_candidates: bool
     folder: ProgressFolder | None
     num_examples: int = 0
+    #: What steps took that the folder had kept already.
+    earlier_seconds: float = 0.0
 
     def queries(self) -> int:
         """Returns about how many queries a batch takes, for a progress bar."""
@@ -408,6 +432,8 @@ class _Run:
                                       partial(_advance, bar, done))
                 if self.folder is not None:
                     self.folder.save(first // self.subject.batch_size, number, step)
+            else:
+                self.earlier_seconds += step.cost["seconds"]
             bar.update(done - bar.n)
             standing[step.broken] = step.points.to(self.subject.device)
             broken[step.broken] = True
@@ -416,7 +442,8 @@ class _Run:
         self.num_examples += sum(len(step.examples) for step in steps)
         if self.subject.split.couples(self.subject.split.twin()):
             everything = {_ASSEMBLED: standing}
-            assembled = self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
+            with _seeded(self.subject.device, self.subject.seed, "judge", _ASSEMBLED, first):
+                assembled = self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
             steps.append(assembled.without_pixels())
         return steps
 
@@ -576,15 +603,29 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
-    """Seeds the global random state by `seed` and what is run, and puts the caller's back afterwards."""
+    """Seeds the global random states by `seed` and what is run, and puts the caller's back afterwards."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     number = int.from_bytes(digest[:6], "big")
+    # The attacks draw from PyTorch only, but a model may draw from these.
+    states = random.getstate(), np.random.get_state()
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    try:
+        with _seeded_torch(device, number):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def _seeded_torch(device: torch.device, number: int) -> Iterator[None]:
     on_cpu = device.type == "cpu"
     if device.type == "mps":
         # It has one device, and functions without a number.
         state = torch.mps.get_rng_state()
         try:
-            with _seeded(torch.device("cpu"), seed, *what):
+            with _seeded_torch(torch.device("cpu"), number):
                 torch.mps.manual_seed(number)
                 yield
         finally:
@@ -598,6 +639,16 @@ def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
             with accelerator.device(device.index or 0):
                 accelerator.manual_seed(number)
         yield
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep up to 62 MiB that are freed, instead of handing them back and fetching them again.
+
+    A pass of a small net frees and allocates some MiB again and again; where glibc returned them to the system each
+    time an attack took a tenth longer. It stops doing so once it has freed a block as large as this one (mallopt(3),
+    M_MMAP_THRESHOLD); elsewhere this does nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _no_cost() -> dict[str, float]:

@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 from ..files import remove_unfinished, replacing, writable_folder, write_text
 from ..report import Example
@@ -24,8 +29,10 @@ _NOTHING: Final = torch.empty(0)
 # What the model answered: another number of threads rounds otherwise.
 _MEASURED: Final = ("attacked_scale", "clean_margin")
 
-# Which run a folder is of.
+# Which run a folder is of, what neighbours in a batch do, and what says that a process works in it.
 _RUN: Final = "run.json"
+_CO_BATCH: Final = "co-batch.json"
+_LOCK: Final = "lock"
 
 
 @dataclass
@@ -70,26 +77,56 @@ class ProgressFolder:
         begins: whether this process may begin a run here; another one then has.
 
     Raises:
-        ValueError: the folder holds the steps of another run, or something else; the message says what differs.
+        ValueError: the folder holds the steps of another run, or something else, or another process works in it; the
+            message says which, and what differs.
         OSError: it cannot be written.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):
         self.folder = folder
-        file = folder / _RUN
+        self._lock: IO[str] | None = None
         if begins:
             writable_folder(folder)
-            remove_unfinished(folder)
+            if not (folder / _RUN).exists() and any(path.name != _LOCK for path in folder.iterdir()):
+                raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
+                                 "folder, or empty it")
+            self._lock = _locked(folder)
+        try:
+            self._check_or_begin(run, begins)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_or_begin(self, run: dict[str, Any], begins: bool) -> None:
+        file = self.folder / _RUN
+        if begins:
+            remove_unfinished(self.folder)
             if not file.exists():
-                if any(folder.iterdir()):
-                    raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
-                                     "folder, or empty it")
                 write_text(file, json.dumps(run, indent=1) + "\n")
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); remove {folder} and start again") from error
-        check_same_run(f"{folder} holds the progress", found, run)
+            raise ValueError(f"{file} is damaged ({error}); remove {self.folder} and start again") from error
+        check_same_run(f"{self.folder} holds the progress", found, run)
+
+    def close(self) -> None:
+        """Lets another process work in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def load_co_batch(self) -> list[dict[str, Any]] | None:
+        """Returns the rows of `co_batch_attack`, or None where they are still to be made."""
+        path = self.folder / _CO_BATCH
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+
+    def save_co_batch(self, rows: list[dict[str, Any]]) -> None:
+        """Writes the rows of `co_batch_attack`, whole or not at all."""
+        write_text(self.folder / _CO_BATCH, json.dumps(rows) + "\n")
 
     def load(self, batch: int, step: int) -> Step | None:
         """Returns the step of a batch, or None where it is still to be made."""
@@ -128,6 +165,24 @@ class ProgressFolder:
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"
+
+
+def _locked(folder: Path) -> IO[str]:
+    """Returns an open file that only one process has; the system lets go of it when that process ends, killed or not.
+
+    Where there is no such thing (Windows), or the file system does not know it, anybody has it.
+    """
+    file = (folder / _LOCK).open("a")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process works on the run in {folder}; wait for it, stop it, or choose another "
+                         "folder") from None
+    except OSError:
+        pass
+    return file
 
 
 def check_same_run(what: str, found: dict[str, Any], run: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from .components import COMPONENTS, Budget
-from .joint import JOINT_ATTACKS, apgd_chain
+from .joint import JOINT_ATTACKS, ROUNDS, apgd_chain
 from .surrogates import check_names
 
 #: All attacks: AutoAttack's components, and those on what is special about an HPM head.
@@ -39,7 +39,8 @@ class Protocol:
 
     def summary(self) -> dict[str, Any]:
         """Returns all of it in JSON's types, as a report's protocol shows it."""
-        attacks = {name: {k: v for k, v in asdict(budget).items() if v} for name, budget in self.attacks.items()}
+        attacks = {name: {k: v for k, v in asdict(budget).items() if v}
+                   | ({"rounds": ROUNDS[name]} if name in ROUNDS else {}) for name, budget in self.attacks.items()}
         return {
             "protocol": self.name,
             "surrogates": None if self.surrogates is None else list(self.surrogates),

@@ -160,7 +160,8 @@ def _examples(report: "AttackReport") -> list[str]:
     parts = ["<h2>Images that were broken</h2>", "<div class='examples'>"]
     for example in report.examples:
         pictures = "".join(
-            f"<span><img src='data:image/png;base64,{data}' alt='{alt} of image {example.image}'>{caption}</span>"
+            f"<span><img src='data:image/png;base64,{escape(data, quote=True)}' alt='{alt} of image {example.image}'>"
+            f"{caption}</span>"
             for data, alt, caption in (
                 (example.clean, "clean", f"clean: {example.label}"),
                 (example.perturbation, "perturbation", f"perturbation × {example.amplification:.1f}"),

@@ -77,6 +77,18 @@ def test_an_answer_of_nan_is_the_worst_that_an_attacker_finds(independent):
     assert torch.allclose(logits.candidates(), clean + 0.06)
 
 
+def test_a_whole_batch_in_which_an_image_is_wrong_for_the_first_time_is_kept(independent):
+    # An image is of class 1 where its neighbour is brighter: each in another batch.
+    clean, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 0])
+    logits = independent.Watched(lambda x: F.pad((x.flip(0) - x).flatten(1)[:, :1] - 0.01, [1, 0]), clean, labels,
+                                 timm_hpm.ThreatModel("Linf", 0.1))
+    shift = torch.tensor([0.05, -0.05]).view(2, 1, 1, 1)
+    for points in (clean, clean + shift, clean + 0.9 * shift, clean - shift, clean - 4 * shift):
+        logits(points)
+    assert [torch.allclose(batch, clean + sign * shift) for batch, sign in zip(logits.whole, (1, -1), strict=True)]
+    assert len(logits.whole) == 2
+
+
 @pytest.mark.parametrize("inference", ["batch", "sample"])
 def test_what_a_report_wrongly_calls_robust_is_missed_and_nothing_else(independent, inference):
     model = digits_model()

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from timm_hpm import AttackReport
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
-from timm_hpm.robustbench import model_info, save_model_info
+from timm_hpm.robustbench import model_info, parse_known, save_model_info
 
 PROTOCOL = {"architecture": "hpm_wrn10_2", "threat": "Linf:8/255", "data_digest": "0123456789abcdef", "seed": 0,
             "dataset": "digits", "num_classes": 10, "batch_size": 10, "inference": "batch", "prototypes_fitted": True,
@@ -105,6 +105,20 @@ def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
 
 
 # RobustBench
+
+
+def test_fields_are_texts_as_they_were_given():
+    assert parse_known(["reported=67.30", "name=2020", "link=https://a?b=c", "additional_data=True"]) == {
+        "reported": "67.30", "name": "2020", "link": "https://a?b=c", "additional_data": True}
+    for text, message in (("reported", "'reported' is no field .*expected NAME=VALUE"),
+                          ("additional_data=some", "additional_data is 'some'; expected true or false")):
+        with pytest.raises(ValueError, match=message):
+            parse_known([text])
+
+
+def test_a_data_set_of_torchvision_has_robustbench_s_name(a):
+    named = dataclasses.replace(a, protocol=a.protocol | {"dataset": "torch/cifar10"})
+    assert model_info(named)["dataset"] == "cifar10"
 
 
 def test_model_info_of_a_report(a, tmp_path):

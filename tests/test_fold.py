@@ -69,6 +69,17 @@ def test_only_what_nobody_else_takes_is_folded():
     torch.testing.assert_close(model(images), expected)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm,
+                                  nn.utils.parametrizations.weight_norm])
+def test_a_convolution_whose_weight_is_made_anew_at_each_call_is_left_as_it_is(norm):
+    model = nn.Sequential(norm(nn.Conv2d(2, 3, 3)), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3),
+                          nn.Flatten())
+    model, images = with_statistics(model), torch.rand(3, 2, 6, 6)
+    expected = model(images)
+    assert fold_batch_norms(model, images) == 1
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_the_attacked_copy_is_folded_and_the_model_is_not():
     model = with_statistics(timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True))
     before = copy.deepcopy(model.state_dict())

@@ -10,6 +10,8 @@ from typing import Any
 
 import hub_server
 import pytest
+import torch
+from PIL import Image
 
 from timm_hpm import AttackReport
 
@@ -133,6 +135,28 @@ def test_architecture_and_head_come_back(server, client, loader, model, architec
     # pull registers what is missing; create_model is used as the card says.
     assert loader("pull", repo_id=repo_id) == pushed
     assert loader("create", name=f"hf-hub:{repo_id}", register=register) == pushed
+
+
+def test_evaluate_measures_what_lies_on_the_hub(server, client, tmp_path):
+    # An architecture that nobody has registered: timm.create_model alone would not know it.
+    repo_id = "org/evaluated"
+    client("push", repo_id=repo_id, model={"name": "test_resnet", "add": True, "num_classes": 2}, token=TOKEN)
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(3):
+            pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
+    done = subprocess.run(
+        [sys.executable, str(TESTS.parent / "evaluate.py"), "--model", f"hf-hub:{repo_id}", "--dataset", "folder",
+         "--data-dir", str(tmp_path / "data"), "--img-size", "32", "--threat", "Linf:8/255", "--num-images", "0",
+         "--batch-size", "3", "--inference", "batch", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output",
+         str(tmp_path / "run")], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+             "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    report = AttackReport.load(tmp_path / "run" / "report.json")
+    assert report.num_images == 6 and report.protocol["model"] == f"hf-hub:{repo_id}"
+    assert report.protocol["prototypes_fitted"] and report.protocol["architecture"] == "hpm_test_resnet"
 
 
 @pytest.mark.parametrize("odd", ["channels_last", "aliased", "half", "wrapped", "training"])

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget, Protocol
+from timm_hpm.attacks import PROTOCOLS, Budget, Protocol
 from timm_hpm.attacks.joint import ROUNDS
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +126,24 @@ def test_twenty_kills(uninterrupted, tmp_path):
         check_same(tmp_path / f"run{runs}", uninterrupted)
 
 
+@pytest.mark.slow
+def test_kills_as_the_results_are_written(uninterrupted, tmp_path):
+    choose, killed = random.Random(0), 0
+    for number in range(8):
+        folder = tmp_path / f"run{number}"
+        process = start(*SMALL, "--save-adversarial", "--output", str(folder))
+        while steps_in(folder) < STEPS and process.poll() is None:
+            time.sleep(0.002)
+        # From the last step on it judges, saves the candidates and the report in about half a second.
+        time.sleep(choose.uniform(0, 0.6))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        finish(start("--resume", str(folder)))
+        check_same(folder, uninterrupted)
+    assert killed >= 4
+
+
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_report_does_not_depend_on_the_number_of_processes(uninterrupted, tmp_path, processes):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
@@ -132,6 +151,36 @@ def test_the_report_does_not_depend_on_the_number_of_processes(uninterrupted, tm
                        launcher=launcher))
     assert out.count("# Mixed Surrogate Attack") == 1
     check_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_plain_timm_model_is_measured_resumed_and_shared(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=3).eval()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    for label in range(3):
+        (tmp_path / "val" / f"class{label}").mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "val" / f"class{label}" / f"{number}.png")
+    options = ["--model", "test_resnet", "--checkpoint", str(tmp_path / "weights.safetensors"), "--num-classes", "3",
+               "--dataset", "folder", "--data-dir", str(tmp_path / "val"), "--img-size", "32", "--threat", "Linf:4/255",
+               "--num-images", "0", "--batch-size", "4", "--device", "cpu",
+               "--budget", "apgd-ce=4", "apgd-t=3x2", "fab-t=2x2", "square=40"]
+    whole, killed, shared = (tmp_path / name for name in ("whole", "killed", "shared"))
+    finish(start(*options, "--output", str(whole)))
+    # A folder that is not there yet begins a run.
+    process = start(*options, "--resume", str(killed))
+    while steps_in(killed) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    finish(start("--resume", str(killed)))
+    finish(start(*options, "--output", str(shared),
+                 launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")))
+    report, *others = (AttackReport.load(folder / "report.json") for folder in (whole, killed, shared))
+    assert all(report.same_results(other) for other in others)
+    assert list(report.by_surrogate["model"]) == ["apgd-ce", "apgd-t", "fab-t", "square", "worst"]
+    assert report.protocol["inference"] == "none" and report.clean_accuracy > 0
 
 
 def test_options_of_another_run_are_refused(evaluate, tmp_path):
@@ -312,6 +361,59 @@ def test_a_finished_step_is_not_made_again(model, digits, tmp_path):
 
 
 # Protocols
+
+
+def test_two_runs_do_not_work_in_one_folder(model, digits, tmp_path):
+    images, labels = digits
+    others: list[str] = []
+
+    class Asking(nn.Module):
+        """A second run begins while the first one asks its model."""
+
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.nested = network, False
+
+        def forward(self, x):
+            if (tmp_path / "batch00000-step00.safetensors").exists() and not self.nested:
+                self.nested = True
+                with pytest.raises(ValueError) as error:
+                    mixed_surrogate_attack(self, images, labels, THREAT, **QUICK, resume=tmp_path)
+                others.append(str(error.value))
+            return self.network(x)
+
+    asking = Asking(timm_hpm.PixelModel(model)).eval()
+    report = mixed_surrogate_attack(asking, images, labels, THREAT, **QUICK, resume=tmp_path)
+    assert others == [f"another process works on the run in {tmp_path}; wait for it, stop it, or choose another folder"]
+    assert mixed_surrogate_attack(asking, images, labels, THREAT, **QUICK, resume=tmp_path).same_results(report)
+
+
+def test_what_neighbours_do_is_asked_once(model, digits, tmp_path):
+    options = QUICK | {"co_batch": [4], "resume": tmp_path}
+    report = mixed_surrogate_attack(model, *digits, THREAT, **options)
+    kept = tmp_path / "co-batch.json"
+    assert json.loads(kept.read_text()) == report.co_batch
+    kept.write_text(json.dumps(report.co_batch[:1]))
+    assert mixed_surrogate_attack(model, *digits, THREAT, **options).co_batch == report.co_batch[:1]
+    kept.write_text("[")
+    with pytest.raises(ValueError, match=r"co-batch.json is damaged .*remove it, and it is made again"):
+        mixed_surrogate_attack(model, *digits, THREAT, **options)
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(model, digits, tmp_path):
+    for _ in range(2):
+        cost = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path).cost
+        assert cost["all"]["seconds"] > sum(row["seconds"] for name, row in cost.items() if name != "all") > 0
+
+
+def test_the_digest_of_a_protocol_tells_its_rounds(model, digits, monkeypatch):
+    report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    standard = PROTOCOLS["standard"]
+    assert standard.changed(["fc"], QUICK["attacks"], QUICK["budgets"]).digest() == report.protocol["protocol_digest"]
+    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 100, "rounds": 4}
+    digest = standard.digest()
+    monkeypatch.setitem(ROUNDS, "joint-rest", 5)
+    assert standard.digest() != digest
 
 
 def test_what_changes_a_protocol_makes_it_a_custom_one():

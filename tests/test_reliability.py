@@ -164,6 +164,64 @@ def test_the_caller_s_random_states_trace_function_and_loggers_are_left_alone(mo
     assert "call" in traced
 
 
+class Drawing(Colours):
+    """Draws from all global random states whenever it is asked."""
+
+    def forward(self, x):
+        noise = random.gauss(0, 1) + np.random.randn(*x.shape[-2:]) + torch.randn(x.shape[-2:]).numpy()
+        return super().forward(x + 0.05 * torch.from_numpy(noise).float())
+
+
+class DrawingBackbone(Drawing):
+    """The same in front of an HPM head in batch mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = timm_hpm.HPMHead(8 * 36, 5)
+        self.fc.set_prototypes(torch.randn(5, 8 * 36))
+
+
+@pytest.mark.parametrize("network", [Drawing, DrawingBackbone])
+def test_a_model_that_draws_leaves_the_caller_s_random_states_and_repeats_its_report(network):
+    torch.manual_seed(0)
+    model, images = network().eval(), torch.rand(12, 3, 8, 8)
+    labels = model(images).argmax(dim=1)
+    reports = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+        reports.append(mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce", "square"],
+                                              budgets=SMALL, batch_size=6))
+        assert (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()) == before
+    assert reports[0].same_results(reports[1])
+    assert bool(reports[0].assembled) == (network is DrawingBackbone)
+
+
+def test_what_a_model_changes_of_itself_is_put_back():
+    model, images = Counting().eval(), torch.rand(12, 3, 8, 8)
+    labels = model(images).argmax(dim=1)
+    report = mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets=SMALL)
+    assert "changes-state" in [flag.name for flag in report.flags] and model.calls == 1
+    with pytest.raises(ValueError, match="expected some of"):
+        mixed_surrogate_attack(model, images, labels, THREAT, attacks=["none"])
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_an_hpm_head_of_few_classes_has_all_attacks_and_neighbours(num_classes):
+    torch.manual_seed(0)
+    model = Colours()
+    model.fc = timm_hpm.HPMHead(8 * 36, num_classes)
+    model.fc.set_prototypes(torch.randn(num_classes, 8 * 36))
+    images = torch.rand(8, 3, 8, 8)
+    labels = model.eval()(images).argmax(dim=1)
+    report = mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL, co_batch=[4])
+    assert report.by_surrogate["ste"].keys() == {*SMALL, "worst"} and report.clean_accuracy == 1
+    assert {row["neighbours"] for row in report.co_batch} == {"reshuffled", "chosen", "adversarial"}
+
+
 def test_a_caller_in_inference_mode_gets_the_same_report(model, digits):
     images, labels = digits
     options = {"budgets": SMALL, "batch_size": 16, "co_batch": (4,)}

@@ -69,6 +69,20 @@ def test_an_untouched_image_that_errs_among_broken_ones_is_not_robust(report):
     assert report.compare(report).rows[1].a == 0.4
 
 
+def test_one_adversary_realises_the_judged_batch_with_most_errors(report):
+    assert report.realised_robust_accuracy == report.robust_accuracy, "no batch mode: all of it at once"
+    report.protocol["batch_size"] = 4
+    #  clean           1111 1011 10
+    #  fc/apgd-ce      1110 1011 11
+    #  ste/apgd-ce     0111 1011 11
+    #  Square          1111 1001 11
+    #  assembled       1110 1011 00
+    batches = dataclasses.replace(report, assembled="1110101100")
+    assert batches.realised_robust_accuracy == (3 + 2 + 0) / 10
+    assert batches.robust_accuracy == 0.4 and batches.assembled_robust_accuracy == 0.6
+    assert batches.to_dict()["realised_robust_accuracy"] == 0.5
+
+
 def test_the_worst_case_is_below_every_row(report):
     for row in report.by_surrogate.values():
         assert all(report.robust_accuracy <= row["worst"] <= accuracy for accuracy in row.values())

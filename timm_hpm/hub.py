@@ -30,7 +30,7 @@ from .checkpoints import CheckpointError
 from .files import replacing, writable_folder, write_text
 from .head import HPMHead, find_head
 from .models.create import create_model, load_checkpoint
-from .models.hpm_timm import register_hpm
+from .models.hpm_timm import register_saved
 from .models.saving import CONFIG, WEIGHTS, in_chans, write_model
 from .report import AttackReport, weights_digest
 
@@ -281,12 +281,11 @@ def _load(folder: Path, where: str) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         raise HubError(f"cannot load {where}: its {CONFIG} is damaged or not timm's ({type(error).__name__}: {error}); "
                        f"expected JSON with an architecture. Push the model again, or pull another revision") from None
-    if not timm.is_model(architecture) and architecture.startswith("hpm_"):
-        try:
-            register_hpm(architecture.removeprefix("hpm_"))
-        except ValueError as error:
-            raise HubError(f"cannot load {where}: its architecture {architecture!r} is unknown here ({error}). Update "
-                           "timm and timm_hpm, or register the base with timm first") from None
+    try:
+        register_saved(architecture)
+    except ValueError as error:
+        raise HubError(f"cannot load {where}: its architecture {architecture!r} is unknown here ({error}). Update "
+                       "timm and timm_hpm, or register the base with timm first") from None
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # whatever a damaged file, or a network with a foreign config, makes of it

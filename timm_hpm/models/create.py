@@ -6,20 +6,25 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import load_model_config_from_hf
 from torch import nn
 
 from ..checkpoints import fitting, reading
 from ..data import ImageSplit, data_source, open_split
+from .hpm_timm import register_saved
 from .saving import CONFIG, WEIGHTS, in_chans
 
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
-    """Returns `timm.create_model(name, pretrained, **kwargs)`.
+    """Returns `timm.create_model(name, pretrained, **kwargs)`, of any `hpm_*` architecture that `name` has on the Hub.
 
     Raises:
         ValueError: an unknown model, a tag without weights, or arguments that the model does not take.
+        OSError: a model on the Hub that is not there, or cannot be reached.
     """
     try:
+        if name.startswith(("hf-hub:", "hf_hub:")):
+            register_saved(load_model_config_from_hf(name.partition(":")[2])[1])
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError) as error:
         given = "".join(f", {key}={value!r}" for key, value in kwargs.items())

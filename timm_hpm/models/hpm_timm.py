@@ -164,5 +164,15 @@ def register_hpm(base: str) -> str:
     return name
 
 
+def register_saved(architecture: str) -> None:
+    """Registers the `architecture` that a saved model's config names, where it is an `hpm_*` that is not there yet.
+
+    Raises:
+        ValueError: an `hpm_*` of an unknown base.
+    """
+    if architecture.startswith("hpm_") and not timm.is_model(architecture):
+        register_hpm(architecture.removeprefix("hpm_"))
+
+
 for _base in _BASES:
     register_hpm(_base)

@@ -26,7 +26,7 @@ from timm.utils import ParseKwargs
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import check_co_batch
-from timm_hpm.attacks.judge import saved_protocol
+from timm_hpm.attacks.judge import ASSEMBLED, saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
@@ -77,9 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--survivors-only", action="store_true",
                        help="attack an image no more once it is broken: faster where much is, and the rows of single "
                             "attacks become those of a cascade, as AutoAttack's are")
-    group.add_argument("--co-batch", type=_numbers, metavar="N,N", default=[],
+    group.add_argument("--co-batch", type=_sizes, metavar="N,N",
                        help="also ask what neighbours in batches of these sizes do, in batch mode, to an image that is "
-                            "left untouched")
+                            f"left untouched; none: do not ask ({','.join(map(str, _CO_BATCH))}, as far as there are "
+                            "so many images, where it is no sweep over radii)")
     group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
                        help="do that for these values of the head's mix (its own)")
     group.add_argument("--surrogates-at-once", type=int, metavar="N",
@@ -182,8 +183,11 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     images, labels = first_images(split, args.num_images)
     if args.inference:
         timm_hpm.find_head(model)
+    co_batch = args.co_batch
+    if co_batch is None:
+        co_batch = [size for size in _CO_BATCH if size <= len(images) and radii is None]
     if args.co_batch or args.co_batch_mix:
-        check_co_batch(args.co_batch, args.co_batch_mix, len(images))
+        check_co_batch(co_batch, args.co_batch_mix, len(images))
         check_asks_batches(model, args.inference or [own_mode(model)])
     at_once = args.surrogates_at_once
     if at_once is None:
@@ -197,7 +201,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
             survivors_only=args.survivors_only, surrogates_at_once=at_once, seed=args.seed,
-            progress=True, co_batch=args.co_batch, co_batch_mixes=args.co_batch_mix,
+            progress=True, co_batch=co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
         ))
@@ -226,6 +230,9 @@ def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
     if others:
         print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
+
+# Sizes of batches for which neighbours are asked.
+_CO_BATCH = (10, 50, 250)
 
 # What a run was called with.
 _OPTIONS = "options.json"
@@ -291,7 +298,8 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")
     verdicts = timm_hpm.rejudge(model, folder / "adversarial.safetensors")
-    different = [name for name, row in verdicts.items() if row != report.correct[name]]
+    found = report.correct | {ASSEMBLED: report.assembled}
+    different = [name for name, row in verdicts.items() if row != found[name]]
     if different:
         print(f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
               f"{', '.join(different)}. Is it the same model, device and version?")
@@ -317,8 +325,8 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def _sizes(text: str) -> list[int]:
+    return [] if text == "none" else [int(number) for number in text.split(",")]
 
 
 def _fractions(text: str) -> list[float]:

@@ -163,6 +163,7 @@ def evaluate(num_images, folder=None, **options):
                                     budgets=BUDGETS, save_adversarial=path, **options)
     if path:
         verdicts = timm_hpm.rejudge(model, path)
+        assert verdicts.pop("assembled") == report.assembled
         assert all(report.correct[name] == row for name, row in verdicts.items())
     print(peak(), len(report.correct) - 1, report.robust_accuracy, flush=True)
 

@@ -338,9 +338,10 @@ def differing(first: str, second: str) -> int:
 
 
 def test_verdicts_are_the_models_answers_in_whole_batches(attacked):
-    rows = attacked.report.correct
+    rows = dict(attacked.report.correct)
     assert set(rows) == {"clean", "true/square"} | ROWS
-    assert list(attacked.candidates) and set(attacked.candidates) == set(rows) - {"true/square"}
+    assert set(attacked.candidates) == set(rows) - {"true/square"} | {"assembled"}
+    rows |= {"assembled": attacked.report.assembled}
     for name, points in attacked.candidates.items():
         assert set(rows[name]) == {"0", "1"}, name
         assert rows[name] == verdicts(attacked.model, points, attacked.labels, 25), name
@@ -475,7 +476,8 @@ def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again
     assert list(report.by_surrogate) == [*surrogates, "true"]
     assert report.protocol["inference"] == mode
     judged = timm_hpm.rejudge(model, path)
-    assert judged == {name: row for name, row in report.correct.items() if not name.startswith("true/")}
+    assert judged == {name: row for name, row in report.correct.items() if not name.startswith("true/")} | (
+        {"assembled": report.assembled} if report.assembled else {})
     assert all(set(row) == {"0", "1"} for row in judged.values())
     assert model[1].inference == "batch"
     others = [timm_hpm.INFERENCE_MODES[i] for i in range(4) if timm_hpm.INFERENCE_MODES[i] != mode]

@@ -26,8 +26,9 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
          "joint-rest=6"]
-# A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, and rounds.
-STEPS = 4 * (2 * 4 + 2 + ROUNDS["joint-rest"])
+# A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
+# what is assembled of all of them.
+STEPS = 4 * (2 * 4 + 2 + ROUNDS["joint-rest"] + 1)
 
 
 @pytest.fixture
@@ -69,7 +70,8 @@ def check_same(folder: Path, other: Path) -> None:
     assert 0 < reports[0].robust_accuracy < reports[0].clean_accuracy
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
     assert candidates[0].keys() == candidates[1].keys()
-    assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + ROUNDS["joint-rest"])
+    assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + ROUNDS["joint-rest"]) + 1
+    assert [row["neighbours"] for row in reports[0].co_batch] == ["reshuffled", "chosen", "adversarial"]
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
                                                         "adversarial.safetensors", "options.json"}
@@ -391,12 +393,12 @@ def test_two_runs_do_not_work_in_one_folder(model, digits, tmp_path):
 def test_what_neighbours_do_is_asked_once(model, digits, tmp_path):
     options = QUICK | {"co_batch": [4], "resume": tmp_path}
     report = mixed_surrogate_attack(model, *digits, THREAT, **options)
-    kept = tmp_path / "co-batch.json"
+    kept = tmp_path / "co-batch00.json"
     assert json.loads(kept.read_text()) == report.co_batch
     kept.write_text(json.dumps(report.co_batch[:1]))
     assert mixed_surrogate_attack(model, *digits, THREAT, **options).co_batch == report.co_batch[:1]
     kept.write_text("[")
-    with pytest.raises(ValueError, match=r"co-batch.json is damaged .*remove it, and it is made again"):
+    with pytest.raises(ValueError, match=r"co-batch00.json is damaged .*remove it, and it is made again"):
         mixed_surrogate_attack(model, *digits, THREAT, **options)
 
 

@@ -111,7 +111,7 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
     (["--eps-sweep", "0.1"], "cannot read the radii '0.1'; expected FIRST:LAST:STEP"),
     (["--eps-sweep", "0:2:0.5"], "eps is 1.5 for Linf"),
     (["--co-batch", "10", "--co-batch-mix", "2"], "a mix is 2.0; expected a number in [0, 1]"),
-    (["--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
+    (["--co-batch", "none", "--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
     (["--co-batch", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),

@@ -45,7 +45,7 @@ _MODES = """\
 | `fc` | the FC classifier | no |
 
 In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer. How
-often is in no accuracy of this card; `evaluate.py --co-batch 10,50` asks. A service that batches strangers' images
+often is in no accuracy of this card: `evaluate.py` shows it beside them. A service that batches strangers' images
 together must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
 
 _UNFITTED = """\

@@ -33,7 +33,7 @@ from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
 from .flags import GRADIENT_FREE, change_flag, check_model, restored, rough_flag, verdict_flag
 from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
-from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
+from .judge import ASSEMBLED, as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
 from .surrogates import SplitModel
@@ -155,9 +155,10 @@ def mixed_surrogate_attack(
             return report
 
         with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
-            neighbours = []
-            if rank == 0 and asks_neighbours:
-                neighbours = subject.neighbours(images, labels, threat, co_batch, co_batch_mixes, folder)
+            asked = [(size, mix) for mix in co_batch_mixes or [find_head(model).mix] for size in co_batch
+                     ] if asks_neighbours else []
+            neighbours = [(number, subject.neighbours(images, labels, threat, number, *asked[number], folder))
+                          for number in range(rank, len(asked), processes)]
             run = _Run(subject, threat, plan, budget_of,
                        survivors_only=chosen.survivors_only,
                        with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
@@ -170,7 +171,8 @@ def mixed_surrogate_attack(
             earlier = [run.earlier_seconds]
             if accelerator is not None:
                 steps = sorted(gather_object(steps), key=lambda batch: batch[0])
-                neighbours, earlier = gather_object(neighbours), gather_object(earlier)
+                neighbours = sorted(gather_object(neighbours), key=lambda one: one[0])
+                earlier = gather_object(earlier)
             if save_adversarial is not None and rank == 0:
                 run.save_candidates(save_adversarial, images, labels, whole_protocol)
 
@@ -187,8 +189,8 @@ def mixed_surrogate_attack(
         return AttackReport(
             protocol=whole_protocol,
             correct=correct,
-            co_batch=neighbours,
-            assembled=judged.get(_ASSEMBLED, ""),
+            co_batch=[row for _, rows in neighbours for row in rows],
+            assembled=judged.get(ASSEMBLED, ""),
             baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
             cost=cost,
             flags=flags,
@@ -223,9 +225,6 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
     else:
         yield None
 
-
-# The row of the batches in which each image carries what broke it.
-_ASSEMBLED: Final = "assembled"
 
 # Enough to see what the checks look for.
 _NUM_CHECKED: Final = 32
@@ -297,16 +296,16 @@ class _Subject:
             cost["forward_passes"] += len(self.example)
         return [flag for flag in flags if flag is not None]
 
-    def neighbours(self, images: Tensor, labels: Tensor, threat: ThreatModel, batch_sizes: Sequence[int],
-                   mixes: Sequence[float] | None, folder: ProgressFolder | None) -> list[dict[str, Any]]:
-        """Returns the rows of `co_batch_attack`, which the folder keeps."""
-        rows = None if folder is None else folder.load_co_batch()
+    def neighbours(self, images: Tensor, labels: Tensor, threat: ThreatModel, number: int, batch_size: int, mix: float,
+                   folder: ProgressFolder | None) -> list[dict[str, Any]]:
+        """Returns the rows of `co_batch_attack` for one batch size and mix, which the folder keeps by `number`."""
+        rows = None if folder is None else folder.load_co_batch(number)
         if rows is None:
-            with _seeded(self.device, self.seed, "co-batch"):
-                rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=batch_sizes, mixes=mixes,
+            with _seeded(self.device, self.seed, "co-batch", batch_size, mix):
+                rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=[batch_size], mixes=[mix],
                                        seed=self.seed)
             if folder is not None:
-                folder.save_co_batch(rows)
+                folder.save_co_batch(number, rows)
         return rows
 
     def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
@@ -441,9 +440,11 @@ class _Run:
                                  examples=step.examples if self.num_examples < NUM_EXAMPLES else []))
         self.num_examples += sum(len(step.examples) for step in steps)
         if self.subject.split.couples(self.subject.split.twin()):
-            everything = {_ASSEMBLED: standing}
-            with _seeded(self.subject.device, self.subject.seed, "judge", _ASSEMBLED, first):
-                assembled = self._judged(_ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
+            everything = {ASSEMBLED: standing}
+            with _seeded(self.subject.device, self.subject.seed, "judge", ASSEMBLED, first):
+                assembled = self._judged(ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
+            if self.keeps_candidates and self.folder is not None:
+                self.folder.save(first // self.subject.batch_size, len(self.plan), assembled)
             steps.append(assembled.without_pixels())
         return steps
 
@@ -457,6 +458,8 @@ class _Run:
         for number, (group, attack) in enumerate(self.plan):
             for name in (f"{surrogate}/{attack}" for surrogate in group):
                 tensors[name] = Parts(images, map(partial(self.folder.candidates, name, number), batches))
+        if self.subject.split.couples(self.subject.split.twin()):
+            tensors[ASSEMBLED] = Parts(images, map(partial(self.folder.candidates, ASSEMBLED, len(self.plan)), batches))
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
     def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
@@ -516,7 +519,7 @@ class _Run:
                 with inference_mode(self.subject.model, "fc"):
                     baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
                                                   allow_non_finite=True))
-        kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and "/" in name}
+        kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and name != "clean"}
         return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
                     points[newly].cpu(), kept, not_finite)
 
@@ -568,7 +571,7 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
     total = dict(checks)
     for step in steps:
         for key, value in step.cost.items():
-            if step.attack not in ("clean", _ASSEMBLED):
+            if step.attack not in ("clean", ASSEMBLED):
                 row = cost.setdefault(attack_of(step.attack), _no_cost())
                 row[key] += value
             total[key] += value

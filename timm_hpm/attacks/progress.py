@@ -29,9 +29,8 @@ _NOTHING: Final = torch.empty(0)
 # What the model answered: another number of threads rounds otherwise.
 _MEASURED: Final = ("attacked_scale", "clean_margin")
 
-# Which run a folder is of, what neighbours in a batch do, and what says that a process works in it.
+# Which run a folder is of, and what says that a process works in it.
 _RUN: Final = "run.json"
-_CO_BATCH: Final = "co-batch.json"
 _LOCK: Final = "lock"
 
 
@@ -114,9 +113,9 @@ class ProgressFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def load_co_batch(self) -> list[dict[str, Any]] | None:
-        """Returns the rows of `co_batch_attack`, or None where they are still to be made."""
-        path = self.folder / _CO_BATCH
+    def load_co_batch(self, number: int) -> list[dict[str, Any]] | None:
+        """Returns the rows of a `co_batch_attack`, or None where they are still to be made."""
+        path = self._co_batch_path(number)
         if not path.exists():
             return None
         try:
@@ -124,9 +123,9 @@ class ProgressFolder:
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
 
-    def save_co_batch(self, rows: list[dict[str, Any]]) -> None:
-        """Writes the rows of `co_batch_attack`, whole or not at all."""
-        write_text(self.folder / _CO_BATCH, json.dumps(rows) + "\n")
+    def save_co_batch(self, number: int, rows: list[dict[str, Any]]) -> None:
+        """Writes the rows of a `co_batch_attack`, whole or not at all."""
+        write_text(self._co_batch_path(number), json.dumps(rows) + "\n")
 
     def load(self, batch: int, step: int) -> Step | None:
         """Returns the step of a batch, or None where it is still to be made."""
@@ -162,6 +161,9 @@ class ProgressFolder:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
                              "again") from error
+
+    def _co_batch_path(self, number: int) -> Path:
+        return self.folder / f"co-batch{number:02d}.json"
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"

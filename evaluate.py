@@ -25,7 +25,7 @@ from timm.utils import ParseKwargs
 
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
-from timm_hpm.attacks.cobatch import check_co_batch
+from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
 from timm_hpm.attacks.judge import ASSEMBLED, saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
@@ -79,8 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "attacks become those of a cascade, as AutoAttack's are")
     group.add_argument("--co-batch", type=_sizes, metavar="N,N",
                        help="also ask what neighbours in batches of these sizes do, in batch mode, to an image that is "
-                            f"left untouched; none: do not ask ({','.join(map(str, _CO_BATCH))}, as far as there are "
-                            "so many images, where it is no sweep over radii)")
+                            f"left untouched; none: do not ask (by standard and fast: those of "
+                            f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep do not ask)")
     group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
                        help="do that for these values of the head's mix (its own)")
     group.add_argument("--surrogates-at-once", type=int, metavar="N",
@@ -185,7 +185,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         timm_hpm.find_head(model)
     co_batch = args.co_batch
     if co_batch is None:
-        co_batch = [size for size in _CO_BATCH if size <= len(images) and radii is None]
+        changed = args.protocol == "custom" or args.surrogates or args.attacks or args.budget or args.survivors_only
+        co_batch = [] if changed or radii else [
+            size for size in BATCH_SIZES if size <= min(len(images), args.batch_size)]
     if args.co_batch or args.co_batch_mix:
         check_co_batch(co_batch, args.co_batch_mix, len(images))
         check_asks_batches(model, args.inference or [own_mode(model)])
@@ -230,9 +232,6 @@ def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
     if others:
         print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
-
-# Sizes of batches for which neighbours are asked.
-_CO_BATCH = (10, 50, 250)
 
 # What a run was called with.
 _OPTIONS = "options.json"

@@ -106,12 +106,14 @@ class Watched:
         logits_fn: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
         clean: (B, channels, H, W), where the ball is.
         labels: (B,), class indices.
+        keeps_whole: whether to keep whole batches.
     """
 
-    def __init__(self, logits_fn: Logits, clean: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel):
+    def __init__(self, logits_fn: Logits, clean: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel,
+                 keeps_whole: bool = False):
         self.logits_fn, self.clean, self.labels, self.threat = logits_fn, clean, labels, threat
         self.points, self.margins = clean.clone(), torch.full(labels.shape, -math.inf, device=clean.device)
-        self.whole: list[Tensor] = []
+        self.keeps_whole, self.whole = keeps_whole, list[Tensor]()
         self.wrong = torch.zeros_like(labels, dtype=torch.bool)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class Watched:
         pixels, margins = pixels.detach(), margin_loss(logits.detach(), self.labels)
         margins = margins.where(logits.isfinite().all(dim=1), math.inf)  # no class: an error
         inside = self.threat.distance(pixels, self.clean) <= self.threat.eps + 1e-6
-        if inside.all() and ((margins > 0) & ~self.wrong).any():
+        if self.keeps_whole and inside.all() and ((margins > 0) & ~self.wrong).any():
             self.wrong |= margins > 0
             self.whole.append(self.threat.project(pixels, self.clean))
         better = inside & (margins > self.margins)
@@ -243,9 +245,9 @@ def find_missed(
             for number, run in enumerate(runs[attacker]):
                 torch.manual_seed(seed + number)
                 np.random.seed(seed + number)
-                logits = Watched(targets[target], clean, truth, threat)
+                logits = Watched(targets[target], clean, truth, threat, protocol["inference"] == "batch")
                 run(logits, clean, truth)
-                for points in [logits.candidates(), *(logits.whole if protocol["inference"] == "batch" else [])]:
+                for points in [logits.candidates(), *logits.whole]:
                     broken |= ~judge(model, points, truth, len(clean), allow_non_finite=True)
             missed[target][attacker] += indices[broken & robust[indices]].tolist()
     return missed

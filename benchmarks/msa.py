@@ -63,7 +63,7 @@ def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: 
         sizes: how many there were of each number of rows, with a gradient and without one.
         share: the part of them to make.
     """
-    rows = images.repeat(max(size for size, _ in sizes) // len(images) + 1, 1, 1, 1)
+    rows = images.repeat(max((size for size, _ in sizes), default=0) // len(images) + 1, 1, 1, 1)
 
     def logits(x: Tensor) -> Tensor:
         parts = split.features(x).split(-(-len(x) // len(surrogates)))

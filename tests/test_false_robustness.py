@@ -497,9 +497,11 @@ def test_what_square_alone_broke_is_counted():
     assert flag.name == "black-box-stronger"
     assert "(on fc) broke 3 of the 86 images that the attacks with gradients left" in flag.text
     assert verdict_flag(rows | {"ste/apgd-t": "1" * 12 + "0" + "1" * 87}) is None
-    # These may stand where Square has brought the image.
-    for ours in ("ste/apgd-chain", "ste/joint", "ste/joint-rest#2"):
+    # In these rows an image may stand where Square has brought it.
+    for ours in ("ste/joint", "ste/joint-rest#2"):
         assert verdict_flag(rows | {ours: "0" * 100}) == flag
+    chain = rows | {"ste/apgd-chain": "0" * 100}
+    assert verdict_flag(chain) is None and verdict_flag(chain, survivors_only=True) == flag
     assert verdict_flag({name: row for name, row in rows.items() if "apgd" not in name}) is None
     assert verdict_flag({name: row for name, row in rows.items() if "square" not in name}) is None
 

@@ -119,7 +119,7 @@ def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
-    """Copies the `values` (R, ...) `where` (R,) says so, in place; on a CPU much faster than torch.where."""
+    """Copies `values` (R, ...) `into` (R, ...) at the images `where` (R,) says so; on a CPU faster than torch.where."""
     rows = where.nonzero().squeeze(1)
     into.index_copy_(0, rows, values.index_select(0, rows))
 

@@ -18,6 +18,9 @@ from .components import margin_loss
 from .judge import device_of, pixel_model_for, predictions
 from .surrogates import SplitModel, soft_logits
 
+#: From a few strangers' images in a batch to many.
+BATCH_SIZES: Final = (10, 50, 250)
+
 # Of the wrong classes, the likeliest; of the batch, how much is of that class.
 _CLASSES: Final = 4
 _SHARES: Final = (0.0, 0.02, 0.1, 0.3, 0.6)
@@ -33,7 +36,7 @@ def co_batch_attack(
         labels: Tensor,
         threat: ThreatModel,
         *,
-        batch_sizes: Sequence[int] = (10, 50, 250),
+        batch_sizes: Sequence[int] = BATCH_SIZES,
         mixes: Sequence[float] | None = None,
         num_targets: int = 50,
         perturbed: bool = True,

@@ -15,7 +15,8 @@ from ..head import head_name, inference_mode
 from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
 from ..threat import ThreatModel
-from .components import COMPONENTS, margin_loss
+from .components import margin_loss
+from .joint import JOINT_ATTACKS
 
 #: Attacks that need no gradient.
 GRADIENT_FREE: Final = ("square",)
@@ -49,14 +50,15 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields copies of a model's parameters and buffers by name, and puts back afterwards what has changed of them."""
+    """Yields copies of a model's parameters and buffers by name, and puts back afterwards the values that changed."""
     before = {name: tensor.clone() for name, tensor in _state(model)}
     try:
         yield before
     finally:
         with torch.no_grad():
             for name, tensor in _state(model):
-                if name in before and not _same(tensor, before[name]):
+                # A buffer that was made anew in another shape is a cache.
+                if name in before and tensor.shape == before[name].shape and not _same(tensor, before[name]):
                     tensor.copy_(before[name])
 
 
@@ -162,13 +164,15 @@ def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None
                                  f"{difference}") if difference else None
 
 
-def verdict_flag(correct: dict[str, str]) -> Flag | None:
-    """Returns `black-box-stronger` where Square broke images that no attack with gradients broke.
+def verdict_flag(correct: dict[str, str], survivors_only: bool = False) -> Flag | None:
+    """Returns `black-box-stronger` where Square broke images that no attack with gradients broke by itself.
 
-    More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`.
+    More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`, `survivors_only`
+    whether an image that was broken stayed there (`Protocol`).
     """
-    # The attacks that are ours begin where others, Square among them, have brought an image, and may leave it there.
-    with_gradients = [row for name, row in correct.items() if attack_of(name) in COMPONENTS.keys() - {*GRADIENT_FREE}]
+    # An image may stand in the rows of these where Square has brought it.
+    others = {"clean", *GRADIENT_FREE, *JOINT_ATTACKS, *(["apgd-chain"] if survivors_only else [])}
+    with_gradients = [row for name, row in correct.items() if (attack_of(name) or name) not in others]
     without = {name: row for name, row in correct.items() if attack_of(name) in GRADIENT_FREE}
     if not with_gradients or not without:
         return None

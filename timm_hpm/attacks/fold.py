@@ -39,10 +39,10 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     pairs = [(made[id(tensor)], norm) for norm, tensor in norms
              if id(tensor) in made and uses[tensor.grad_fn] == 1 and asked[id(norm)] == 1
              and asked[id(made[id(tensor)])] == 1 and norm.running_mean is not None and norm.running_var is not None
-             and _keeps_its_weight(made[id(tensor)])]
+             and keeps_its_weight(made[id(tensor)])]
     for conv, norm in pairs:
         _fold(conv, norm)
-    replaced = {id(norm): _rest_of(norm) for _, norm in pairs}
+    replaced = {id(norm): rest_of(norm) for _, norm in pairs}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in replaced:
@@ -50,7 +50,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     return len(pairs)
 
 
-def _keeps_its_weight(conv: nn.Conv2d) -> bool:
+def keeps_its_weight(conv: nn.Conv2d) -> bool:
     """Returns whether a convolution's weight is a parameter; spectral and weight norm make it anew at each call."""
     return "weight" in conv._parameters and not conv._forward_pre_hooks
 
@@ -80,6 +80,6 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     conv.bias = nn.Parameter(shift, requires_grad=False)
 
 
-def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
+def rest_of(norm: nn.BatchNorm2d) -> nn.Module:
     """Returns what a BatchNorm does beside normalising: timm's have an activation."""
     return nn.Sequential(*[part for part in norm.children() if not isinstance(part, nn.Identity)])

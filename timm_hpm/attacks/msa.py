@@ -76,8 +76,8 @@ def mixed_surrogate_attack(
 
     Arguments:
         model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
-            not changed: attacks work on a frozen copy, in float32, and what it changes of itself when it answers is put
-            back. It is judged in its own precision, and in the caller's autocast.
+            not changed: attacks work on a frozen copy, in float32, and its parameters and buffers are put back where
+            answering changes them. It is judged in its own precision, and in the caller's autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do.
@@ -183,7 +183,8 @@ def mixed_surrogate_attack(
         if twin in correct and split.head is not None:
             correct[f"{TRUE_MODEL}/square"] = correct[twin]
         flags += [*_noted_flags(found), *_not_finite_flags(found)]
-        flags += subject.flags_after(images, labels, threat, correct, {flag.name for flag in flags}, checks)
+        flags += subject.flags_after(images, labels, threat, correct, chosen.survivors_only,
+                                     {flag.name for flag in flags}, checks)
         cost = _total_cost(found, checks)
         cost["all"]["seconds"] = time.perf_counter() - start + sum(earlier) / processes
         return AttackReport(
@@ -216,11 +217,13 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
     elif save_adversarial is not None:
         path = Path(save_adversarial)
         temporary = path.with_name(f".{path.name}.progress.{os.getpid()}.tmp")
-        folder = ProgressFolder(temporary, run)
+        folder = None
         try:
+            folder = ProgressFolder(temporary, run)
             yield folder
         finally:
-            folder.close()
+            if folder is not None:
+                folder.close()
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         yield None
@@ -274,13 +277,13 @@ class _Subject:
         return flags
 
     def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
-                    raised: set[str], cost: dict[str, float]) -> list[Flag]:
+                    survivors_only: bool, raised: set[str], cost: dict[str, float]) -> list[Flag]:
         """Returns what the verdicts say, and how the model answers now, and adds the passes of that to `cost`.
 
         Of a model with an HPM head the gradient of the network with its FC classifier is checked: the head is known.
         `raised` are the names of the flags so far.
         """
-        flags = [verdict_flag(correct)]
+        flags = [verdict_flag(correct, survivors_only)]
         if not raised & {"no-gradient", "zero-gradient"}:
             survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
             before = self.split.forward_passes, self.split.backward_passes
@@ -381,8 +384,8 @@ def _plan(
     together = [(surrogates_of(attack, split, surrogates), name) for attack in attacks if attack not in COMPONENTS
                 for name in rows_of(attack)]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
-    # Where an image is attacked only until it is broken, the cheap attacks come first; after those that need no
-    # gradient it would be said to be broken by one that does.
+    # Where an image is attacked only until it is broken, the cheap attacks come first, and Square last: what it broke
+    # would stand in the rows of the attacks after it.
     if protocol.survivors_only:
         attacks = tuple(sorted(attacks, key=lambda attack: attack in GRADIENT_FREE))
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [

@@ -86,7 +86,9 @@ class ProgressFolder:
         self._lock: IO[str] | None = None
         if begins:
             writable_folder(folder)
-            if not (folder / _RUN).exists() and any(path.name != _LOCK for path in folder.iterdir()):
+            # What is hidden is a file of ours that was not finished.
+            others = [path for path in folder.iterdir() if path.name != _LOCK and not path.name.startswith(".")]
+            if others and not (folder / _RUN).exists():
                 raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
                                  "folder, or empty it")
             self._lock = _locked(folder)

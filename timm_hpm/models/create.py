@@ -16,15 +16,20 @@ from .saving import CONFIG, WEIGHTS, in_chans
 
 
 def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
-    """Returns `timm.create_model(name, pretrained, **kwargs)`, of any `hpm_*` architecture that `name` has on the Hub.
+    """Returns `timm.create_model(name, pretrained, **kwargs)`.
+
+    Where `name` is that of a saved model, its architecture may be any `hpm_*`, also one that nobody has registered.
 
     Raises:
         ValueError: an unknown model, a tag without weights, or arguments that the model does not take.
-        OSError: a model on the Hub that is not there, or cannot be reached.
+        OSError: a saved model that is not there, or cannot be reached.
     """
     try:
-        if name.startswith(("hf-hub:", "hf_hub:")):
-            register_saved(load_model_config_from_hf(name.partition(":")[2])[1])
+        place, _, path = name.partition(":")
+        if place in ("hf-hub", "hf_hub"):
+            register_saved(load_model_config_from_hf(path)[1])
+        elif place == "local-dir" and (Path(path) / CONFIG).is_file():
+            register_saved(str(json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")).get("architecture")))
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError) as error:
         given = "".join(f", {key}={value!r}" for key, value in kwargs.items())

@@ -269,8 +269,9 @@ def _check(values: dict[str, Any]) -> None:
         _expect(type(size) is int and size > 0, "the protocol's batch_size", size, "a whole number above 0")
     _expect(isinstance(values["examples"], list), "examples", values["examples"], "an array")
     for example in values["examples"]:
-        _expect(_has_numbers(example, "image", "label", "predicted", "amplification"), "an example", example,
-                "one with the numbers image, label, predicted and amplification")
+        _expect(_has_numbers(example, "image", "label", "predicted", "amplification") and all(
+            isinstance(example.get(name), str) for name in ("found_by", "clean", "perturbation", "adversarial")),
+            "an example", example, "one with the fields that docs/report.md lists")
     _expect(isinstance(values["co_batch"], list), "co_batch", values["co_batch"], "an array")
     for row in values["co_batch"]:
         _expect(_has_numbers(row, "batch_size", "mix", "targets", "flipped") and "neighbours" in row

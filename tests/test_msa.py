@@ -439,7 +439,9 @@ def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, 
     report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
                                     save_adversarial=path)
     saved = load_file(path)
-    assert set(saved) == {"clean", "labels"} | ROWS
+    assert set(saved) == {"clean", "labels", "assembled"} | ROWS
+    assembled = saved.pop("assembled")
+    assert assembled.min() >= 0 and THREAT.distance(assembled, digits[0]).max() <= THREAT.eps + 1e-6
     assert torch.equal(saved.pop("clean"), digits[0]) and torch.equal(saved.pop("labels"), digits[1])
     for name, points in saved.items():
         # The joint attack may break all of a batch.

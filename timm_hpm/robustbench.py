@@ -102,7 +102,7 @@ def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
 
 def _accuracy_under(report: AttackReport, surrogate: str) -> float:
     """Returns the accuracy, point by point, on the clean images and on what AutoAttack's components found."""
-    # A protocol may run Square on the true model only.
+    # Square is run on the true model by itself where the surrogate that computes its logits is left out.
     names = ["clean", *(f"{surrogate}/{attack}" for attack in COMPONENTS), f"{TRUE_MODEL}/square"]
     return worst_accuracy(report.correct[name] for name in names if name in report.correct)
 

@@ -390,9 +390,7 @@ def _plan(
         attacks = tuple(sorted(attacks, key=lambda attack: attack in GRADIENT_FREE))
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
         (group, attack) for group in groups for attack in attacks]
-    if protocol.square_on_true_only:
-        plan = [(group, attack) for group, attack in plan if attack != "square"]
-    if "square" in attacks and (protocol.square_on_true_only or split.twin() not in surrogates):
+    if "square" in attacks and split.twin() not in surrogates:
         plan.append(((TRUE_MODEL,), "square"))
     return plan + together
 

@@ -26,7 +26,7 @@ from timm.utils import ParseKwargs
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
-from timm_hpm.attacks.judge import ASSEMBLED, saved_protocol
+from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
@@ -297,8 +297,7 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")
     verdicts = timm_hpm.rejudge(model, folder / "adversarial.safetensors")
-    found = report.correct | {ASSEMBLED: report.assembled}
-    different = [name for name, row in verdicts.items() if row != found[name]]
+    different = [name for name, row in verdicts.items() if row != report.verdicts[name]]
     if different:
         print(f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
               f"{', '.join(different)}. Is it the same model, device and version?")

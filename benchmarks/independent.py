@@ -221,7 +221,7 @@ def find_missed(
         raise ValueError("the model classifies the clean images otherwise than the report says; is it of the same "
                          "device and versions?")
     threat = timm_hpm.ThreatModel.parse(protocol["threat"])
-    robust = torch.tensor(right_in_all(report.judged))
+    robust = torch.tensor(right_in_all(report.verdicts.values()))
     pixel_model = pixel_model_for(model, images).requires_grad_(False)
     device = device_of(pixel_model, images)
     split = SplitModel(pixel_model, images[:size].to(device))

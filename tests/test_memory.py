@@ -90,7 +90,7 @@ def test_candidates_are_the_same_with_a_folder_and_without(model, digits, tmp_pa
                for path, resume in zip(paths, (None, tmp_path / "progress"), strict=True)]
     assert reports[0].same_results(reports[1]) and paths[0].read_bytes() == paths[1].read_bytes()
     assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
-    assert set(load_file(paths[0])) == {"clean", "labels", "fc/apgd-ce", "ste/apgd-ce", "ste/joint"}
+    assert set(load_file(paths[0])) == {"clean", "labels", "fc/apgd-ce", "ste/apgd-ce", "ste/joint", "assembled"}
     for left_out in ({}, {"resume": tmp_path / "progress"}):
         again = mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=paths[0], **left_out)
         assert again.same_results(reports[0]) and paths[0].read_bytes() == paths[1].read_bytes()
@@ -163,8 +163,7 @@ def evaluate(num_images, folder=None, **options):
                                     budgets=BUDGETS, save_adversarial=path, **options)
     if path:
         verdicts = timm_hpm.rejudge(model, path)
-        assert verdicts.pop("assembled") == report.assembled
-        assert all(report.correct[name] == row for name, row in verdicts.items())
+        assert verdicts.items() <= report.verdicts.items()
     print(peak(), len(report.correct) - 1, report.robust_accuracy, flush=True)
 
 

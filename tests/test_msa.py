@@ -338,10 +338,9 @@ def differing(first: str, second: str) -> int:
 
 
 def test_verdicts_are_the_models_answers_in_whole_batches(attacked):
-    rows = dict(attacked.report.correct)
-    assert set(rows) == {"clean", "true/square"} | ROWS
-    assert set(attacked.candidates) == set(rows) - {"true/square"} | {"assembled"}
-    rows |= {"assembled": attacked.report.assembled}
+    rows = attacked.report.verdicts
+    assert set(rows) == {"clean", "true/square", "assembled"} | ROWS
+    assert set(attacked.candidates) == set(rows) - {"true/square"}
     for name, points in attacked.candidates.items():
         assert set(rows[name]) == {"0", "1"}, name
         assert rows[name] == verdicts(attacked.model, points, attacked.labels, 25), name
@@ -409,7 +408,7 @@ def test_worst_cases_are_counted_image_by_image(attacked):
         assert all(table[surrogate][attack] == rows[attack][0].count("1") / 60 for attack in COMPONENTS)
         worst = robust_images([row for some in rows.values() for row in some])
         assert table[surrogate]["worst"] == worst.sum().item() / 60
-    assert report.robust_accuracy == robust_images(report.judged).sum().item() / 60
+    assert report.robust_accuracy == robust_images(report.verdicts.values()).sum().item() / 60
     assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
     assert report.robust_accuracy < min(row[attack] for row in table.values() for attack in COMPONENTS if attack in row)
     assert report.robust_accuracy < report.clean_accuracy == report.correct["clean"].count("1") / 60 < 1
@@ -478,8 +477,7 @@ def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again
     assert list(report.by_surrogate) == [*surrogates, "true"]
     assert report.protocol["inference"] == mode
     judged = timm_hpm.rejudge(model, path)
-    assert judged == {name: row for name, row in report.correct.items() if not name.startswith("true/")} | (
-        {"assembled": report.assembled} if report.assembled else {})
+    assert judged == {name: row for name, row in report.verdicts.items() if not name.startswith("true/")}
     assert all(set(row) == {"0", "1"} for row in judged.values())
     assert model[1].inference == "batch"
     others = [timm_hpm.INFERENCE_MODES[i] for i in range(4) if timm_hpm.INFERENCE_MODES[i] != mode]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
 from ..head import HPMHead, inference_mode
 from .components import check_finite, predicted_classes
-
-#: The set of images of the batches in which each one carries what broke it.
-ASSEMBLED: Final = "assembled"
 
 
 def judge(
@@ -75,9 +72,7 @@ def predictions(
 
 
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
-    """Returns the verdicts on the images that `save_adversarial` saved, judged again: those of `AttackReport.correct`.
-
-    Beside them, in batch mode, those of `AttackReport.assembled` under the name `ASSEMBLED`.
+    """Returns the verdicts (`AttackReport.verdicts`) on the images that `save_adversarial` saved, judged again.
 
     In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
 

@@ -26,14 +26,24 @@ from ..data import PixelModel, check_answers_alike, check_pixels, normal_tensor
 from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
-from ..report import NUM_EXAMPLES, TRUE_MODEL, AttackReport, Example, Flag, data_digest, make_example, weights_digest
+from ..report import (
+    ASSEMBLED,
+    NUM_EXAMPLES,
+    TRUE_MODEL,
+    AttackReport,
+    Example,
+    Flag,
+    data_digest,
+    make_example,
+    weights_digest,
+)
 from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
 from .flags import GRADIENT_FREE, change_flag, check_model, restored, rough_flag, verdict_flag
 from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
-from .judge import ASSEMBLED, as_row, device_of, image_name, judge, pixel_model_for, predictions
+from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
 from .surrogates import SplitModel
@@ -92,8 +102,9 @@ def mixed_surrogate_attack(
         co_batch: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
             co_batch_mixes: values of its `mix` to ask for; see `co_batch_attack`. None of it enters an accuracy.
         progress: shows a progress bar on standard error.
-        save_adversarial: path of a safetensors file for images, labels, every candidate and the protocol; `rejudge`
-            reads it. Until it is written, the candidates lie in `resume`, or without that in a folder beside the file.
+        save_adversarial: path of a safetensors file for images, labels, every candidate, the assembled batches and the
+            protocol; `rejudge` reads it. Until it is written, the candidates lie in `resume`, or without that in a
+            folder beside the file.
         resume: a folder that keeps what was found so far, after each attack on each batch. A run that was killed goes
             on from there to the same report; another run's folder is refused.
         finished: where the report.json of this run may lie already. It is returned then, and nothing is attacked;

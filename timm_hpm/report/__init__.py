@@ -3,9 +3,10 @@
 from .compare import Comparison, PairedRow, mcnemar_p_value
 from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
-from .schema import SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
+from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
 
 __all__ = [
+    "ASSEMBLED",
     "FLAGS",
     "NUM_EXAMPLES",
     "SCHEMA_VERSION",

@@ -100,7 +100,7 @@ def compare(a: "AttackReport", b: "AttackReport") -> Comparison:
         raise ValueError("the reports are of different images or labels, which cannot be paired: "
                          f"{_images(a)} and {_images(b)}. Evaluate both on the same images in the same order")
     rows = [_paired("clean", [a.correct["clean"]], [b.correct["clean"]]),
-            _paired("robust, worst case", a.judged, b.judged)]
+            _paired("robust, worst case", a.verdicts.values(), b.verdicts.values())]
     if a.baseline_correct and b.baseline_correct:
         rows.append(_paired("FC classifier, worst case", a.baseline_correct.values(), b.baseline_correct.values()))
     names = dict.fromkeys([*a.protocol, *b.protocol])

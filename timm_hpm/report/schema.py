@@ -23,6 +23,9 @@ SCHEMA_VERSION: Final = 2
 #: The name of the true model's row: what attacks it directly, not through a surrogate.
 TRUE_MODEL: Final = "true"
 
+#: The name of the batches in which each image carries what broke it.
+ASSEMBLED: Final = "assembled"
+
 
 def weights_digest(model: nn.Module) -> str:
     """Returns 16 hexadecimal digits that tell a model's parameters and buffers from any others."""
@@ -85,14 +88,14 @@ class AttackReport:
         return worst_accuracy([self.correct["clean"]])
 
     @property
-    def judged(self) -> list[str]:
-        """Verdicts of the model on every batch that it judged: clean, under each set of candidates, and assembled."""
-        return [*self.correct.values(), *([self.assembled] if self.assembled else [])]
+    def verdicts(self) -> dict[str, str]:
+        """Verdicts of the model on every batch that it judged: `correct`, and in batch mode `"assembled"`."""
+        return self.correct | ({ASSEMBLED: self.assembled} if self.assembled else {})
 
     @property
     def robust_accuracy(self) -> float:
         """Fraction of the images that no judged batch misclassifies (point-wise worst case)."""
-        return worst_accuracy(self.judged)
+        return worst_accuracy(self.verdicts.values())
 
     @property
     def assembled_robust_accuracy(self) -> float:
@@ -107,7 +110,7 @@ class AttackReport:
         """
         if not self.assembled:
             return self.robust_accuracy
-        return most_errors_accuracy(self.judged, self.protocol["batch_size"])
+        return most_errors_accuracy(self.verdicts.values(), self.protocol["batch_size"])
 
     @property
     def robust_accuracy_se(self) -> float:

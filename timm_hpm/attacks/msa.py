@@ -659,9 +659,9 @@ def _seeded_torch(device: torch.device, number: int) -> Iterator[None]:
 def _keep_freed_memory() -> None:
     """Has the C library keep up to 62 MiB that are freed, instead of handing them back and fetching them again.
 
-    A pass of a small net frees and allocates some MiB again and again; where glibc returned them to the system each
-    time an attack took a tenth longer. It stops doing so once it has freed a block as large as this one (mallopt(3),
-    M_MMAP_THRESHOLD); elsewhere this does nothing.
+    A pass of a small net frees and allocates some MiB again and again; where glibc hands them back to the system each
+    time, every pass begins with page faults. It stops doing so once it has freed a block as large as this one
+    (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 

@@ -108,6 +108,7 @@ def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.
             break
     if process.returncode is None:
         finish(process)
+    assert process.returncode == 0, process.stderr.read()
     return stopped
 
 

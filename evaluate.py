@@ -5,7 +5,9 @@ Without options: the embedded `hpm_wrn10_2` on the first 100 held-out digits, at
 Prints a table, and writes report.json, report.md and report.html into the output folder, and what it was called with
 (options.json). Several processes share the work:
 
-    torchrun --nproc_per_node 2 evaluate.py --device cpu
+    torchrun --nproc_per_node 2 evaluate.py --device cpu --batch-size 50
+
+Each attacks whole batches, so there must be as many batches as processes.
 """
 
 import argparse
@@ -129,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
     args = parse_args(argv)
     if args.compare:
-        first, second = (timm_hpm.AttackReport.load(path / "report.json" if path.is_dir() else path)
-                         for path in args.compare)
+        first, second = (timm_hpm.AttackReport.load(report_file(path)) for path in args.compare)
         print(first.compare(second).to_markdown())
         return 0
     if args.rejudge and args.inference:
@@ -194,7 +195,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     at_once = args.surrogates_at_once
     if at_once is None:
         at_once = 5 if images[0, 0].numel() <= 64 * 64 else 1
-    output = output_folder(args, accelerator)
+    if accelerator is not None and accelerator.is_main_process:
+        print(idle_note(len(images), args.batch_size, accelerator.num_processes), end="", file=sys.stderr)
+    output, begins = output_folder(args, accelerator)
     finished = any((output / name).exists() for name in ("report.json", SWEEP))
     try:
         reports = list(sweep(
@@ -207,11 +210,17 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split},
         ))
+    except ValueError:
+        # What is wrong was found before anything was kept: the command, mended, is to find no other run there.
+        if begins and {path.name for path in output.iterdir()} == {_OPTIONS}:
+            (output / _OPTIONS).unlink()
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: python evaluate.py --resume {output}", file=sys.stderr)
         return 130
     if accelerator is None or accelerator.is_main_process:
-        if len(reports) > 1:
+        several = len(reports) > 1 or radii is not None
+        if several:
             save_sweep(reports, output)
             print(sweep_markdown(reports))
         else:
@@ -219,8 +228,18 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         if args.robustbench_json:
             save_model_info(reports[0], args.robustbench_json, authors)
         print(f"{output} holds a finished run" if finished else
-              f"written: {output / (SWEEP if len(reports) > 1 else 'report.html')}, and what lies beside it")
+              f"written: {output / (SWEEP if several else 'report.html')}, and what lies beside it")
     return 0
+
+
+def idle_note(num_images: int, batch_size: int, processes: int) -> str:
+    """Returns a line that says how many processes have nothing to attack, or nothing where each has a batch."""
+    batches = -(-num_images // batch_size)
+    if batches >= processes:
+        return ""
+    return (f"{num_images} images in batches of {batch_size} make {batches} to attack, so {processes - batches} of the "
+            f"{processes} processes have none. A smaller --batch-size makes more; in batch mode the answers depend on "
+            "it\n")
 
 
 def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
@@ -237,13 +256,17 @@ def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
 _OPTIONS = "options.json"
 
 
-def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> Path:
-    """Returns the folder that all processes write into, with the options of this run in it."""
+def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> tuple[Path, bool]:
+    """Returns the folder that all processes write into, with the options of this run in it.
+
+    And whether this process began the run there.
+    """
     now = datetime.now()
     chosen = [args.resume or args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}"]
     if accelerator is not None:
         broadcast_object_list(chosen)
     output, = chosen
+    begins = False
     if accelerator is None or accelerator.is_main_process:
         writable_folder(output)
         found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS)
@@ -255,8 +278,9 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
         remove_unfinished(output)
         if args.resume and _OPTIONS not in found:
             print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
+        begins = _OPTIONS not in found
         write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
-    return output
+    return output, begins
 
 
 def saved_options(file: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +299,7 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     device = usable_device(args.device) if accelerator is None else accelerator.device
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     given = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = create_model(args.model, pretrained=pretrained, **given, **args.model_kwargs)
+    model = create_model(args.model, pretrained=pretrained, **args.model_kwargs | given)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     return model.to(device).eval()
@@ -288,6 +312,18 @@ def weights_of(model: Any, args: argparse.Namespace) -> str:
     if args.pretrained is False:
         return "random"
     return f"pretrained, tag {model.pretrained_cfg.get('tag') or '(none)'}"
+
+
+def report_file(path: Path) -> Path:
+    """Returns the report.json of a run's folder, or `path` itself where that is no folder.
+
+    Raises:
+        ValueError: a folder of several reports.
+    """
+    if (path / SWEEP).exists() and not (path / "report.json").exists():
+        names = sorted(file.parent.name for file in path.glob("*/report.json"))
+        raise ValueError(f"{path} holds several reports, {', '.join(names)}; give the folder of one")
+    return path / "report.json" if path.is_dir() else path
 
 
 def rejudge(model: torch.nn.Module, folder: Path) -> int:

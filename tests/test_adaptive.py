@@ -163,6 +163,17 @@ def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, dig
     assert rows == again
 
 
+def test_neighbours_of_a_model_that_draws_leave_the_random_state_alone(digits):
+    model = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+    model.conv1.register_forward_hook(lambda module, inputs, output: output + 0.01 * torch.randn_like(output))
+    images, labels = (part[:10] for part in digits)
+    state, found = torch.get_rng_state(), []
+    for _ in range(2):
+        found.append(co_batch_attack(model, images, labels, THREAT, batch_sizes=[5], num_targets=4))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+
+
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     images, labels = digits[0][:12], digits[1][:12]

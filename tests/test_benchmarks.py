@@ -1,7 +1,8 @@
-"""benchmarks/independent.py: other people's attackers find what there is to find, and count only what was missed."""
+"""The benchmarks: other people's attackers find what there is to find, and passes are counted as they are made."""
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
+from timm_hpm.attacks import PROTOCOLS, SURROGATES, Budget
 
 THREAT = ThreatModel("Linf", 0.3)
 
@@ -28,6 +29,14 @@ def independent():
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     return independent
+
+
+@pytest.fixture(scope="module")
+def msa():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+        import msa
+    return msa
 
 
 def digits_model(**kwargs) -> nn.Module:
@@ -144,3 +153,36 @@ def test_without_a_report_it_makes_the_standard_one(independent, tmp_path, capsy
                              "--output", str(tmp_path)]) == 0
     assert AttackReport.load(tmp_path / "report.json").protocol["protocol"] == "standard"
     assert capsys.readouterr().out.endswith("missed by MSA: 0 of 2 images, 0.0 points\n")
+
+
+def test_counted_passes_are_those_that_the_report_counts(msa):
+    images, labels = (part[:6] for part in timm_hpm.load_split("digits", "val").tensors)
+    protocol = msa.scaled(PROTOCOLS["standard"], 0.03)
+    assert protocol.attacks["apgd-t"] == Budget(3, 9) and protocol.attacks["square"] == Budget(150)
+    with msa.counted_sizes() as sizes:
+        cost = mixed_surrogate_attack(digits_model(), images, labels, ThreatModel("Linf", 0.1), batch_size=6,
+                                      protocol=protocol, surrogates_at_once=5).cost
+    assert sizes.keys() == protocol.attacks.keys()
+    for name, some in sizes.items():
+        with_gradient = sum(rows * number for (rows, gradient), number in some.items() if gradient)
+        assert with_gradient == cost[name]["backward_passes"]
+        # A batch of surrogates begins with a pass that belongs to no single attack's loop.
+        assert 0 <= cost[name]["forward_passes"] - sum(rows * n for (rows, _), n in some.items()) <= 7 * len(images)
+
+
+def test_protocols_are_compared_on_the_same_images(msa, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [
+        "msa.py", "--images", "6", "--batch-size", "3", "--scale", "0.02", "--runs", "1", "--output", str(tmp_path),
+        "--only", "attack over passes", "standard over naive", "fast over naive"])
+    msa.main()
+    printed = capsys.readouterr().out
+    names = ("attack over passes", "naive", "standard over naive", "fast over naive")
+    assert [line.partition(":")[0] for line in printed.splitlines()] == list(names)
+    assert {path.name for path in tmp_path.iterdir()} == {"naive.json", "standard.json", "fast.json", "times.json"}
+    naive, times = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("naive", "times"))
+    assert naive["correct"].keys() == {"clean", *(f"{name}/autoattack" for name in SURROGATES)}
+    assert times.keys() == {"naive", "standard", "fast"}
+    for name in ("standard", "fast"):
+        report = AttackReport.load(tmp_path / f"{name}.json")
+        assert report.correct["clean"] == naive["correct"]["clean"]
+        assert f"{name} over naive: {times[name]['seconds'] / times['naive']['seconds']:.2f} " in printed

@@ -40,8 +40,18 @@ class Own(nn.Module):
         return self.conv(x).sin().flatten(1)
 
 
+class Strict(Own):
+    """Looks at the layout itself."""
+
+    def forward(self, x):
+        z = self.conv(x)
+        if z.is_mkldnn or not z.is_contiguous():
+            raise ValueError("a layout that I do not know")
+        return z.flatten(1)
+
+
 @pytest.mark.parametrize("network", [
-    Own(), nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+    Own(), Strict(), nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
     nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 3, 3)), nn.Flatten()),
     nn.Sequential(nn.Conv2d(1, 3, 3, padding=1, padding_mode="circular"), nn.Flatten())])
 def test_a_network_that_does_not_know_the_layout_is_attacked_as_it_is(network):

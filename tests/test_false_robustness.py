@@ -489,6 +489,29 @@ def test_noise_below_rounding_is_no_flag_and_above_it_is(net, digits):
         assert batch_flag(model, digits[0]) is None
 
 
+class MaskedClass(nn.Module):
+    """A class that is never to be answered, as of a head that is larger than the data set."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return F.pad(self.model(x), [0, 1], value=-1e4)
+
+
+@pytest.mark.parametrize("defence", [Noise, BatchMean])
+def test_a_masked_class_hides_no_flag(defence, net, digits):
+    images, labels = digits
+    model = defence(net, images.mean(dim=0)) if defence is BatchMean else defence(net)
+    # Whatever the largest logit, its rounding is not theirs.
+    for some in (model.eval(), MaskedClass(model).eval()):
+        flags = [random_flag(some, images[:50]), batch_flag(some, images[:50])]
+        assert [flag.name for flag in flags if flag] == [
+            "batch-dependent" if defence is BatchMean else "random-forward"]
+    assert check_model(MaskedClass(net).eval(), images, labels, 100) == []
+
+
 def test_what_square_alone_broke_is_counted():
     rows = {"clean": "1" * 96 + "0" * 4, "fc/apgd-ce": "0" * 10 + "1" * 90, "fc/square": "1" * 9 + "0" * 4 + "1" * 87}
     # Images 10 to 12 fell to Square only.

@@ -5,6 +5,8 @@ import random
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -70,6 +72,46 @@ def test_a_model_of_another_precision_is_judged_in_it(colours, dtype):
     assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1
     assert report.protocol["precision"] == str(dtype).removeprefix("torch.")
     assert next(model.parameters()).dtype == dtype and not report.unreliable
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_casts_by_itself_is_attacked_in_its_own_precision(colours, dtype):
+    class Casting(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.to(dtype)).float()
+
+    _, images, _ = colours
+    model = Casting(colours[0].to(dtype)).eval()
+    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), ThreatModel("Linf", 0.01),
+                                    budgets=SMALL)
+    assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1 and not report.unreliable
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile's own
+@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["DataParallel",
+                                                                                               "compile"])
+def test_a_wrapped_model_is_the_model(model, digits, wrap):
+    reports = [mixed_surrogate_attack(some.eval(), *digits, THREAT, budgets=SMALL, batch_size=16)
+               for some in (model, wrap(model))]
+    assert reports[0].clean_accuracy == 1, "its normalisation belongs to it"
+    assert reports[0].same_results(reports[1])
+    assert timm_hpm.find_head(wrap(model)) is timm_hpm.find_head(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:FutureWarning")
+def test_a_scripted_model_is_attacked_and_one_that_cannot_be_copied_is_named(colours):
+    model, images, labels = colours
+    scripted = torch.jit.trace(model, images)
+    reports = [mixed_surrogate_attack(some, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
+               for some in (model, scripted)]
+    assert reports[0].robust_accuracy == reports[1].robust_accuracy < 1
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Colours cannot be copied \(.*lock.*\), and attacks work on a copy"):
+        mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL)
 
 
 def test_an_hpm_model_in_bf16_is_judged_in_bf16(model, digits, tmp_path):

@@ -114,6 +114,7 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
     (["--co-batch", "none", "--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
     (["--co-batch", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
+    (["--surrogates-at-once", "0", "--output", "mended"], "surrogates_at_once is 0; expected at least 1"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
@@ -127,6 +128,8 @@ def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_
     assert message in str(error.value)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.rglob("report.json"))
+    # The same command, mended, is to find no earlier run.
+    assert not list(tmp_path.rglob("options.json"))
 
 
 def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypatch, capsys):
@@ -143,6 +146,35 @@ def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypat
     assert all(f"href='{folder}/report.html'" in page for folder in folders)
     with pytest.raises(ValueError, match=r"out holds the sweep\.html of an earlier run"):
         evaluate_main([*options, "--inference", "fc"])
+
+
+def test_a_sweep_of_one_radius_has_its_curve(tmp_path, evaluate_main, capsys):
+    folder = tmp_path / "out"
+    assert evaluate_main([*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", str(folder),
+                          "--eps-sweep", "0:0.1:0.1"]) == 0
+    assert "| eps | batch | FC alone |" in capsys.readouterr().out
+    assert "href='report.html'" in (folder / "sweep.html").read_text() and (folder / "report.html").exists()
+
+
+def test_a_folder_of_several_reports_is_compared_with_nothing(tmp_path, evaluate_main):
+    for name in ("batch-Linf-0.1", "fc-Linf-0.1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").touch()
+    (tmp_path / "sweep.html").touch()
+    with pytest.raises(ValueError, match=r"holds several reports, batch-Linf-0.1, fc-Linf-0.1; give the folder of one"):
+        evaluate_main(["--compare", str(tmp_path), str(tmp_path)])
+
+
+def test_classes_may_be_given_twice(evaluate_main, tmp_path, capsys):
+    assert evaluate_main([*QUICK, "--budget", "apgd-ce=1", "--num-classes", "10", "--model-kwargs", "num_classes=10",
+                          "--output", str(tmp_path / "run")]) == 0
+
+
+def test_processes_without_a_batch_are_counted(evaluate_main):
+    import evaluate
+
+    assert evaluate.idle_note(100, 50, 2) == evaluate.idle_note(101, 50, 3) == ""
+    assert evaluate.idle_note(100, 100, 3).startswith("100 images in batches of 100 make 1 to attack, so 2 of the 3 ")
 
 
 def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, evaluate_main, capsys):

@@ -175,10 +175,10 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
 
 
 def save_sweep(reports: Sequence[AttackReport], folder: str | os.PathLike) -> None:
-    """Writes sweep.html beside the folders that `sweep` wrote the reports into; it links to their pages."""
-    links = [report_folder(report.protocol["inference"], ThreatModel.parse(report.protocol["threat"])) + "/report.html"
-             for report in reports]
-    write_text(Path(folder) / SWEEP, sweep_page(reports, links))
+    """Writes sweep.html beside what `sweep` wrote of the reports; it links to their pages."""
+    folders = [report_folder(report.protocol["inference"], ThreatModel.parse(report.protocol["threat"])) + "/"
+               for report in reports] if len(reports) > 1 else [""]
+    write_text(Path(folder) / SWEEP, sweep_page(reports, [f"{place}report.html" for place in folders]))
 
 
 def _links(reports: Sequence[AttackReport], links: Sequence[str]) -> list[str]:

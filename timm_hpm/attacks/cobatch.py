@@ -15,7 +15,9 @@ from ..data import check_answers_alike, check_pixels, normal_tensor
 from ..head import HPMHead
 from ..threat import ThreatModel
 from .components import margin_loss
+from .flags import restored
 from .judge import device_of, pixel_model_for, predictions
+from .seeding import seeded
 from .surrogates import SplitModel, soft_logits
 
 #: From a few strangers' images in a batch to many.
@@ -58,7 +60,7 @@ def co_batch_attack(
         mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
         num_targets: the first so many images that are right; 0 for all of them.
         perturbed: whether to run `"adversarial"` too, which costs 10 passes forward and backward of a batch a target.
-        seed: of the random orders; the caller's random state is left alone.
+        seed: of the random orders, and of what the model draws; the caller's random states are left alone.
 
     Returns:
         Rows with batch_size, mix, neighbours (the kind), targets and flipped.
@@ -74,24 +76,27 @@ def co_batch_attack(
     pixel_model = pixel_model_for(model, images)
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     device = device_of(pixel_model, images)
-    split = SplitModel(pixel_model, images[:max(batch_sizes)].to(device))
+    with seeded(device, seed, "split"):
+        split = SplitModel(pixel_model, images[:max(batch_sizes)].to(device))
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
         raise ValueError("co_batch_attack asks what neighbours in a batch do, and this model's answers depend on none; "
                          "expected one with a fitted HPM head in batch mode")
     head = next(module for module in pixel_model.modules() if isinstance(module, HPMHead))
-    with torch.no_grad():
+    with torch.no_grad(), seeded(device, seed, "features"):
         features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
     rows = []
     before = head.mix
-    try:
-        for mix in (before,) if mixes is None else mixes:
-            head.mix = split.head.mix = mix
-            for size in batch_sizes:
-                search = _Search(pixel_model, split, images, labels, features, size)
-                rows += [{"batch_size": size, "mix": mix} | row
-                         for row in search.rows(threat, num_targets, perturbed, seed)]
-    finally:
-        head.mix = before
+    with restored(model):
+        try:
+            for mix in (before,) if mixes is None else mixes:
+                head.mix = split.head.mix = mix
+                for size in batch_sizes:
+                    with seeded(device, seed, "co-batch", size, mix):
+                        search = _Search(pixel_model, split, images, labels, features, size)
+                        rows += [{"batch_size": size, "mix": mix} | row
+                                 for row in search.rows(threat, num_targets, perturbed, seed)]
+        finally:
+            head.mix = before
     return rows
 
 

@@ -1,10 +1,8 @@
 """`mixed_surrogate_attack`: the Mixed Surrogate Attack (MSA)."""
 
-import hashlib
 import json
 import os
 import platform
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,14 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import PixelModel, check_answers_alike, check_pixels, normal_tensor
+from ..data import PixelModel, check_answers_alike, check_pixels, normal_tensor, unwrapped
 from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
@@ -46,6 +43,7 @@ from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
+from .seeding import seeded
 from .surrogates import SplitModel
 
 
@@ -264,10 +262,10 @@ class _Subject:
         device = device_of(pixel_model, images)
         example = images[:batch_size].to(device)
         # A model may draw random numbers whenever it is asked.
-        with _seeded(device, seed, "model"):
+        with seeded(device, seed, "model"):
             answer = _first_answer(pixel_model, example)
         check_pixels(images, labels, answer.shape[1])
-        with _seeded(device, seed, "split"), _without_autocast(example):
+        with seeded(device, seed, "split"), _without_autocast(example):
             split = SplitModel(pixel_model, example)
         return cls(model, pixel_model, split, device, example, answer, batch_size, seed)
 
@@ -282,7 +280,7 @@ class _Subject:
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
             cost["forward_passes"] += len(inputs[0])
 
-        with _seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
+        with seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
             flags = check_model(self.pixel_model, images, labels, self.batch_size)
         cost["backward_passes"] += len(images)
         return flags
@@ -298,14 +296,14 @@ class _Subject:
         if not raised & {"no-gradient", "zero-gradient"}:
             survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
             before = self.split.forward_passes, self.split.backward_passes
-            with _seeded(self.device, self.seed, "survivors"), _without_autocast(self.example):
+            with seeded(self.device, self.seed, "survivors"), _without_autocast(self.example):
                 flags.append(rough_flag(lambda x: self.split.logits("fc", self.split.features(x)),
                                         images[survive].to(self.device), labels[survive].to(self.device), threat,
                                         self.batch_size))
             cost["forward_passes"] += self.split.forward_passes - before[0]
             cost["backward_passes"] += self.split.backward_passes - before[1]
         if "changes-state" not in raised:
-            with _seeded(self.device, self.seed, "model"):
+            with seeded(self.device, self.seed, "model"):
                 flags.append(change_flag(self.pixel_model, self.example, self.answer))
             cost["forward_passes"] += len(self.example)
         return [flag for flag in flags if flag is not None]
@@ -315,9 +313,8 @@ class _Subject:
         """Returns the rows of `co_batch_attack` for one batch size and mix, which the folder keeps by `number`."""
         rows = None if folder is None else folder.load_co_batch(number)
         if rows is None:
-            with _seeded(self.device, self.seed, "co-batch", batch_size, mix):
-                rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=[batch_size], mixes=[mix],
-                                       seed=self.seed)
+            rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=[batch_size], mixes=[mix],
+                                   seed=self.seed)
             if folder is not None:
                 folder.save_co_batch(number, rows)
         return rows
@@ -331,11 +328,12 @@ class _Subject:
         if not raised & {"random-forward", "changes-state"}:
             # Weights do not tell a network from one that computes something else with them.
             margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
-        cfg = getattr(getattr(self.model, "model", self.model), "pretrained_cfg", None) or {}
+        inner = unwrapped(self.model.model if isinstance(self.model, PixelModel) else self.model)
+        cfg = getattr(inner, "pretrained_cfg", None) or {}
         head = None if self.split.head is None else find_head(self.model)
         return {
-            "architecture": cfg.get("architecture") or type(self.model).__name__,
-            "weights_digest": weights_digest(self.model.model if isinstance(self.model, PixelModel) else self.model),
+            "architecture": cfg.get("architecture") or type(inner).__name__,
+            "weights_digest": weights_digest(inner),
             "normalisation": {name: getattr(self.pixel_model, name).flatten().tolist() for name in ("mean", "std")}
             if isinstance(self.pixel_model, PixelModel) else None,
             "num_images": len(images),
@@ -430,7 +428,7 @@ class _Run:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
         images, labels = images.to(self.subject.device), labels.to(self.subject.device)
         standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-        with _seeded(self.subject.device, self.subject.seed, "judge", "clean", first):
+        with seeded(self.subject.device, self.subject.seed, "judge", "clean", first):
             clean = self._judged("clean", {"clean": images}, images, labels, first, broken)
         broken[clean.broken] = True
         steps = [clean.without_pixels()]
@@ -453,7 +451,7 @@ class _Run:
         self.num_examples += sum(len(step.examples) for step in steps)
         if self.subject.split.couples(self.subject.split.twin()):
             everything = {ASSEMBLED: standing}
-            with _seeded(self.subject.device, self.subject.seed, "judge", ASSEMBLED, first):
+            with seeded(self.subject.device, self.subject.seed, "judge", ASSEMBLED, first):
                 assembled = self._judged(ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
             if self.keeps_candidates and self.folder is not None:
                 self.folder.save(first // self.subject.batch_size, len(self.plan), assembled)
@@ -481,7 +479,7 @@ class _Run:
         notes = Notes(f"{attack} on {', '.join(group)}: ")
         surrogates = [split.twin() if name == TRUE_MODEL else name for name in group]
         before = time.perf_counter(), split.forward_passes, split.backward_passes
-        with _seeded(device, seed, attack, group, first), _without_autocast(images):
+        with seeded(device, seed, attack, group, first), _without_autocast(images):
             # The joint attacks take the batch as it has become, and every image of it.
             together = attack_of(attack) in JOINT_ATTACKS
             start = standing if self.survivors_only or together else None
@@ -496,7 +494,7 @@ class _Run:
         seconds = time.perf_counter() - before[0]
         named = {f"{surrogate}/{attack}": points
                  for surrogate, points in zip(group, found.split(len(images)), strict=True)}
-        with _seeded(device, seed, "judge", attack, group, first):
+        with seeded(device, seed, "judge", attack, group, first):
             step = self._judged(attack, named, images, labels, first, broken)
         not_finite: dict[str, list[int]] = {}
         for row in sorted(batch.not_finite):
@@ -614,46 +612,6 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Returns a context in which what is on the device of `x` keeps its precision."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
-    """Seeds the global random states by `seed` and what is run, and puts the caller's back afterwards."""
-    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
-    number = int.from_bytes(digest[:6], "big")
-    # The attacks draw from PyTorch only, but a model may draw from these.
-    states = random.getstate(), np.random.get_state()
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    try:
-        with _seeded_torch(device, number):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-@contextmanager
-def _seeded_torch(device: torch.device, number: int) -> Iterator[None]:
-    on_cpu = device.type == "cpu"
-    if device.type == "mps":
-        # It has one device, and functions without a number.
-        state = torch.mps.get_rng_state()
-        try:
-            with _seeded_torch(torch.device("cpu"), number):
-                torch.mps.manual_seed(number)
-                yield
-        finally:
-            torch.mps.set_rng_state(state)
-        return
-    with torch.random.fork_rng([] if on_cpu else [device.index or 0], device_type="cuda" if on_cpu else device.type):
-        # Not torch.manual_seed, which would seed devices too whose state is not kept.
-        torch.default_generator.manual_seed(number)
-        if not on_cpu:
-            accelerator = getattr(torch, device.type)
-            with accelerator.device(device.index or 0):
-                accelerator.manual_seed(number)
-        yield
 
 
 def _keep_freed_memory() -> None:

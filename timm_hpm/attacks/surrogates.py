@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..data import unwrapped
 from ..head import HPMHead, find_head, head_name, without_head
 from .blocked import blocked_copy
 from .fold import fold_batch_norms
@@ -112,15 +113,57 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[
     return tuple(dict.fromkeys(names))
 
 
-def _same_up_to_rounding(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= _ROUNDING * expected.abs().max())
+def differs(one: Tensor, other: Tensor, rounding: float) -> Tensor:
+    """Returns where (B, C) two answers to the same images are farther apart than rounding takes them.
+
+    `rounding` is the part that may be lost of an entry, or of the median one of its row where that is larger. The
+    largest is no measure: a class that is masked by a logit of −1e4 would hide whatever the others do.
+    """
+    one, other = one.float(), other.float()
+    size = one.abs()
+    typical = size.masked_fill(size == 0, math.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num(0)
+    return ~((one - other).abs() <= rounding * size.maximum(typical))
+
+
+def _all_unwrapped(module: nn.Module) -> nn.Module:
+    module = unwrapped(module)
+    for name, child in list(module.named_children()):
+        if unwrapped(child) is not child:
+            setattr(module, name, unwrapped(child))
+        _all_unwrapped(child)
+    return module
+
+
+def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
+    """Returns a frozen copy in eval mode, uncompiled and not wrapped for several devices.
+
+    It is in float32, or in the model's own precision where it answers in no other, as one that casts in its forward.
+    """
+    try:
+        twin = _all_unwrapped(copy.deepcopy(model))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied ({error}), and attacks work on a copy; keep what "
+                         "has no copy, such as locks and random generators, out of the module") from error
+    for parameter in twin.eval().parameters():
+        # Those of a copied ScriptModule are computed.
+        parameter.detach_().requires_grad_(False)
+    if all(p.dtype == torch.float32 for p in twin.parameters()):
+        return twin
+    own = copy.deepcopy(twin)
+    try:
+        with torch.no_grad():
+            twin.float()(example)
+    except RuntimeError:
+        return own
+    return twin
 
 
 class SplitModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
     It answers in eval mode and in float32, its parameters gather no gradient, and nothing done to it reaches the model
-    it came from. A classifier without an HPM head is all backbone.
+    it came from. A classifier without an HPM head is all backbone. One that casts in its forward, and answers in no
+    other precision than its own, keeps that.
 
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
@@ -131,7 +174,7 @@ class SplitModel:
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
-        self.backbone = copy.deepcopy(pixel_model).eval().requires_grad_(False).float()
+        self.backbone = _private_copy(pixel_model, example[:2])
         self.head: HPMHead | None = None
         if head_name(self.backbone) is not None:
             self.head, self.backbone = find_head(self.backbone), without_head(self.backbone)
@@ -150,20 +193,21 @@ class SplitModel:
         self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
             self.backbone(example[:2])
-        except RuntimeError:  # a view, where the model should have reshaped
+        except Exception:  # a view, where the model should have reshaped; or it looks at the layout itself
             self.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def _fold(self, example: Tensor) -> None:
         # Crafting only, too.
         folded = copy.deepcopy(self.backbone)
-        if fold_batch_norms(folded, example) and _same_up_to_rounding(folded(example), self.backbone(example)):
+        if fold_batch_norms(folded, example) and not differs(
+                self.backbone(example), folded(example), _ROUNDING).any():
             self.backbone = folded
 
     def _without_gradients(self, example: Tensor) -> Callable[[Tensor], Tensor]:
         """Returns the backbone for passes that need no gradient."""
         blocked = blocked_copy(self.backbone, example)
-        return self.backbone if blocked is None or not _same_up_to_rounding(
-            blocked(example), self.backbone(example)) else blocked
+        return self.backbone if blocked is None or differs(
+            self.backbone(example), blocked(example), _ROUNDING).any() else blocked
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""

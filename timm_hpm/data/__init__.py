@@ -8,6 +8,7 @@ from .pixels import (
     normal_tensor,
     random_flip,
     random_shift,
+    unwrapped,
 )
 from .sources import DATASETS, DataSource, data_source
 from .splits import SPLITS, ImageSplit, check_every_class, first_images, hold_out, load_split, open_split
@@ -30,4 +31,5 @@ __all__ = [
     "open_split",
     "random_flip",
     "random_shift",
+    "unwrapped",
 ]

@@ -1,5 +1,6 @@
 """Pixels in [0, 1]: `PixelModel`, their boundary to a model's normalised inputs, checks and augmentation."""
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,7 @@ class PixelModel(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None):
         super().__init__()
-        cfg = getattr(model, "pretrained_cfg", None) or {}
+        cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}
         values = {}
         for name, given in (("mean", mean), ("std", std)):
             given = cfg.get(name) if given is None else given
@@ -79,9 +80,21 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
 
     A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already.
     """
-    if isinstance(model, PixelModel) or not getattr(model, "pretrained_cfg", None):
+    if isinstance(model, PixelModel) or not getattr(unwrapped(model), "pretrained_cfg", None):
         return model
     return PixelModel(model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns what `torch.compile`, DataParallel and DistributedDataParallel have wrapped, or `model` itself."""
+    while True:
+        # Nothing is compiled before torch._dynamo, which takes its time, was imported.
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def check_answers_alike(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from timm.utils import ParseKwargs
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
+from timm_hpm.attacks.joint import IN_ROUNDS
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import remove_unfinished, writable_folder, write_text
@@ -75,7 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help=f"comma-separated, of {', '.join(SURROGATES)} (those that differ)")
     group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(ATTACKS)} (the protocol's)")
     group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
-                       help="iterations, and with an x the number of targets: apgd-ce=50 apgd-t=50x4 (the protocol's)")
+                       help="iterations, and with an x the number of targets, or of rounds: apgd-ce=50 apgd-t=50x4 "
+                            "joint-rest=25x20 (the protocol's)")
     group.add_argument("--survivors-only", action="store_true",
                        help="attack an image no more once it is broken: faster where much is, and the rows of single "
                             "attacks become those of a cascade, as AutoAttack's are")
@@ -352,7 +354,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _budget(text: str) -> tuple[str, Budget]:
     name, _, value = text.partition("=")
-    return name, Budget.parse(value)
+    return name, Budget.parse(value, "rounds" if name in IN_ROUNDS else "targets")
 
 
 def _names(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,14 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import PROTOCOLS, Budget, Protocol
-from timm_hpm.attacks.joint import ROUNDS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
-         "joint-rest=6", "--co-batch", "5"]
+         "joint-rest=6x3", "--co-batch", "5"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
 # what is assembled of all of them.
-STEPS = 4 * (2 * 4 + 2 + ROUNDS["joint-rest"] + 1)
+STEPS = 4 * (2 * 4 + 2 + 3 + 1)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def check_same(folder: Path, other: Path) -> None:
     assert 0 < reports[0].robust_accuracy < reports[0].clean_accuracy
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
     assert candidates[0].keys() == candidates[1].keys()
-    assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + ROUNDS["joint-rest"]) + 1
+    assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + 3) + 1
     assert [row["neighbours"] for row in reports[0].co_batch] == ["reshuffled", "chosen", "adversarial"]
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
@@ -418,14 +418,13 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(model, digits, 
     assert 1000 < cost["apgd-ce"]["seconds"] < cost["all"]["seconds"] < 1100
 
 
-def test_the_digest_of_a_protocol_tells_its_rounds(model, digits, monkeypatch):
+def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
     report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
     standard = PROTOCOLS["standard"]
     assert standard.changed(["fc"], QUICK["attacks"], QUICK["budgets"]).digest() == report.protocol["protocol_digest"]
-    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 100, "rounds": 4}
-    digest = standard.digest()
-    monkeypatch.setitem(ROUNDS, "joint-rest", 5)
-    assert standard.digest() != digest
+    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 25, "rounds": 20}
+    more = replace(standard, attacks={**standard.attacks, "joint-rest": Budget(25, rounds=21)})
+    assert more.digest() != standard.digest()
 
 
 def test_what_changes_a_protocol_makes_it_a_custom_one():
@@ -444,6 +443,7 @@ def test_what_changes_a_protocol_makes_it_a_custom_one():
 @pytest.mark.parametrize(("text", "budget"), [("100", Budget(100)), ("50x4", Budget(50, 4))])
 def test_a_budget_is_read(text, budget):
     assert Budget.parse(text) == budget
+    assert Budget.parse("25x20", "rounds") == Budget(25, rounds=20)
 
 
 @pytest.mark.parametrize("text", ["", "x", "5x", "many", "5x2x1", "0", "5.5"])

@@ -240,7 +240,7 @@ def test_the_readme_s_first_command(tmp_path):
         "apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
         "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000},
         "apgd-chain": {"iterations": 100}, "joint": {"iterations": 100},
-        "joint-rest": {"iterations": 100, "rounds": 4}}
+        "joint-rest": {"iterations": 25, "rounds": 20}}
     assert list(report.by_surrogate) == ["fc", "dataset", "soft", "ste", "mixed", "true"]
     assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
     assert report.robust_accuracy <= report.clean_accuracy

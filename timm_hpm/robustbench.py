@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, Final
 
 from .attacks import COMPONENTS, PROTOCOLS
@@ -93,9 +93,9 @@ def save_model_info(report: AttackReport, path: str | os.PathLike, known: Mappin
 
 
 def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
-    budgets = {attack: asdict(PROTOCOLS["standard"].attacks[attack].for_classes(protocol["num_classes"]))
-               for attack in COMPONENTS}
-    standard = {attack: {name: value for name, value in budget.items() if value} for attack, budget in budgets.items()}
+    named = PROTOCOLS["standard"]
+    standard = replace(named, attacks={attack: named.attacks[attack].for_classes(protocol["num_classes"])
+                                       for attack in COMPONENTS}).summary()["attacks"]
     return (own in protocol["surrogates"] and not protocol.get("survivors_only", False)
             and {attack: protocol["attacks"].get(attack) for attack in COMPONENTS} == standard)
 

@@ -12,7 +12,7 @@ Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenk
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import torch
@@ -202,34 +202,39 @@ _BEYOND_DOUBT: Final = 1e4
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a component may spend on one image: iterations, and target classes where it has targets.
+    """How much an attack may spend: iterations, target classes where it has targets, rounds where it is run in rounds.
 
     Raises:
-        ValueError: no iterations, or a negative number of targets.
+        ValueError: no iterations, a negative number of targets, or no rounds.
     """
 
     iterations: int
     targets: int = 0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.targets < 0:
-            raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets")
+        if self.iterations < 1 or self.targets < 0 or self.rounds < 1:
+            raise ValueError(f"{self}: expected at least 1 iteration, 0 or more targets, and at least 1 round")
 
     @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """Returns the budget that `text` names: iterations, or iterations × targets as `"100x9"`."""
+    def parse(cls, text: str, times: str = "targets") -> "Budget":
+        """Returns the budget that `text` names: iterations, or iterations × `times` as `"100x9"`.
+
+        `times` is `"targets"` or `"rounds"`.
+        """
         try:
-            return cls(*(int(number) for number in text.split("x", 1)))
+            iterations, *number = (int(number) for number in text.split("x", 1))
+            return cls(iterations, **{times: number[0]} if number else {})
         except ValueError as error:
             raise ValueError(f"cannot read the budget {text!r} ({error}); expected iterations, such as 100, or "
-                             "iterations x targets, such as 100x9") from error
+                             f"iterations x {times}, such as 100x9") from error
 
     def for_classes(self, num_classes: int) -> "Budget":
         """Returns the budget with no more targets than there are wrong classes."""
-        return Budget(self.iterations, min(self.targets, num_classes - 1))
+        return replace(self, targets=min(self.targets, num_classes - 1))
 
     def queries(self) -> int:
-        """Returns about how many queries the component makes at most, for a progress bar."""
+        """Returns about how many queries the attack makes at most in a round, for a progress bar."""
         return max(self.targets, 1) * (self.iterations + 1)
 
 

@@ -11,8 +11,8 @@ from ..threat import ThreatModel
 from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
 from .surrogates import SURROGATES, soft_logits
 
-#: How often an attack is run on a batch, each time for what the times before have left; the others once.
-ROUNDS: Final = {"joint-rest": 4}
+#: Attacks that are run on a batch in rounds, each for what the rounds before have left, and judged by itself.
+IN_ROUNDS: Final = ("joint-rest",)
 
 #: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
 JOINT_SURROGATES: Final = ("soft", "ste")
@@ -20,6 +20,11 @@ JOINT_SURROGATES: Final = ("soft", "ste")
 # Of the soft assignment at the end, where it is nearly the head's own; at the beginning 1.
 _LAST_TEMPERATURE: Final = 0.05
 _NEW_STEP: Final = 0.75
+
+# Of the images that are left, those nearest to an error, and how many of all a round is for. Fewer rounds for more of
+# them break less: the neighbours cannot serve all.
+_NEAREST: Final = 0.5
+_SERVED: Final = 0.1
 
 
 def apgd_chain(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
@@ -48,19 +53,30 @@ def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
 
 
 def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
-    """Returns the candidates (S·B, ...) of the same for the errors among the images that are sought alone.
+    """Returns the candidates (S·B, ...) of the same for a few of the images that are sought: one round of it.
 
-    All others move for their sake. It begins at random points of the ball, and each surrogate is after what the ones
-    before it have left. Where nothing is left the images stay where they stand.
+    All others move for their sake. The few are drawn from those that are nearest to an error where the batch stands. It
+    begins at random points of the ball, and each surrogate is after what the ones before it have left. Where nothing is
+    left the images stay where they stand.
     """
     found, sought = [], batch.sought
-    for s, points in enumerate(batch.points.split(batch.size)):
+    margins = margin_loss(batch.clean_logits, batch.labels)
+    for s, (points, margin) in enumerate(zip(batch.points.split(batch.size), margins.split(batch.size), strict=True)):
         if sought.any():
             start = threat.random_start(batch.clean[:batch.size])
-            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, sought)
+            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, _a_few(sought, margin))
             sought = sought & ~wrong
         found.append(points)
     return torch.cat(found)
+
+
+def _a_few(sought: Tensor, margin: Tensor) -> Tensor:
+    """Returns which (B,) of the `sought` images (B,) a round is for, at least one, by their margins (B,)."""
+    rows = sought.nonzero().squeeze(1)
+    # Logits that are not finite say nothing of the distance.
+    nearest = rows[margin[rows].nan_to_num(-math.inf).argsort(descending=True)][:math.ceil(_NEAREST * len(rows))]
+    few = nearest[torch.randperm(len(nearest), device=rows.device)[:math.ceil(_SERVED * len(rows))]]
+    return torch.zeros_like(sought).index_fill(0, few, True)
 
 
 def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations: int, x: Tensor,

@@ -39,7 +39,7 @@ from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
 from .flags import GRADIENT_FREE, change_flag, check_model, restored, rough_flag, verdict_flag
-from .joint import JOINT_ATTACKS, JOINT_SURROGATES, ROUNDS
+from .joint import IN_ROUNDS, JOINT_ATTACKS, JOINT_SURROGATES
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import ATTACKS, Protocol, find_protocol
@@ -376,9 +376,9 @@ def surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -
     return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
 
 
-def rows_of(attack: str) -> list[str]:
+def rows_of(attack: str, rounds: int) -> list[str]:
     """Returns the names of what is judged of an attack: of one in rounds, each round."""
-    return [f"{attack}#{i + 1}" for i in range(ROUNDS[attack])] if attack in ROUNDS else [attack]
+    return [f"{attack}#{i + 1}" for i in range(rounds)] if attack in IN_ROUNDS else [attack]
 
 
 def _plan(
@@ -391,7 +391,7 @@ def _plan(
     """Returns the (surrogates side by side, attack) of one batch, in order; rounds of an attack as `"joint-rest#1"`."""
     groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
     together = [(surrogates_of(attack, split, surrogates), name) for attack in attacks if attack not in COMPONENTS
-                for name in rows_of(attack)]
+                for name in rows_of(attack, protocol.attacks[attack].rounds)]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
     # Where an image is attacked only until it is broken, the cheap attacks come first, and Square last: what it broke
     # would stand in the rows of the attacks after it.
@@ -570,9 +570,15 @@ def _not_finite_flags(steps: Iterable[Step]) -> list[Flag]:
 
 def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
     """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
-    names = [f"{surrogate}/{name}" for surrogate in (*surrogates, TRUE_MODEL) for attack in ATTACKS
-             for name in rows_of(attack)]
-    return {name: verdicts[name] for name in ["clean", *names] if name in verdicts}
+    columns = list(ATTACKS)
+
+    def place(name: str) -> tuple[int, int, int]:
+        surrogate, _, attack = name.partition("/")
+        return ((*surrogates, TRUE_MODEL).index(surrogate), columns.index(attack_of(name)),
+                int(attack.partition("#")[2] or 0))
+
+    return {name: verdicts[name] for name in ["clean", *sorted((name for name in verdicts if "/" in name), key=place)]
+            if name in verdicts}
 
 
 def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[str, float]]:

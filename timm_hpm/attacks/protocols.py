@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from .components import COMPONENTS, Budget
-from .joint import JOINT_ATTACKS, ROUNDS, apgd_chain
+from .joint import IN_ROUNDS, JOINT_ATTACKS, apgd_chain
 from .surrogates import check_names
 
 #: All attacks: AutoAttack's components, and those on what is special about an HPM head.
@@ -37,8 +37,9 @@ class Protocol:
 
     def summary(self) -> dict[str, Any]:
         """Returns all of it in JSON's types, as a report's protocol shows it."""
-        attacks = {name: {k: v for k, v in asdict(budget).items() if v}
-                   | ({"rounds": ROUNDS[name]} if name in ROUNDS else {}) for name, budget in self.attacks.items()}
+        attacks = {name: {key: value for key, value in asdict(budget).items()
+                          if (name in IN_ROUNDS if key == "rounds" else value)}
+                   for name, budget in self.attacks.items()}
         return {
             "protocol": self.name,
             "surrogates": None if self.surrogates is None else list(self.surrogates),
@@ -60,7 +61,8 @@ class Protocol:
         An attack that is not the protocol's own has the standard budget.
 
         Raises:
-            ValueError: unknown attacks, or a budget without targets for an attack that needs them.
+            ValueError: unknown attacks, a budget without targets for an attack that needs them, or with rounds for
+                one that has none.
         """
         budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **(budgets or {})}
         check_names("attack", list(budget_of), tuple(ATTACKS))
@@ -69,6 +71,10 @@ class Protocol:
                 raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
                                  f"are; expected such as Budget({budget_of[attack].iterations}, "
                                  f"targets={standard.targets})")
+        for attack, budget in budget_of.items():
+            if budget.rounds > 1 and attack not in IN_ROUNDS:
+                raise ValueError(f"the budget of {attack} has {budget.rounds} rounds; only {', '.join(IN_ROUNDS)} is "
+                                 "run in rounds")
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
                         surrogates=self.surrogates if surrogates is None else tuple(surrogates),
@@ -84,9 +90,9 @@ PROTOCOLS: Final = {
     for protocol in (
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
                               "fab-t": Budget(100, targets=9), "square": Budget(5_000),
-                              "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(100)}),
+                              "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
         Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_500),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(100)}),
+                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
     )
 }
 

@@ -367,7 +367,8 @@ def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
     order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
              for surrogate in names[i:i + at_once]]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
-    order += [f"{surrogate}/{attack}" for attack in ("joint", *rows_of("joint-rest", 12)) for surrogate in ("soft", "ste")]
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *rows_of("joint-rest", 12))
+              for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
         found_by = next((name for name in ["clean", *order] if attacked.report.correct[name][i] == "0"), "clean")

@@ -64,13 +64,13 @@ def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: N
     for s, (points, margin) in enumerate(zip(batch.points.split(batch.size), margins.split(batch.size), strict=True)):
         if sought.any():
             start = threat.random_start(batch.clean[:batch.size])
-            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, _a_few(sought, margin))
+            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, a_few(sought, margin))
             sought = sought & ~wrong
         found.append(points)
     return torch.cat(found)
 
 
-def _a_few(sought: Tensor, margin: Tensor) -> Tensor:
+def a_few(sought: Tensor, margin: Tensor) -> Tensor:
     """Returns which (B,) of the `sought` images (B,) a round is for, at least one, by their margins (B,)."""
     rows = sought.nonzero().squeeze(1)
     # Logits that are not finite say nothing of the distance.

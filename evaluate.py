@@ -7,7 +7,7 @@ Prints a table, and writes report.json, report.md and report.html into the outpu
 
     torchrun --nproc_per_node 2 evaluate.py --device cpu --batch-size 50
 
-Each attacks whole batches, so there must be as many batches as processes.
+Each attacks whole batches, so where there are fewer batches than processes some have nothing to do.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "other options are not needed, and refused where they differ from that run's, but for "
                             "RobustBench's. An empty folder begins a run")
     group.add_argument("--save-adversarial", action="store_true",
-                       help="also write adversarial.safetensors: every candidate, for --rejudge")
+                       help="also write adversarial.safetensors: every candidate, for --rejudge; by standard on an HPM "
+                            "head in batch mode 68 times the images")
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
                        help="attack nothing: judge that folder's adversarial.safetensors again, by that run's model "
                             "or the one given, compare with its report.json, and say whether they agree")
@@ -214,7 +215,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         ))
     except ValueError:
         # What is wrong was found before anything was kept: the command, mended, is to find no other run there.
-        if begins and {path.name for path in output.iterdir()} == {_OPTIONS}:
+        if begins and [path.name for path in output.rglob("*") if path.is_file()] == [_OPTIONS]:
             (output / _OPTIONS).unlink()
         raise
     except KeyboardInterrupt:
@@ -301,6 +302,9 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     device = usable_device(args.device) if accelerator is None else accelerator.device
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     given = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    both = args.model_kwargs.get("num_classes", args.num_classes)
+    if given and both != args.num_classes:
+        raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={both}; give one of them")
     model = create_model(args.model, pretrained=pretrained, **args.model_kwargs | given)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)

@@ -82,14 +82,12 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
 
 def test_a_round_is_for_a_few_of_those_that_are_nearest_to_an_error():
     sought, margin = torch.arange(50) % 5 > 0, -torch.arange(50.0)
-    margin[1] = torch.nan
-    nearest = set(sought.nonzero().squeeze(1)[1:21].tolist())
+    nearest = set(sought.nonzero().squeeze(1)[:20].tolist())
     drawn = [set(joint.a_few(sought, margin).nonzero().squeeze(1).tolist()) for _ in range(50)]
     assert all(len(some) == 4 and some <= nearest for some in drawn)
     assert set.union(*drawn) == nearest, "in the long run each of them"
     one = torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([7]), True)
     assert torch.equal(joint.a_few(one, margin), one)
-    assert torch.equal(joint.a_few(one, torch.full((50,), torch.nan)), one)
 
 
 def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):

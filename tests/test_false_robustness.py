@@ -19,7 +19,7 @@ from timm_hpm.report.html import report_page
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
-           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-rest": Budget(5)}
+           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-rest": Budget(5, rounds=2)}
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def guarded(lost: str, mode: str, images: torch.Tensor) -> nn.Module:
 
 
 TINY = {"apgd-ce": Budget(3), "apgd-t": Budget(2, targets=2), "fab-t": Budget(2, targets=2), "square": Budget(5),
-        "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2)}
+        "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2, rounds=2)}
 
 
 @pytest.mark.parametrize(("lost", "survivors_only"), [("answers", False), ("features", False), ("features", True)])
@@ -489,27 +489,27 @@ def test_noise_below_rounding_is_no_flag_and_above_it_is(net, digits):
         assert batch_flag(model, digits[0]) is None
 
 
-class MaskedClass(nn.Module):
-    """A class that is never to be answered, as of a head that is larger than the data set."""
+class MaskedClasses(nn.Module):
+    """Classes that are never to be answered, as of a head that is larger than the data set."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, number: int):
         super().__init__()
-        self.model = model
+        self.model, self.number = model, number
 
     def forward(self, x):
-        return F.pad(self.model(x), [0, 1], value=-1e4)
+        return F.pad(self.model(x), [0, self.number], value=-1e4)
 
 
+@pytest.mark.parametrize("number", [0, 1, 90])
 @pytest.mark.parametrize("defence", [Noise, BatchMean])
-def test_a_masked_class_hides_no_flag(defence, net, digits):
+def test_masked_classes_hide_no_flag(defence, number, net, digits):
     images, labels = digits
     model = defence(net, images.mean(dim=0)) if defence is BatchMean else defence(net)
     # Whatever the largest logit, its rounding is not theirs.
-    for some in (model.eval(), MaskedClass(model).eval()):
-        flags = [random_flag(some, images[:50]), batch_flag(some, images[:50])]
-        assert [flag.name for flag in flags if flag] == [
-            "batch-dependent" if defence is BatchMean else "random-forward"]
-    assert check_model(MaskedClass(net).eval(), images, labels, 100) == []
+    masked = MaskedClasses(model, number).eval()
+    flags = [random_flag(masked, images[:50]), batch_flag(masked, images[:50])]
+    assert [flag.name for flag in flags if flag] == ["batch-dependent" if defence is BatchMean else "random-forward"]
+    assert check_model(MaskedClasses(net, number).eval(), images, labels, 100) == []
 
 
 def test_what_square_alone_broke_is_counted():

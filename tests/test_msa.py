@@ -670,7 +670,7 @@ def test_a_text_in_the_place_of_a_list_of_names_is_refused(digits_model, digits,
 
 @pytest.mark.parametrize("arguments", [(0,), (-1, 2), (5, -1)])
 def test_a_budget_that_spends_nothing_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected at least 1 iteration, 0 or more targets"):
+    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected at least 1 iteration, and 0 or more targets"):
         Budget(*arguments)
 
 
@@ -739,5 +739,7 @@ def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
                                     budgets={"joint-rest": Budget(3, rounds=2)})
     assert report.protocol["attacks"] == {"joint-rest": {"iterations": 3, "rounds": 2}}
     assert "joint-rest iterations 3, rounds 2" in report.to_markdown()
+    fast = PROTOCOLS["fast"].changed(budgets={"joint-rest": Budget(3)})
+    assert fast.attacks["joint-rest"] == Budget(3, rounds=20), "none given are those of the protocol"
     with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-rest is run in rounds"):
         mixed_surrogate_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})

@@ -20,7 +20,7 @@ from timm_hpm.attacks import Budget
 
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3, rounds=2)}
 
 
 @pytest.fixture

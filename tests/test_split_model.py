@@ -14,7 +14,7 @@ from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 THREAT = ThreatModel("Linf", 0.15)
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
-         "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2)}
+         "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2, rounds=2)}
 
 
 @pytest.fixture

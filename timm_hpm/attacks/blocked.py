@@ -19,7 +19,7 @@ def blocked_copy(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor
     sums and pooling do.
 
     Arguments:
-        model: in eval mode and in float32.
+        model: in eval mode.
         example: (B, channels, H, W), by which it is tried.
 
     Returns:

@@ -204,17 +204,19 @@ _BEYOND_DOUBT: Final = 1e4
 class Budget:
     """How much an attack may spend: iterations, target classes where it has targets, rounds where it is run in rounds.
 
+    No rounds given are those of the protocol.
+
     Raises:
-        ValueError: no iterations, a negative number of targets, or no rounds.
+        ValueError: no iterations, or a negative number of targets or rounds.
     """
 
     iterations: int
     targets: int = 0
-    rounds: int = 1
+    rounds: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.targets < 0 or self.rounds < 1:
-            raise ValueError(f"{self}: expected at least 1 iteration, 0 or more targets, and at least 1 round")
+        if self.iterations < 1 or self.targets < 0 or self.rounds < 0:
+            raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets or rounds")
 
     @classmethod
     def parse(cls, text: str, times: str = "targets") -> "Budget":

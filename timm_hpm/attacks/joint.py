@@ -73,8 +73,7 @@ def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: N
 def a_few(sought: Tensor, margin: Tensor) -> Tensor:
     """Returns which (B,) of the `sought` images (B,) a round is for, at least one, by their margins (B,)."""
     rows = sought.nonzero().squeeze(1)
-    # Logits that are not finite say nothing of the distance.
-    nearest = rows[margin[rows].nan_to_num(-math.inf).argsort(descending=True)][:math.ceil(_NEAREST * len(rows))]
+    nearest = rows[margin[rows].argsort(descending=True)][:math.ceil(_NEAREST * len(rows))]
     few = nearest[torch.randperm(len(nearest), device=rows.device)[:math.ceil(_SERVED * len(rows))]]
     return torch.zeros_like(sought).index_fill(0, few, True)
 

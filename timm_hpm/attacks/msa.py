@@ -84,8 +84,9 @@ def mixed_surrogate_attack(
 
     Arguments:
         model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
-            not changed: attacks work on a frozen copy, in float32, and its parameters and buffers are put back where
-            answering changes them. It is judged in its own precision, and in the caller's autocast.
+            not changed: attacks work on a frozen copy, in float32 (`SplitModel` says where not), and its parameters and
+            buffers are put back where answering changes them. It is judged in its own precision, and in the caller's
+            autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do.
@@ -328,14 +329,15 @@ class _Subject:
         if not raised & {"random-forward", "changes-state"}:
             # Weights do not tell a network from one that computes something else with them.
             margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
-        inner = unwrapped(self.model.model if isinstance(self.model, PixelModel) else self.model)
+        inner, normalising = unwrapped(self.model), unwrapped(self.pixel_model)
+        inner = unwrapped(inner.model) if isinstance(inner, PixelModel) else inner
         cfg = getattr(inner, "pretrained_cfg", None) or {}
         head = None if self.split.head is None else find_head(self.model)
         return {
             "architecture": cfg.get("architecture") or type(inner).__name__,
             "weights_digest": weights_digest(inner),
-            "normalisation": {name: getattr(self.pixel_model, name).flatten().tolist() for name in ("mean", "std")}
-            if isinstance(self.pixel_model, PixelModel) else None,
+            "normalisation": {name: getattr(normalising, name).flatten().tolist() for name in ("mean", "std")}
+            if isinstance(normalising, PixelModel) else None,
             "num_images": len(images),
             "data_digest": data_digest(images, labels),
             "num_classes": self.num_classes,

@@ -38,7 +38,7 @@ class Protocol:
     def summary(self) -> dict[str, Any]:
         """Returns all of it in JSON's types, as a report's protocol shows it."""
         attacks = {name: {key: value for key, value in asdict(budget).items()
-                          if (name in IN_ROUNDS if key == "rounds" else value)}
+                          if value}
                    for name, budget in self.attacks.items()}
         return {
             "protocol": self.name,
@@ -72,7 +72,10 @@ class Protocol:
                                  f"are; expected such as Budget({budget_of[attack].iterations}, "
                                  f"targets={standard.targets})")
         for attack, budget in budget_of.items():
-            if budget.rounds > 1 and attack not in IN_ROUNDS:
+            if attack in IN_ROUNDS:
+                usual = self.attacks.get(attack) or PROTOCOLS["standard"].attacks[attack]
+                budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
+            elif budget.rounds:
                 raise ValueError(f"the budget of {attack} has {budget.rounds} rounds; only {', '.join(IN_ROUNDS)} is "
                                  "run in rounds")
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))

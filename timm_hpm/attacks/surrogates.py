@@ -116,21 +116,22 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[
 def differs(one: Tensor, other: Tensor, rounding: float) -> Tensor:
     """Returns where (B, C) two answers to the same images are farther apart than rounding takes them.
 
-    `rounding` is the part that may be lost of an entry, or of the median one of its row where that is larger. The
-    largest is no measure: a class that is masked by a logit of −1e4 would hide whatever the others do.
+    `rounding` is the part that may be lost of an entry, or where that is larger of those two that lead its row, or half
+    of the rows. The largest is no measure: a class that is masked by a logit of −1e4 would hide whatever the others do.
     """
     one, other = one.float(), other.float()
-    size = one.abs()
-    typical = size.masked_fill(size == 0, math.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num(0)
-    return ~((one - other).abs() <= rounding * size.maximum(typical))
+    leading = one.topk(min(2, one.shape[1]), dim=1).values.abs().amax(dim=1, keepdim=True)
+    return ~((one - other).abs() <= rounding * one.abs().maximum(leading).maximum(leading.median()))
 
 
 def _all_unwrapped(module: nn.Module) -> nn.Module:
     module = unwrapped(module)
-    for name, child in list(module.named_children()):
-        if unwrapped(child) is not child:
-            setattr(module, name, unwrapped(child))
-        _all_unwrapped(child)
+    # Not named_children(), which yields a module that has two names once.
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            if unwrapped(child) is not child:
+                setattr(module, name, unwrapped(child))
+            _all_unwrapped(child)
     return module
 
 
@@ -141,6 +142,8 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """
     try:
         twin = _all_unwrapped(copy.deepcopy(model))
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied ({error}), and attacks work on a copy; keep what "
                          "has no copy, such as locks and random generators, out of the module") from error
@@ -153,7 +156,9 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     try:
         with torch.no_grad():
             twin.float()(example)
-    except RuntimeError:
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:  # of whatever operation met two precisions
         return own
     return twin
 

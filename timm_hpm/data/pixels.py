@@ -78,8 +78,11 @@ def random_flip(images: Tensor, probability: float = 0.5) -> Tensor:
 def as_pixel_model(model: nn.Module) -> nn.Module:
     """Returns `model` as a classifier of pixels in [0, 1], in which form attacks and measurements take it.
 
-    A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already.
+    A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already. Of
+    one that is wrapped for several devices the model on the first is taken: an answer may depend on the whole batch.
     """
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     if isinstance(model, PixelModel) or not getattr(unwrapped(model), "pretrained_cfg", None):
         return model
     return PixelModel(model)

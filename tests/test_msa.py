@@ -19,6 +19,7 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks import PROTOCOLS
 from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Budget, Notes
 from timm_hpm.attacks.judge import predictions
 from timm_hpm.attacks.msa import rows_of

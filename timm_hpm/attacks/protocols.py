@@ -87,15 +87,15 @@ class Protocol:
 
 #: `standard`: each of AutoAttack's components at its standard budget through every surrogate, Square on the true model,
 #: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: the same without
-#: FAB, with fewer targets and fewer queries of Square, and for a part of what that saves more rounds of `joint-rest`.
+#: FAB, with fewer targets and fewer queries of Square.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
                               "fab-t": Budget(100, targets=9), "square": Budget(5_000),
                               "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
-        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
+        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_500),
+                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
     )
 }
 

@@ -302,9 +302,10 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     device = usable_device(args.device) if accelerator is None else accelerator.device
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     given = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    both = args.model_kwargs.get("num_classes", args.num_classes)
-    if given and both != args.num_classes:
-        raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={both}; give one of them")
+    other = args.model_kwargs.get("num_classes", args.num_classes)
+    if given and other != args.num_classes:
+        raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={other}; give one of "
+                         "them")
     model = create_model(args.model, pretrained=pretrained, **args.model_kwargs | given)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)

@@ -116,8 +116,9 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[
 def differs(one: Tensor, other: Tensor, rounding: float) -> Tensor:
     """Returns where (B, C) two answers to the same images are farther apart than rounding takes them.
 
-    `rounding` is the part that may be lost of an entry, or where that is larger of those two that lead its row, or half
-    of the rows. The largest is no measure: a class that is masked by a logit of −1e4 would hide whatever the others do.
+    `rounding` is the part that may be lost of the largest of three sizes: the entry's own, that of the two entries that
+    lead its row, and the median row's of these. The largest of all is no measure: a class that is masked by a logit of
+    −1e4 would hide whatever the others do.
     """
     one, other = one.float(), other.float()
     leading = one.topk(min(2, one.shape[1]), dim=1).values.abs().amax(dim=1, keepdim=True)

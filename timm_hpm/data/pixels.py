@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_SEVERAL_DEVICES: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class PixelModel(nn.Module):
@@ -81,7 +84,7 @@ def as_pixel_model(model: nn.Module) -> nn.Module:
     A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already. Of
     one that is wrapped for several devices the model on the first is taken: an answer may depend on the whole batch.
     """
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    while isinstance(model, _SEVERAL_DEVICES):
         model = model.module
     if isinstance(model, PixelModel) or not getattr(unwrapped(model), "pretrained_cfg", None):
         return model
@@ -92,7 +95,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Returns what `torch.compile`, DataParallel and DistributedDataParallel have wrapped, or `model` itself."""
     while True:
         # Nothing is compiled before torch._dynamo, which takes its time, was imported.
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, _SEVERAL_DEVICES):
             model = model.module
         elif "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(ATTACKS)} (the protocol's)")
     group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
                        help="iterations, and with an x the number of targets, or of rounds: apgd-ce=50 apgd-t=50x4 "
-                            "joint-rest=25x20 (the protocol's)")
+                            "joint-rest=25x40 (the protocol's)")
     group.add_argument("--survivors-only", action="store_true",
                        help="attack an image no more once it is broken: faster where much is, and the rows of single "
                             "attacks become those of a cascade, as AutoAttack's are")
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                             "RobustBench's. An empty folder begins a run")
     group.add_argument("--save-adversarial", action="store_true",
                        help="also write adversarial.safetensors: every candidate, for --rejudge; by standard on an HPM "
-                            "head in batch mode 68 times the images")
+                            "head in batch mode 88 times the images")
     group.add_argument("--rejudge", type=Path, metavar="FOLDER",
                        help="attack nothing: judge that folder's adversarial.safetensors again, by that run's model "
                             "or the one given, compare with its report.json, and say whether they agree")

@@ -12,7 +12,7 @@
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
-- two processes over one: time of `evaluate.py --protocol fast` in one process, over that in two, of one thread each.
+- two processes over one: time of `evaluate.py` by `standard` in one process, over that in two, of one thread each.
 
 Beside them stand the robust accuracies that were found, and the ratio of the processor's time, which other work on the
 machine changes less. `--scale` multiplies every budget of all that is compared, for a first look; a figure is one at
@@ -42,7 +42,6 @@ from torch import Tensor, nn
 
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, Protocol
-from timm_hpm.attacks.joint import JOINT_ATTACKS
 from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.msa import surrogates_of
 from timm_hpm.attacks.surrogates import SplitModel
@@ -125,8 +124,8 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
         times = {}
         for name, some in sizes.items():
             surrogates = surrogates_of(name, split, split.default_surrogates())
-            # These take one surrogate after the other.
-            at_once = [[one] for one in surrogates] if name in (*JOINT_ATTACKS, "apgd-chain") else [surrogates]
+            # The chain takes one surrogate after the other.
+            at_once = [[one] for one in surrogates] if name == "apgd-chain" else [surrogates]
             times[name] = sum(seconds(partial(passes, split, images, names, some, 1 / len(at_once)))
                               for names in at_once)
         times["all"] = sum(times.values()) + seconds(lambda: judge_passes(pixel_model, images, rest))
@@ -272,7 +271,7 @@ def both_times(task: Callable[[], object]) -> tuple[float, float]:
 def processes(args: argparse.Namespace) -> float:
     """Returns how much faster two processes are than one."""
     root = Path(__file__).parent.parent
-    options = [str(root / "evaluate.py"), "--device", "cpu", "--protocol", "fast", "--dataset", args.dataset, "--split",
+    options = [str(root / "evaluate.py"), "--device", "cpu", "--dataset", args.dataset, "--split",
                args.split, "--num-images", str(args.images), "--batch-size", str(args.batch_size)]
     options += ["--model", args.model]
     options += ["--checkpoint", args.checkpoint] if args.checkpoint else []

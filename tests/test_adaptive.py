@@ -1,6 +1,7 @@
 """Attacks on what is special about an HPM head: known answers on raw pixels, the judge's word on a real network."""
 
 import copy
+import math
 
 import pytest
 import timm
@@ -78,6 +79,45 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
         assert (points != images).flatten(1).any(dim=1).all(), "the others move for their sake"
     nothing = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=torch.zeros_like(sought))
     assert torch.equal(ATTACKS["joint-rest"](nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
+
+
+def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model, digits):
+    # So what one protocol found by other candidates than another one does not make their rounds differ.
+    images, labels = digits
+    split = SplitModel(timm_hpm.PixelModel(model), images)
+    sought = torch.arange(40) % 4 > 0
+
+    def found(start: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
+        batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
+        torch.manual_seed(0)
+        return ATTACKS["joint-rest"](batch, THREAT, Budget(5), Notes())
+
+    first = found(images, sought)
+    assert torch.equal(first, found(0.9 * images, sought))
+    assert not torch.equal(first, found(images, ~sought))
+
+
+def test_the_joint_attacks_do_not_depend_on_the_scale_of_the_logits(model, digits):
+    images, labels = digits
+    ends = []
+    for factor in (1.0, 1e-3):
+        split = SplitModel(timm_hpm.PixelModel(model), images)
+        split.head.log_scale.add_(math.log(factor))
+        batch = AttackBatch(split, ["soft", "ste"], images, labels)
+        torch.manual_seed(0)
+        ends.append(ATTACKS["joint"](batch, THREAT, Budget(10), Notes()))
+    assert ((ends[0] - ends[1]).abs() > 1e-4).float().mean() < 0.02
+
+
+def test_who_is_drawn_hangs_little_on_who_else_is_left():
+    margin = -torch.arange(200.0)
+    left, fewer = torch.ones(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)
+    fewer[0] = False
+    drawn = []
+    for sought in (left, fewer):
+        torch.manual_seed(0)
+        drawn.append(joint.a_few(sought, margin))
+    assert drawn[0].sum() == drawn[1].sum() == 20 and (drawn[0] & drawn[1]).sum() >= 18
 
 
 def test_a_round_is_for_a_few_of_those_that_are_nearest_to_an_error():

@@ -741,6 +741,6 @@ def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
     assert report.protocol["attacks"] == {"joint-rest": {"iterations": 3, "rounds": 2}}
     assert "joint-rest iterations 3, rounds 2" in report.to_markdown()
     fast = PROTOCOLS["fast"].changed(budgets={"joint-rest": Budget(3)})
-    assert fast.attacks["joint-rest"] == Budget(3, rounds=20), "none given are those of the protocol"
+    assert fast.attacks["joint-rest"] == Budget(3, rounds=30), "none given are those of the protocol"
     with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-rest is run in rounds"):
         mixed_surrogate_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})

@@ -422,8 +422,8 @@ def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
     report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
     standard = PROTOCOLS["standard"]
     assert standard.changed(["fc"], QUICK["attacks"], QUICK["budgets"]).digest() == report.protocol["protocol_digest"]
-    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 25, "rounds": 20}
-    more = replace(standard, attacks={**standard.attacks, "joint-rest": Budget(25, rounds=21)})
+    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 25, "rounds": 30}
+    more = replace(standard, attacks={**standard.attacks, "joint-rest": Budget(25, rounds=31)})
     assert more.digest() != standard.digest()
 
 

@@ -242,8 +242,8 @@ def test_the_readme_s_first_command(tmp_path):
     assert report.protocol["attacks"] == {
         "apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
         "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000},
-        "apgd-chain": {"iterations": 100}, "joint": {"iterations": 100},
-        "joint-rest": {"iterations": 25, "rounds": 20}}
+        "apgd-chain": {"iterations": 50}, "joint": {"iterations": 100},
+        "joint-rest": {"iterations": 25, "rounds": 30}}
     assert list(report.by_surrogate) == ["fc", "dataset", "soft", "ste", "mixed", "true"]
     assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
     assert report.robust_accuracy <= report.clean_accuracy

@@ -26,6 +26,11 @@ _NEW_STEP: Final = 0.75
 _NEAREST: Final = 0.5
 _SERVED: Final = 0.1
 
+# Of the sigmoid that softens an error, for margins in units of their median. With a flat one the images that are far
+# from an error draw the batch to themselves, with a much steeper one it is drawn by the nearest alone.
+_STEEPNESS: Final = 16.0
+_SMALLEST: Final = 1e-6
+
 
 def apgd_chain(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy of one surrogate after another.
@@ -43,80 +48,81 @@ def apgd_chain(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: N
 def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
     """Returns the candidates (S·B, ...) of an ascent that moves all images of a batch at once, for one common loss.
 
-    The loss is the number of errors in the batch, each softened by a sigmoid of its margin, so an image that is lost
-    anyway moves the batch-level prototypes for the sake of the others. Of the batches on the way the one counts in
-    which the head itself errs most. It begins where the batch's images stand.
+    The loss is the number of errors in the batch, each softened by a steep sigmoid of its margin, so an image that is
+    lost anyway moves the batch-level prototypes for the sake of those that are nearest to an error. Of the batches on
+    the way the one counts in which the head itself errs most. It begins where the batch's images stand.
     """
-    everything = torch.ones_like(batch.sought)
-    return torch.cat([_ascend_together(batch, s, threat, budget.iterations, points, everything)[0]
-                      for s, points in enumerate(batch.points.split(batch.size))])
+    everything = torch.ones_like(batch.labels, dtype=torch.bool)
+    return _ascend_together(batch, threat, budget.iterations, batch.points, everything)
 
 
 def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
     """Returns the candidates (S·B, ...) of the same for a few of the images that are sought: one round of it.
 
-    All others move for their sake. The few are drawn from those that are nearest to an error where the batch stands. It
-    begins at random points of the ball, and each surrogate is after what the ones before it have left. Where nothing is
-    left the images stay where they stand.
+    All others move for their sake. It begins at random points of the ball, and the few are drawn from those that are
+    nearest to an error there. Where nothing is left the images stay where they stand.
     """
-    found, sought = [], batch.sought
-    margins = margin_loss(batch.clean_logits, batch.labels)
-    for s, (points, margin) in enumerate(zip(batch.points.split(batch.size), margins.split(batch.size), strict=True)):
-        if sought.any():
-            start = threat.random_start(batch.clean[:batch.size])
-            points, wrong = _ascend_together(batch, s, threat, budget.iterations, start, a_few(sought, margin))
-            sought = sought & ~wrong
-        found.append(points)
-    return torch.cat(found)
+    if not batch.sought.any():
+        return batch.points
+    start = threat.random_start(batch.clean)
+    with torch.no_grad():
+        margins = torch.cat([margin_loss(batch.model.logits(name, features), labels) for name, features, labels in zip(
+            batch.surrogates, batch.model.features(start).split(batch.size), batch.labels.split(batch.size),
+            strict=True)]).nan_to_num()
+    few = torch.cat([a_few(batch.sought, margin) for margin in margins.split(batch.size)])
+    return _ascend_together(batch, threat, budget.iterations, start, few)
 
 
 def a_few(sought: Tensor, margin: Tensor) -> Tensor:
     """Returns which (B,) of the `sought` images (B,) a round is for, at least one, by their margins (B,)."""
+    # Every image draws a number, so that who is picked hangs little on who is left, and two protocols that leave the
+    # same images go on in the same way.
+    order = torch.rand(len(sought), device=sought.device)
     rows = sought.nonzero().squeeze(1)
     nearest = rows[margin[rows].argsort(descending=True)][:math.ceil(_NEAREST * len(rows))]
-    few = nearest[torch.randperm(len(nearest), device=rows.device)[:math.ceil(_SERVED * len(rows))]]
+    few = nearest[order[nearest].argsort()[:math.ceil(_SERVED * len(rows))]]
     return torch.zeros_like(sought).index_fill(0, few, True)
 
 
-def _ascend_together(batch: AttackBatch, s: int, threat: ThreatModel, iterations: int, x: Tensor,
-                     sought: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the best whole batch (B, ...) found from `x` through the surrogate of number `s`, and its errors (B,).
+def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x: Tensor, sought: Tensor) -> Tensor:
+    """Returns each surrogate's best whole batch, all of them (S·B, ...), found from `x` side by side.
 
-    Only errors among the images that are `sought` (B,) count.
+    Only errors among the rows that are `sought` (S·B,) count.
     """
-    model, surrogate = batch.model, batch.surrogates[s]
-    assert model.head is not None
-    rows = slice(s * batch.size, (s + 1) * batch.size)
-    clean, labels = batch.clean[rows], batch.labels[rows]
-    before, best, most, wrong_there = x, x, -1, sought
+    model, head = batch.model, batch.model.head
+    assert head is not None
+    before, best, most = x, x, torch.full((len(batch.surrogates),), -1, device=x.device)
     for i in range(iterations + 1):
-        temperature = _LAST_TEMPERATURE ** (i / iterations)
-        logits_of = partial(soft_logits, temperature=temperature) if surrogate == "soft" else (
-            SURROGATES[surrogate].logits)
+        cooled = partial(soft_logits, temperature=_LAST_TEMPERATURE ** (i / iterations))
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
-            features = model.features(x)
-            answer = logits_of(model.head, features)
-            logits = batch.finite(batch.rows[rows], x, answer)
-            loss = margin_loss(logits, labels).sigmoid()[sought].sum()
+            features = model.features(x).split(batch.size)
+            answers = [(cooled if name == "soft" else SURROGATES[name].logits)(head, part)
+                       for name, part in zip(batch.surrogates, features, strict=True)]
+            logits = batch.finite(batch.rows, x, torch.cat(answers))
+            margins = margin_loss(logits, batch.labels)
+            if i == 0:
+                unit = margins.detach().abs().median().clamp(min=_SMALLEST)
+            loss = (_STEEPNESS / unit * margins[sought]).sigmoid().sum()
         with torch.no_grad():
             # The head's own answer, which one of the surrogates has given already.
-            own = answer if surrogate == model.twin() else model.logits(model.twin(), features.detach())
-            wrong = predicted_classes(own) != labels
-            errors = int(wrong[sought].sum())
+            own = torch.cat([answer if name == model.twin() else model.logits(model.twin(), part)
+                             for name, part, answer in zip(batch.surrogates, features, answers, strict=True)])
+            wrong = (predicted_classes(own) != batch.labels) & sought
+            errors = wrong.view(len(most), batch.size).sum(dim=1)
+            # The later of two: it was found nearer to the head's own assignment.
+            better = (errors >= most).repeat_interleave(batch.size).view(-1, 1, 1, 1)
+            best, most = torch.where(better, x, best), errors.maximum(most)
         batch.on_query()
-        # The later of two: it was found nearer to the head's own assignment.
-        if errors >= most:
-            best, most, wrong_there = x.detach(), errors, wrong
         if i == iterations:
             break
         gradient, = torch.autograd.grad(loss, x)
         with torch.no_grad():
             size = threat.eps * (1 + math.cos(math.pi * i / iterations)) / 2
-            moved = threat.project(x + threat.scaled(gradient, size), clean)
-            moved = threat.project(x + _NEW_STEP * (moved - x) + (1 - _NEW_STEP) * (x - before), clean)
+            moved = threat.project(x + threat.scaled(gradient, size), batch.clean)
+            moved = threat.project(x + _NEW_STEP * (moved - x) + (1 - _NEW_STEP) * (x - before), batch.clean)
             before, x = x.detach(), moved
-    return best, wrong_there
+    return best
 
 
 #: Attacks on a whole batch, in which every image moves.

@@ -391,9 +391,16 @@ def _plan(
         protocol: Protocol,
 ) -> list[tuple[tuple[str, ...], str]]:
     """Returns the (surrogates side by side, attack) of one batch, in order; rounds of an attack as `"joint-rest#1"`."""
-    groups = [surrogates[i:i + at_once] for i in range(0, len(surrogates), at_once)]
-    together = [(surrogates_of(attack, split, surrogates), name) for attack in attacks if attack not in COMPONENTS
-                for name in rows_of(attack, protocol.attacks[attack].rounds)]
+    def grouped(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        return [names[i:i + at_once] for i in range(0, len(names), at_once)]
+
+    groups, together = grouped(surrogates), []
+    for attack in attacks:
+        if attack not in COMPONENTS:
+            names = surrogates_of(attack, split, surrogates)
+            # The chain goes from one surrogate to the next.
+            together += [(group, name) for name in rows_of(attack, protocol.attacks[attack].rounds)
+                         for group in ([names] if attack == "apgd-chain" else grouped(names))]
     attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
     # Where an image is attacked only until it is broken, the cheap attacks come first, and Square last: what it broke
     # would stand in the rows of the attacks after it.

@@ -93,9 +93,9 @@ PROTOCOLS: Final = {
     for protocol in (
         Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
                               "fab-t": Budget(100, targets=9), "square": Budget(5_000),
-                              "apgd-chain": Budget(100), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
-        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_500),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=20)}),
+                              "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
+        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
+                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
     )
 }
 

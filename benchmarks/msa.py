@@ -12,7 +12,8 @@
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
-- two processes over one: time of `evaluate.py` by `standard` in one process, over that in two, of one thread each.
+- two processes over one: time of `evaluate.py` by `standard` in one process, over that in two, of one thread each; the
+  median of several runs.
 
 Beside them stand the robust accuracies that were found, and the ratio of the processor's time, which other work on the
 machine changes less. `--scale` multiplies every budget of all that is compared, for a first look; a figure is one at
@@ -192,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=3, help="of attack over passes (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of the first and the last (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--model", default="hpm_wrn10_2")
     parser.add_argument("--checkpoint")
@@ -222,7 +223,8 @@ def main() -> None:
     if protocols:
         compare_protocols(model, images, labels, threat, protocols, args)
     if NAMES[3] in args.only:
-        print(f"{NAMES[3]}: {processes(args):.2f}")
+        each = processes(args)
+        print(f"{NAMES[3]}: {statistics.median(each):.2f} ({', '.join(f'{ratio:.2f}' for ratio in each)})")
 
 
 def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel,
@@ -268,24 +270,34 @@ def both_times(task: Callable[[], object]) -> tuple[float, float]:
     return wall, time.process_time() - before
 
 
-def processes(args: argparse.Namespace) -> float:
-    """Returns how much faster two processes are than one."""
+def processes(args: argparse.Namespace) -> list[float]:
+    """Returns how much faster two processes are than one, which is timed before and after them, in several runs."""
     root = Path(__file__).parent.parent
     options = [str(root / "evaluate.py"), "--device", "cpu", "--dataset", args.dataset, "--split",
                args.split, "--num-images", str(args.images), "--batch-size", str(args.batch_size)]
     options += ["--model", args.model]
     options += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     options += ["--data-dir", args.data_dir] if args.data_dir else []
-    times = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in (1, 2):
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-            command = [sys.executable, *launcher, *options, "--output", f"{folder}/{number}"]
-            times.append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True,
-                                                                        env=os.environ | {"OMP_NUM_THREADS": "1"})))
-        reports = [timm_hpm.AttackReport.load(f"{folder}/{number}/report.json") for number in (1, 2)]
-    assert reports[0].same_results(reports[1]), "the report depends on the number of processes"
-    return times[0] / times[1]
+
+    def timed(number: int, output: Path) -> float:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+        command = [sys.executable, *launcher, *options, "--output", str(output)]
+        return seconds(lambda: subprocess.run(command, check=True, capture_output=True,
+                                              env=os.environ | {"OMP_NUM_THREADS": "1"}))
+
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        before = timed(1, folder / "one")
+        report = timm_hpm.AttackReport.load(folder / "one" / "report.json")
+        for run in range(args.runs):
+            two = timed(2, folder / f"two-{run}")
+            assert report.same_results(timm_hpm.AttackReport.load(folder / f"two-{run}" / "report.json")), (
+                "the report depends on the number of processes")
+            after = timed(1, folder / f"one-{run}")
+            ratios.append(statistics.mean((before, after)) / two)
+            before = after
+    return ratios
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@
   median of several runs.
 
 Beside them stand the robust accuracies that were found, and the ratio of the processor's time, which other work on the
-machine changes less. `--scale` multiplies every budget of all that is compared, for a first look; a figure is one at
+machine changes less. `--scale` multiplies every budget of all but the last, for a first look; a figure is one at
 scale 1. `--output` keeps the raw reports.
 """
 

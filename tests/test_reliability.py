@@ -74,18 +74,27 @@ def test_a_model_of_another_precision_is_judged_in_it(colours, dtype):
     assert next(model.parameters()).dtype == dtype and not report.unreliable
 
 
+class Casting(nn.Module):
+    def __init__(self, inner, dtype):
+        super().__init__()
+        self.inner, self.dtype = inner.to(dtype), dtype
+
+    def forward(self, x):
+        return self.inner(x.to(self.dtype)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_hpm_model_that_casts_by_itself_is_attacked_through_every_surrogate(model, digits, dtype):
+    images, casting = digits[0], Casting(model, dtype).eval()
+    report = mixed_surrogate_attack(casting, images, casting(images).argmax(dim=1), THREAT, budgets=SMALL)
+    assert {"soft/joint", "ste/joint-rest#2", "ste/apgd-chain"} <= report.correct.keys()
+    assert report.clean_accuracy == 1 and report.robust_accuracy < 1 and not report.unreliable
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_that_casts_by_itself_is_attacked_in_its_own_precision(colours, dtype):
-    class Casting(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x.to(dtype)).float()
-
     _, images, _ = colours
-    model = Casting(colours[0].to(dtype)).eval()
+    model = Casting(colours[0], dtype).eval()
     report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), ThreatModel("Linf", 0.01),
                                     budgets=SMALL)
     assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1 and not report.unreliable

@@ -1,10 +1,12 @@
 """Attacks on what is special about an HPM head: several surrogates of an image, a batch that answers as a whole."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..threat import ThreatModel
@@ -26,8 +28,8 @@ _NEW_STEP: Final = 0.75
 _NEAREST: Final = 0.5
 _SERVED: Final = 0.1
 
-# Of the sigmoid that softens an error, for margins in units of their median. With a flat one the images that are far
-# from an error draw the batch to themselves, with a much steeper one it is drawn by the nearest alone.
+# Of the sigmoid that softens an error, for margins in units of the median of their sizes at the start. With a flat one
+# the images that are far from an error draw the batch to themselves, with a much steeper one the nearest alone does.
 _STEEPNESS: Final = 16.0
 _SMALLEST: Final = 1e-6
 
@@ -52,8 +54,8 @@ def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
     lost anyway moves the batch-level prototypes for the sake of those that are nearest to an error. Of the batches on
     the way the one counts in which the head itself errs most. It begins where the batch's images stand.
     """
-    everything = torch.ones_like(batch.labels, dtype=torch.bool)
-    return _ascend_together(batch, threat, budget.iterations, batch.points, everything)
+    return _ascend_together(batch, threat, budget.iterations, batch.points,
+                            partial(torch.ones_like, dtype=torch.bool))
 
 
 def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
@@ -64,13 +66,8 @@ def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: N
     """
     if not batch.sought.any():
         return batch.points
-    start = threat.random_start(batch.clean)
-    with torch.no_grad():
-        margins = torch.cat([margin_loss(batch.model.logits(name, features), labels) for name, features, labels in zip(
-            batch.surrogates, batch.model.features(start).split(batch.size), batch.labels.split(batch.size),
-            strict=True)]).nan_to_num()
-    few = torch.cat([a_few(batch.sought, margin) for margin in margins.split(batch.size)])
-    return _ascend_together(batch, threat, budget.iterations, start, few)
+    return _ascend_together(batch, threat, budget.iterations, threat.random_start(batch.clean),
+                            partial(a_few, batch.sought))
 
 
 def a_few(sought: Tensor, margin: Tensor) -> Tensor:
@@ -84,10 +81,19 @@ def a_few(sought: Tensor, margin: Tensor) -> Tensor:
     return torch.zeros_like(sought).index_fill(0, few, True)
 
 
-def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x: Tensor, sought: Tensor) -> Tensor:
+def softened_errors(margins: Tensor, sought: Tensor) -> Tensor:
+    """Returns the logarithm (S,) of how many of the `sought` (S, B) are errors, each a sigmoid of its margin (S, B).
+
+    Its gradient is that of the number, but for a factor that keeps it from vanishing where all are far from an error.
+    """
+    return F.logsigmoid(margins).masked_fill(~sought, -math.inf).logsumexp(dim=1)
+
+
+def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x: Tensor,
+                     choose: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns each surrogate's best whole batch, all of them (S·B, ...), found from `x` side by side.
 
-    Only errors among the rows that are `sought` (S·B,) count.
+    Only errors among the images (B,) count that `choose` returns by a surrogate's margins (B,) at `x`.
     """
     model, head = batch.model, batch.model.head
     assert head is not None
@@ -96,20 +102,21 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
         cooled = partial(soft_logits, temperature=_LAST_TEMPERATURE ** (i / iterations))
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
-            features = model.features(x).split(batch.size)
+            features = model.features(x).to(head.weight.dtype).split(batch.size)
             answers = [(cooled if name == "soft" else SURROGATES[name].logits)(head, part)
                        for name, part in zip(batch.surrogates, features, strict=True)]
             logits = batch.finite(batch.rows, x, torch.cat(answers))
-            margins = margin_loss(logits, batch.labels)
+            margins = margin_loss(logits, batch.labels).view(len(most), batch.size)
             if i == 0:
-                unit = margins.detach().abs().median().clamp(min=_SMALLEST)
-            loss = (_STEEPNESS / unit * margins[sought]).sigmoid().sum()
+                sought = torch.stack([choose(part) for part in margins.detach()])
+                unit = margins.detach().abs().median(dim=1, keepdim=True).values.clamp(min=_SMALLEST)
+            loss = softened_errors(_STEEPNESS / unit * margins, sought).sum()
         with torch.no_grad():
             # The head's own answer, which one of the surrogates has given already.
             own = torch.cat([answer if name == model.twin() else model.logits(model.twin(), part)
                              for name, part, answer in zip(batch.surrogates, features, answers, strict=True)])
-            wrong = (predicted_classes(own) != batch.labels) & sought
-            errors = wrong.view(len(most), batch.size).sum(dim=1)
+            wrong = (predicted_classes(own) != batch.labels).view_as(sought)
+            errors = (wrong & sought).sum(dim=1)
             # The later of two: it was found nearer to the head's own assignment.
             better = (errors >= most).repeat_interleave(batch.size).view(-1, 1, 1, 1)
             best, most = torch.where(better, x, best), errors.maximum(most)

@@ -489,7 +489,7 @@ class _Run:
         surrogates = [split.twin() if name == TRUE_MODEL else name for name in group]
         before = time.perf_counter(), split.forward_passes, split.backward_passes
         with seeded(device, seed, attack, group, first), _without_autocast(images):
-            # The joint attacks take the batch as it has become, and every image of it.
+            # `joint` begins at the batch as it has become, `joint-rest` at random; both move every image of it.
             together = attack_of(attack) in JOINT_ATTACKS
             start = standing if self.survivors_only or together else None
             active = ~broken if self.survivors_only and not together else None

@@ -317,7 +317,7 @@ MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4)
 def attacked(request, tmp_path_factory) -> Run:
     model, images, labels = prototype_problem("batch")
     labels[[10, 55]] = (labels[[10, 55]] + 1) % 5
-    threat = ThreatModel("Linf", prototype_distances(model, images, labels, "Linf").quantile(0.6).item())
+    threat = ThreatModel("Linf", prototype_distances(model, images, labels, "Linf").quantile(0.5).item())
     path = tmp_path_factory.mktemp("attacked") / "adversarial.safetensors"
     report = mixed_surrogate_attack(model, images, labels, threat, batch_size=25, budgets=MIDDLE,
                                     surrogates_at_once=request.param, save_adversarial=path)

@@ -222,13 +222,24 @@ def test_the_documented_comparison_is_of_the_kept_reports():
         assert cells == [*("{:.2f} ({:.2f})".format(*ratios[name]) for name in reports),
                          percent(naive["robust_accuracy"]), *(percent(report.robust_accuracy)
                                                               for report in reports.values())]
-        # What the project promises of them.
-        assert ratios["fast"][0] <= 0.25
-        # Three quarters are wanted; on Fashion-MNIST it is a little more, which the docs say.
-        assert ratios["standard"][0] <= (0.78 if folder == "fashion_mnist" else 0.75)
         assert reports["standard"].robust_accuracy <= naive["robust_accuracy"]
         assert reports["fast"].robust_accuracy - reports["standard"].robust_accuracy <= 0.005
         assert all(report.protocol["protocol_digest"] == PROTOCOLS[name].digest() for name, report in reports.items())
+
+
+TOO_SLOW = pytest.mark.xfail(strict=True, reason="standard takes 0.77 of naive on Fashion-MNIST (docs/benchmarks.md)")
+
+
+@pytest.mark.parametrize("folder", ["digits", "digits_trades", pytest.param("fashion_mnist", marks=TOO_SLOW)])
+def test_standard_takes_three_quarters_of_naive(folder):
+    times = kept(folder, "times")
+    assert times["standard"]["seconds"] <= 0.75 * times["naive"]["seconds"]
+
+
+@pytest.mark.parametrize("folder", REPORTS.values())
+def test_fast_takes_a_quarter_of_naive(folder):
+    times = kept(folder, "times")
+    assert times["fast"]["seconds"] <= 0.25 * times["naive"]["seconds"]
 
 
 def test_the_documented_accuracies_and_misses_are_of_the_kept_reports():

@@ -168,9 +168,9 @@ def test_counted_passes_are_those_that_the_report_counts(msa):
     for name, some in sizes.items():
         with_gradient = sum(rows * number for (rows, gradient), number in some.items() if gradient)
         assert with_gradient == cost[name]["backward_passes"]
-        # Before a round begins, the images are asked where they stand.
-        before = len(images) * max(protocol.attacks[name].rounds, 1)
-        assert sum(rows * number for (rows, _), number in some.items()) == cost[name]["forward_passes"] - before
+        assert sum(rows * number for (rows, _), number in some.items()) == cost[name]["forward_passes"]
+    # Each step of a joint attack asks both surrogates once, and only the last one needs no gradient.
+    assert cost["joint"]["forward_passes"] == 2 * 6 * (protocol.attacks["joint"].iterations + 1)
 
 
 def test_protocols_are_compared_on_the_same_images(msa, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenk
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import torch
@@ -96,13 +97,25 @@ class AttackBatch:
         self.rows = torch.arange(len(self.clean), device=images.device)
         self.active = self.rows if active is None else self.rows[active.repeat(copies)]
         self.sought = torch.ones_like(labels, dtype=torch.bool) if sought is None else sought
-        start = images if start is None else start
-        self.points = start.repeat(copies, 1, 1, 1)
+        self._start = images if start is None else start
+        self.points = self._start.repeat(copies, 1, 1, 1)
         self.not_finite: set[int] = set()
         self._asked: tuple[Tensor, list[_Part]] = (self.rows, self._parts(self.rows))
-        with torch.no_grad():
-            self._features = model.features(start).repeat(copies, 1)
-        self.clean_logits = self.current_logits()
+
+    @cached_property
+    @torch.no_grad()
+    def _start_features(self) -> Tensor:
+        """Features (B, d) of the images where they stand at first, which not every attack asks for."""
+        return self.model.features(self._start)
+
+    @cached_property
+    def _features(self) -> Tensor:
+        """Features (S·B, d) of the rows where they are."""
+        return self._start_features.repeat(len(self.surrogates), 1)
+
+    @cached_property
+    def clean_logits(self) -> Tensor:
+        return self._logits_of([self._start_features] * len(self.surrogates))
 
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
         """Returns the logits (R, C) of the ascending `rows` (R,) moved to `pixels`, with the others where they are.
@@ -142,13 +155,14 @@ class AttackBatch:
             with torch.no_grad():
                 self._features[rows] = self.model.features(pixels)
 
-    @torch.no_grad()
     def current_logits(self) -> Tensor:
         """Returns the logits (S·B, C) of all rows where they are, without a backbone pass."""
-        logits = torch.cat([
-            self.model.logits(surrogate, self._features[s * self.size:(s + 1) * self.size])
-            for s, surrogate in enumerate(self.surrogates)
-        ])
+        return self._logits_of(self._features.split(self.size))
+
+    @torch.no_grad()
+    def _logits_of(self, features: Sequence[Tensor]) -> Tensor:
+        """Returns the logits (S·B, C) of whole batches of features (B, d), one for each surrogate."""
+        logits = torch.cat([self.model.logits(*pair) for pair in zip(self.surrogates, features, strict=True)])
         return self.finite(self.rows, self.points, logits)
 
     def not_fooled(self) -> Tensor:
@@ -306,9 +320,14 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
     keeps_whole_batches = batch.couples()
+    rows = asked = batch.active
+    labels = batch.labels[rows]
 
     def margin(rows: Tensor, pixels: Tensor) -> Tensor:
-        loss = margin_loss(batch.query(rows, pixels), batch.labels[rows])
+        nonlocal asked, labels
+        if rows is not asked:
+            asked, labels = rows, batch.labels[rows]
+        loss = margin_loss(batch.query(rows, pixels), labels)
         if keeps_whole_batches:
             # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
             fooled = loss >= 0
@@ -316,7 +335,6 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
                 batch.place(rows[fooled], pixels[fooled])
         return loss
 
-    rows = batch.active
     return batch.points.index_copy(0, rows, square_search(margin, rows, batch.clean[rows], threat, budget.iterations))
 
 

@@ -92,7 +92,7 @@ class _LinfSearch:
         window = _window(height, width, side)
         self.changed = self.points[window]
         self.before = self.changed.clone()
-        self.changed += 2.0 * self.eps * _signs([channels, 1, 1], self.points)
+        self.changed += _signs([channels, 1, 1], self.points).mul_(2.0 * self.eps)
         self.changed.clamp_(self.low[window], self.high[window])
 
     def accept(self, better: Tensor) -> None:
@@ -155,7 +155,7 @@ def _image_length(x: Tensor) -> Tensor:
 
 
 def _signs(shape: list[int], like: Tensor) -> Tensor:
-    return torch.sign(2 * torch.rand(shape, dtype=like.dtype).to(like.device) - 1)
+    return torch.rand(shape, dtype=like.dtype).to(like.device).mul_(2).sub_(1).sign_()
 
 
 def _window(height: int, width: int, side: int) -> tuple[Any, slice, slice]:

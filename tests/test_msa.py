@@ -557,7 +557,7 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
 
 
 def test_clean_logits_answer_the_start_whenever_they_are_asked_for(digits_model, digits):
-    split = SplitModel(PixelModel(digits_model), digits[0])
+    split = SplitModel(timm_hpm.PixelModel(digits_model), digits[0])
     images, rows = digits[0][:6], torch.arange(6, 12)
     early, late = (AttackBatch(split, ["fc", "soft"], images, digits[1][:6]) for _ in range(2))
     expected = early.clean_logits.clone()

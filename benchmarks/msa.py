@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,13 +54,11 @@ from timm_hpm.report.verdicts import right_in_all
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 
 
-def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Counter[tuple[int, bool]],
-           share: float = 1) -> None:
-    """Makes the passes that were counted, to the logits of the surrogates side by side.
+def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]]) -> None:
+    """Makes the passes that were counted, in their order, to the logits of each of the surrogates side by side.
 
     Arguments:
-        sizes: how many there were of each number of rows, with a gradient and without one.
-        share: the part of them to make.
+        sizes: the number of rows of each pass, and whether it had a gradient.
     """
     rows = images.repeat(max((size for size, _ in sizes), default=0) // len(images) + 1, 1, 1, 1)
 
@@ -69,29 +66,28 @@ def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: 
         parts = split.features(x).split(-(-len(x) // len(surrogates)))
         return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=False)])
 
-    for (size, with_gradient), number in sizes.items():
-        for _ in range(round(number * share)):
-            x = rows[:size].clone().requires_grad_(with_gradient)
-            with torch.set_grad_enabled(with_gradient):
-                answers = logits(x)
-            if with_gradient:
-                torch.autograd.grad(answers.sum(), x)
+    for size, with_gradient in sizes:
+        x = rows[:size].clone().requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            answers = logits(x)
+        if with_gradient:
+            torch.autograd.grad(answers.sum(), x)
 
 
 @contextmanager
-def counted_sizes() -> Iterator[dict[str, Counter[tuple[int, bool]]]]:
+def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
     """Yields what is filled, for each attack made meanwhile, with the sizes of the passes it makes; see `passes`."""
-    sizes: dict[str, Counter[tuple[int, bool]]] = {}
+    sizes: dict[str, list[tuple[int, bool]]] = {}
     features, attacks = SplitModel.features, dict(ATTACKS)
     now: list[str] = []
 
     def counting(split: SplitModel, pixels: Tensor) -> Tensor:
         if now:
-            sizes[now[-1]][len(pixels), torch.is_grad_enabled() and pixels.requires_grad] += 1
+            sizes[now[-1]].append((len(pixels), torch.is_grad_enabled() and pixels.requires_grad))
         return features(split, pixels)
 
     def named(name: str, *args: Any) -> Tensor:
-        sizes.setdefault(name, Counter())
+        sizes.setdefault(name, [])
         now.append(name)
         try:
             return attacks[name](*args)
@@ -125,18 +121,18 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
         times = {}
         for name, some in sizes.items():
             surrogates = surrogates_of(name, split, split.default_surrogates())
-            # The chain takes one surrogate after the other.
+            # The chain takes one surrogate after the other, each with as many passes.
             at_once = [[one] for one in surrogates] if name == "apgd-chain" else [surrogates]
-            times[name] = sum(seconds(partial(passes, split, images, names, some, 1 / len(at_once)))
-                              for names in at_once)
+            each = len(some) // len(at_once)
+            times[name] = sum(seconds(partial(passes, split, images, names, some[i * each:(i + 1) * each]))
+                              for i, names in enumerate(at_once))
         times["all"] = sum(times.values()) + seconds(lambda: judge_passes(pixel_model, images, rest))
         return times
 
     with counted_sizes() as sizes:
         cost = evaluated()
     # The judge's, and those of the checks.
-    rest = cost["all"]["forward_passes"] - sum(number * size for some in sizes.values()
-                                               for (size, _), number in some.items())
+    rest = cost["all"]["forward_passes"] - sum(size for some in sizes.values() for size, _ in some)
     ratios: dict[str, list[float]] = {}
     before = alone()
     for _ in range(runs):

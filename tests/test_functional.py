@@ -168,6 +168,22 @@ def test_distances_by_inner_products_are_those_to_the_mixed_prototypes(batch, so
         torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("classes", [5, 250])
+def test_several_batches_are_answered_as_each_by_itself(classes):
+    # With 250 classes by inner products, with 5 by the mixed prototypes.
+    z, logits = torch.randn(3, 6, 256), 3 * torch.randn(3, 6, classes)
+    prototypes, scale = torch.randn(classes, 256), torch.tensor(0.3)
+
+    def answers(z: Tensor, logits: Tensor) -> Tensor:
+        hard, soft = functional.straight_through_assignment(logits), F.softmax(logits, dim=-1)
+        return torch.stack([functional.batch_logits(z, assignment, presence(assignment), prototypes, scale, 0.5)
+                            for assignment, presence in ((hard, functional.hard_presence),
+                                                         (soft, functional.soft_presence))])
+
+    each = [answers(*batch) for batch in zip(z, logits, strict=True)]
+    torch.testing.assert_close(answers(z, logits), torch.stack(each, dim=1), rtol=1e-5, atol=1e-3)
+
+
 def test_which_way_is_taken_makes_no_difference():
     few, many = torch.randn(6, 256), torch.randn(200, 256)  # 6·(250 + 256) < 250·256 < 200·(250 + 256)
     prototypes = torch.randn(250, 256)

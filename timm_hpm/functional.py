@@ -1,7 +1,8 @@
 """The equations of Hybrid Prototype Mixing (arXiv 2606.01746 and our reading of it, docs/method.md), as pure functions.
 
-Letters of the shapes: B images in a batch, C classes, d features. Nothing here keeps state, and every matrix product
-leaves autocast, because a distance is a small difference of large numbers.
+Letters of the shapes: B images in a batch, C classes, d features. `batch_logits` and what it is made of take several
+batches too, as more dimensions in front of all but the dataset-level prototypes. Nothing here keeps state, and every
+matrix product leaves autocast, because a distance is a small difference of large numbers.
 """
 
 import torch
@@ -24,13 +25,23 @@ def linear_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = Non
     return F.linear(x, weight, bias)
 
 
+@torch.fx.wrap
+def product_without_autocast(x: Tensor, y: Tensor) -> Tensor:
+    """Returns `x` (m, k) @ `y`ᵀ (n, k) in their own precision, also inside an autocast region."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile a joint condition)
+        if in_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return x @ y.transpose(-2, -1)
+    return x @ y.transpose(-2, -1)
+
+
 def straight_through_assignment(logits: Tensor) -> Tensor:
     """Returns the one-hot of each row's arg-max (B, C), with the gradient of the softmax (straight-through estimator).
 
     `logits` is (B, C). Its value is exactly one-hot: the softmax enters as p − stop_gradient(p).
     """
-    p = F.softmax(logits, dim=1)
-    hard = torch.zeros_like(p).scatter(1, p.argmax(dim=1, keepdim=True), 1.0)
+    p = F.softmax(logits, dim=-1)
+    hard = torch.zeros_like(p).scatter(-1, p.argmax(dim=-1, keepdim=True), 1.0)
     return hard + (p - p.detach())
 
 
@@ -39,7 +50,7 @@ def hard_presence(assignment: Tensor) -> Tensor:
 
     No gradient flows through it: a class that was not predicted has none.
     """
-    return (assignment.detach().sum(dim=0) > 0).to(assignment.dtype)
+    return (assignment.detach().sum(dim=-2) > 0).to(assignment.dtype)
 
 
 def soft_presence(assignment: Tensor) -> Tensor:
@@ -48,7 +59,7 @@ def soft_presence(assignment: Tensor) -> Tensor:
     `assignment` (B, C) holds probabilities. Without this weight one soft image would be the prototype of every class.
     """
     # The bound keeps log(1 − a) and its gradient finite where a softmax saturates at 1.
-    return -torch.expm1(torch.log1p(-assignment.clamp(max=1.0 - 1e-6)).sum(dim=0))
+    return -torch.expm1(torch.log1p(-assignment.clamp(max=1.0 - 1e-6)).sum(dim=-2))
 
 
 def prototype_weights(assignment: Tensor) -> Tensor:
@@ -56,7 +67,7 @@ def prototype_weights(assignment: Tensor) -> Tensor:
 
     Its gradients are finite there, too.
     """
-    mass = assignment.sum(dim=0)
+    mass = assignment.sum(dim=-2, keepdim=True)
     # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
     return assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
 
@@ -67,7 +78,7 @@ def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
     `features` is (B, d), `assignment` (B, C). The row of a class without any mass is zero, with finite gradients; what
     it says is masked by the presence in `mix_prototypes`.
     """
-    return linear_without_autocast(prototype_weights(assignment).t(), features.t())
+    return product_without_autocast(prototype_weights(assignment).transpose(-2, -1), features.transpose(-2, -1))
 
 
 def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mix: float) -> Tensor:
@@ -76,17 +87,17 @@ def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mi
     `prototypes` P and `batch_means` m are (C, d), `presence` w is (C,) in [0, 1], `mix` in [0, 1] is the weight of the
     batch-level prototypes.
     """
-    return prototypes + (mix * presence).unsqueeze(1) * (batch_means - prototypes)
+    return prototypes + (mix * presence).unsqueeze(-1) * (batch_means - prototypes)
 
 
 def squared_distances(features: Tensor, prototypes: Tensor) -> Tensor:
     """Returns ‖z_i − Q_c‖² as (B, C), for `features` (B, d) and `prototypes` (C, d), in O(B·C + C·d) memory."""
     # Distances do not change with the origin, but the rounding of the expanded square does: features behind a ReLU
     # share a large mean.
-    origin = prototypes.detach().mean(dim=0)
+    origin = prototypes.detach().mean(dim=-2, keepdim=True)
     z, q = features - origin, prototypes - origin
-    cross = linear_without_autocast(z, q)
-    return z.square().sum(dim=1, keepdim=True) - 2 * cross + q.square().sum(dim=1)
+    cross = product_without_autocast(z, q)
+    return z.square().sum(dim=-1, keepdim=True) - 2 * cross + q.square().sum(dim=-1).unsqueeze(-2)
 
 
 def l2_logits(features: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
@@ -124,7 +135,7 @@ def mixed_squared_distances(
     if not torch.jit.is_scripting():
         # A traced graph shall serve any batch size.
         choose = not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and choose
-    if choose and features.shape[0] * (num_classes + width) < num_classes * width:
+    if choose and features.shape[-2] * (num_classes + width) < num_classes * width:
         return mixed_squared_distances_by_products(features, assignment, presence, prototypes, mix)
     mixed = mix_prototypes(prototypes, batch_prototypes(features, assignment), presence, mix)
     return squared_distances(features, mixed)
@@ -142,15 +153,16 @@ def mixed_squared_distances_by_products(
     With v_jc = a_jc / Σ_i a_ic and k_c = mix·w_c it is the expanded square of z_i − (1 − k_c)·P_c − k_c·Σ_j v_jc z_j.
     That takes less work than `mix_prototypes` where B·(C + d) < C·d, and then also less memory: O(B² + B·C + C·d).
     """
-    origin = prototypes.detach().mean(dim=0)  # see `squared_distances`
+    origin = prototypes.detach().mean(dim=-2, keepdim=True)  # see `squared_distances`
     z, p = features - origin, prototypes - origin
-    v, k = prototype_weights(assignment), mix * presence
-    zz = linear_without_autocast(z, z)
-    zp = linear_without_autocast(z, p)
-    zm = linear_without_autocast(zz, v.t())
-    pp, pm, mm = torch.linalg.vector_norm(p, dim=1).square(), (v * zp).sum(dim=0), (v * zm).sum(dim=0)
+    v, k = prototype_weights(assignment), (mix * presence).unsqueeze(-2)
+    zz = product_without_autocast(z, z)
+    zp = product_without_autocast(z, p)
+    zm = product_without_autocast(zz, v.transpose(-2, -1))
+    pp = torch.linalg.vector_norm(p, dim=-1).square()
+    pm, mm = (v * zp).sum(dim=-2, keepdim=True), (v * zm).sum(dim=-2, keepdim=True)
     qq = (1 - k).square() * pp + 2 * k * (1 - k) * pm + k.square() * mm
-    return zz.diagonal().unsqueeze(1) - 2 * torch.lerp(zp, zm, k) + qq
+    return zz.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) - 2 * torch.lerp(zp, zm, k) + qq
 
 
 def sample_logits(features: Tensor, assignment: Tensor, prototypes: Tensor, scale: Tensor, mix: float) -> Tensor:

@@ -129,8 +129,11 @@ class AttackBatch:
         if rows is not self._asked[0]:
             self._asked = rows, self._parts(rows)
         parts = self._asked[1]
-        logits = torch.cat([self._surrogate_logits(part, own) for part, own in
-                            zip(parts, features.split([part.size for part in parts]), strict=True)])
+        batches = [self._whole(part, own) for part, own in
+                   zip(parts, features.split([part.size for part in parts]), strict=True)]
+        answers = self.model.side_by_side([part.surrogate for part in parts], batches)
+        logits = torch.cat([answer if part.among is None else answer.index_select(0, part.among)
+                            for part, answer in zip(parts, answers, strict=True)])
         self.on_query()
         return self.finite(rows, pixels, logits)
 
@@ -162,8 +165,7 @@ class AttackBatch:
     @torch.no_grad()
     def _logits_of(self, features: Sequence[Tensor]) -> Tensor:
         """Returns the logits (S·B, C) of whole batches of features (B, d), one for each surrogate."""
-        logits = torch.cat([self.model.logits(*pair) for pair in zip(self.surrogates, features, strict=True)])
-        return self.finite(self.rows, self.points, logits)
+        return self.finite(self.rows, self.points, torch.cat(self.model.side_by_side(self.surrogates, features)))
 
     def not_fooled(self) -> Tensor:
         """Returns the active rows that their surrogate classifies correctly where they are."""
@@ -186,11 +188,11 @@ class AttackBatch:
                                    rows[ends[s]:ends[s + 1]] - s * self.size if needs_others else None))
         return parts
 
-    def _surrogate_logits(self, part: "_Part", features: Tensor) -> Tensor:
+    def _whole(self, part: "_Part", features: Tensor) -> Tensor:
+        """Returns the features (B, d) of the part's batch, or its own (r, d) alone where no others are needed."""
         if part.among is None:
-            return self.model.logits(part.surrogate, features)
-        whole = self._features[part.first:part.first + self.size].index_copy(0, part.among, features)
-        return self.model.logits(part.surrogate, whole).index_select(0, part.among)
+            return features
+        return self._features[part.first:part.first + self.size].index_copy(0, part.among, features)
 
 
 class _Part(NamedTuple):

@@ -43,12 +43,11 @@ def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Te
     """
     if head.inference in ("dataset", "fc"):
         return ste_logits(head, features)
-    assignment = F.softmax(fc_logits(head, features) / temperature, dim=1)
-    prototypes, scale = head.prototypes.float(), head.scale()
+    fc = fc_logits(head, features) / temperature
     if head.inference == "sample":
-        return functional.sample_logits(features.float(), assignment, prototypes, scale, head.mix)
-    presence = functional.soft_presence(assignment)
-    return functional.batch_logits(features.float(), assignment, presence, prototypes, scale, head.mix)
+        return functional.sample_logits(features.float(), F.softmax(fc, dim=1), head.prototypes.float(), head.scale(),
+                                        head.mix)
+    return _batch_logits(head, features, *_assigned("soft", fc))
 
 
 def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
@@ -58,7 +57,38 @@ def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
     """Returns the mean (B, C) of the log-softmax of fc, dataset and soft."""
-    parts = [fc_logits(head, features), dataset_logits(head, features), soft_logits(head, features)]
+    return _mixed(fc_logits(head, features), dataset_logits(head, features), soft_logits(head, features))
+
+
+def coupled_logits(head: HPMHead, names: Sequence[str], features: Tensor) -> Tensor:
+    """Returns the logits (S, B, C) of surrogates that couple a batch, for `features` (S, B, d), a whole batch for each.
+
+    They are each one's own. Most of the work, which is the same in all, is done for all of them at once: for small nets
+    and batches it is the number of operations that counts. The head is fitted, in batch mode and in float32.
+    """
+    fc = fc_logits(head, features.flatten(0, 1)).unflatten(0, features.shape[:2])
+    assigned = [_assigned(name, part) for name, part in zip(names, fc, strict=True)]
+    logits = _batch_logits(head, features, *map(torch.stack, zip(*assigned, strict=True)))
+    return torch.stack([_mixed(own, dataset_logits(head, part), answer) if name == "mixed" else answer
+                        for name, own, part, answer in zip(names, fc, features, logits, strict=True)])
+
+
+def _assigned(name: str, fc: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a surrogate's assignment (B, C) by FC logits (B, C), and the presence (C,) of the classes."""
+    if name == "ste":
+        assignment = functional.straight_through_assignment(fc)
+        return assignment, functional.hard_presence(assignment)
+    assignment = F.softmax(fc, dim=1)
+    return assignment, functional.soft_presence(assignment)
+
+
+def _batch_logits(head: HPMHead, features: Tensor, assignment: Tensor, presence: Tensor) -> Tensor:
+    return functional.batch_logits(features.float(), assignment, presence, head.prototypes.float(), head.scale(),
+                                   head.mix)
+
+
+def _mixed(*parts: Tensor) -> Tensor:
+    """Returns the mean (B, C) of the log-softmax of several logits (B, C)."""
     return torch.stack([F.log_softmax(part, dim=1) for part in parts]).mean(dim=0)
 
 
@@ -195,6 +225,8 @@ class SplitModel:
             quicken_grey_convs(self.backbone)
             if self.head is not None and self.head.is_fitted():
                 moderate_scale(self.head, self.backbone(example))
+        # A head without prototypes answers by its FC classifier, and what is not float32 rounds at other places.
+        self._shares = self.head is not None and self.head.is_fitted() and self.head.weight.dtype == torch.float32
 
     def _use_channels_last(self, example: Tensor) -> None:
         # Crafting only: the judge is the model itself, in the memory format its owner chose.
@@ -230,6 +262,18 @@ class SplitModel:
         if self.head is None:
             return features.float()
         return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
+
+    def side_by_side(self, surrogates: Sequence[str], features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the `logits` of different surrogates for the features of a whole batch each, of one size."""
+        coupled = [name for name in surrogates if self.couples(name)]
+        if len(coupled) < 2 or not self._shares:
+            return [self.logits(name, part) for name, part in zip(surrogates, features, strict=True)]
+        assert self.head is not None
+        stacked = torch.stack([part for name, part in zip(surrogates, features, strict=True) if name in coupled])
+        logits = coupled_logits(self.head, coupled, stacked.to(self.head.weight.dtype))
+        shared = dict(zip(coupled, logits, strict=True))
+        return [shared[name] if name in shared else self.logits(name, part)
+                for name, part in zip(surrogates, features, strict=True)]
 
     def couples(self, surrogate: str) -> bool:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""

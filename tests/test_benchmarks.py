@@ -226,10 +226,7 @@ def test_the_documented_comparison_is_of_the_kept_reports():
         assert all(report.protocol["protocol_digest"] == PROTOCOLS[name].digest() for name, report in reports.items())
 
 
-TOO_SLOW = pytest.mark.xfail(strict=True, reason="standard takes 0.77 of naive on Fashion-MNIST (docs/benchmarks.md)")
-
-
-@pytest.mark.parametrize("folder", ["digits", "digits_trades", pytest.param("fashion_mnist", marks=TOO_SLOW)])
+@pytest.mark.parametrize("folder", REPORTS.values())
 def test_standard_takes_three_quarters_of_naive(folder):
     times = kept(folder, "times")
     assert times["standard"]["seconds"] <= 0.75 * times["naive"]["seconds"]

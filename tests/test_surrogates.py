@@ -136,3 +136,20 @@ def test_side_by_side_every_mode_and_state_answers_as_each_surrogate_does(mode, 
     batches = [features + i for i in range(len(names))]
     for name, found, batch in zip(names, split.side_by_side(names, batches), batches, strict=True):
         torch.testing.assert_close(found, split.logits(name, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", ["hook", "subclass"])
+def test_a_head_that_computes_something_of_its_own_is_asked_itself(own):
+    class Doubling(HPMHead):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features * features.abs())
+
+    head, features = problem("batch")
+    if own == "hook":
+        head.register_forward_pre_hook(lambda module, inputs: inputs[0] * inputs[0].abs())
+    else:
+        head.__class__ = Doubling
+    model = nn.Sequential(nn.Flatten(), head).eval()
+    split = SplitModel(model, features)
+    found = split.side_by_side(["soft", "ste"], [features, features])[1]
+    torch.testing.assert_close(found, model(features), rtol=1e-5, atol=1e-5)

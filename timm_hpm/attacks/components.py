@@ -129,7 +129,7 @@ class AttackBatch:
         if rows is not self._asked[0]:
             self._asked = rows, self._parts(rows)
         parts = self._asked[1]
-        batches = [self._whole(part, own) for part, own in
+        batches = [self._with_its_batch(part, own) for part, own in
                    zip(parts, features.split([part.size for part in parts]), strict=True)]
         answers = self.model.side_by_side([part.surrogate for part in parts], batches)
         logits = torch.cat([answer if part.among is None else answer.index_select(0, part.among)
@@ -188,8 +188,8 @@ class AttackBatch:
                                    rows[ends[s]:ends[s + 1]] - s * self.size if needs_others else None))
         return parts
 
-    def _whole(self, part: "_Part", features: Tensor) -> Tensor:
-        """Returns the features (B, d) of the part's batch, or its own (r, d) alone where no others are needed."""
+    def _with_its_batch(self, part: "_Part", features: Tensor) -> Tensor:
+        """Returns the part's `features` (r, d) among those of its batch, or as they are where no others are needed."""
         if part.among is None:
             return features
         return self._features[part.first:part.first + self.size].index_copy(0, part.among, features)
@@ -322,13 +322,14 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Notes") -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
     keeps_whole_batches = batch.couples()
-    rows = asked = batch.active
-    labels = batch.labels[rows]
+    active = labelled = batch.active
+    labels = batch.labels[active]
 
     def margin(rows: Tensor, pixels: Tensor) -> Tensor:
-        nonlocal asked, labels
-        if rows is not asked:
-            asked, labels = rows, batch.labels[rows]
+        nonlocal labelled, labels
+        # The search asks for the same rows until one of them is fooled.
+        if rows is not labelled:
+            labelled, labels = rows, batch.labels[rows]
         loss = margin_loss(batch.query(rows, pixels), labels)
         if keeps_whole_batches:
             # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
@@ -337,7 +338,8 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
                 batch.place(rows[fooled], pixels[fooled])
         return loss
 
-    return batch.points.index_copy(0, rows, square_search(margin, rows, batch.clean[rows], threat, budget.iterations))
+    found = square_search(margin, active, batch.clean[active], threat, budget.iterations)
+    return batch.points.index_copy(0, active, found)
 
 
 #: AutoAttack's standard components.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..data import unwrapped
-from ..head import HPMHead, find_head, head_name, without_head
+from ..head import HPMConvHead, HPMHead, find_head, head_name, without_head
 from .blocked import blocked_copy
 from .fold import fold_batch_norms
 from .grey import quicken_grey_convs
@@ -64,7 +64,8 @@ def coupled_logits(head: HPMHead, names: Sequence[str], features: Tensor) -> Ten
     """Returns the logits (S, B, C) of surrogates that couple a batch, for `features` (S, B, d), a whole batch for each.
 
     They are each one's own. Most of the work, which is the same in all, is done for all of them at once: for small nets
-    and batches it is the number of operations that counts. The head is fitted, in batch mode and in float32.
+    and batches it is the number of operations that counts. The head is as `_is_plain` asks, in batch mode, and outside
+    autocast.
     """
     fc = fc_logits(head, features.flatten(0, 1)).unflatten(0, features.shape[:2])
     assigned = [_assigned(name, part) for name, part in zip(names, fc, strict=True)]
@@ -74,10 +75,11 @@ def coupled_logits(head: HPMHead, names: Sequence[str], features: Tensor) -> Ten
 
 
 def _assigned(name: str, fc: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a surrogate's assignment (B, C) by FC logits (B, C), and the presence (C,) of the classes."""
+    """Returns a coupling surrogate's assignment (B, C) by FC logits (B, C), and the presence (C,) of the classes."""
     if name == "ste":
         assignment = functional.straight_through_assignment(fc)
         return assignment, functional.hard_presence(assignment)
+    assert name in ("soft", "mixed")
     assignment = F.softmax(fc, dim=1)
     return assignment, functional.soft_presence(assignment)
 
@@ -85,6 +87,15 @@ def _assigned(name: str, fc: Tensor) -> tuple[Tensor, Tensor]:
 def _batch_logits(head: HPMHead, features: Tensor, assignment: Tensor, presence: Tensor) -> Tensor:
     return functional.batch_logits(features.float(), assignment, presence, head.prototypes.float(), head.scale(),
                                    head.mix)
+
+
+def _is_plain(head: HPMHead) -> bool:
+    """Returns whether a head answers by its equations alone, in float32.
+
+    One without prototypes answers by its FC classifier, and a subclass or a hook by what we do not know.
+    """
+    return (type(head) in (HPMHead, HPMConvHead) and "forward" not in vars(head) and not head._forward_hooks
+            and not head._forward_pre_hooks and head.is_fitted() and head.weight.dtype == torch.float32)
 
 
 def _mixed(*parts: Tensor) -> Tensor:
@@ -225,8 +236,7 @@ class SplitModel:
             quicken_grey_convs(self.backbone)
             if self.head is not None and self.head.is_fitted():
                 moderate_scale(self.head, self.backbone(example))
-        # A head without prototypes answers by its FC classifier, and what is not float32 rounds at other places.
-        self._shares = self.head is not None and self.head.is_fitted() and self.head.weight.dtype == torch.float32
+        self._has_plain_head = self.head is not None and _is_plain(self.head)
 
     def _use_channels_last(self, example: Tensor) -> None:
         # Crafting only: the judge is the model itself, in the memory format its owner chose.
@@ -264,15 +274,14 @@ class SplitModel:
         return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
 
     def side_by_side(self, surrogates: Sequence[str], features: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the `logits` of different surrogates for the features of a whole batch each, of one size."""
+        """Returns the `logits` of several surrogates for the features of a whole batch each, of one size."""
         coupled = [name for name in surrogates if self.couples(name)]
-        if len(coupled) < 2 or not self._shares:
+        if len(coupled) < 2 or not self._has_plain_head:
             return [self.logits(name, part) for name, part in zip(surrogates, features, strict=True)]
         assert self.head is not None
         stacked = torch.stack([part for name, part in zip(surrogates, features, strict=True) if name in coupled])
-        logits = coupled_logits(self.head, coupled, stacked.to(self.head.weight.dtype))
-        shared = dict(zip(coupled, logits, strict=True))
-        return [shared[name] if name in shared else self.logits(name, part)
+        answers = iter(coupled_logits(self.head, coupled, stacked.to(self.head.weight.dtype)))
+        return [next(answers) if name in coupled else self.logits(name, part)
                 for name, part in zip(surrogates, features, strict=True)]
 
     def couples(self, surrogate: str) -> bool:

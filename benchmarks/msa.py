@@ -8,8 +8,8 @@
 - attack over passes: time of an evaluation by `standard` on one batch, checks and verdicts
   included, over the time that its counted passes take by themselves, before it and after it: the attacks' in their
   order, from the pixels to the logits of each surrogate by itself (an attack shares what is the same in several; with
-  `--shared-heads` they do so too), with as many rows as each had, and the judge's. The median of several runs after one that does not count; also for each
-  attack.
+  `--shared-heads` they do so too), with as many rows as each had, and the judge's. The median of several runs after one
+  that does not count; also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.

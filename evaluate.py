@@ -115,6 +115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         saved = saved_options(args.rejudge / _OPTIONS, _options(args))
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("inference", "device")})
         args = parser.parse_args(argv)
+    if args.resume and args.output and args.resume.resolve() != args.output.resolve():
+        raise ValueError(f"--resume {args.resume} goes on in that folder, and --output {args.output} is another one; "
+                         "leave out --output, or copy the folder there and resume the copy")
     file = args.resume and args.resume / _OPTIONS
     if file and file.exists():
         saved = saved_options(file, _options(args))

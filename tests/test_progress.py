@@ -209,7 +209,10 @@ def test_a_finished_run_is_gone_on_with_by_its_own_options_only(evaluate, tmp_pa
                                          r"--threat Linf:0.3 \(there: Linf:0.1\), "
                                          r"--protocol fast \(there: standard\)\. Leave"):
         evaluate.main(["--resume", str(run), "--threat", "Linf:0.3", "--model", "resnet50", "--protocol", "fast"])
-    assert evaluate.main([*FEW, "--resume", str(run)]) == 0
+    with pytest.raises(ValueError, match=r"goes on in that folder, and --output .*other is another one; leave out"):
+        evaluate.main(["--resume", str(run), "--output", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+    assert evaluate.main([*FEW, "--resume", str(run), "--output", str(run)]) == 0
     assert f"{run} holds a finished run" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.iterdir()} == files
     info = tmp_path / "info.json"

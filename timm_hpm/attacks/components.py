@@ -115,6 +115,7 @@ class AttackBatch:
 
     @cached_property
     def clean_logits(self) -> Tensor:
+        """Logits (S·B, C) of the images where they stand at first, whenever they are asked for."""
         return self._logits_of([self._start_features] * len(self.surrogates))
 
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:

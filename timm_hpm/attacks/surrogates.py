@@ -280,7 +280,7 @@ class SplitModel:
             return [self.logits(name, part) for name, part in zip(surrogates, features, strict=True)]
         assert self.head is not None
         stacked = torch.stack([part for name, part in zip(surrogates, features, strict=True) if name in coupled])
-        answers = iter(coupled_logits(self.head, coupled, stacked.to(self.head.weight.dtype)))
+        answers = iter(coupled_logits(self.head, coupled, stacked.float()))
         return [next(answers) if name in coupled else self.logits(name, part)
                 for name, part in zip(surrogates, features, strict=True)]
 

@@ -368,7 +368,6 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"epochs": 0}, "epochs is 0; expected at least 1"),
     ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),
     ({"batch_size": 1}, "batch_size is 1, and hpm_wrn10_2 has BatchNorm"),
-    ({"mixup": 0.2}, "a mixture of two images belongs to no class"),
     ({"epochs": "3"}, "epochs is '3', a str; expected int"),
     ({"lr": "1e-3"}, "lr is '1e-3', a str; expected float. YAML reads 1e-3 as a text"),
     ({"amp": 1}, "amp is 1, a int; expected bool"),

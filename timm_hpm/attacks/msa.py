@@ -135,7 +135,6 @@ def mixed_surrogate_attack(
         writable_folder(Path(save_adversarial).parent)
     start = time.perf_counter()
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
-    _keep_freed_memory()
     with restored(model):
         subject = _Subject.of(model, images, labels, batch_size, seed)
         split = subject.split
@@ -627,16 +626,6 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Returns a context in which what is on the device of `x` keeps its precision."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep up to 62 MiB that are freed, instead of handing them back and fetching them again.
-
-    A pass of a small net frees and allocates some MiB again and again; where glibc hands them back to the system each
-    time, every pass begins with page faults. It stops doing so once it has freed a block as large as this one
-    (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _no_cost() -> dict[str, float]:

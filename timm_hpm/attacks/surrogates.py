@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..data import unwrapped
 from ..head import HPMConvHead, HPMHead, find_head, head_name, without_head
-from .blocked import blocked_copy
 from .fold import fold_batch_norms
-from .grey import quicken_grey_convs
 
 # The one surrogate of a classifier without an HPM head: the classifier.
 PLAIN: Final = "model"
@@ -216,9 +214,8 @@ class SplitModel:
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
         example: some images, by which the copy is adapted to attacks: it gets the faster memory format if it works in
-            that, BatchNorms folded into convolutions (see `fold_batch_norms`), for answers without gradients a layout
-            that is faster still (see `blocked_copy`), a faster gradient of the stem (see `quicken_grey_convs`), and its
-            ℓ2 logits a scale that leaves the cross-entropy a gradient (see `moderate_scale`).
+            that, BatchNorms folded into convolutions (see `fold_batch_norms`), and its ℓ2 logits a scale that leaves
+            the cross-entropy a gradient (see `moderate_scale`).
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
@@ -232,8 +229,6 @@ class SplitModel:
         with torch.no_grad():
             self._use_channels_last(example)
             self._fold(example[:_FEW_IMAGES])
-            self._answer = self._without_gradients(example[:_FEW_IMAGES])
-            quicken_grey_convs(self.backbone)
             if self.head is not None and self.head.is_fitted():
                 moderate_scale(self.head, self.backbone(example))
         self._has_plain_head = self.head is not None and _is_plain(self.head)
@@ -253,19 +248,12 @@ class SplitModel:
                 self.backbone(example), folded(example), _ROUNDING).any():
             self.backbone = folded
 
-    def _without_gradients(self, example: Tensor) -> Callable[[Tensor], Tensor]:
-        """Returns the backbone for passes that need no gradient."""
-        blocked = blocked_copy(self.backbone, example)
-        return self.backbone if blocked is None or differs(
-            self.backbone(example), blocked(example), _ROUNDING).any() else blocked
-
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
         self.forward_passes += len(pixels)
         if torch.is_grad_enabled() and pixels.requires_grad:
             self.backward_passes += len(pixels)
-            return self.backbone(pixels)
-        return self._answer(pixels)
+        return self.backbone(pixels)
 
     def logits(self, surrogate: str, features: Tensor) -> Tensor:
         """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch."""

@@ -87,7 +87,6 @@ class TrainConfig:
     clip_grad: float | None = _option(None, "optimisation", "largest norm of the gradient")
     grad_accum_steps: int = _option(1, "optimisation", "batches an update")
     smoothing: float = _option(0.0, "optimisation", "label smoothing; the prototypes keep to the label")
-    mixup: float = _option(0.0, "optimisation", "refused: a mixed image has no class mean to move")
     model_ema: bool = _option(False, "optimisation", "average the weights; the average is what is kept")
     model_ema_decay: float = _option(0.9998, "optimisation", "of that average")
     seed: int = _option(0, "optimisation", "of all randomness, with the epoch, the step and the process")
@@ -135,9 +134,6 @@ class TrainConfig:
                              "the head would never have prototypes")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}, of {self.epochs} epochs; expected less")
-        if self.mixup:
-            raise ValueError(f"mixup is {self.mixup}, but a mixture of two images belongs to no class whose prototype "
-                             "it could move; leave it out. --smoothing is defined: prototypes keep to the label")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
 

@@ -1,0 +1,92 @@
+"""Commands that a user can copy: the call of evaluate.py that repeats a measurement, quoted for a POSIX shell."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+#: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
+MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
+DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map")
+
+_WIDTH: Final = 110
+
+
+def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
+    """Returns the words of the command that repeats an evaluation; none if a protocol lacks the model or the data set.
+
+    Arguments:
+        protocol: a report's, or some of its entries: `model` (a name for timm.create_model), `dataset`, `split`,
+            `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and `attacks`, `seed`,
+            `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`. Missing ones are
+            left to the defaults of evaluate.py.
+    """
+    if "model" not in protocol or "dataset" not in protocol:
+        return []
+    opened = {name: value for name, value in (protocol.get("options") or {}).items() if value not in (None, False, {})}
+    if (protocol.get("options") or {}).get("pretrained") is False:
+        opened["no_pretrained"] = True
+    options: dict[str, Any] = {"model": protocol["model"], "dataset": protocol["dataset"]} | opened
+    options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
+    if protocol.get("inference", "none") != "none":
+        options["inference"] = protocol["inference"]
+    options |= _attack_options(protocol)
+    options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device") if name in protocol}
+    return ["python", "evaluate.py", *(word for name, value in options.items() for word in _words(name, value))]
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """Returns words as one line for a POSIX shell."""
+    return shlex.join(words)
+
+
+def shell_lines(words: Sequence[str]) -> str:
+    """Returns words for a POSIX shell in lines that end in a backslash, an option never apart from its first value."""
+    lines, line = [], ""
+    for i, word in enumerate(words):
+        following = words[i + 1:i + 2] if word.startswith("--") else []
+        if line and len(line) + len(shlex.join([word, *following])) >= _WIDTH:
+            lines.append(line)
+            line = "   "
+        line += f"{' ' if line else ''}{shlex.quote(word)}"
+    return " \\\n".join([*lines, line])
+
+
+def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    from ..attacks.protocols import PROTOCOLS  # which imports the reports
+
+    options: dict[str, Any] = {}
+    named = PROTOCOLS.get(protocol.get("protocol", ""))
+    if named is not None and protocol.get("protocol_digest", named.digest()) == named.digest():
+        options["protocol"] = named.name
+    elif "attacks" in protocol:
+        surrogates = protocol.get("surrogates") or []
+        options = {
+            "protocol": "custom",
+            # A plain classifier is its own only surrogate, which has no name among the options.
+            "surrogates": "" if surrogates == ["model"] else ",".join(surrogates),
+            "attacks": ",".join(protocol["attacks"]),
+            "budget": [f"{name}={_budget(budget)}" for name, budget in protocol["attacks"].items()],
+            "survivors_only": protocol.get("survivors_only", False),
+        }
+    if options:
+        options["co_batch"] = ",".join(map(str, protocol.get("co_batch") or ["none"]))
+        options["co_batch_mix"] = ",".join(map(str, protocol.get("co_batch_mixes") or []))
+    return options
+
+
+def _budget(budget: Mapping[str, int]) -> str:
+    times = budget.get("targets") or budget.get("rounds")
+    return f"{budget['iterations']}" + (f"x{times}" if times else "")
+
+
+def _words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    if value is False or value in ("", [], None):
+        return []
+    if isinstance(value, Mapping):
+        value = [f"{key}={part if isinstance(part, str) else repr(part)}" for key, part in value.items()]
+    words = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    # A value that begins with a dash would be read as an option.
+    return [f"{option}={words[0]}"] if len(words) == 1 and words[0].startswith("-") else [option, *words]

@@ -2,13 +2,16 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from timm_hpm import PixelModel, load_split
+from timm_hpm import PixelModel, ThreatModel, find_head, fit_prototypes, load_split, mixed_surrogate_attack
+from timm_hpm.attacks import Budget
+from timm_hpm.attacks.judge import judge
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, check_pixels, data_source, random_shift
 
 
@@ -158,7 +161,11 @@ def images_with(value: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("images", "labels", "message"), [
-    (images_with(1.001), torch.zeros(4).long(), r"image 2 has values from 0\.5 to 1\.001; expected pixels in \[0, 1\]"),
+    (images_with(1.001), torch.zeros(4).long(),
+     r"image 2 has values from 0\.5 to 1\.001, up to 0\.001 outside of \[0, 1\]; expected pixels in \[0, 1\]"),
+    (images_with(1.000002), torch.zeros(4).long(), r"from 0\.5 to 1\.000002, up to 2e-06 outside of \[0, 1\]"),
+    (images_with(-2e-6), torch.zeros(4).long(), r"from -2e-06 to 0\.5, up to 2e-06 outside"),
+    (images_with(1.04).bfloat16(), torch.zeros(4).long(), r"up to 0\.039 outside"),
     (images_with(-0.1), torch.zeros(4).long(), r"image 2 has values from -0\.1 to 0\.5.*PixelModel"),
     (images_with(float("nan")), torch.zeros(4).long(), "image 2 has values from nan"),
     (images_with(float("inf")), torch.zeros(4).long(), r"image 2 has values from 0\.5 to inf"),
@@ -175,6 +182,36 @@ def images_with(value: float) -> torch.Tensor:
 def test_check_pixels_names_the_first_fault(images, labels, message):
     with pytest.raises(ValueError, match=message):
         check_pixels(images, labels, 3)
+
+
+ONE, MINUS = float(np.nextafter(np.float32(1), np.float32(2))), -3e-8
+
+
+@pytest.mark.parametrize(("value", "dtype"), [
+    (ONE, torch.float32), (MINUS, torch.float32), (-9e-7, torch.float32), (ONE, torch.float64), (MINUS, torch.float64),
+    (1.0009765625, torch.float16), (1.0078125, torch.bfloat16), (-0.0078, torch.bfloat16), (-1e-40, torch.float32),
+])
+def test_rounding_out_of_the_range_is_clamped(value, dtype):
+    images = images_with(value).to(dtype)
+    before = images.clone()
+    clamped = check_pixels(images, torch.zeros(4).long())
+    assert torch.equal(images, before) and clamped.dtype == dtype
+    assert torch.equal(clamped, before.clamp(0, 1)) and not torch.equal(clamped, before)
+
+
+def test_what_takes_pixels_takes_rounded_ones_as_clamped_ones():
+    labels = load_split("digits", "test").tensors[1][:60]
+    rounded = (load_split("digits", "test").tensors[0][:60] - 0.3053) / 0.376 * 0.376 + 0.3053
+    rounded[:, 0, 0, 0], rounded[:, 0, 0, 1] = MINUS, ONE
+    results = []
+    for images in (rounded, rounded.clamp(0, 1)):
+        model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+        report = mixed_surrogate_attack(model, images[:8], labels[:8], ThreatModel("Linf", 0.1), batch_size=8,
+                                        attacks=["apgd-ce"], surrogates=["fc"], budgets={"apgd-ce": Budget(2)})
+        fit_prototypes(model, [(images, labels)])
+        results.append([report.correct, report.protocol, judge(model, images, labels, 60).tolist(),
+                        find_head(model).prototypes.tolist()])
+    assert results[0] == results[1]
 
 
 def shifted(image: torch.Tensor, down: int, right: int) -> torch.Tensor:

@@ -161,7 +161,7 @@ def _labelled_features(
     hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach()))
     try:
         for images, labels in loader:
-            check_pixels(images, labels, head.out_features)
+            images = check_pixels(images, labels, head.out_features)
             images, labels = images.to(head.weight.device), labels.to(head.weight.device).long()
             variants = [images]
             if threat is not None:

@@ -71,7 +71,7 @@ def co_batch_attack(
         NonFiniteLogitsError: an answer to the images in the order given that is NaN or infinite.
     """
     check_answers_alike(model)
-    check_pixels(images, labels)
+    images = check_pixels(images, labels)
     check_co_batch(batch_sizes, mixes, len(images), num_targets)
     pixel_model = pixel_model_for(model, images)
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()

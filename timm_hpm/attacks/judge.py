@@ -29,7 +29,7 @@ def judge(
 
     Arguments and errors are those of `predictions`, and it asks for the `labels` (N,), class indices.
     """
-    check_pixels(images, labels)
+    images = check_pixels(images, labels)
     answers = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
     return answers == labels.cpu()
 

@@ -128,7 +128,7 @@ def mixed_surrogate_attack(
         if number < 1:
             raise ValueError(f"{name} is {number}; expected at least 1")
     check_answers_alike(model)
-    check_pixels(images, labels)
+    images = check_pixels(images, labels)
     if co_batch or co_batch_mixes is not None:
         check_co_batch(co_batch, co_batch_mixes, len(images))
     if save_adversarial is not None:

@@ -116,8 +116,15 @@ def normal_tensor(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
-    """Raises a ValueError unless `images` (N, C, H, W) are pixels in [0, 1] and `labels` (N,) their class indices."""
+def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
+    """Returns `images` (N, C, H, W), clamped to [0, 1] if rounding took them out of it, and checks `labels` (N,).
+
+    Normalising and denormalising in float32 leaves values such as -3e-8. They are clamped up to an excess of 1e-6, or
+    two units in the last place of a coarser dtype.
+
+    Raises:
+        ValueError: if `images` are no pixels in [0, 1], or `labels` not their class indices below `num_classes`.
+    """
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
@@ -128,16 +135,18 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
                          f"({len(images)},) class indices, one an image")
-    # NaN is both, and fails this too.
     lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
-    bad = ~((lowest >= 0) & (highest <= 1))
+    excess = torch.maximum(-lowest, highest - 1)
+    bad = ~(excess <= max(1e-6, 2 * torch.finfo(images.dtype).eps))  # NaN is neither below nor above
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise ValueError(f"image {first} has values from {lowest[first]:.4g} to {highest[first]:.4g}; expected pixels "
-                         "in [0, 1]. Normalisation belongs into the model: see timm_hpm.PixelModel")
+        raise ValueError(f"image {first} has values from {lowest[first]:.7g} to {highest[first]:.7g}, up to "
+                         f"{excess[first]:.2g} outside of [0, 1]; expected pixels in [0, 1]. Normalisation belongs "
+                         "into the model: see timm_hpm.PixelModel")
     if num_classes is not None:
         wrong = (labels < 0) | (labels >= num_classes)
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
                              f"the model has the classes 0 to {num_classes - 1}")
+    return images.clamp(0, 1) if (excess > 0).any() else images

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import tracemalloc
 from pathlib import Path
 from typing import ClassVar
 
@@ -247,6 +248,22 @@ def test_a_damaged_idx_file_is_named_with_what_to_do(tmp_path, suffix, damage, m
     damage(tmp_path / f"t10k-images-idx3-ubyte{suffix}")
     with pytest.raises(ValueError, match=message):
         open_split("fashion_mnist", "test", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("header", "message"), [
+    (b"\0\0\x08\x03" + np.array([12, 28, 28], ">u4").tobytes(), "has more bytes of data, 9408 by its header"),
+    (b"\0\0\x08\x03" + b"\xff" * 12, r"has 792281624\d* bytes of data by its header; expected at most 268435456"),
+    (b"", "does not begin as an idx file"),
+])
+def test_a_file_that_unfolds_to_a_gigabyte_is_refused_before_it_fills_the_memory(tmp_path, header, message):
+    write_fashion_mnist(tmp_path, ".gz")
+    bomb = gzip.compress(header) + 64 * gzip.compress(bytes(1 << 24))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"t10k-images-idx3-ubyte\.gz {message}"):
+        open_split("fashion_mnist", "test", data_dir=tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 def test_an_empty_split_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import difflib
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_HINT: Final = ("fetch it with: apt-get install dataset-fashion-mnist (Debian, Ubuntu); or put the four "
                               "original files, gzipped or not, into the folder of --data-dir")
+# Five times the size of its largest file.
+_MOST_IDX_BYTES: Final = 1 << 28
 # timm takes these names for folders, in this order.
 _FOLDER_NAMES: Final = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"),
                         "test": ("test", "testing")}
@@ -158,20 +161,24 @@ def _read_idx(file: Path, dimensions: int) -> Tensor:
     Source: http://yann.lecun.com/exdb/mnist: two zeros, 8 for bytes, the number of dimensions, each dimension's size
     as a big-endian uint32, the values.
     """
+    start = 4 + 4 * dimensions
     try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            header = stream.read(start)
+            if header[:4] != bytes([0, 0, 8, dimensions]) or len(header) < start:
+                raise ValueError(f"{file} does not begin as an idx file of bytes in {dimensions} dimensions; remove "
+                                 f"it, then {_FASHION_MNIST_HINT}")
+            shape = np.frombuffer(header, ">u4", offset=4).tolist()
+            size = math.prod(shape)
+            if size > _MOST_IDX_BYTES:
+                raise ValueError(f"{file} has {size} bytes of data by its header; expected at most {_MOST_IDX_BYTES}")
+            data = stream.read(size + 1)  # never more, whatever a gzipped file unfolds to
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it, then {_FASHION_MNIST_HINT}") from error
-    start = 4 + 4 * dimensions
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
-        raise ValueError(f"{file} does not begin as an idx file of bytes in {dimensions} dimensions; remove it, then "
-                         f"{_FASHION_MNIST_HINT}")
-    shape = np.frombuffer(data, ">u4", dimensions, offset=4).tolist()
-    values = np.frombuffer(data, np.uint8, offset=start)
-    if values.size != np.prod(shape):
-        raise ValueError(f"{file} has {values.size} bytes of data, {np.prod(shape)} by its header; remove it, then "
-                         f"{_FASHION_MNIST_HINT}")
-    return torch.from_numpy(values.reshape(shape).copy())
+    if len(data) != size:
+        raise ValueError(f"{file} has {'more' if len(data) > size else len(data)} bytes of data, {size} by its "
+                         f"header; remove it, then {_FASHION_MNIST_HINT}")
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
 
 
 def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> Part:

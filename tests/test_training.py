@@ -295,6 +295,17 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
         assert not list((part / "checkpoints").glob(".*"))
 
 
+def test_the_log_names_no_rate_if_nothing_was_left_to_train_on(tmp_path):
+    changes = {"epochs": 1, "recovery_interval": 8, "checkpoint_hist": 20}
+    run(tmp_path, **changes)
+    shutil.rmtree(max((tmp_path / "checkpoints").iterdir()))  # as if stopped before the validation
+    (tmp_path / "metrics.csv").unlink()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lines: list[str] = []
+    train(dataclasses.replace(TINY, **changes), tmp_path, resume=True, log=lines.append)
+    assert [line for line in lines if "val_robust" in line] and not [line for line in lines if "images/s" in line]
+
+
 def checkpoint(updates: int) -> Checkpoint:
     return Checkpoint({"w": torch.full((2,), float(updates))}, None, {"optimizer": {"lr": 0.1}, "t": torch.ones(1)},
                       {"updates": updates, "epoch": 0, "batches": updates}, TINY.to_dict())

@@ -169,6 +169,8 @@ class Run:
         self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
         self.progress = _Progress()
         self.stop_signal = 0
+        #: Of the last epoch on all processes; None if nothing of it was left to train on.
+        self.images_per_second: float | None = None
         self._prepare()
         accelerator.wait_for_everyone()
         if resume:
@@ -245,7 +247,7 @@ class Run:
         state, config = self.progress, self.config
         start, images = time.perf_counter(), 0
         if state.batches == len(self.loader):  # stopped between the last update and the validation
-            self.images_per_second = 0.0
+            self.images_per_second = None  # nothing was trained on, so there is no rate
             return
         if state.epoch >= config.prototype_epoch and not self.head.is_fitted() and self.head.inference != "fc":
             self._fit_prototypes()
@@ -377,7 +379,7 @@ class Run:
             state.best = row
         if self.accelerator.is_main_process:
             self.log("  ".join(f"{name} {value:.4g}" for name, value in row.items())
-                     + f"  images/s {self.images_per_second:.4g}")
+                     + (f"  images/s {self.images_per_second:.4g}" if self.images_per_second else ""))
             if is_best:
                 self.folder.write_best(kept, row)
             self.folder.write_metrics(state.rows)

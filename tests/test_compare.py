@@ -60,6 +60,21 @@ def test_the_standard_error_is_that_of_the_paired_differences():
     assert row.difference == pytest.approx(mean) and row.difference_se == pytest.approx(math.sqrt(variance / 100))
 
 
+@pytest.mark.parametrize(("right", "only_a", "only_b"), [(0, 0, 0), (50, 0, 0), (100, 0, 0), (60, 3, 7), (90, 9, 0)])
+def test_the_interval_of_the_difference_holds_it_and_is_wide_even_where_no_image_differs(right, only_a, only_b):
+    def row(n: int) -> PairedRow:
+        return PairedRow("robust", 100 * n, right / 100, (right - only_a + only_b) / 100, n * only_a, n * only_b)
+
+    low, high = row(1).difference_interval
+    assert -1 <= low < row(1).difference < high <= 1 and high - low > 0.02
+    turned = PairedRow("robust", 100, row(1).b, row(1).a, only_b, only_a).difference_interval
+    assert turned == pytest.approx((-high, -low))
+    # Of many images it is the usual one.
+    se = row(10_000).difference_se
+    assert row(10_000).difference_interval == pytest.approx(
+        (row(1).difference - 1.96 * se, row(1).difference + 1.96 * se), abs=2e-5)
+
+
 def test_turned_round_the_difference_changes_its_sign_only(a, b):
     for one, other in zip(a.compare(b).rows, b.compare(a).rows, strict=True):
         assert one.difference == -other.difference
@@ -68,7 +83,8 @@ def test_turned_round_the_difference_changes_its_sign_only(a, b):
 
 def test_the_table_names_what_differs(a, b):
     text = a.compare(b).to_markdown()
-    assert "| robust, worst case | 50.0 | 80.0 | +30.0 ± 20.2 | 1 | 4 | 0.38 |" in text
+    assert "| robust, worst case | 50.0 (23.7 to 76.3) | 80.0 (49.0 to 94.3) | +30.0 (" in text
+    assert " | 1 | 4 | 0.38 |" in text
     assert "| seed | 0 | 1 |" in text and "| mix | None | 0.5 |" in text and "| threat |" not in text
     assert "unreliable" not in text
     flagged = dataclasses.replace(b, flags=[Flag("zero-gradient", "everywhere")])

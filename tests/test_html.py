@@ -47,10 +47,10 @@ def test_the_page_holds_the_report_s_numbers(report):
                         (report.realised_robust_accuracy, "robust, in the judged batches with most errors"),
                         (report.assembled_robust_accuracy, "robust, in batches assembled of what broke each"),
                         (report.baseline["worst"], "FC classifier of the same network, under")):
-        assert re.search(rf"{100 * value:.1f} ± \d+\.\d %{name}", page.text)
+        assert re.search(rf"{100 * value:.1f} % \(\d+\.\d to \d+\.\d\){name}", page.text)
     for surrogate, row in report.by_surrogate.items():
         for attack, value in row.items():
-            assert re.search(rf"{surrogate}, {attack}: {100 * value:.1f} ± \d+\.\d %", page.text)
+            assert re.search(rf"{surrogate}, {attack}: {100 * value:.1f} % \(\d+\.\d to \d+\.\d\)", page.text)
     assert report.protocol["weights_digest"] in page.text and "Unreliable." in page.text
 
 
@@ -61,7 +61,7 @@ def test_the_page_s_tables_are_those_of_the_markdown(report):
     for line in table.groups()[1:]:
         assert line.replace(" | ", "").strip("| ") in text
     assert "reshuffled2.4485.0" in text and "adversarial314864.6" in text
-    names = re.findall(r"^\| ([^|]+) \| \d+\.\d \| \d+\.\d \|$", report.to_markdown(), re.MULTILINE)
+    names = re.findall(r"^\| ([^|]+) \| \d+\.\d \| \d+\.\d to \d+\.\d \|$", report.to_markdown(), re.MULTILINE)
     assert len(names) == 6 and all(name.strip("*") in text for name in names)
 
 
@@ -75,7 +75,7 @@ def test_progress_is_over_the_seconds_of_the_attacks_in_the_order_in_which_they_
         {"clean": "1111111110", "a/apgd-ce": "0111111111", "a/square": "1110001111", "b/apgd-ce": "1011111111"},
         cost={"apgd-ce": cost(1.5), "square": cost(20.25), "all": cost(30)})
     html = report.to_html()
-    assert [unescape(title) for title in re.findall(r"<title>(after .*?) ±", html)] == [
+    assert [unescape(title) for title in re.findall(r"<title>(after .*?) % \(", html)] == [
         "after apgd-ce, at 1.5: 70.0", "after square, at 21.8: 40.0"]
     plot = re.search(r"over time'.*?</svg>", html)[0]
     x, y = zip(*[map(float, point.split(",")) for point in re.search(r"points='(.*?)'", plot)[1].split()], strict=True)
@@ -94,15 +94,15 @@ def test_the_names_of_a_plot_have_colours_of_their_own(report):
     assert len(legend) == len({*report.by_surrogate["ste"], *report.by_surrogate["fc"]}) == len(set(legend))
 
 
-def test_error_bars_are_a_standard_error_to_each_side():
+def test_error_bars_are_the_intervals():
     def bar(plot: str) -> list[float]:
         return [float(number) for number in re.search(
             r"<g><title>.*?<line x1='(.+?)' y1='(.+?)' x2='(.+?)' y2='(.+?)'", plot).groups()]
 
     # An axis of accuracies from 40 to 100 %, and one from 0 to 100 %.
-    left, _, right, _ = bar(svg.dots({"fc": {"square": svg.Point(0, 0.5, 0.05)}}, ["square"], {}, ""))
+    left, _, right, _ = bar(svg.dots({"fc": {"square": svg.Point(0, 0.5, 0.45, 0.55)}}, ["square"], {}, ""))
     assert right - left == pytest.approx(0.1 * (svg._WIDTH - svg._RIGHT - svg._LEFT) / 0.6, abs=0.1)
-    _, low, _, high = bar(svg.curves({"fc": [svg.Point(0.1, 0.5, 0.1)]}, "eps", ""))
+    _, low, _, high = bar(svg.curves({"fc": [svg.Point(0.1, 0.5, 0.4, 0.6)]}, "eps", ""))
     assert low - high == pytest.approx(0.2 * (400 - svg._BOTTOM - svg._TOP), abs=0.1)
 
 
@@ -134,7 +134,7 @@ def test_every_warning_leads_to_its_paragraph(report):
 
 def test_a_bare_report_is_a_whole_page():
     page = Page(AttackReport({"architecture": "<b>Linear</b>"}, {"clean": "10"}).to_html())
-    assert "<b>Linear</b>" in page.text and "50.0 ± 35.4 %" in page.text and "Warnings" not in page.text
+    assert "<b>Linear</b>" in page.text and "50.0 % (9.5 to 90.5)" in page.text and "Warnings" not in page.text
     assert not page.all("img")
 
 
@@ -161,7 +161,8 @@ def test_large_pictures_are_made_small_and_others_kept(report):
 
 
 def test_dots_stand_where_their_values_are():
-    plot = svg.dots({"fc": {"a": svg.Point(0, 0.5, 0.1), "b": svg.Point(0, 1.0)}}, ["a", "b"], {"clean": 1.0}, "a plot")
+    points = {"a": svg.Point(0, 0.5, 0.4, 0.6), "b": svg.Point(0, 1.0)}
+    plot = svg.dots({"fc": points}, ["a", "b"], {"clean": 1.0}, "a plot")
     places = [float(x) for x in re.findall(r"<g>.*?<circle cx='([\d.]+)'", plot)]
     # The axis begins at 30 %, the tenth below the error bar's end.
     left, right = svg._LEFT, svg._WIDTH - svg._RIGHT
@@ -169,7 +170,7 @@ def test_dots_stand_where_their_values_are():
 
 
 def test_a_curve_of_one_point_and_a_flat_one_are_drawn():
-    plot = svg.curves({"batch": [svg.Point(0.1, 0.0)], "fc": [svg.Point(0.1, 1.0, 0.0)]}, "eps", "a plot")
+    plot = svg.curves({"batch": [svg.Point(0.1, 0.0)], "fc": [svg.Point(0.1, 1.0, 0.9, 1.0)]}, "eps", "a plot")
     assert plot.count("<polyline") == 2 and "nan" not in plot
     assert "nan" not in svg.steps(1.0, {"square": svg.Point(0, 1.0)}, "seconds", "a plot")
     assert "nan" not in svg.bars({"square": 0.0}, "s", "a plot")

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import html
 import json
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ def report() -> AttackReport:
     """Image 5 is wrong everywhere, 0 falls to ste, 3 to APGD on fc, 6 to Square; image 9 only to the clean verdict."""
     return AttackReport(
         protocol={"architecture": "hpm_wrn10_2", "threat": "Linf:0.1", "num_images": 10, "seed": 3,
-                  "surrogates": ["fc", "ste"], "attacks": {"apgd-ce": {"steps": 100, "restarts": 5}}},
+                  "surrogates": ["fc", "ste"], "attacks": {"apgd-ce": {"iterations": 100}}},
         correct={
             "clean": "1111101110",
             "fc/apgd-ce": "1110101111",
@@ -97,6 +100,18 @@ def test_the_standard_error_is_the_binomial_one(verdicts, accuracy, se):
     assert report.by_surrogate == {} and report.baseline == {}
 
 
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 50), (1, 7), (25, 50), (99, 100), (7, 7)])
+def test_the_interval_is_wilson_s(right, n):
+    report = plain({"clean": "1" * right + "0" * (n - right)})
+    p, ends = right / n, report.robust_accuracy_interval
+    # Its ends are the accuracies whose own standard error reaches to p, or 0 and 1.
+    for end, bound in zip(ends, (0.0, 1.0), strict=True):
+        assert end == bound or (p - end) ** 2 == pytest.approx(1.96 ** 2 * end * (1 - end) / n, rel=1e-3)
+    assert 0 <= ends[0] <= p <= ends[1] <= 1 and ends[1] - ends[0] > 0.9 / (n + 4)
+    text = f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+    assert f"| clean | {100 * p:.1f} | {text} |" in report.to_markdown() and text in report.to_html()
+
+
 def test_rows_of_different_lengths_are_not_averaged():
     with pytest.raises(ValueError, match="shorter"):
         _ = plain({"clean": "111", "model/square": "11"}).robust_accuracy
@@ -115,6 +130,13 @@ def test_a_saved_report_is_loaded_equal(report, tmp_path):
     assert data["unreliable"] is True and len(data["flags"]) == 2
     assert data["flags"][0] == {"name": "saturated-softmax", "text": "fc: one-hot at image 4"}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_report_makes_the_folder_it_is_written_into(report, tmp_path):
+    report.save(tmp_path / "a" / "b" / "c.json")
+    report.write(str(tmp_path / "d" / "e"))
+    assert AttackReport.load(tmp_path / "a" / "b" / "c.json") == AttackReport.load(tmp_path / "d" / "e" / "report.json")
+    assert {path.name for path in (tmp_path / "d" / "e").iterdir()} == {"report.json", "report.md", "report.html"}
 
 
 def test_a_bare_report_is_loaded_equal(tmp_path):
@@ -142,7 +164,7 @@ def test_same_results_ignores_the_time_and_nothing_else(report):
 
 
 @pytest.mark.parametrize("text", ["", "# a table\n", "{", "[]", "3", "null", '"text"', "{}", '{"loss": 1.5}',
-                                  '{"schema_version": 1}', '{"schema_version": 1, "protocol": {}}'])
+                                  '{"schema_version": 2}', '{"schema_version": 2, "protocol": {}}'])
 def test_another_file_is_not_loaded(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="utf-8")
@@ -201,22 +223,12 @@ def test_the_committed_reports_are_whole(path):
     assert report.to_dict() == json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", 2.0, True])
+@pytest.mark.parametrize("version", [0, 1, 3, "1", 2.0, True])
 def test_another_schema_version_is_named(report, version, tmp_path):
     data = report.to_dict() | {"schema_version": version}
     (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 1 to 2"):
+    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 2"):
         AttackReport.load(tmp_path / "report.json")
-
-
-def test_version_1_is_read_and_its_warnings_have_names(report, tmp_path):
-    data = report.to_dict() | {"schema_version": 1, "warnings": [
-        "apgd-ce on fc: the softmax of 3 of 10 clean answers is one-hot in float32", "there are 2 points with zero"]}
-    del data["flags"], data["unreliable"], data["examples"]
-    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
-    loaded = AttackReport.load(tmp_path / "report.json")
-    assert [flag.name for flag in loaded.flags] == ["saturated-softmax", "zero-loss-gradient"]
-    assert not loaded.unreliable and loaded.robust_accuracy == 0.5
 
 
 def test_an_unknown_flag_is_refused(report, tmp_path):
@@ -271,13 +283,14 @@ def test_markdown_holds_the_numbers(report):
     assert table_row(markdown, "fc") == ["80.0", "80.0", "70.0"]
     assert table_row(markdown, "ste") == ["80.0", "", "80.0"]
     assert table_row(markdown, "true") == ["", "80.0", "80.0"]
-    assert table_row(markdown, "clean") == ["80.0", "12.6"]
-    assert table_row(markdown, "**robust, worst case over all rows**") == ["50.0", "15.8"]
-    assert table_row(markdown, "FC classifier of the same network, clean") == ["100.0", "0.0"]
-    assert table_row(markdown, "FC classifier of the same network, under AutoAttack's components") == ["40.0", "15.5"]
+    assert table_row(markdown, "clean") == ["80.0", "49.0 to 94.3"]
+    assert table_row(markdown, "**robust, worst case over all rows**") == ["50.0", "23.7 to 76.3"]
+    assert table_row(markdown, "FC classifier of the same network, clean") == ["100.0", "72.2 to 100.0"]
+    assert table_row(markdown, "FC classifier of the same network, under AutoAttack's components") == [
+        "40.0", "16.8 to 68.7"]
     assert table_row(markdown, "threat") == ["Linf:0.1"]
     assert table_row(markdown, "surrogates") == ["fc, ste"]
-    assert table_row(markdown, "attacks") == ["apgd-ce steps 100, restarts 5"]
+    assert table_row(markdown, "attacks") == ["apgd-ce iterations 100"]
     assert table_row(markdown, "apgd-ce") == ["12.2", "2010", "2000"]
     assert table_row(markdown, "all") == ["20.5", "4020", "2001"]
     assert "\n- [saturated-softmax](#saturated-softmax): fc: one-hot at image 4\n" in markdown
@@ -297,6 +310,38 @@ def test_every_table_of_the_markdown_has_rows_of_one_width(report):
     assert len(tables) == 4
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
+
+
+HOSTILE = ["<script>alert(1)</script>", "a | b", "a\n\n# A heading\n- a list", "`code` ``` ```", "[a](javascript:b)",
+           "**bold** _it_ ~~gone~~ $x$", "&lt;b&gt; \\", "\x1b[31mred\u202e", "<!-- ", "| --- |\r\n| x |", "\udcff"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_from_elsewhere_is_markup_in_the_markdown(report, text):
+    plain_lines = report.to_markdown().splitlines()
+    odd = dataclasses.replace(
+        report, protocol=report.protocol | {"model": text, "weights": text, "versions": {"torch": text}, text: [text],
+                                            "dataset": "digits"},
+        correct=report.correct | {f"{text}/{text}": "1" * 10}, cost=report.cost | {text: report.cost["all"]},
+        flags=[*report.flags, Flag("zero-gradient", text)])
+    markdown = odd.to_markdown()
+    fence, = re.findall(r"^(`{3,})sh$", markdown, re.MULTILINE)
+    before, _, after = markdown.partition(f"{fence}sh\n")
+    code, closing, after = after.partition(f"\n{fence}\n")
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {code}"], capture_output=True, check=True).stdout
+    assert closing and re.match(b"python\nevaluate.py\n--model[\n=]" + re.escape(os.fsencode(text)) + b"\n", words)
+    assert all(line.isprintable() for line in code.splitlines())
+    outside = before + after
+    assert not set("<>\\~$\x1b\x00\u202e\r\udcff") & set(outside) and "**bold" not in outside
+    headings = [line for line in plain_lines if line.startswith("#")]
+    assert [line for line in outside.splitlines() if line.startswith("#") and "Attack: " not in line
+            and line != "## Command"] == headings[1:]
+    for block in outside.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+    visible = " ".join("".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())).split())
+    assert visible in html.unescape(next(line for line in outside.splitlines() if line.startswith("| weights |")))
+    assert not re.search(r"[`\[\]*]", next(line for line in outside.splitlines() if line.startswith("| weights |")))
 
 
 # Files that appear whole or not at all

@@ -92,7 +92,7 @@ def test_curves_begin_clean_and_hold_the_robust_accuracies(reports):
         (0.0, reports[0].clean_accuracy), (0.1, reports[0].robust_accuracy), (0.3, reports[1].robust_accuracy)]
     assert [point.y for point in found["FC alone"]] == [
         reports[0].baseline["clean"], reports[0].baseline["worst"], reports[1].baseline["worst"]]
-    assert found["batch"][1].se == reports[0].robust_accuracy_se
+    assert found["batch"][1].ends == reports[0].robust_accuracy_interval
 
 
 def test_the_page_and_the_table_hold_every_number(reports):
@@ -109,7 +109,7 @@ def test_the_page_and_the_table_hold_every_number(reports):
     assert len(page.all("polyline")) == 3 and not page.all("script")
     for report in reports:
         assert re.search(rf"{report.protocol['inference']} at {report.protocol['threat'][5:]}: "
-                         rf"{100 * report.robust_accuracy:.1f} ± ", page.text)
+                         rf"{100 * report.robust_accuracy:.1f} % \\(", page.text)
     assert "Reports" not in Page(sweep_page(reports)).text
 
 

@@ -74,9 +74,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
+    """Writes `text` to `path`, whole or not at all; bytes of a file's name that are no UTF-8 as `\\udc..`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:

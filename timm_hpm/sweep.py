@@ -17,7 +17,8 @@ from .files import remove_unfinished, write_text
 from .head import check_inference, find_head, head_name, inference_mode
 from .report import AttackReport, Flag, svg
 from .report.html import flag_section, page, table, unreliable_banner
-from .report.verdicts import standard_error
+from .report.tables import INTERVAL
+from .report.verdicts import wilson_interval
 from .threat import ThreatModel
 
 #: The page of all reports.
@@ -165,7 +166,7 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
         *unreliable_banner(flags),
         svg.curves(curves(reports), f"eps, {threat.norm}, pixels in [0, 1]",
                    "robust accuracy against eps, a curve for each inference mode"),
-        f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are standard errors. At eps 0 "
+        f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are {INTERVAL}s. At eps 0 "
         "stands the clean accuracy. FC alone is the FC classifier of the same network, under the attacks on it.</p>",
         table(head, rows, numbers_from=0),
         "<p>* unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
@@ -200,7 +201,7 @@ def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]
 
 
 def _point(eps: float, accuracy: float, report: AttackReport) -> svg.Point:
-    return svg.Point(eps, accuracy, standard_error(accuracy, report.num_images))
+    return svg.Point(eps, accuracy, *wilson_interval(accuracy, report.num_images))
 
 
 def _mode_name(report: AttackReport) -> str:

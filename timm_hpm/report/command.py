@@ -1,5 +1,6 @@
-"""Commands that a user can copy: the call of evaluate.py that repeats a measurement, quoted for a POSIX shell."""
+"""Commands that a user can copy: the call of evaluate.py that repeats a measurement, quoted for a shell."""
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -35,20 +36,27 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
 
 
 def shell_line(words: Iterable[str]) -> str:
-    """Returns words as one line for a POSIX shell."""
-    return shlex.join(words)
+    """Returns words as one line for a POSIX shell; for Bash and its like if a word cannot be printed."""
+    return " ".join(map(_quoted, words))
 
 
 def shell_lines(words: Sequence[str]) -> str:
-    """Returns words for a POSIX shell in lines that end in a backslash, an option never apart from its first value."""
+    """Returns words as `shell_line` does, in lines that end in a backslash; an option stays with its value."""
     lines, line = [], ""
     for i, word in enumerate(words):
         following = words[i + 1:i + 2] if word.startswith("--") else []
-        if line and len(line) + len(shlex.join([word, *following])) >= _WIDTH:
+        if line and len(line) + len(shell_line([word, *following])) >= _WIDTH:
             lines.append(line)
             line = "   "
-        line += f"{' ' if line else ''}{shlex.quote(word)}"
+        line += f"{' ' if line else ''}{_quoted(word)}"
     return " \\\n".join([*lines, line])
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    # Raw, a line break would leave a list or a terminal's line, and a control character would reach the terminal.
+    return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
 
 
 def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .verdicts import right_in_all, worst_accuracy
+from .markdown import table
+from .tables import INTERVAL, cell, interval_text
+from .verdicts import right_in_all, wilson_interval, worst_accuracy
 
 if TYPE_CHECKING:
     from .schema import AttackReport
@@ -41,6 +43,26 @@ class PairedRow:
         return math.sqrt(max(0.0, apart / self.num_images - self.difference ** 2) / self.num_images)
 
     @property
+    def difference_interval(self) -> tuple[float, float]:
+        """The 95 % interval of `difference`, of the Wilson intervals of a and b; wide also if no image differs.
+
+        Source: Newcombe, Statistics in Medicine 17 (1998), method 10 for paired proportions.
+        """
+        n, (low_a, high_a), (low_b, high_b) = (
+            self.num_images, wilson_interval(self.a, self.num_images), wilson_interval(self.b, self.num_images))
+        both = round(self.a * n) - self.only_a
+        neither = n - both - self.only_a - self.only_b
+        margins = (both + self.only_a) * (self.only_b + neither) * (both + self.only_b) * (self.only_a + neither)
+        product = both * neither - self.only_a * self.only_b
+        phi = (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins) if margins else 0.0
+
+        def reach(one: float, other: float) -> float:
+            return math.sqrt(one ** 2 - 2 * phi * one * other + other ** 2)
+
+        return (self.difference - reach(high_a - self.a, self.b - low_b),
+                self.difference + reach(self.a - low_a, high_b - self.b))
+
+    @property
     def p_value(self) -> float:
         """Two-sided p-value of McNemar's exact test, `mcnemar_p_value`."""
         return mcnemar_p_value(self.only_a, self.only_b)
@@ -62,17 +84,19 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
-        lines = ["| accuracy | a % | b % | b − a | right only in a | right only in b | McNemar p |",
-                 "|---|---:|---:|---:|---:|---:|---:|"]
-        lines += [f"| {row.name} | {100 * row.a:.1f} | {100 * row.b:.1f} | {100 * row.difference:+.1f} ± "
-                  f"{100 * row.difference_se:.1f} | {row.only_a} | {row.only_b} | {row.p_value:.2g} |"
-                  for row in self.rows]
-        lines += ["", f"The same {self.rows[0].num_images} images, paired; ± is a standard error, p that of McNemar's "
-                      "exact two-sided test."]
+        lines = table(
+            ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",
+             "McNemar p"],
+            ([row.name, *(f"{100 * value:.1f} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
+              f"{100 * row.difference:+.1f} ({100 * row.difference_interval[0]:+.1f} to "
+              f"{100 * row.difference_interval[1]:+.1f})", row.only_a, row.only_b, f"{row.p_value:.2g}"]
+             for row in self.rows))
+        lines += ["", f"The same {self.rows[0].num_images} images, paired; in brackets the {INTERVAL}, of the "
+                      "difference Newcombe's paired one; p is that of McNemar's exact two-sided test."]
         lines += [f"**Report {name} is unreliable**: see its warnings." for name in self.unreliable]
         if self.differing:
-            lines += ["", "| protocol | a | b |", "|---|---|---|"]
-            lines += [f"| {name} | {a} | {b} |" for name, (a, b) in self.differing.items()]
+            lines += ["", *table(["protocol", "a", "b"], (
+                [name, cell(a), cell(b)] for name, (a, b) in self.differing.items()), numbers_from=3)]
         return "\n".join(lines) + "\n"
 
 

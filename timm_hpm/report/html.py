@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from . import svg
+from .command import evaluate_command, shell_lines
 from .flags import Flag, paragraph
-from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, accuracies, co_batch_table
-from .verdicts import attack_of, standard_error, worst_accuracy
+from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, INTERVAL, accuracies, cell, co_batch_table, interval_text
+from .verdicts import attack_of, wilson_interval, worst_accuracy
 
 if TYPE_CHECKING:
     from .schema import AttackReport
@@ -22,7 +23,7 @@ th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; ver
          overflow-wrap: anywhere; }
 th, td:first-child { overflow-wrap: normal; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { max-width: 100%; height: auto; }
+svg { max-width: 100%; height: auto; } pre { overflow-x: auto; }
 .large { display: flex; flex-wrap: wrap; gap: 1em 2.5em; }
 .large div { font-size: 13px; color: #555; width: 220px; }
 .large b { display: block; font-size: 26px; color: #111; }
@@ -52,6 +53,7 @@ def report_page(report: "AttackReport") -> str:
         *_co_batch(report),
         *_progress(report),
         *_examples(report),
+        *_command(report),
         "<h2>Protocol</h2>", table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
         "<h2>Cost</h2>", *_cost(report),
     ])
@@ -86,22 +88,20 @@ def _from_markdown(text: str) -> str:
     return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))
 
 
-def cell(value: Any) -> str:
-    """Returns a protocol's value in words."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _point(accuracy: float, report: "AttackReport", x: float = 0.0) -> svg.Point:
-    return svg.Point(x, accuracy, standard_error(accuracy, report.num_images))
+    return svg.Point(x, accuracy, *wilson_interval(accuracy, report.num_images))
 
 
 def _summary(report: "AttackReport") -> str:
-    shown = "".join(f"<div><b>{100 * value:.1f} ± {100 * standard_error(value, report.num_images):.1f} %</b>"
+    shown = "".join(f"<div><b>{100 * value:.1f} %</b> ({interval_text(value, report.num_images)})<br>"
                     f"{escape(name)}</div>" for name, value in accuracies(report).items())
     return (f"<div class='large'>{shown}</div><p>Accuracies on {report.num_images} images, "
-            f"{escape(str(report.protocol.get('threat', '')))}; ± is a standard error.</p>")
+            f"{escape(str(report.protocol.get('threat', '')))}; in brackets the {INTERVAL}.</p>")
+
+
+def _command(report: "AttackReport") -> list[str]:
+    command = evaluate_command(report.protocol)
+    return ["<h2>Command</h2>", f"<pre>{escape(shell_lines(command))}</pre>"] if command else []
 
 
 def _by_surrogate(report: "AttackReport") -> list[str]:
@@ -122,7 +122,7 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
         note += (" Under this protocol an image that was broken is attacked no more: in later rows it stands at what "
                  "broke it, so that rows do not compare attacks.")
     shown = "Accuracy of the true model on the candidates of each attack on each surrogate"
-    return [svg.dots(groups, attacks, lines, shown), f"<p>{shown}; bars are standard errors. {note}</p>",
+    return [svg.dots(groups, attacks, lines, shown), f"<p>{shown}; bars are {INTERVAL}s. {note}</p>",
             table(["surrogate, %", *attacks], rows)]
 
 

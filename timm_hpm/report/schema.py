@@ -9,15 +9,15 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from ..files import tensor_bytes, write_text
+from ..files import tensor_bytes, writable_folder, write_text
 from .compare import Comparison, compare
 from .examples import Example
-from .flags import Flag, paragraph
-from .html import cell, report_page
-from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, ROBUST, accuracies, co_batch_table
-from .verdicts import attack_of, most_errors_accuracy, standard_error, worst_accuracy
+from .flags import Flag
+from .html import report_page
+from .markdown import report_markdown
+from .verdicts import attack_of, most_errors_accuracy, standard_error, wilson_interval, worst_accuracy
 
-#: Written; version 1, which had texts without names in the place of the flags, is read too.
+#: Written and read.
 SCHEMA_VERSION: Final = 2
 
 #: The name of the true model's row: what attacks it directly, not through a surrogate.
@@ -118,6 +118,11 @@ class AttackReport:
         return standard_error(self.robust_accuracy, self.num_images)
 
     @property
+    def robust_accuracy_interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of `robust_accuracy`, which is no point at 0 or 1 either."""
+        return wilson_interval(self.robust_accuracy, self.num_images)
+
+    @property
     def by_surrogate(self) -> dict[str, dict[str, float]]:
         """Accuracy under each attack on each surrogate, and `"worst"`, point-wise over that surrogate's attacks."""
         return _by_surrogate(self.correct)
@@ -156,6 +161,7 @@ class AttackReport:
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "robust_accuracy_se": self.robust_accuracy_se,
+            "robust_accuracy_interval": list(self.robust_accuracy_interval),
             "assembled_robust_accuracy": self.assembled_robust_accuracy,
             "realised_robust_accuracy": self.realised_robust_accuracy,
             "by_surrogate": self.by_surrogate,
@@ -163,14 +169,19 @@ class AttackReport:
         } | asdict(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON, whole or not at all."""
+        """Writes the report as JSON, whole or not at all; makes the folder if it is missing."""
+        writable_folder(Path(path).parent)
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes report.md, report.html and, as the last, report.json into a folder, each whole or not at all."""
-        write_text(Path(folder) / "report.md", self.to_markdown())
-        write_text(Path(folder) / "report.html", self.to_html())
-        self.save(Path(folder) / "report.json")
+        """Writes report.md, report.html and, as the last, report.json, each whole or not at all.
+
+        Makes the folder if it is missing.
+        """
+        place = writable_folder(folder)
+        write_text(place / "report.md", self.to_markdown())
+        write_text(place / "report.html", self.to_html())
+        self.save(place / "report.json")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
@@ -182,11 +193,7 @@ class AttackReport:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
-            readable = type(version) is int and version in (1, SCHEMA_VERSION)
-            if readable and version == 1:
-                data |= {"flags": [asdict(_flag_of_version_1(text)) for text in data["warnings"]], "examples": [],
-                         "assembled": "", "co_batch": []}
-            if readable:
+            if type(version) is int and version == SCHEMA_VERSION:
                 values = {name: data[name] for name in cls.__dataclass_fields__}
                 _check(values)
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
@@ -194,49 +201,16 @@ class AttackReport:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
                              "expected the report.json that evaluate.py wrote") from error
-        raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads 1 to {SCHEMA_VERSION}. "
+        raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads {SCHEMA_VERSION}. "
                          "Evaluate again, or install the version that wrote it")
 
     def to_markdown(self) -> str:
-        """Returns the report as Markdown: the table of accuracies, what they come to, and the protocol."""
-        lines = [f"# Mixed Surrogate Attack: {self.name}", "", *self._table(), ""]
-        lines += ["| accuracy | % | standard error |", "|---|---:|---:|"]
-        lines += [f"| {f'**{name}**' if name == ROBUST else name} | {100 * value:.1f} | "
-                  f"{100 * standard_error(value, self.num_images):.1f} |" for name, value in accuracies(self).items()]
-        if self.co_batch:
-            lines += ["", *self._co_batch_table()]
-        lines += ["", "## Protocol", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {cell(value)} |" for name, value in self.protocol.items()]
-        lines += ["", "## Cost", "", "| attack | seconds | images forward | images backward |", "|---|---:|---:|---:|"]
-        lines += [f"| {name} | {row['seconds']:.1f} | {row['forward_passes']:.0f} | {row['backward_passes']:.0f} |"
-                  for name, row in self.cost.items()]
-        if self.flags:
-            lines += ["", "## Warnings", ""]
-            if self.unreliable:
-                lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
-            lines += [f"- [{flag.name}](#{flag.name}): {flag.text}" for flag in self.flags]
-            for name in dict.fromkeys(flag.name for flag in self.flags):
-                lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
-        return "\n".join(lines) + "\n"
+        """Returns the report as Markdown: accuracies, their command, the protocol, cost and warnings."""
+        return report_markdown(self)
 
     def to_html(self) -> str:
         """Returns the report as one HTML file with its plots and pictures, which opens offline."""
         return report_page(self)
-
-    def _co_batch_table(self) -> list[str]:
-        head, rows = co_batch_table(self)
-        return [f"## {CO_BATCH_TITLE}", "", CO_BATCH_NOTE, "", f"| {' | '.join(head)} |",
-                "|---:|---:|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-    def _table(self) -> list[str]:
-        table = self.by_surrogate
-        attacks = list(dict.fromkeys(attack for row in table.values() for attack in row if attack != "worst"))
-        lines = ["Accuracy of the true model in %, on the candidates of each attack on each surrogate.", "",
-                 "| surrogate | " + " | ".join(attacks) + " | worst |", "|---|" + "---:|" * (len(attacks) + 1)]
-        for surrogate, row in table.items():
-            cells = [f"{100 * row[attack]:.1f}" if attack in row else "" for attack in [*attacks, "worst"]]
-            lines.append(f"| {surrogate} | " + " | ".join(cells) + " |")
-        return lines
 
 
 def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -289,11 +263,6 @@ def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
 
 def _has_numbers(row: Any, *names: str) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
-
-
-def _flag_of_version_1(text: str) -> Flag:
-    # Its components warned of two things.
-    return Flag("saturated-softmax" if "one-hot" in text else "zero-loss-gradient", text)
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:

@@ -13,11 +13,22 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 130, 24, 60, 44
 
 
 class Point(NamedTuple):
-    """A point of a curve: x, a fraction y in [0, 1], and its standard error."""
+    """A point of a curve: x, a fraction y in [0, 1], and the ends of y's interval (none: no error bar)."""
 
     x: float
     y: float
-    se: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval's ends, both y if it has none."""
+        return (self.y if self.low is None else self.low), (self.y if self.high is None else self.high)
+
+    @property
+    def text(self) -> str:
+        """The accuracy and its interval, in %."""
+        return f"{100 * self.y:.1f} % ({100 * self.ends[0]:.1f} to {100 * self.ends[1]:.1f})"
 
 
 def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines: Mapping[str, float],
@@ -31,7 +42,7 @@ def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines:
         label: what the plot shows, for those who cannot see it.
     """
     values = [point for group in groups.values() for point in group.values()]
-    low = _floor_tenth(min([*(point.y - point.se for point in values), *lines.values()]))
+    low = _floor_tenth(min([*(point.ends[0] for point in values), *lines.values()]))
     row, gap = 15, 10
     height = _TOP + sum(row * len(group) + gap for group in groups.values()) + _BOTTOM
     x = _Scale(low, 1.0, _LEFT, _WIDTH - _RIGHT)
@@ -47,10 +58,10 @@ def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines:
         for name, point in group.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             middle = y + row / 2
-            mark = _line(x(max(low, point.y - point.se)), middle, x(min(1.0, point.y + point.se)), middle, colour,
+            mark = _line(x(point.ends[0]), middle, x(point.ends[1]), middle, colour,
                          "stroke-width='2'")
             mark += f"<circle cx='{x(point.y):.1f}' cy='{middle:.1f}' r='4.5' fill='{colour}'/>"
-            parts.append(_titled(mark, f"{title}, {name}: {100 * point.y:.1f} ± {100 * point.se:.1f} %"))
+            parts.append(_titled(mark, f"{title}, {name}: {point.text}"))
             y += row
         y += gap
         parts.append(_line(_LEFT, y - gap / 2, _WIDTH - _RIGHT, y - gap / 2, "#eee"))
@@ -73,10 +84,10 @@ def curves(curves: Mapping[str, Sequence[Point]], x_label: str, label: str) -> s
         path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in curve)
         parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
         for point in curve:
-            low, high = max(0.0, point.y - point.se), min(1.0, point.y + point.se)
+            low, high = point.ends
             mark = _line(x(point.x), y(low), x(point.x), y(high), colour)
             mark += f"<circle cx='{x(point.x):.1f}' cy='{y(point.y):.1f}' r='3.5' fill='{colour}'/>"
-            parts.append(_titled(mark, f"{name} at {point.x:.4g}: {100 * point.y:.1f} ± {100 * point.se:.1f} %"))
+            parts.append(_titled(mark, f"{name} at {point.x:.4g}: {point.text}"))
     return _svg(height, parts, label)
 
 
@@ -97,7 +108,7 @@ def steps(start: float, points: Mapping[str, Point], x_label: str, label: str) -
     parts.append(f"<polyline points='{path}' fill='none' stroke='#555' stroke-width='2'/>")
     for i, (name, point) in enumerate(points.items()):
         mark = f"<circle cx='{x(point.x):.1f}' cy='{y(point.y):.1f}' r='4.5' fill='{COLOURS[i % len(COLOURS)]}'/>"
-        parts.append(_titled(mark, f"after {name}, at {point.x:,.1f}: {100 * point.y:.1f} ± {100 * point.se:.1f} %"))
+        parts.append(_titled(mark, f"after {name}, at {point.x:,.1f}: {point.text}"))
     return _svg(height, parts, label)
 
 

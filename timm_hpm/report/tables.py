@@ -1,12 +1,17 @@
 """What a report says in Markdown and in HTML alike."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from .verdicts import wilson_interval
 
 if TYPE_CHECKING:
     from .schema import AttackReport
 
 #: The name of the robust accuracy among the `accuracies`.
 ROBUST: Final = "robust, worst case over all rows"
+
+#: How a table calls what stands beside an accuracy.
+INTERVAL: Final = "95 % Wilson interval"
 
 CO_BATCH_TITLE: Final = "Neighbours in the batch"
 CO_BATCH_NOTE: Final = (
@@ -31,3 +36,16 @@ def co_batch_table(report: "AttackReport") -> tuple[list[str], list[list[str]]]:
     return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
         [str(row["batch_size"]), str(row["mix"]), str(row["neighbours"]), str(row["flipped"]), str(row["targets"]),
          f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.co_batch]
+
+
+def interval_text(accuracy: float, num_images: int) -> str:
+    """Returns the `INTERVAL` of an accuracy, in %."""
+    low, high = wilson_interval(accuracy, num_images)
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def cell(value: Any) -> str:
+    """Returns a protocol's value in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -35,3 +35,15 @@ def worst_accuracy(rows: Iterable[str]) -> float:
 def standard_error(accuracy: float, num_images: int) -> float:
     """Returns the standard error of an accuracy, by the binomial distribution."""
     return math.sqrt(accuracy * (1 - accuracy) / num_images)
+
+
+def wilson_interval(accuracy: float, num_images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval of an accuracy, fractions in [0, 1]; above 0 wide, at accuracies of 0 and 1, too.
+
+    Source: Wilson, Journal of the American Statistical Association 22 (1927).
+    """
+    z = 1.959963984540054
+    scale = 1 + z * z / num_images
+    centre = (accuracy + z * z / (2 * num_images)) / scale
+    half = z * math.sqrt(accuracy * (1 - accuracy) / num_images + (z / (2 * num_images)) ** 2) / scale
+    return (max(0.0, centre - half) if accuracy > 0 else 0.0), (min(1.0, centre + half) if accuracy < 1 else 1.0)

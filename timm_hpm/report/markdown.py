@@ -1,0 +1,81 @@
+"""A report as Markdown. Text from elsewhere (names, folders, flags) is shown as it is: none of it becomes markup."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from .command import evaluate_command, shell_lines
+from .flags import paragraph
+from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, INTERVAL, ROBUST, accuracies, cell, co_batch_table, interval_text
+
+if TYPE_CHECKING:
+    from .schema import AttackReport
+
+# An underscore between letters begins no emphasis.
+_MARKUP: Final = re.compile(r"[&<>|`*\[\]\\~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def escaped(value: Any) -> str:
+    """Returns a text on one line that Markdown renders as it is, in a table's cell, too.
+
+    Markup becomes character references, line breaks become spaces, and what cannot be printed (such as a terminal's
+    control characters) U+FFFD.
+    """
+    text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(value).split()))
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Returns a code block, whose fence is longer than every row of backticks in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers_from: int = 1) -> list[str]:
+    """Returns the lines of a table with escaped cells; columns from `numbers_from` on are right-aligned."""
+    return ["| " + " | ".join(head) + " |",
+            "|" + "".join("---|" if i < numbers_from else "---:|" for i in range(len(head))),
+            *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)]
+
+
+def accuracy_table(report: "AttackReport") -> list[str]:
+    """Returns the lines of the table of the accuracies with their intervals."""
+    lines = table(["accuracy", "%", INTERVAL], (
+        [name, f"{100 * value:.1f}", interval_text(value, report.num_images)]
+        for name, value in accuracies(report).items()))
+    return [line.replace(f"| {ROBUST} |", f"| **{ROBUST}** |") for line in lines]
+
+
+def results(report: "AttackReport") -> list[str]:
+    """Returns the lines of the tables: accuracy by surrogate and attack, what that comes to, neighbours."""
+    by_surrogate = report.by_surrogate
+    attacks = list(dict.fromkeys(attack for row in by_surrogate.values() for attack in row if attack != "worst"))
+    lines = ["Accuracy of the true model in %, on the candidates of each attack on each surrogate.", "", *table(
+        ["surrogate", *map(escaped, attacks), "worst"],
+        ([surrogate, *(f"{100 * row[attack]:.1f}" if attack in row else "" for attack in [*attacks, "worst"])]
+         for surrogate, row in by_surrogate.items())), "", *accuracy_table(report)]
+    if report.co_batch:
+        head, rows = co_batch_table(report)
+        lines += ["", f"## {CO_BATCH_TITLE}", "", CO_BATCH_NOTE, "", *table(head, rows, numbers_from=0)]
+    return lines
+
+
+def report_markdown(report: "AttackReport") -> str:
+    """Returns a report as Markdown: accuracies, the command that repeats them, the protocol, cost and warnings."""
+    lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", "", *results(report), ""]
+    command = evaluate_command(report.protocol)
+    if command:
+        lines += ["## Command", "", fenced(shell_lines(command), "sh"), ""]
+    lines += ["## Protocol", "",
+              *table(["", ""], ([name, cell(value)] for name, value in report.protocol.items()), numbers_from=2)]
+    lines += ["", "## Cost", "", *table(["attack", "seconds", "images forward", "images backward"], (
+        [name, f"{row['seconds']:.1f}", f"{row['forward_passes']:.0f}", f"{row['backward_passes']:.0f}"]
+        for name, row in report.cost.items()))]
+    if report.flags:
+        lines += ["", "## Warnings", ""]
+        if report.unreliable:
+            lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
+        lines += [f"- [{flag.name}](#{flag.name}): {escaped(flag.text)}" for flag in report.flags]
+        for name in dict.fromkeys(flag.name for flag in report.flags):
+            lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
+    return "\n".join(lines) + "\n"

@@ -11,12 +11,13 @@ Each attacks whole batches, so where there are fewer batches than processes some
 """
 
 import argparse
+import io
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,21 @@ from timm.utils import ParseKwargs
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
-from timm_hpm.attacks.joint import IN_ROUNDS
 from timm_hpm.attacks.judge import saved_protocol
+from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.data import DATASETS, SPLITS, first_images
-from timm_hpm.files import remove_unfinished, writable_folder, write_text
+from timm_hpm.files import default_folder, remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
+from timm_hpm.report.command import shell_line
 from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="hpm_wrn10_2", help="timm model, with or without an HPM head (%(default)s)")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=None,
@@ -96,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", type=Path, metavar="FOLDER",
                        help="go on with a run that was stopped, by its output folder, or look at one that is finished; "
                             "other options are not needed, and refused where they differ from that run's, but for "
-                            "RobustBench's. An empty folder begins a run")
+                            "RobustBench's and --dataset-download. An empty folder begins a run")
     group.add_argument("--save-adversarial", action="store_true",
                        help="also write adversarial.safetensors: every candidate, for --rejudge; by standard on an HPM "
                             "head in batch mode 88 times the images")
@@ -109,24 +112,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--robustbench-json", type=Path, metavar="FILE", help="also write RobustBench's model_info")
     group.add_argument("--robustbench-info", nargs="*", default=[], metavar="NAME=VALUE",
                        help=f"fields of it that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's options, after those of the run that --resume or --rejudge names."""
+    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.rejudge and (args.rejudge / _OPTIONS).exists():
         # The report says the inference mode, and it may be another machine.
-        saved = saved_options(args.rejudge / _OPTIONS, _options(args))
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("inference", "device")})
-        args = parser.parse_args(argv)
+        return parser.parse_args([*saved_arguments(args.rejudge / _OPTIONS, without=("inference", "device")), *argv])
     if args.resume and args.output and args.resume.resolve() != args.output.resolve():
         raise ValueError(f"--resume {args.resume} goes on in that folder, and --output {args.output} is another one; "
                          "leave out --output, or copy the folder there and resume the copy")
     file = args.resume and args.resume / _OPTIONS
     if file and file.exists():
-        saved = saved_options(file, _options(args))
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
+        saved = saved_arguments(file)
+        there = _options(parser.parse_args(saved))
+        args = parser.parse_args([*saved, *argv])
         now = _options(args)
-        # RobustBench's file is made of the report, at any time.
-        different = [f"--{name.replace('_', '-')} {now[name]} (there: {saved.get(name)})" for name in now
-                     if now[name] != saved.get(name) and not name.startswith("robustbench")]
+        different = [f"--{name.replace('_', '-')} {now[name]} (there: {there[name]})" for name in now
+                     if now[name] != there[name]]
         if different:
             raise ValueError(f"{args.resume} holds a run of other options: {', '.join(different)}. Leave them out, or "
                              "choose another folder")
@@ -140,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         first, second = (timm_hpm.AttackReport.load(report_file(path)) for path in args.compare)
         print(first.compare(second).to_markdown())
         return 0
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
     if args.rejudge and args.inference:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
     if args.protocol == "custom" and not (args.surrogates or args.attacks or args.budget or args.survivors_only):
@@ -222,7 +231,10 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             (output / _OPTIONS).unlink()
         raise
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: python evaluate.py --resume {output}", file=sys.stderr)
+        again = ["python", "evaluate.py", "--resume", str(output), *(
+            ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
+            if args.robustbench_json else [])]
+        print(f"\nstopped; to go on: {shell_line(again)}", file=sys.stderr)
         return 130
     if accelerator is None or accelerator.is_main_process:
         several = len(reports) > 1 or radii is not None
@@ -258,8 +270,11 @@ def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
         print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
 
-# What a run was called with.
+# What a run was called with; and what only the command line says: an options.json may be a stranger's, and these name
+# other folders and files, some of them to write.
 _OPTIONS = "options.json"
+_NOT_SAVED = ("resume", "rejudge", "output", "compare", "robustbench_json", "robustbench_info", "dataset_download")
+_COMMA_SEPARATED = ("inference", "surrogates", "attacks", "co_batch", "co_batch_mix")
 
 
 def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> tuple[Path, bool]:
@@ -267,8 +282,7 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
 
     And whether this process began the run there.
     """
-    now = datetime.now()
-    chosen = [args.resume or args.output or Path("output") / f"{args.model.replace('/', '-')}-{now:%Y-%m-%d-%H%M%S}"]
+    chosen = [args.resume or args.output or default_folder(args.model)]
     if accelerator is not None:
         broadcast_object_list(chosen)
     output, = chosen
@@ -289,15 +303,54 @@ def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> 
     return output, begins
 
 
-def saved_options(file: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of the run in a folder, of the names in `options`; raises a ValueError where it has none."""
+def saved_arguments(file: Path, without: Iterable[str] = ()) -> list[str]:
+    """Returns the command line that gives the options of the run in a folder, but for those in `without`.
+
+    The file may be a stranger's: each value must be one that the command line gives, and none that says where to write
+    is heeded (`_NOT_SAVED`).
+
+    Raises:
+        ValueError: if the file holds no options of this script, or a value of another type; the message names it.
+    """
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         saved = None
-    if not isinstance(saved, dict) or not saved.keys() <= options.keys():
+    parser = make_parser()
+    if not isinstance(saved, dict) or not saved.keys() <= vars(parser.parse_args([])).keys():
         raise ValueError(f"{file} is not what this evaluate.py was called with, or damaged; choose another folder")
-    return saved
+    arguments = []
+    for name, value in saved.items():
+        if name in _NOT_SAVED:
+            continue
+        words = _as_arguments(name, value)
+        try:
+            with redirect_stderr(io.StringIO()):
+                given = _options(parser.parse_args(words))[name]
+        except (SystemExit, ValueError):
+            given = None
+        if repr(given) != repr(value):
+            raise ValueError(f"{file} says that {name} is {value!r:.100}, which is no value of "
+                             f"--{name.replace('_', '-')}; mend it, or choose another folder")
+        if name not in without:
+            arguments += words
+    return arguments
+
+
+def _as_arguments(name: str, value: Any) -> list[str]:
+    """Returns the words of the command line that give an option's value, which is of one of JSON's types."""
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return [option.replace("--", "--no-", 1)] if value is False and name == "pretrained" else []
+    if value is True:
+        return [option]
+    if isinstance(value, dict):
+        value = [f"{key}={part!r}" for key, part in value.items()]
+    elif isinstance(value, list) and name in _COMMA_SEPARATED:
+        value = ",".join(map(str, value)) or ("none" if name == "co_batch" else "")
+    if isinstance(value, list):
+        return [option, *map(str, value)] if value else []
+    return [f"{option}={value}"]
 
 
 def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any:
@@ -325,20 +378,25 @@ def weights_of(model: Any, args: argparse.Namespace) -> str:
 
 
 def report_file(path: Path) -> Path:
-    """Returns the report.json of a run's folder, or `path` itself where that is no folder.
+    """Returns the report.json of a run's folder, or `path` itself if that is no folder.
 
     Raises:
-        ValueError: a folder of several reports.
+        ValueError: if there is no report, or the folder holds several.
     """
     if (path / SWEEP).exists() and not (path / "report.json").exists():
         names = sorted(file.parent.name for file in path.glob("*/report.json"))
         raise ValueError(f"{path} holds several reports, {', '.join(names)}; give the folder of one")
-    return path / "report.json" if path.is_dir() else path
+    file = path / "report.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"there is no report {file}; expected the report.json that evaluate.py wrote, or its folder"
+                         + (f". The run there is not finished: python evaluate.py --resume {path}"
+                            if (path / _OPTIONS).exists() else ""))
+    return file
 
 
 def rejudge(model: torch.nn.Module, folder: Path) -> int:
     """Judges saved candidates again and prints whether they give the report's verdicts; returns the exit code."""
-    report = timm_hpm.AttackReport.load(folder / "report.json")
+    report = timm_hpm.AttackReport.load(report_file(folder))
     if saved_protocol(folder / "adversarial.safetensors") != report.protocol:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")
@@ -354,15 +412,14 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options that belong to a run, in JSON's types; its folder is not among them."""
-    others = ("resume", "rejudge", "output", "compare")
-    options = {name: value for name, value in vars(args).items() if name not in others}
+    """Returns the options that belong to a run, in JSON's types; where it is written is not among them."""
+    options = {name: value for name, value in vars(args).items() if name not in _NOT_SAVED}
     return json.loads(json.dumps(options, default=str))
 
 
 def _budget(text: str) -> tuple[str, Budget]:
     name, _, value = text.partition("=")
-    return name, Budget.parse(value, "rounds" if name in IN_ROUNDS else "targets")
+    return name, as_budget(name, value)
 
 
 def _names(text: str) -> list[str]:

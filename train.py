@@ -10,13 +10,13 @@ and checkpoints/. A run that was stopped goes on by `train.py --resume FOLDER`.
 import argparse
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 import timm_hpm  # noqa: F401  (registers the models)
+from timm_hpm.files import default_folder
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.config import add_arguments, read_yaml
 from timm_hpm.training.run_folder import saved_options
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         output = resume
     config = TrainConfig(**options)
     if output is None:
-        output = Path("output") / f"train-{config.model.replace('/', '-')}-{datetime.now():%Y-%m-%d-%H%M%S}"
+        output = default_folder(config.model, "train-")
     try:
         kept = train(config, output, resume=resume is not None, progress=True)
     except Stopped as stopped:

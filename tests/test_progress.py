@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -275,6 +276,69 @@ def test_options_of_another_program_are_refused_and_stay(evaluate, tmp_path, tex
     assert (tmp_path / "options.json").read_text() == text
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("num_images", "10"), ("num_images", True), ("num_images", 10.5), ("batch_size", None), ("seed", 1.0),
+    ("model", None), ("model", ["hpm_wrn10_2"]), ("model_kwargs", "mix=0.5"), ("model_kwargs", ["a"]),
+    ("survivors_only", "yes"), ("save_adversarial", 1), ("pretrained", "false"), ("protocol", "quick"),
+    ("surrogates", "fc"), ("surrogates", [1]), ("attacks", {"apgd-ce": 1}), ("budget", "apgd-ce=1"),
+    ("budget", [["a"]]),
+    ("co_batch", 5), ("co_batch", ["5"]), ("co_batch_mix", [None]), ("inference", [[]]), ("threat", 0.1),
+    ("model_kwargs", {"a=b": "c=d"}), ("device", {}), ("num_images", 1e400),
+])
+def test_a_saved_option_of_another_type_is_named(evaluate, tmp_path, name, value):
+    good = evaluate._options(evaluate.parse_args(SMALL))
+    assert name in good
+    (tmp_path / "options.json").write_text(json.dumps(good | {name: value}))
+    for option in ("--resume", "--rejudge"):
+        with pytest.raises(ValueError, match=rf"options\.json says that {name} is "):
+            evaluate.parse_args([option, str(tmp_path)])
+
+
+def test_the_options_of_a_run_are_read_back_as_they_were(evaluate, tmp_path):
+    words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
+             "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square", "--budget", "square=5",
+             "apgd-t=3x2", "--survivors-only", "--co-batch", "none", "--co-batch-mix", "0.5,1",
+             "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "-3", "--device", "cpu", "--save-adversarial"]
+    given = evaluate._options(evaluate.parse_args(words))
+    (tmp_path / "options.json").write_text(json.dumps(given))
+    assert evaluate._options(evaluate.parse_args(["--resume", str(tmp_path)])) == given
+    assert evaluate._options(evaluate.parse_args([*words, "--resume", str(tmp_path)])) == given
+
+
+def test_a_saved_run_writes_nowhere_else(evaluate, tmp_path, capsys):
+    mine, run = tmp_path / "mine.json", tmp_path / "run"
+    mine.write_text("mine")
+    assert evaluate.main([*FEW, "--output", str(run), "--robustbench-json", str(tmp_path / "info.json")]) == 0
+    saved = json.loads((run / "options.json").read_text())
+    (run / "options.json").write_text(json.dumps(saved | {
+        "robustbench_json": str(mine), "output": str(tmp_path / "else"), "resume": str(tmp_path / "else"),
+        "compare": [str(mine)] * 2, "rejudge": str(mine), "dataset_download": True}))
+    args = evaluate.parse_args(["--resume", str(run)])
+    assert not (args.robustbench_json or args.output or args.compare or args.rejudge or args.dataset_download)
+    assert args.resume == run and evaluate.main(["--resume", str(run)]) == 0
+    assert mine.read_text() == "mine" and not (tmp_path / "else").exists()
+
+
+def test_a_symlinked_progress_folder_does_not_end_a_finished_run(evaluate, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").touch()
+    assert evaluate.main([*FEW, "--output", str(run)]) == 0
+    report = AttackReport.load(run / "report.json")
+    # As it is if the process was killed between the report and the removal, on a disk of the user's choice.
+    (run / "report.json").unlink()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (run / "progress").symlink_to(scratch)
+    for name in (".report.html.99.tmp", ".progress.99.tmp"):
+        (run / name).symlink_to(elsewhere)
+    (run / ".dangling.99.tmp").symlink_to(tmp_path / "nowhere")
+    assert evaluate.main(["--resume", str(run)]) == 0
+    assert AttackReport.load(run / "report.json").same_results(report)
+    assert {path.name for path in run.iterdir()} == {"report.json", "report.md", "report.html", "options.json"}
+    assert [path.name for path in elsewhere.iterdir()] == ["thesis.tex"] and scratch.exists()
+
+
 # The folder, from Python
 
 
@@ -447,6 +511,25 @@ def test_what_changes_a_protocol_makes_it_a_custom_one():
 def test_a_budget_is_read(text, budget):
     assert Budget.parse(text) == budget
     assert Budget.parse("25x20", "rounds") == Budget(25, rounds=20)
+
+
+@pytest.mark.parametrize("budget", [3, "3", np.int64(3), Budget(3)])
+def test_a_budget_may_be_given_as_a_number_or_a_text(budget):
+    chosen = PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget, "apgd-t": "3x2", "joint-rest": "3x2"})
+    assert [chosen.attacks[name] for name in ("apgd-ce", "apgd-t", "joint-rest")] == [
+        Budget(3), Budget(3, targets=2), Budget(3, rounds=2)]
+    assert Protocol("p", {"apgd-ce": budget, "fab-t": "9x1"}).attacks == {"apgd-ce": Budget(3), "fab-t": Budget(9, 1)}
+    assert timm_hpm.Budget is Budget
+
+
+@pytest.mark.parametrize("budget", [None, True, 2.5, [3], {"iterations": 3}, (3, 2)])
+def test_a_budget_of_another_type_is_named(budget):
+    with pytest.raises(ValueError, match=r"the budget of apgd-ce is .*; expected iterations such as 100, or timm_hpm"):
+        PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget})
+    with pytest.raises(ValueError, match=r"expected whole numbers"):
+        Budget(budget)
+    with pytest.raises(ValueError, match=r"budgets is .*; expected a budget by attack"):
+        PROTOCOLS["standard"].changed(budgets=[budget])
 
 
 @pytest.mark.parametrize("text", ["", "x", "5x", "many", "5x2x1", "0", "5.5"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 
 import timm_hpm
 from timm_hpm import AttackReport
+from timm_hpm.files import default_folder
 
 ROOT = Path(__file__).parent.parent
 # Of the attacks, so that a process takes seconds.
@@ -95,11 +97,13 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
     (["--threat", "L2:0"], "eps is 0.0; expected a finite number above 0"),
     (["--threat", "L7:0.1"], "unknown norm 'L7'; expected one of Linf, L2"),
     (["--num-images", "361"], "asked for the first 361 images; the split test of digits has 360 (0 for all)"),
-    (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
+    (["--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+    (["--compare", "missing", "missing.json"], "there is no report missing; expected the report.json that"),
+    (["--compare", "earlier", "earlier"], "there is no report earlier/report.json; expected the report.json that"),
     (["--surrogates", "hard"], "unknown surrogate 'hard'"),
     (["--attacks", "pgd"], "unknown attack 'pgd'"),
     (["--checkpoint", "missing.safetensors"], "cannot read the checkpoint missing.safetensors: there is no such file"),
-    (["--rejudge", "missing"], "missing/report.json"),
+    (["--rejudge", "missing"], "there is no report missing; expected the report.json that"),
     (["--rejudge", "missing", "--inference", "fc"], "leave out --inference"),
     (["--model", "nosuch"], "cannot create the model 'nosuch'"),
     (["--device", "foo"], "the device 'foo' cannot be used"),
@@ -215,6 +219,28 @@ def test_evaluate_prints_an_error_without_a_traceback(tmp_path):
     done = script("evaluate.py", "--output", "file/below", folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("evaluate.py: cannot write into the output folder") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--eps", "0.1:0.2:0.1"], ["--num-image", "5"], ["--surrogates-at", "1"]])
+def test_an_option_is_not_abbreviated(words, evaluate_main, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_main(words)
+    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
+
+
+def test_an_empty_batch_is_refused_by_name_under_torchrun(tmp_path):
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "evaluate.py"),
+               "-b", "0", "--device", "cpu", folder=tmp_path)
+    assert done.returncode != 0 and "--batch-size is 0" in done.stderr and "ZeroDivision" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["local-dir:/data/a b/run", "hf-hub:org/name@v1", "x" * 300, "é:" * 200, "../..", ""])
+def test_a_default_output_folder_fits_every_file_system(model):
+    for prefix in ("", "train-"):
+        folder = default_folder(model, prefix)
+        assert folder.parent == Path("output") and len(os.fsencode(folder.name)) <= 150
+        assert set(folder.name) <= {*string.ascii_letters, *string.digits, *"-_.+="} and folder.name.startswith(prefix)
 
 
 @pytest.mark.slow

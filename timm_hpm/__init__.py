@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from . import models  # registers the models
-from .attacks import NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
+from .attacks import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
 from .checkpoints import CheckpointError
 from .data import PixelModel, load_split
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
@@ -22,6 +22,7 @@ from .threat import ThreatModel
 __all__ = [
     "INFERENCE_MODES",
     "AttackReport",
+    "Budget",
     "CheckpointError",
     "HPMHead",
     "NonFiniteLogitsError",

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -137,10 +139,16 @@ def writable_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def default_folder(model: str, prefix: str = "") -> Path:
+    """Returns `output/<prefix><model>-<date>`, of a name that every file system takes: at most 150 ASCII characters."""
+    name = re.sub(r"[^\w.+=-]+", "-", model, flags=re.ASCII).strip("-.")
+    return Path("output") / f"{prefix}{name[:120]}-{datetime.now():%Y-%m-%d-%H%M%S}"
+
+
 def remove_unfinished(folder: str | os.PathLike) -> None:
     """Removes the temporary files and folders that a process left in `folder` when it was killed as it wrote."""
     for rest in Path(folder).glob(".*.[0-9]*.tmp"):
-        if rest.is_file():
+        if rest.is_file() or rest.is_symlink():
             rest.unlink(missing_ok=True)
         else:
             shutil.rmtree(rest, ignore_errors=True)

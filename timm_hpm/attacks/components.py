@@ -224,7 +224,7 @@ class Budget:
     No rounds given are those of the protocol.
 
     Raises:
-        ValueError: no iterations, or a negative number of targets or rounds.
+        ValueError: no iterations, a negative number of targets or rounds, or what is no whole number.
     """
 
     iterations: int
@@ -232,8 +232,10 @@ class Budget:
     rounds: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.targets < 0 or self.rounds < 0:
-            raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets or rounds")
+        whole = all(type(number) is int for number in (self.iterations, self.targets, self.rounds))
+        if not whole or self.iterations < 1 or self.targets < 0 or self.rounds < 0:
+            raise ValueError(f"{self}: expected whole numbers, at least 1 iteration, and 0 or more targets or "
+                             "rounds")
 
     @classmethod
     def parse(cls, text: str, times: str = "targets") -> "Budget":

@@ -59,7 +59,7 @@ def mixed_surrogate_attack(
         batch_size: int = 128,
         surrogates: Sequence[str] | None = None,
         attacks: Sequence[str] | None = None,
-        budgets: Mapping[str, Budget] | None = None,
+        budgets: Mapping[str, Budget | int | str] | None = None,
         survivors_only: bool = False,
         surrogates_at_once: int = 1,
         seed: int = 0,
@@ -94,7 +94,7 @@ def mixed_surrogate_attack(
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
         surrogates: names of `SURROGATES`; None means the protocol's.
         attacks: names of `ATTACKS`; None means the protocol's.
-        budgets: budgets for some of the attacks; None means the protocol's. Targets are capped at C − 1.
+        budgets: budgets for some of the attacks (`as_budget`); None means the protocol's. Targets are capped at C − 1.
         survivors_only: an image that was broken is attacked no more; see `Protocol`.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.

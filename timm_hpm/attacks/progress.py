@@ -213,7 +213,7 @@ def _same(name: str, one: Any, other: Any) -> bool:
 def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
     """Removes a `ProgressFolder` of the run that a report's protocol describes; any other folder stays as it is.
 
-    If that is stopped, `remove_unfinished` does the rest.
+    Of a link only the link goes. If the removal is stopped, `remove_unfinished` does the rest.
     """
     try:
         run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
@@ -221,6 +221,9 @@ def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
         if not all(_same(name, value, expected[name]) for name, value in run.items()):
             return
     except (OSError, ValueError, KeyError, TypeError):
+        return
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to lies outside the run's folder, and stays
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.rename(temporary)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, Final
 
 from .components import COMPONENTS, Budget
@@ -14,13 +15,30 @@ from .surrogates import check_names
 ATTACKS: Final = {**COMPONENTS, "apgd-chain": apgd_chain, **JOINT_ATTACKS}
 
 
+def as_budget(attack: str, value: Budget | int | str) -> Budget:
+    """Returns a budget, given as such, as a number of iterations, or as a text such as `"100x9"` (`Budget.parse`).
+
+    Raises:
+        ValueError: if it is none of these; the message names the attack.
+    """
+    if isinstance(value, Budget):
+        return value
+    if isinstance(value, str):
+        return Budget.parse(value, "rounds" if attack in IN_ROUNDS else "targets")
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return Budget(int(value))
+    raise ValueError(f"the budget of {attack} is {value!r:.100}; expected iterations such as 100, or "
+                     "timm_hpm.Budget(100, targets=9)")
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What a Mixed Surrogate Attack runs.
 
     Arguments:
         name: stands in the report.
-        attacks: names of `ATTACKS`, with the budget of each; those that do not apply to a model are left out.
+        attacks: names of `ATTACKS`, with the budget of each: what `as_budget` reads; those that do not apply to a model
+            are left out.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
         survivors_only: an image that was broken is attacked no more. The worst case counts the same, but the rows of
             single attacks do not: in those that follow, the image stands at what broke it.
@@ -30,6 +48,9 @@ class Protocol:
     attacks: Mapping[str, Budget]
     surrogates: tuple[str, ...] | None = None
     survivors_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", {name: as_budget(name, value) for name, value in self.attacks.items()})
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that tell the protocol, its name and budgets, from any other."""
@@ -51,7 +72,7 @@ class Protocol:
             self,
             surrogates: Sequence[str] | None = None,
             attacks: Sequence[str] | None = None,
-            budgets: Mapping[str, Budget] | None = None,
+            budgets: Mapping[str, Budget | int | str] | None = None,
             survivors_only: bool = False,
     ) -> "Protocol":
         """Returns the protocol with other surrogates, attacks or budgets, or for survivors only.
@@ -64,7 +85,10 @@ class Protocol:
             ValueError: unknown attacks, a budget without targets for an attack that needs them, or with rounds for
                 one that has none.
         """
-        budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **(budgets or {})}
+        if not isinstance(budgets, Mapping | None):
+            raise ValueError(f"budgets is {budgets!r:.100}; expected a budget by attack, such as {{'apgd-ce': 100}}")
+        given = {name: as_budget(name, value) for name, value in (budgets or {}).items()}
+        budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **given}
         check_names("attack", list(budget_of), tuple(ATTACKS))
         for attack, standard in PROTOCOLS["standard"].attacks.items():
             if standard.targets and not budget_of[attack].targets:

@@ -129,9 +129,9 @@ def test_a_class_without_an_image_is_named(tmp_path):
     write_fashion_mnist(tmp_path)
     split = open_split("fashion_mnist", "train", data_dir=tmp_path)
     check_every_class(split, 4)
-    with pytest.raises(ValueError, match=r"train of fashion_mnist has no image of 1 of the model's 5 classes \(4\)"):
+    with pytest.raises(ValueError, match=r"train of fashion_mnist has no image of 1 of .* 5 classes \(4 Coat\)"):
         check_every_class(split, 5)
-    with pytest.raises(ValueError, match=r"no image of 6 of the model's 10 classes \(4, 5, 6, 7, 8, \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"no image of 6 of .* 10 classes \(4 Coat, 5 Sandal, .*, 8 Bag, \.\.\.\)"):
         check_every_class(split, 10)
 
 
@@ -272,7 +272,7 @@ def test_an_empty_split_is_refused(tmp_path):
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(number, dtype=np.uint8))
     with pytest.raises(ValueError, match=r"the split test of fashion_mnist has no image; give another --data-dir$"):
         open_split("fashion_mnist", "test", data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"the split val of fashion_mnist has no image; .* or a larger val_fraction"):
+    with pytest.raises(ValueError, match=r"has no image; each class has at most one, .*Add images"):
         open_split("fashion_mnist", "val", data_dir=tmp_path)
 
 
@@ -368,7 +368,7 @@ def test_a_folder_without_test_is_measured_on_val_and_holds_out_of_train(folder)
         pixels, labels = first_images(split)
         assert pixels.shape[1:] == (3, 16, 16) and pixels.dtype == torch.float32
         check_pixels(pixels, labels, 3)
-    with pytest.raises(ValueError, match=r"the split test of folder has no image of 1 of the model's 3 classes \(1\)"):
+    with pytest.raises(ValueError, match=r"the split test of folder has no image of 1 of .* 3 classes \(1 bee\)"):
         check_every_class(splits["test"], 3)
 
 

@@ -4,18 +4,20 @@ import difflib
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from torch import Tensor
+from torchvision.datasets import FashionMNIST
+
+from .images import EncodedImages, class_folders, image_folder, open_path
 
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_HINT: Final = ("fetch it with: apt-get install dataset-fashion-mnist (Debian, Ubuntu); or put the four "
@@ -29,39 +31,25 @@ _STREAMED: Final = ("hfids/", "tfds/", "wds/")
 
 
 class Part(NamedTuple):
-    """One part of a data set as it lies on disk: its images, labels (N,), int64, and how many classes it knows.
+    """One part of a data set as it lies on disk: its images, labels (N,), int64, and the classes that they number.
 
-    `images` is a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
+    `images` is a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`. `class_names` is None if
+    the data set names no classes.
     """
 
-    images: "Tensor | EncodedImages"
+    images: Tensor | EncodedImages
     labels: Tensor
     num_classes: int
+    class_names: tuple[str, ...] | None
 
-
-class EncodedImages:
-    """The images of a map-style data set of timm or torchvision, opened one by one as they are asked for."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Returns image `index`.
-
-        Past the data set's own `__getitem__`, since timm's gives the next image in place of one that it cannot read.
-
-        Raises:
-            ValueError: the file is no image, or a damaged one; the message names it.
-        """
-        reader = getattr(self.dataset, "reader", None)
-        with reader[index][0] if reader else open(self.dataset.samples[index][0], "rb") as file:
-            try:
-                image = Image.open(file)
-                image.load()
-                return image
-            except (OSError, SyntaxError, ValueError, EOFError) as error:
-                name = reader.filename(index, absolute=True) if reader else file.name
-                raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
+    def renumbered(self, numbers: Mapping[str, int]) -> "Part":
+        """Returns the part with each class's number in `numbers`, and the label −1 for classes that are not there."""
+        own = self.class_names or tuple(map(str, range(self.num_classes)))
+        table = torch.tensor([numbers.get(name, -1) for name in own])
+        labels = torch.where(self.labels < 0, self.labels, table[self.labels.clamp(min=0)])
+        names = {number: name for name, number in reversed(list(numbers.items()))}
+        total = max(names) + 1
+        return Part(self.images, labels, total, tuple(names.get(number, "") for number in range(total)))
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,8 @@ class DataSource:
         mean, std: what its models usually normalise by, one value a channel; None where nothing is usual.
         num_classes: None where only the files say.
         image_size: (channels, height, width) of images that lie in memory as they are; None where they are decoded.
+        classes: takes `data_dir` and returns the names of all classes in the order of their numbers; None if each part
+            numbers them alike by itself.
     """
 
     parts: Callable[[Path | None], Collection[str]]
@@ -84,6 +74,7 @@ class DataSource:
     std: tuple[float, ...] | None = None
     num_classes: int | None = None
     image_size: tuple[int, int, int] | None = None
+    classes: Callable[[Path | None], tuple[str, ...]] | None = None
 
 
 def data_source(dataset: str) -> DataSource:
@@ -126,7 +117,7 @@ def _read_digits(part: str, data_dir: Path | None, download: bool) -> Part:
     chosen = {"train": train, "val": val, "test": test}[part]
     # Grey levels 0 to 16.
     images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
-    return Part(images, torch.from_numpy(digits.target[chosen]).long(), 10)
+    return Part(images, torch.from_numpy(digits.target[chosen]).long(), 10, tuple("0123456789"))
 
 
 def _train_and_test(data_dir: Path | None) -> Collection[str]:
@@ -144,7 +135,7 @@ def _read_fashion_mnist(part: str, data_dir: Path | None, download: bool) -> Par
     labels = _read_idx(file, dimensions=1)
     if len(labels) != len(images):
         raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images; {_FASHION_MNIST_HINT}")
-    return Part(images.unsqueeze(1), labels.long(), 10)
+    return Part(images.unsqueeze(1), labels.long(), 10, tuple(FashionMNIST.classes))
 
 
 def _find(name: str, folders: list[Path]) -> Path:
@@ -201,12 +192,14 @@ def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> 
 
 def _torchvision_part(dataset: Any) -> Part:
     labels = torch.as_tensor(dataset.targets).long()
+    # ImageNet's synsets name its folders, too; its classes are lists of synonyms.
+    names = tuple(getattr(dataset, "wnids", dataset.classes))
     if not hasattr(dataset, "data"):
-        return Part(EncodedImages(dataset), labels, len(dataset.classes))
+        return Part(EncodedImages(partial(open_path, [path for path, _ in dataset.samples])), labels, len(names), names)
     images = torch.as_tensor(dataset.data)
     # CIFAR: (N, H, W, 3); the MNISTs: (N, H, W).
     images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images.unsqueeze(1)
-    return Part(images, labels, len(dataset.classes))
+    return Part(images, labels, len(names), names)
 
 
 def _folders(data_dir: Path | None) -> dict[str, Path]:
@@ -221,29 +214,13 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
 
 
 def _read_folder(part: str, data_dir: Path | None, download: bool) -> Part:
+    files, labels, classes = image_folder(_folders(data_dir)[part])
+    return Part(EncodedImages(partial(open_path, files)), torch.tensor(labels), len(classes), classes)
+
+
+def _folder_classes(data_dir: Path | None) -> tuple[str, ...]:
     folders = _folders(data_dir)
-    dataset = _image_folder(folders[part])
-    classes = dataset.reader.class_to_idx
-    if part != "train" and "train" in folders:
-        # A class that is missing here must not move the numbers of those after it.
-        trained = _image_folder(folders["train"]).reader.class_to_idx
-        unknown = sorted(classes.keys() - trained.keys())
-        if unknown:
-            raise ValueError(f"{folders[part]} has the class {unknown[0]!r} ({len(unknown)} such), which "
-                             f"{folders['train']} has not; both need the same subfolders, one a class")
-        numbers = {classes[name]: trained[name] for name in classes}
-    else:
-        trained, numbers = classes, {number: number for number in classes.values()}
-    labels = torch.tensor([numbers[label] for _, label in dataset.reader.samples])
-    return Part(EncodedImages(dataset), labels, len(trained))
-
-
-def _image_folder(folder: Path) -> Any:
-    try:
-        return create_dataset("", str(folder), search_split=False)
-    except RuntimeError as error:
-        raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it "
-                         f"({error})") from error
+    return class_folders(folders.get("train") or folders.get("test") or folders["val"])
 
 
 def _hfds_parts(name: str, data_dir: Path | None) -> dict[str, str]:
@@ -267,7 +244,12 @@ def _read_hfds(name: str, part: str, data_dir: Path | None, download: bool) -> P
             raise ValueError(f"hfds/{name} has no column {column!r}; save it as a folder of images, train/ and test/ "
                              "with one subfolder a class in each")
     labels = torch.tensor(reader.dataset[reader.label_key]).long()
-    return Part(EncodedImages(dataset), labels, len(reader.class_to_idx) or int(labels.max()) + 1)
+    names = tuple(reader.class_to_idx) or None
+    return Part(EncodedImages(partial(_open_hfds, reader)), labels, len(names or ()) or int(labels.max()) + 1, names)
+
+
+def _open_hfds(reader: Any, index: int) -> tuple[IO[bytes], str]:
+    return reader[index][0], reader.filename(index, absolute=True) or f"{index} of the data set"
 
 
 def _torch(name: str, num_classes: int, threat: str, mean: tuple[float, ...] | None = None,
@@ -280,7 +262,8 @@ DATASETS: Final = {
     "digits": DataSource(_digits_parts, _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10, (1, 8, 8)),
     "fashion_mnist": DataSource(_train_and_test, _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10,
                                 (1, 28, 28)),
-    "folder": DataSource(_folders, _read_folder, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "folder": DataSource(_folders, _read_folder, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD,
+                         classes=_folder_classes),
     "torch/cifar10": _torch("cifar10", 10, "Linf:8/255", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616),
                             (3, 32, 32)),
     "torch/cifar100": _torch("cifar100", 100, "Linf:8/255", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -10,12 +12,14 @@ from typing import Any, Final
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.readers.class_map import load_class_map
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from .images import MODES, EncodedImages
 from .sources import DataSource, Part, data_source
 
 SPLITS: Final = ("train", "val", "test")
@@ -27,7 +31,6 @@ _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
 # So that a whole split is not in memory twice.
 _AT_ONCE: Final = 256
-_MODES: Final = {1: "L", 3: "RGB"}
 
 
 class ImageSplit(Dataset):
@@ -36,6 +39,7 @@ class ImageSplit(Dataset):
     Attributes:
         labels: (N,), int64, known without reading an image.
         num_classes: classes of the data set; a split may lack some, see `check_every_class`.
+        class_names: of each class, "" if the class map leaves it out; None if the data set has no names.
         num_channels: channels of an image.
         in_memory: whether the images lie in memory, small and all of one size; others are read from files, resized.
         threat: the threat model that the data set is usually measured under, such as "Linf:8/255".
@@ -46,6 +50,7 @@ class ImageSplit(Dataset):
                  transform: Callable[[Any], Any] | None, seed: int | None):
         self.labels = part.labels[indices]
         self.num_classes = part.num_classes
+        self.class_names = part.class_names
         self.num_channels = num_channels
         self.in_memory = isinstance(part.images, Tensor)
         self.threat = source.threat
@@ -67,12 +72,13 @@ class ImageSplit(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]
-        image = self._images[int(self._indices[index])]
-        if isinstance(image, Image.Image):
-            image = image.convert(_MODES[self.num_channels])
+        chosen = int(self._indices[index])
+        image = self._images.read(chosen, self.num_channels) if isinstance(self._images, EncodedImages) \
+            else self._images[chosen]
         with self._random_state(index):
             image = self._transform(image) if self._transform else image
-        return _as_pixels(image), int(self.labels[index])
+        # Grey of 16 bits has one channel whatever the model takes.
+        return _as_pixels(image).expand(self.num_channels, -1, -1), int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Returns what `__getitem__` does of each index, faster where the images lie in memory; for a DataLoader."""
@@ -101,7 +107,7 @@ class ImageSplit(Dataset):
 def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
                download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
-               random_resized_crop_seed: int | None = None) -> ImageSplit:
+               class_map: str | os.PathLike | None = None, random_resized_crop_seed: int | None = None) -> ImageSplit:
     """Opens a split of a data set, without reading more of it than it must.
 
     A validation split that the data set has not is held out from its training images: stratified by class, always
@@ -120,6 +126,9 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         num_classes: the model's, which all labels must be below.
         val_fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images. "train" and
             "val" share no image if both are opened with the same.
+        class_map: timm's: a file with the name of a class in each line, in the order of the model's classes (.txt), or
+            a pickled dict of names and numbers (.pkl). Images of other classes are left out. None takes the data set's
+            own numbers; those of class folders are torchvision's, the place of the name in sorted order.
         random_resized_crop_seed: None, or the seed of random resized crops and flips in place of the centre crop; see
             `ImageSplit.set_epoch`.
 
@@ -134,11 +143,16 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; expected a number above 0 and below 1")
     source = data_source(dataset)
-    part, indices = _read(source, split, None if data_dir is None else Path(data_dir), download, val_fraction)
+    numbers = None if class_map is None else _class_map(class_map, data_dir)
+    part, indices = _read(source, split, None if data_dir is None else Path(data_dir), download, val_fraction, numbers)
     name = f"the split {split} of {dataset or 'folder'}"
     if not len(indices):
-        raise ValueError(f"{name} has no image; give another --data-dir"
-                         + (", or a larger val_fraction" if split == "val" else ""))
+        raise ValueError(f"{name} has no image; " + (
+            "each class has at most one, which is to train on. Add images, or give a test set and a validation set of "
+            "their own (test/ and val/)" if split == "val" and len(part.labels) else "give another --data-dir"))
+    if numbers is not None and num_classes is not None and num_classes > part.num_classes:
+        names = (part.class_names or ()) + ("",) * (num_classes - part.num_classes)
+        part = part._replace(num_classes=num_classes, class_names=names)
     _check_labels(name, part.labels[indices], num_classes)
     seed, size = random_resized_crop_seed, input_size
     if isinstance(part.images, Tensor):
@@ -150,7 +164,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     else:
         if size is None:
             raise ValueError(f"{name} has images of any size; give input_size=(channels, height, width)")
-        if size[0] not in _MODES:
+        if size[0] not in MODES:
             raise ValueError(f"the model takes images of {size[0]} channels; files can be read as 1 (grey) or 3 (RGB)")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SPLIT_SEED))]
     transform: Callable[[Any], Any] | None
@@ -195,7 +209,9 @@ def check_every_class(split: ImageSplit, num_classes: int) -> None:
     """Raises a ValueError unless each of `num_classes` has an image in `split`: no prototype comes of nothing."""
     missing = (split.labels.bincount(minlength=num_classes)[:num_classes] == 0).nonzero().flatten().tolist()
     if missing:
-        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        names = dict(enumerate(split.class_names or ()))
+        some = ", ".join(f"{number} {names.get(number, '')}".rstrip() for number in missing[:5])
+        some += ", ..." if len(missing) > 5 else ""
         raise ValueError(f"{split} has no image of {len(missing)} of the model's {num_classes} classes ({some}); add "
                          f"images of them, or choose a model of fewer classes (--num-classes)")
 
@@ -227,8 +243,8 @@ def hold_out(labels: Tensor, fraction: float | None = None) -> tuple[Tensor, Ten
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
-def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
-          val_fraction: float | None) -> tuple[Part, Tensor]:
+def _read(source: DataSource, split: str, data_dir: Path | None, download: bool, val_fraction: float | None,
+          numbers: Mapping[str, int] | None) -> tuple[Part, Tensor]:
     """Returns the part of the data set that a split is taken from, and the indices of its images there."""
     has = source.parts(data_dir)
     if split == "test":
@@ -241,11 +257,41 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
         raise FileNotFoundError(f"there are no images for the split {split}{where}: it has {', '.join(has)} only; "
                                 "expected train/, and test/ or val/ or both, with one subfolder a class in each")
     part = source.read(own, data_dir, download)
+    indices = torch.arange(len(part.labels))
+    if numbers is not None:
+        part = part.renumbered(numbers)
+        indices = (part.labels >= 0).nonzero().flatten()
+        if len(indices) < len(part.labels):
+            warnings.warn(f"{len(part.labels) - len(indices)} of {len(part.labels)} images of {own} are of classes "
+                          "that the class map leaves out", stacklevel=4)
+    elif source.classes is not None:
+        part = _numbered_as_trained(part, source.classes(data_dir), own)
     if split == "test" or ("val" in has and "test" in has):
         if val_fraction is not None and split != "test":
             raise ValueError("the data set has a validation split of its own; leave out val_fraction")
-        return part, torch.arange(len(part.labels))
-    return part, hold_out(part.labels, val_fraction)[split == "val"]
+        return part, indices
+    return part, indices[hold_out(part.labels[indices], val_fraction)[split == "val"]]
+
+
+def _numbered_as_trained(part: Part, classes: Sequence[str], own: str) -> Part:
+    unknown = sorted(set(part.class_names or ()) - set(classes))
+    if unknown:
+        raise ValueError(f"{own} has the class {unknown[0]!r} ({len(unknown)} such), which train has not; both need "
+                         "the same subfolders, one a class")
+    return part.renumbered({name: number for number, name in enumerate(classes)})
+
+
+def _class_map(file: str | os.PathLike, data_dir: str | os.PathLike | None) -> dict[str, int]:
+    try:
+        numbers = load_class_map(str(file), str(data_dir or ""))
+    except (AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot read the class map {file}: {error}") from error
+    numbers.pop("", None)
+    if not numbers or not all(isinstance(name, str) and type(number) is int and number >= 0
+                              for name, number in numbers.items()):
+        raise ValueError(f"the class map {file} does not map names to numbers from 0; expected a name in each line "
+                         "(.txt), or a pickled dict (.pkl)")
+    return numbers
 
 
 def _as_pixels(image: Tensor | Image.Image) -> Tensor:

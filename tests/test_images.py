@@ -1,0 +1,282 @@
+"""Images from files: modes, transparency, suffixes, class folders and class maps, against Pillow and torchvision."""
+
+import os
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from timm_hpm.data import first_images, open_split
+
+GREY16 = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+COLOUR16 = np.random.default_rng(0).integers(0, 65536, (8, 8, 3), dtype=np.uint16)
+
+
+def read(folder: Path, channels: int = 3, **options) -> torch.Tensor:
+    """Returns the images (N, channels, 8, 8) of a folder of classes."""
+    return first_images(open_split("folder", "test", data_dir=folder, input_size=(channels, 8, 8), **options))[0]
+
+
+def png(file: Path, values: np.ndarray, kind: int, transparent: bytes = b"") -> None:
+    """Writes a PNG of 16 bits a channel; `kind` is its colour type, `transparent` its tRNS chunk."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0))
+                     + (chunk(b"tRNS", transparent) if transparent else b"") + chunk(b"IDAT", zlib.compress(rows))
+                     + chunk(b"IEND", b""))
+
+
+def grey16(file: Path) -> None:
+    big = file.stem == "big"
+    image = Image.frombytes("I;16B", (8, 8), GREY16.astype(">u2").tobytes()) if big else Image.fromarray(GREY16)
+    image.save(file, **({"irreversible": False} if file.suffix == ".jp2" else {}))
+
+
+# Modes of more than 8 bits
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big.tif", "big.png", "a.pgm", "a.jp2"])
+def test_grey_of_16_bits_keeps_its_values(tmp_path, name, channels):
+    (tmp_path / "a").mkdir()
+    grey16(tmp_path / "a" / name)
+    expected = torch.from_numpy(GREY16.astype(np.float32) / 65535).expand(1, channels, 8, 8)
+    torch.testing.assert_close(read(tmp_path, channels), expected, rtol=0, atol=1e-6)
+
+
+def test_grey_of_16_bits_is_resized_and_cropped_as_grey_of_8_bits(tmp_path):
+    for name, image in (("wide", Image.fromarray(257 * np.arange(256, dtype=np.uint16).reshape(16, 16))),
+                        ("bytes", Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))):
+        (tmp_path / name / "a").mkdir(parents=True)
+        image.save(tmp_path / name / "a" / "0.png")
+    for options in ({}, {"crop_pct": 0.8}, {"random_resized_crop_seed": 1}):
+        wide, narrow = (read(tmp_path / name, **options) for name in ("wide", "bytes"))
+        assert (wide - narrow).abs().max() < 2 / 255 and wide.std() > 0.1
+
+
+def colour16_tiff(file: Path) -> None:
+    # Little-endian: one strip of 8×8 RGB, 16 bits a channel, uncompressed.
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140),
+            (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, 384)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+    file.write_bytes(head.ljust(134, b"\0") + struct.pack("<3H", 16, 16, 16) + COLOUR16.astype("<u2").tobytes())
+
+
+@pytest.mark.parametrize(("name", "write", "expected"), [
+    ("a.png", lambda file: png(file, COLOUR16.reshape(8, 24), 2), COLOUR16),
+    ("a.png", lambda file: png(file, np.stack([GREY16, np.full_like(GREY16, 65535)], 2).reshape(8, 16), 4), GREY16),
+    ("a.ppm", lambda file: file.write_bytes(b"P6 8 8 65535\n" + COLOUR16.astype(">u2").tobytes()), COLOUR16),
+    ("a.ppm", lambda file: file.write_bytes(b"P6 8 8 1023\n" + (COLOUR16 >> 6).astype(">u2").tobytes()), COLOUR16),
+    ("a.pgm", lambda file: file.write_bytes(b"P5 8 8 1023\n" + (GREY16 >> 6).astype(">u2").tobytes()), GREY16),
+    ("a.tif", colour16_tiff, COLOUR16),
+])
+def test_images_of_several_channels_or_other_ranges_of_16_bits_are_scaled(tmp_path, name, write, expected):
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / name)
+    expected = torch.from_numpy(expected.astype(np.float32) / 65535)
+    expected = expected.permute(2, 0, 1) if expected.ndim == 3 else expected.expand(3, 8, 8)
+    assert (read(tmp_path)[0] - expected).abs().max() < 1.01 / 255
+
+
+def white_is_zero(file: Path) -> None:
+    Image.fromarray(GREY16).save(file, tiffinfo={262: 0})
+
+
+@pytest.mark.parametrize(("name", "write", "mode"), [
+    ("a.tif", lambda file: Image.fromarray(GREY16.astype(np.int32)).save(file), "I"),
+    ("a.tif", lambda file: Image.fromarray(GREY16.astype(np.float32) / 65535).save(file), "F"),
+    ("a.pfm", lambda file: Image.fromarray(GREY16.astype(np.float32)).save(file), "F"),
+    ("a.tif", white_is_zero, "I;16"),
+    ("a.fits", lambda file: file.write_bytes(b"".join(card.ljust(80) for card in (
+        b"SIMPLE  =                    T", b"BITPIX  =                   16", b"NAXIS   =                    2",
+        b"NAXIS1  =                    8", b"NAXIS2  =                    8", b"END")).ljust(2880)
+        + GREY16.astype(">i2").tobytes().ljust(2880, b"\0")), "I;16"),
+])
+def test_a_mode_without_a_known_range_is_refused_by_file_and_mode(tmp_path, name, write, mode):
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / name)
+    with pytest.raises(ValueError, match=rf"cannot read the image .*a.{name}: it has the mode {mode} .*expected"):
+        read(tmp_path)
+
+
+# Transparency
+
+RGBA = np.random.default_rng(1).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+
+
+def rgba_of(mode: str) -> Image.Image:
+    return Image.fromarray(RGBA).convert(mode)
+
+
+def palette(file: Path) -> None:
+    image = Image.fromarray(RGBA[..., :3]).quantize(8)
+    image.save(file, transparency=3)
+
+
+@pytest.mark.parametrize(("name", "write"), [
+    ("a.png", lambda file: rgba_of("RGBA").save(file)),
+    ("a.png", lambda file: rgba_of("LA").save(file)),
+    ("a.webp", lambda file: rgba_of("RGBA").save(file, lossless=True, exact=True)),
+    ("a.tif", lambda file: rgba_of("RGBA").save(file)),
+    ("a.tga", lambda file: rgba_of("LA").save(file)),
+    ("a.png", palette),
+    ("a.gif", palette),
+    ("a.png", lambda file: rgba_of("L").save(file, transparency=int(np.asarray(rgba_of("L"))[2, 3]))),
+    ("a.png", lambda file: rgba_of("RGB").save(file, transparency=tuple(RGBA[2, 3, :3].tolist()))),
+    ("a.png", lambda file: rgba_of("1").save(file, transparency=0)),
+])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_pixels_are_shown_on_white_which_is_said_once(tmp_path, name, write, channels):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name)
+    with Image.open(tmp_path / "a" / name) as image:
+        rgba = torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255
+    colours, alpha = rgba[..., :3], rgba[..., 3:]
+    expected = (alpha * colours + 1 - alpha).permute(2, 0, 1)
+    if channels == 1:
+        expected = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * expected).sum(dim=0, keepdim=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = read(tmp_path, channels)
+    assert (alpha < 1).any() and (images - expected).abs().max() < 2.5 / 255
+    message, = (str(warning.message) for warning in caught)
+    assert name in message and "transparent pixels; it is shown on white" in message
+
+
+def test_a_transparent_grey_level_of_16_bits_is_white_and_opaque_images_are_as_they_are(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    png(tmp_path / "a" / "0.png", GREY16, 0, transparent=struct.pack(">H", int(GREY16[2, 3])))
+    expected = GREY16.astype(np.float32) / 65535
+    expected[2, 3] = 1
+    Image.fromarray(RGBA[..., :3]).convert("RGBA").save(tmp_path / "b" / "0.png")
+    split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))
+    images, labels = first_images(split)  # a warning fails this
+    assert torch.equal(images[labels == 0][0], torch.from_numpy(expected).expand(3, 8, 8))
+    assert torch.equal(images[labels == 1][0], torch.from_numpy(RGBA[..., :3]).permute(2, 0, 1).float() / 255)
+
+
+# Files and folders
+
+
+def test_every_format_that_pillow_writes_and_reads_is_read(tmp_path):
+    Image.init()
+    written = []
+    for suffix, name in sorted(Image.registered_extensions().items()):
+        if name in Image.OPEN and name in Image.SAVE and name != "EPS":
+            (tmp_path / suffix[1:]).mkdir()
+            try:
+                Image.new("1" if name in ("XBM", "MSP") else "RGB", (8, 8)).save(tmp_path / suffix[1:] / f"0{suffix}")
+                written.append(suffix[1:])
+            # Some can write nothing on this machine, or are about to be removed.
+            except (OSError, ValueError, DeprecationWarning):
+                for file in (tmp_path / suffix[1:]).iterdir():
+                    file.unlink()
+                (tmp_path / suffix[1:]).rmdir()
+    assert {"webp", "bmp", "tif", "tiff", "jp2", "ppm", "gif", "tga", "png", "jpeg"} <= set(written)
+    (tmp_path / "upper").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "upper" / "0.WebP")
+    split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))
+    assert split.class_names == tuple(sorted([*written, "upper"])) and len(split) == len(written) + 1
+    assert first_images(split)[0].max() < 0.1
+
+
+def test_a_class_folder_without_images_is_named_and_files_that_are_passed_over_are_counted(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "c" / "0.bmp")
+    for name in ("notes.txt", "b/notes.txt", "c/video.mp4", "a/0.eps", "b/0", "top.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))
+    assert split.class_names == ("a", "b", "c") and split.labels.tolist() == [2]
+    empty, others = (str(warning.message) for warning in caught)
+    assert f"{tmp_path} has no image in 2 of its 3 class folders: 'a', 'b'" in empty
+    assert f"{tmp_path}: 6 files were passed over" in others and "2 .txt" in others and "1 .eps" in others
+
+
+@pytest.mark.parametrize("limit", [63, 31])  # Pillow warns from its limit on, and refuses from twice of it on
+def test_an_image_above_pillows_limit_is_named(tmp_path, monkeypatch, limit):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=r"cannot read the image .*huge\.png: .*exceeds limit of"):
+        read(tmp_path)
+
+
+# Class order and class maps
+
+
+def write_classes(folder: Path, names: list[str]) -> None:
+    """Writes an image of a grey level of its own for each class, in a folder inside the class's folder."""
+    for level, name in enumerate(names):
+        (folder / name / "sub").mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * level).save(folder / name / "sub" / "0.png")
+
+
+NAMES = ["b", "A", "a10", "a2", "10", "9", "Ä", "a b"]
+
+
+def test_classes_are_numbered_as_torchvision_does(tmp_path):
+    write_classes(tmp_path, NAMES)
+    split = open_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8))
+    theirs = ImageFolder(str(tmp_path))
+    assert list(split.class_names) == theirs.classes
+    assert number_of(NAMES, split) == {NAMES[image.getpixel((0, 0))[0] // 20]: label for image, label in theirs}
+
+
+def number_of(names: list[str], split) -> dict[str, int]:
+    images, labels = first_images(split)
+    return {names[round(255 * image[0, 0, 0].item() / 20)]: int(label) for image, label in zip(images, labels,
+                                                                                              strict=True)}
+
+
+@pytest.mark.parametrize("kind", ["txt", "pkl"])
+def test_a_class_map_numbers_the_classes(tmp_path, kind):
+    write_classes(tmp_path / "train", NAMES)
+    write_classes(tmp_path / "test", NAMES)
+    file = tmp_path / f"map.{kind}"
+    order = ["9", "10", "other", "a2", "a10", "b", "A", "Ä", "a b"]
+    if kind == "txt":
+        file.write_text("\n".join(order) + "\n\n")
+    else:
+        file.write_bytes(pickle.dumps({name: number for number, name in enumerate(order)}))
+    for place in (file, file.name):  # timm looks for it in the data's folder, too
+        split = open_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8), class_map=place, num_classes=12)
+        assert number_of(NAMES, split) == {name: order.index(name) for name in NAMES}
+        assert split.class_names == (*order, "", "", "") and split.num_classes == 12
+    file.write_text("b\nA")
+    if kind == "txt":
+        with pytest.warns(UserWarning, match="6 of 8 images of test are of classes that the class map leaves out"):
+            split = open_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8), class_map=file)
+        assert number_of(NAMES, split) == {"b": 0, "A": 1} and split.num_classes == 2
+
+
+def test_a_class_map_also_numbers_the_classes_of_other_data_sets(tmp_path):
+    (tmp_path / "map.txt").write_text("\n".join("9876543210"))
+    plain, mapped = (open_split("digits", "val", class_map=file) for file in (None, tmp_path / "map.txt"))
+    assert torch.equal(mapped.labels, 9 - plain.labels) and mapped.class_names == plain.class_names[::-1]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("map.txt", b""), ("map.json", b"{}"), ("map.txt", b"\xff\xfe\xff"), ("map.pkl", pickle.dumps([1])),
+    ("map.pkl", pickle.dumps({"a": -1})), ("map.pkl", pickle.dumps({1: "a"})), ("map.pkl", b"no pickle"),
+    ("map.pkl", b"cos\nsystem\n(S'touch owned'\ntR."), ("missing.txt", None),
+])
+def test_a_bad_class_map_is_refused_by_name_and_runs_nothing(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"class map .*{name}"):
+        open_split("digits", "val", class_map=name)
+    assert os.listdir(tmp_path) == ([] if content is None else [name])

@@ -1,0 +1,153 @@
+"""Images from encoded files: which files Pillow reads, and their pixels as grey or RGB."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+
+MODES: Final = {1: "L", 3: "RGB"}
+_MAX_16_BIT: Final = 65535
+# Pillow reads an EPS by Ghostscript, which runs it as a program, and no picture of an MPEG.
+_UNREADABLE: Final = ("EPS", "MPEG")
+
+
+class ImageFolder(NamedTuple):
+    """The images below the class folders of a folder, in torchvision's order; file i is of `classes[labels[i]]`."""
+
+    files: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+
+class EncodedImages:
+    """Images that are opened one by one as they are read.
+
+    Arguments:
+        open_file: takes an image's index and returns its file, opened for reading, and its name for messages.
+    """
+
+    def __init__(self, open_file: Callable[[int], tuple[IO[bytes], str]]):
+        self._open_file = open_file
+        # Shared with the workers of a DataLoader.
+        self._has_warned = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def read(self, index: int, channels: int) -> Image.Image:
+        """Returns image `index` as grey (1 channel) or RGB (3); grey of 16 bits in the mode F, from 0 to 1, for either.
+
+        Transparent pixels are shown on white, which a warning says once.
+
+        Raises:
+            ValueError: if the file is no image, is damaged, too large for Pillow, or of a mode without a known range;
+                the message names it.
+        """
+        file, name = self._open_file(index)
+        with file:
+            try:
+                opened = Image.open(file)
+                opened.load()
+                image: Image.Image = opened
+                if image.mode.startswith(("I", "F")):
+                    return _unit_grey(opened)
+                if image.has_transparency_data:
+                    # The one way to RGBA from La leads through LA.
+                    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+                    if rgba.getchannel("A").getextrema() != (255, 255):
+                        self._warn_of_transparency(name)
+                    image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                return image.convert(MODES[channels])
+            # Pillow's plugins raise almost anything, of which its error about the size is no ValueError.
+            except Exception as error:
+                raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
+
+    def _warn_of_transparency(self, name: str) -> None:
+        if not self._has_warned:
+            self._has_warned.fill_(True)
+            warnings.warn(f"{name} has transparent pixels; it is shown on white, as is every such image of its data "
+                          "set", stacklevel=2)
+
+
+def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:
+    """Returns an image of more than 8 bits in the mode F, from 0 to 1; raises a ValueError if its range is unknown."""
+    tags: Any = getattr(image, "tag_v2", {})
+    # Of TIFF: 16 bits, unsigned, and black is 0.
+    plain = (tags.get(258), tags.get(339, (1,)), tags.get(262)) == ((16,), (1,), 1)
+    # A PGM of 16 bits has the mode I, and its values are scaled by Pillow.
+    known = image.format == "PPM" if image.mode == "I" else image.mode.startswith("I;16") and (
+        image.format in ("PNG", "JPEG2000") or (image.format == "TIFF" and plain))
+    if not known:
+        raise ValueError(f"it has the mode {image.mode} ({image.format}), whose range of values is not known; expected "
+                         "8 bits a channel, or unsigned grey of 16 bits as PNG, TIFF, PGM or JPEG 2000")
+    values = np.asarray(image)
+    pixels = values.astype(np.float32) / _MAX_16_BIT
+    if "transparency" in image.info:
+        pixels[values == image.info["transparency"]] = 1
+    return Image.fromarray(pixels)
+
+
+def open_path(files: list[str], index: int) -> tuple[IO[bytes], str]:
+    """Returns file `index` of a list, opened, and its path."""
+    return open(files[index], "rb"), files[index]
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the class folders, by which torchvision's ImageFolder numbers classes: in sorted order."""
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def image_folder(folder: Path) -> ImageFolder:
+    """Returns the images of a folder; a warning names the classes without one, and counts the files passed over.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+    classes = class_folders(folder)
+    found: list[str] = []
+    labels: list[int] = []
+    others = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
+    suffixes = _suffixes()
+    for number, name in enumerate(classes):
+        for root, _, names in sorted(os.walk(folder / name, followlinks=True)):
+            for path in (os.path.join(root, name) for name in sorted(names)):
+                if Path(path).suffix.lower() in suffixes:
+                    found.append(path)
+                    labels.append(number)
+                else:
+                    others.append(path)
+    if not found:
+        raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it"
+                         + _passed_over(others))
+    empty = [name for number, name in enumerate(classes) if number not in set(labels)]
+    if empty:
+        warnings.warn(f"{folder} has no image in {len(empty)} of its {len(classes)} class folders: {_some(empty)}. "
+                      "They count as classes", stacklevel=2)
+    if others:
+        warnings.warn(f"{folder}{_passed_over(others)}", stacklevel=2)
+    return ImageFolder(found, labels, classes)
+
+
+def _passed_over(files: list[str]) -> str:
+    if not files:
+        return ""
+    kinds = Counter(Path(file).suffix or "no suffix" for file in files).most_common()
+    return f": {len(files)} files were passed over, which are no images in a class folder ({_some(kinds)})"
+
+
+def _some(things: Iterable[Any]) -> str:
+    texts = [f"{thing[1]} {thing[0]}" if isinstance(thing, tuple) else repr(thing) for thing in things]
+    return ", ".join(texts[:5]) + (", ..." if len(texts) > 5 else "")
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Returns the suffixes of files that Pillow reads by itself, in lower case."""
+    Image.init()
+    readable = {name for name, (factory, _) in Image.OPEN.items() if name not in _UNREADABLE
+                and not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)

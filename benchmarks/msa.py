@@ -3,13 +3,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/msa.py [--images 100] [--batch-size 50] [--runs 3] [--only NAME ...]
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
-        [--shared-heads] [--output FOLDER]
+        [--output FOLDER]
 
 - attack over passes: time of an evaluation by `standard` on one batch, checks and verdicts
   included, over the time that its counted passes take by themselves, before it and after it: the attacks' in their
-  order, from the pixels to the logits of each surrogate by itself (an attack shares what is the same in several; with
-  `--shared-heads` they do so too), with as many rows as each had, and the judge's. The median of several runs after one
-  that does not count; also for each attack.
+  order, from the pixels to the logits of each surrogate, with as many rows as each had, and the judge's. The median of
+  several runs after one that does not count; also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on what it hands back.
 - fast over naive: the same of the protocol `fast`.
@@ -44,7 +43,6 @@ from torch import Tensor, nn
 import timm_hpm
 from timm_hpm.attacks import ATTACKS, PROTOCOLS, Protocol
 from timm_hpm.attacks.judge import as_row
-from timm_hpm.attacks.msa import surrogates_of
 from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
 from timm_hpm.files import writable_folder, write_text
@@ -55,20 +53,16 @@ from timm_hpm.report.verdicts import right_in_all
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 
 
-def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]],
-           shared_heads: bool) -> None:
+def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]]) -> None:
     """Makes the passes that were counted, in their order, to the logits of each of the surrogates side by side.
 
     Arguments:
         sizes: the number of rows of each pass, and whether it had a gradient.
-        shared_heads: whether what is the same in several surrogates is computed once, where they have as many rows.
     """
     rows = images.repeat(max((size for size, _ in sizes), default=0) // len(images) + 1, 1, 1, 1)
 
     def logits(x: Tensor) -> Tensor:
         parts = split.features(x).split(-(-len(x) // len(surrogates)))
-        if shared_heads and len(x) == len(parts) * len(parts[0]):
-            return torch.cat(split.side_by_side(surrogates[:len(parts)], parts))
         return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=False)])
 
     for size, with_gradient in sizes:
@@ -95,12 +89,12 @@ def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
         sizes.setdefault(name, [])
         now.append(name)
         try:
-            return attacks[name](*args)
+            return attacks[name].run(*args)
         finally:
             now.pop()
 
     SplitModel.features = counting  # type: ignore[method-assign]
-    ATTACKS.update({name: partial(named, name) for name in attacks})
+    ATTACKS.update({name: replace(attack, run=partial(named, name)) for name, attack in attacks.items()})
     try:
         yield sizes
     finally:
@@ -109,7 +103,7 @@ def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
 
 
 def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, scale: float,
-             runs: int, shared_heads: bool = False) -> dict[str, float]:
+             runs: int) -> dict[str, float]:
     """Returns the time of a whole evaluation on one batch, and of each of its attacks, over that of its passes.
 
     The passes alone are timed before and after each evaluation, as the machine's speed drifts.
@@ -125,12 +119,12 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
     def alone() -> dict[str, float]:
         times = {}
         for name, some in sizes.items():
-            surrogates = surrogates_of(name, split, split.default_surrogates())
+            surrogates = ATTACKS[name].surrogates(split, split.default_surrogates())
             # The chain takes one surrogate after the other, each with as many passes.
-            at_once = [[one] for one in surrogates] if name == "apgd-chain" else [surrogates]
+            at_once = [[one] for one in surrogates] if ATTACKS[name].chained else [surrogates]
             each = len(some) // len(at_once)
             times[name] = sum(
-                seconds(partial(passes, split, images, names, some[i * each:(i + 1) * each], shared_heads))
+                seconds(partial(passes, split, images, names, some[i * each:(i + 1) * each]))
                 for i, names in enumerate(at_once))
         times["all"] = sum(times.values()) + seconds(lambda: judge_passes(pixel_model, images, rest))
         return times
@@ -203,8 +197,6 @@ def main() -> None:
     parser.add_argument("--split", default="val", help="(%(default)s: what the protocols are made by)")
     parser.add_argument("--data-dir")
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--shared-heads", action="store_true",
-                        help="in the passes alone, too, what is the same in several surrogates is computed once")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep the reports of the protocols and of naive")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -220,7 +212,7 @@ def main() -> None:
 
     if NAMES[0] in args.only:
         size = args.batch_size
-        ratios = overhead(model, images[:size], labels[:size], threat, args.scale, args.runs, args.shared_heads)
+        ratios = overhead(model, images[:size], labels[:size], threat, args.scale, args.runs)
         each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name != "all")
         print(f"{NAMES[0]}: {ratios['all']:.2f} ({each})", flush=True)
     protocols = [name for name in ("standard", "fast") if f"{name} over naive" in args.only]

@@ -42,7 +42,7 @@ def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, di
     split = SplitModel(timm_hpm.PixelModel(model), images)
     start = threat.random_start(images)
     batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start)
-    found = ATTACKS["joint"](batch, threat, Budget(20), Notes())
+    found = ATTACKS["joint"].run(batch, threat, Budget(20), Notes())
     for points in found.split(40):
         assert errors(split, points, labels) >= errors(split, start, labels) + 4
         assert (threat.distance(points, images) <= threat.eps + 1e-6).all()
@@ -52,9 +52,9 @@ def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, di
 def test_the_joint_attack_never_ends_with_a_worse_batch_than_it_began_with(model, digits):
     images, labels = digits
     split = SplitModel(timm_hpm.PixelModel(model), images)
-    strong = ATTACKS["apgd-ce"](AttackBatch(split, ["ste"], images, labels), THREAT, Budget(20), Notes())
+    strong = ATTACKS["apgd-ce"].run(AttackBatch(split, ["ste"], images, labels), THREAT, Budget(20), Notes())
     batch = AttackBatch(split, ["soft", "ste"], images, labels, start=strong)
-    for points in ATTACKS["joint"](batch, THREAT, Budget(1), Notes()).split(40):
+    for points in ATTACKS["joint"].run(batch, THREAT, Budget(1), Notes()).split(40):
         assert errors(split, points, labels) >= errors(split, strong, labels)
 
 
@@ -66,19 +66,19 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
         with torch.no_grad():
             return split.logits("ste", split.features(points)).argmax(dim=1) != labels
 
-    first = ATTACKS["joint"](AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20), Notes())
+    first = ATTACKS["joint"].run(AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20), Notes())
     sought = ~torch.stack([wrong(points) for points in first.split(40)]).any(dim=0)
     start = 0.9 * images
     batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
     torch.manual_seed(0)
-    found = ATTACKS["joint-rest"](batch, THREAT, Budget(40), Notes())
+    found = ATTACKS["joint-rest"].run(batch, THREAT, Budget(40), Notes())
     assert sought.sum() > 10 and any((wrong(points) & sought).any() for points in found.split(40))
     for points in found.split(40):
         assert (THREAT.distance(points, images) <= THREAT.eps + 1e-6).all()
         assert points.min() >= 0 and points.max() <= 1
         assert (points != images).flatten(1).any(dim=1).all(), "the others move for their sake"
     nothing = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=torch.zeros_like(sought))
-    assert torch.equal(ATTACKS["joint-rest"](nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
+    assert torch.equal(ATTACKS["joint-rest"].run(nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
 
 
 def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model, digits):
@@ -90,7 +90,7 @@ def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model,
     def found(start: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
         batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
         torch.manual_seed(0)
-        return ATTACKS["joint-rest"](batch, THREAT, Budget(5), Notes())
+        return ATTACKS["joint-rest"].run(batch, THREAT, Budget(5), Notes())
 
     first = found(images, sought)
     assert torch.equal(first, found(0.9 * images, sought))
@@ -110,7 +110,7 @@ def test_an_ascent_does_not_depend_on_the_scale_of_the_logits(model, digits, fac
         split = SplitModel(timm_hpm.PixelModel(model), images)
         split.head.log_scale.add_(math.log(some))
         batch = AttackBatch(split, ["soft", "ste"], images, labels)
-        ends.append(ATTACKS["joint"](batch, THREAT, Budget(10), Notes()))
+        ends.append(ATTACKS["joint"].run(batch, THREAT, Budget(10), Notes()))
     assert moved_otherwise(images.repeat(2, 1, 1, 1), ends[0]) > 0.5 and moved_otherwise(*ends) < 0.02
 
 
@@ -119,7 +119,7 @@ def test_surrogates_side_by_side_ascend_as_each_does_alone(model, digits):
     split = SplitModel(timm_hpm.PixelModel(model), images)
 
     def found(*surrogates: str) -> torch.Tensor:
-        return ATTACKS["joint"](AttackBatch(split, surrogates, images, labels), THREAT, Budget(10), Notes())
+        return ATTACKS["joint"].run(AttackBatch(split, surrogates, images, labels), THREAT, Budget(10), Notes())
 
     soft, ste = found("soft", "ste").split(40)
     assert moved_otherwise(soft, found("soft")) < 0.02 and moved_otherwise(ste, found("ste")) < 0.02
@@ -171,9 +171,9 @@ def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digi
     split = SplitModel(timm_hpm.PixelModel(model), images)
     batch = AttackBatch(split, ["fc", "dataset"], images, labels)
     torch.manual_seed(3)
-    found = ATTACKS["apgd-chain"](batch, THREAT, Budget(5), Notes()).split(40)
+    found = ATTACKS["apgd-chain"].run(batch, THREAT, Budget(5), Notes()).split(40)
     torch.manual_seed(3)
-    alone = ATTACKS["apgd-ce"](AttackBatch(split, ["fc"], images, labels), THREAT, Budget(5), Notes())
+    alone = ATTACKS["apgd-ce"].run(AttackBatch(split, ["fc"], images, labels), THREAT, Budget(5), Notes())
     assert torch.equal(found[0], alone)
     with torch.no_grad():
         logits = [split.logits("dataset", split.features(points)) for points in found]

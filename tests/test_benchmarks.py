@@ -175,7 +175,7 @@ def test_counted_passes_are_those_that_the_report_counts(msa):
 def test_protocols_are_compared_on_the_same_images(msa, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [
         "msa.py", "--images", "6", "--batch-size", "3", "--scale", "0.02", "--runs", "1", "--output", str(tmp_path),
-        "--only", "attack over passes", "standard over naive", "fast over naive", "--shared-heads"])
+        "--only", "attack over passes", "standard over naive", "fast over naive"])
     msa.main()
     printed = capsys.readouterr().out
     names = ("attack over passes", "naive", "standard over naive", "fast over naive")

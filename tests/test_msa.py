@@ -19,10 +19,9 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import PROTOCOLS
-from timm_hpm.attacks.components import COMPONENTS, AttackBatch, Budget, Notes
+from timm_hpm.attacks import ATTACKS, PROTOCOLS
+from timm_hpm.attacks.components import AttackBatch, Budget, Notes
 from timm_hpm.attacks.judge import predictions
-from timm_hpm.attacks.msa import rows_of
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 SHAPE = (1, 6, 6)
@@ -151,7 +150,7 @@ def run(attack: str, model: nn.Module, images: torch.Tensor, labels: torch.Tenso
         budget: Budget) -> torch.Tensor:
     """Returns the candidates of one component on a model without an HPM head, all images in one batch."""
     batch = AttackBatch(SplitModel(model, images), ["model"], images, labels)
-    return COMPONENTS[attack](batch, threat, budget, Notes())
+    return ATTACKS[attack].run(batch, threat, budget, Notes())
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -258,10 +257,11 @@ def test_components_find_what_autoattack_finds(digits_model, norm, eps):
     }
     budgets = {"apgd-ce": Budget(10), "apgd-t": Budget(10, 3), "fab-t": Budget(10, 3), "square": Budget(60)}
     assert torch.equal(logits(images).argmax(dim=1), labels)
-    for attack, component in COMPONENTS.items():
+    for attack in COMPONENTS:
         expected = theirs[attack].perturb(images, labels).detach()
         torch.manual_seed(7)
-        found = component(AttackBatch(split, ["fc"], images, labels), ThreatModel(norm, eps), budgets[attack], Notes())
+        batch = AttackBatch(split, ["fc"], images, labels)
+        found = ATTACKS[attack].run(batch, ThreatModel(norm, eps), budgets[attack], Notes())
         broken = logits(expected).argmax(dim=1) != labels
         assert 3 <= broken.sum() <= 45, "the problem tests nothing"
         ours = logits(found).argmax(dim=1) != labels
@@ -279,7 +279,7 @@ def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
     split = SplitModel(model, images)
     batch = AttackBatch(split, ["fc", "ste"], images[:20], labels[:20])
     threat = ThreatModel("Linf", 0.06)
-    points = COMPONENTS["square"](batch, threat, Budget(60), Notes())
+    points = ATTACKS["square"].run(batch, threat, Budget(60), Notes())
     placed = (batch.points != batch.clean).flatten(1).any(dim=1)
     assert 3 <= placed[20:].sum() <= 17, "the problem tests nothing"
     assert torch.equal(batch.points[placed], points[placed])
@@ -307,8 +307,9 @@ class Run:
 
 
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
+COMPONENTS = tuple(PROTOCOLS["autoattack"].attacks)
 ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
-    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *rows_of("joint-rest", 12))}
+    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-rest"].rows(12))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
           "apgd-chain": Budget(10), "joint": Budget(20), "joint-rest": Budget(20, rounds=12)}
 
@@ -368,7 +369,7 @@ def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
     order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
              for surrogate in names[i:i + at_once]]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
-    order += [f"{surrogate}/{attack}" for attack in ("joint", *rows_of("joint-rest", 12))
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-rest"].rows(12))
               for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
@@ -402,7 +403,7 @@ def test_worst_cases_are_counted_image_by_image(attacked):
     assert list(table) == [*SURROGATES, "true"]
     for surrogate in SURROGATES:
         attacks = [attack for attack in table[surrogate] if attack != "worst"]
-        names = {attack: [f"{surrogate}/{name}" for name in rows_of(attack, 12)] for attack in attacks}
+        names = {attack: [f"{surrogate}/{name}" for name in ATTACKS[attack].rows(12)] for attack in attacks}
         assert {name for some in names.values() for name in some} == {
             name for name in ROWS if name.startswith(surrogate)}
         rows = {attack: [report.correct[name] for name in some] for attack, some in names.items()}
@@ -572,10 +573,10 @@ def test_passes_of_an_unbreakable_point_are_what_the_components_cost():
     labels = model(images).argmax(dim=1)
     split = SplitModel(model, images)
     costs = {}
-    for name, component in COMPONENTS.items():
+    for name in COMPONENTS:
         before = split.forward_passes, split.backward_passes
         batch = AttackBatch(split, ["model"], images, labels)
-        component(batch, ThreatModel("Linf", 1e-5), Budget(50, targets=2), Notes())
+        ATTACKS[name].run(batch, ThreatModel("Linf", 1e-5), Budget(50, targets=2), Notes())
         costs[name] = ((split.forward_passes - before[0]) / 4, (split.backward_passes - before[1]) / 4)
     # The last step's gradient would lead nowhere.
     assert costs["apgd-ce"] == (1 + 51, 50)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_hpm import INFERENCE_MODES, HPMHead
-from timm_hpm.attacks.surrogates import SURROGATES, SplitModel, coupled_logits
+from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
 
 CLASSES, SIZE, IMAGES, MIX = 4, 6, 7, 0.4
 
@@ -107,49 +107,3 @@ def test_the_twin_answers_as_the_true_model(mode):
     split = SplitModel(model, features)
     torch.testing.assert_close(split.logits(split.twin(), split.features(features)), model(features),
                                rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("names", [("soft", "ste", "mixed"), ("mixed", "soft"), ("ste",)])
-def test_coupled_surrogates_side_by_side_answer_as_each_does_by_itself(names):
-    head, _ = problem("batch")
-    generator = torch.Generator().manual_seed(5)
-    features = torch.randn(len(names), IMAGES, SIZE, generator=generator, requires_grad=True)
-    found = coupled_logits(head, names, features)
-    each = torch.stack([SURROGATES[name].logits(head, part) for name, part in zip(names, features, strict=True)])
-    torch.testing.assert_close(found, each, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(each.shape, generator=generator)
-    for one, other in zip(torch.autograd.grad(found, [features, head.weight, head.log_scale], upstream),
-                          torch.autograd.grad(each, [features, head.weight, head.log_scale], upstream), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("state", ["fitted", "without prototypes", "in double precision"])
-@pytest.mark.parametrize("mode", INFERENCE_MODES)
-def test_side_by_side_every_mode_and_state_answers_as_each_surrogate_does(mode, state):
-    head, features = problem(mode)
-    if state == "without prototypes":
-        head.reset_prototypes()
-    elif state == "in double precision":
-        head, features = head.double(), features.double()
-    split = SplitModel(nn.Sequential(nn.Flatten(), head).eval(), features)
-    names = [*reversed(SURROGATES)]
-    batches = [features + i for i in range(len(names))]
-    for name, found, batch in zip(names, split.side_by_side(names, batches), batches, strict=True):
-        torch.testing.assert_close(found, split.logits(name, batch), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("own", ["hook", "subclass"])
-def test_a_head_that_computes_something_of_its_own_is_asked_itself(own):
-    class Doubling(HPMHead):
-        def forward(self, features: Tensor) -> Tensor:
-            return super().forward(features * features.abs())
-
-    head, features = problem("batch")
-    if own == "hook":
-        head.register_forward_pre_hook(lambda module, inputs: inputs[0] * inputs[0].abs())
-    else:
-        head.__class__ = Doubling
-    model = nn.Sequential(nn.Flatten(), head).eval()
-    split = SplitModel(model, features)
-    found = split.side_by_side(["soft", "ste"], [features, features])[1]
-    torch.testing.assert_close(found, model(features), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from .attacks import COMPONENTS, PROTOCOLS
+from .attacks import PROTOCOLS
+from .attacks.surrogates import exact_surrogate
 from .files import write_text
 from .report import TRUE_MODEL, AttackReport
 from .report.verdicts import worst_accuracy
@@ -15,9 +16,6 @@ from .threat import ThreatModel
 #: What a report cannot know and its author may: the title, its authors, ...
 AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", "architecture", "dataset", "reported",
                          "footnote")
-
-# The surrogate that computes the true model's logits, by inference mode: attacks on it are AutoAttack on the model.
-_OWN: Final = {"none": "model", "fc": "fc", "dataset": "dataset", "sample": "ste", "batch": "ste"}
 
 
 def parse_known(texts: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +66,8 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
     """
     known = check_known(known or {})
     protocol = report.protocol
-    own = _OWN[protocol["inference"] if protocol["prototypes_fitted"] is not False else "fc"]
+    # Attacks on the surrogate that computes the true model's logits are AutoAttack on the model.
+    own = exact_surrogate(protocol["inference"], protocol["prototypes_fitted"] is not False)
     measured = {
         "link": "", "name": "", "authors": "", "additional_data": None, "number_forward_passes": 1,
         "dataset": protocol.get("dataset", "").removeprefix("torch/"), "venue": "",
@@ -93,17 +92,17 @@ def save_model_info(report: AttackReport, path: str | os.PathLike, known: Mappin
 
 
 def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
-    named = PROTOCOLS["standard"]
-    standard = replace(named, attacks={attack: named.attacks[attack].for_classes(protocol["num_classes"])
-                                       for attack in COMPONENTS}).summary()["attacks"]
+    named = PROTOCOLS["autoattack"]
+    standard = replace(named, attacks={attack: budget.for_classes(protocol["num_classes"])
+                                       for attack, budget in named.attacks.items()}).summary()["attacks"]
     return (own in protocol["surrogates"] and not protocol.get("survivors_only", False)
-            and {attack: protocol["attacks"].get(attack) for attack in COMPONENTS} == standard)
+            and {attack: protocol["attacks"].get(attack) for attack in named.attacks} == standard)
 
 
 def _accuracy_under(report: AttackReport, surrogate: str) -> float:
     """Returns the accuracy, point by point, on the clean images and on what AutoAttack's components found."""
     # Square is run on the true model by itself where the surrogate that computes its logits is left out.
-    names = ["clean", *(f"{surrogate}/{attack}" for attack in COMPONENTS), f"{TRUE_MODEL}/square"]
+    names = ["clean", *(f"{surrogate}/{attack}" for attack in PROTOCOLS["autoattack"].attacks), f"{TRUE_MODEL}/square"]
     return worst_accuracy(report.correct[name] for name in names if name in report.correct)
 
 

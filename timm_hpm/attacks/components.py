@@ -132,7 +132,7 @@ class AttackBatch:
         parts = self._asked[1]
         batches = [self._with_its_batch(part, own) for part, own in
                    zip(parts, features.split([part.size for part in parts]), strict=True)]
-        answers = self.model.side_by_side([part.surrogate for part in parts], batches)
+        answers = [self.model.logits(part.surrogate, batch) for part, batch in zip(parts, batches, strict=True)]
         logits = torch.cat([answer if part.among is None else answer.index_select(0, part.among)
                             for part, answer in zip(parts, answers, strict=True)])
         self.on_query()
@@ -166,7 +166,8 @@ class AttackBatch:
     @torch.no_grad()
     def _logits_of(self, features: Sequence[Tensor]) -> Tensor:
         """Returns the logits (S·B, C) of whole batches of features (B, d), one for each surrogate."""
-        return self.finite(self.rows, self.points, torch.cat(self.model.side_by_side(self.surrogates, features)))
+        return self.finite(self.rows, self.points, torch.cat([
+            self.model.logits(name, part) for name, part in zip(self.surrogates, features, strict=True)]))
 
     def not_fooled(self) -> Tensor:
         """Returns the active rows that their surrogate classifies correctly where they are."""
@@ -343,15 +344,6 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: "Note
 
     found = square_search(margin, active, batch.clean[active], threat, budget.iterations)
     return batch.points.index_copy(0, active, found)
-
-
-#: AutoAttack's standard components.
-COMPONENTS: Final[dict[str, Callable[[AttackBatch, ThreatModel, Budget, "Notes"], Tensor]]] = {
-    "apgd-ce": apgd_ce,
-    "apgd-t": apgd_t,
-    "fab-t": fab_t,
-    "square": square,
-}
 
 
 class Notes:

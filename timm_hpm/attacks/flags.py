@@ -16,11 +16,8 @@ from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
 from ..threat import ThreatModel
 from .components import margin_loss
-from .joint import JOINT_ATTACKS
 from .surrogates import differs
-
-#: Attacks that need no gradient.
-GRADIENT_FREE: Final = ("square",)
+from .table import ATTACKS
 
 # That a batch of another size, or the same one again, may cause; see `differs`.
 _ROUNDING: Final = 1e-3
@@ -171,10 +168,11 @@ def verdict_flag(correct: dict[str, str], survivors_only: bool = False) -> Flag 
     More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`, `survivors_only`
     whether an image that was broken stayed there (`Protocol`).
     """
-    # An image may stand in the rows of these where Square has brought it.
-    others = {"clean", *GRADIENT_FREE, *JOINT_ATTACKS, *(["apgd-chain"] if survivors_only else [])}
-    with_gradients = [row for name, row in correct.items() if (attack_of(name) or name) not in others]
-    without = {name: row for name, row in correct.items() if attack_of(name) in GRADIENT_FREE}
+    attacked = {name: ATTACKS[attack_of(name)] for name in correct if "/" in name}
+    # In the rows of the other attacks an image may stand where Square has brought it.
+    with_gradients = [correct[name] for name, attack in attacked.items() if attack.needs_gradient
+                      and not attack.whole_batch and not (survivors_only and attack.chained)]
+    without = {name: correct[name] for name, attack in attacked.items() if not attack.needs_gradient}
     if not with_gradients or not without:
         return None
     survive = [all(row[i] == "1" for row in (correct["clean"], *with_gradients)) for i in range(len(correct["clean"]))]

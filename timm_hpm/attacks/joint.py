@@ -11,13 +11,7 @@ from torch import Tensor
 
 from ..threat import ThreatModel
 from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
-from .surrogates import SURROGATES, soft_logits
-
-#: Attacks that are run on a batch in rounds, each for what the rounds before have left, and judged by itself.
-IN_ROUNDS: Final = ("joint-rest",)
-
-#: The surrogates in whose gradient an image's answer depends on its neighbours' pixels.
-JOINT_SURROGATES: Final = ("soft", "ste")
+from .surrogates import SURROGATES
 
 # Of the soft assignment at the end, where it is nearly the head's own; at the beginning 1.
 _LAST_TEMPERATURE: Final = 0.05
@@ -99,11 +93,11 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
     assert head is not None
     before, best, most = x, x, torch.full((len(batch.surrogates),), -1, device=x.device)
     for i in range(iterations + 1):
-        cooled = partial(soft_logits, temperature=_LAST_TEMPERATURE ** (i / iterations))
+        temperature = _LAST_TEMPERATURE ** (i / iterations)
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
             features = model.features(x).to(head.weight.dtype).split(batch.size)
-            answers = [(cooled if name == "soft" else SURROGATES[name].logits)(head, part)
+            answers = [SURROGATES[name].at(temperature, head, part).float()
                        for name, part in zip(batch.surrogates, features, strict=True)]
             logits = batch.finite(batch.rows, x, torch.cat(answers))
             margins = margin_loss(logits, batch.labels).view(len(most), batch.size)
@@ -130,7 +124,3 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
             moved = threat.project(x + _NEW_STEP * (moved - x) + (1 - _NEW_STEP) * (x - before), batch.clean)
             before, x = x.detach(), moved
     return best
-
-
-#: Attacks on a whole batch, in which every image moves.
-JOINT_ATTACKS: Final = {"joint": joint, "joint-rest": joint_rest}

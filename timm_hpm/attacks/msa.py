@@ -37,14 +37,14 @@ from ..report import (
 from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
-from .components import COMPONENTS, AttackBatch, Budget, Notes, check_finite, margin_loss
-from .flags import GRADIENT_FREE, change_flag, check_model, restored, rough_flag, verdict_flag
-from .joint import IN_ROUNDS, JOINT_ATTACKS, JOINT_SURROGATES
+from .components import AttackBatch, Budget, Notes, check_finite, margin_loss
+from .flags import change_flag, check_model, restored, rough_flag, verdict_flag
 from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
-from .protocols import ATTACKS, Protocol, find_protocol
+from .protocols import PROTOCOLS, Protocol, find_protocol
 from .seeding import seeded
 from .surrogates import SplitModel
+from .table import ATTACKS
 
 
 # A caller's inference mode would leave no gradients to attack by.
@@ -188,9 +188,10 @@ def mixed_surrogate_attack(
         found = [step for _, batch in steps for step in batch]
         judged = _joined(step.correct for step in found)
         correct = _in_order(judged, names)
-        twin = f"{split.twin()}/square"
-        if twin in correct and split.head is not None:
-            correct[f"{TRUE_MODEL}/square"] = correct[twin]
+        if split.head is not None:
+            # Without gradients an attack on the surrogate that computes the true model's logits is one on that model.
+            correct |= {f"{TRUE_MODEL}/{attack}": correct[f"{split.twin()}/{attack}"] for attack in usable
+                        if not ATTACKS[attack].needs_gradient and f"{split.twin()}/{attack}" in correct}
         flags += [*_noted_flags(found), *_not_finite_flags(found)]
         flags += subject.flags_after(images, labels, threat, correct, chosen.survivors_only,
                                      {flag.name for flag in flags}, checks)
@@ -354,32 +355,22 @@ class _Subject:
 
 def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the attacks that need no gradient."""
-    usable = tuple(attack for attack in attacks if attack in GRADIENT_FREE)
+    usable = tuple(attack for attack in attacks if not ATTACKS[attack].needs_gradient)
     if not usable:
         raise ValueError(f"the model's logits have no gradient with respect to the pixels, which {', '.join(attacks)} "
-                         f"need; look for a detach() or torch.no_grad() in it, or attack by {', '.join(GRADIENT_FREE)}")
+                         "need; look for a detach() or torch.no_grad() in it, or attack by "
+                         + ", ".join(attack.name for attack in ATTACKS.values() if not attack.needs_gradient))
     return usable
 
 
 def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the attacks that this model has surrogates for."""
-    usable = tuple(attack for attack in attacks if surrogates_of(attack, split, surrogates))
+    usable = tuple(attack for attack in attacks if ATTACKS[attack].surrogates(split, surrogates))
     if not usable:
         raise ValueError(f"{', '.join(attacks)} attacks what an HPM head has in batch mode through several surrogates, "
-                         f"and there are {', '.join(surrogates)}; choose others of {', '.join(COMPONENTS)}")
+                         f"and there are {', '.join(surrogates)}; choose others of "
+                         + ", ".join(attack.name for attack in ATTACKS.values() if attack.by_image))
     return usable
-
-
-def surrogates_of(attack: str, split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns those of the surrogates that an attack takes; none where it does not apply."""
-    if attack in JOINT_ATTACKS:
-        return tuple(name for name in surrogates if name in JOINT_SURROGATES and split.couples(name))
-    return () if attack == "apgd-chain" and len(surrogates) == 1 else surrogates
-
-
-def rows_of(attack: str, rounds: int) -> list[str]:
-    """Returns the names of what is judged of an attack: of one in rounds, each round."""
-    return [f"{attack}#{i + 1}" for i in range(rounds)] if attack in IN_ROUNDS else [attack]
 
 
 def _plan(
@@ -394,21 +385,20 @@ def _plan(
         return [names[i:i + at_once] for i in range(0, len(names), at_once)]
 
     groups, together = grouped(surrogates), []
-    for attack in attacks:
-        if attack not in COMPONENTS:
-            names = surrogates_of(attack, split, surrogates)
-            # The chain goes from one surrogate to the next.
-            together += [(group, name) for name in rows_of(attack, protocol.attacks[attack].rounds)
-                         for group in ([names] if attack == "apgd-chain" else grouped(names))]
-    attacks = tuple(attack for attack in attacks if attack in COMPONENTS)
-    # Where an image is attacked only until it is broken, the cheap attacks come first, and Square last: what it broke
-    # would stand in the rows of the attacks after it.
+    for attack in map(ATTACKS.__getitem__, attacks):
+        if not attack.by_image:
+            names = attack.surrogates(split, surrogates)
+            together += [(group, name) for name in attack.rows(protocol.attacks[attack.name].rounds)
+                         for group in ([names] if attack.chained else grouped(names))]
+    attacks = tuple(attack for attack in attacks if ATTACKS[attack].by_image)
+    # Where an image is attacked only until it is broken, the cheap attacks come first, and black-box ones last: what
+    # they broke would stand in the rows of the attacks after them.
     if protocol.survivors_only:
-        attacks = tuple(sorted(attacks, key=lambda attack: attack in GRADIENT_FREE))
+        attacks = tuple(sorted(attacks, key=lambda attack: not ATTACKS[attack].needs_gradient))
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
         (group, attack) for group in groups for attack in attacks]
-    if "square" in attacks and split.twin() not in surrogates:
-        plan.append(((TRUE_MODEL,), "square"))
+    if split.twin() not in surrogates:
+        plan += [((TRUE_MODEL,), attack) for attack in attacks if not ATTACKS[attack].needs_gradient]
     return plan + together
 
 
@@ -489,14 +479,15 @@ class _Run:
         before = time.perf_counter(), split.forward_passes, split.backward_passes
         with seeded(device, seed, attack, group, first), _without_autocast(images):
             # `joint` begins at the batch as it has become, `joint-rest` at random; both move every image of it.
-            together = attack_of(attack) in JOINT_ATTACKS
+            record = ATTACKS[attack_of(attack)]
+            together = record.whole_batch
             start = standing if self.survivors_only or together else None
             active = ~broken if self.survivors_only and not together else None
             batch = AttackBatch(split, surrogates, images, labels, start=start, active=active, sought=~broken,
                                 on_query=on_query)
             found = batch.points
             if len(batch.active):
-                found = ATTACKS[attack_of(attack)](batch, self.threat, self.budgets[attack_of(attack)], notes)
+                found = record.run(batch, self.threat, self.budgets[record.name], notes)
             # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
             found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
@@ -533,7 +524,8 @@ class _Run:
             if "/" in name:
                 examples += [make_example(first + i, int(labels[i]), int(answers[i]), name, images[i], found[i])
                              for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
-            if self.with_baseline and (name == "clean" or (name.startswith("fc/") and attack in COMPONENTS)):
+            if self.with_baseline and (name == "clean" or (
+                    name.startswith("fc/") and attack in PROTOCOLS["autoattack"].attacks)):
                 with inference_mode(self.subject.model, "fc"):
                     baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
                                                   allow_non_finite=True))

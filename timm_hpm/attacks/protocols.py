@@ -7,12 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Final
 
-from .components import COMPONENTS, Budget
-from .joint import IN_ROUNDS, JOINT_ATTACKS, apgd_chain
+from .components import Budget
 from .surrogates import check_names
-
-#: All attacks: AutoAttack's components, and those on what is special about an HPM head.
-ATTACKS: Final = {**COMPONENTS, "apgd-chain": apgd_chain, **JOINT_ATTACKS}
+from .table import ATTACKS
 
 
 def as_budget(attack: str, value: Budget | int | str) -> Budget:
@@ -24,7 +21,7 @@ def as_budget(attack: str, value: Budget | int | str) -> Budget:
     if isinstance(value, Budget):
         return value
     if isinstance(value, str):
-        return Budget.parse(value, "rounds" if attack in IN_ROUNDS else "targets")
+        return Budget.parse(value, "rounds" if attack in ATTACKS and ATTACKS[attack].budget.rounds else "targets")
     if isinstance(value, Integral) and not isinstance(value, bool):
         return Budget(int(value))
     raise ValueError(f"the budget of {attack} is {value!r:.100}; expected iterations such as 100, or "
@@ -88,20 +85,18 @@ class Protocol:
         if not isinstance(budgets, Mapping | None):
             raise ValueError(f"budgets is {budgets!r:.100}; expected a budget by attack, such as {{'apgd-ce': 100}}")
         given = {name: as_budget(name, value) for name, value in (budgets or {}).items()}
-        budget_of = {**PROTOCOLS["standard"].attacks, **self.attacks, **given}
+        standard = {name: attack.budget for name, attack in ATTACKS.items()}
+        budget_of = {**standard, **self.attacks, **given}
         check_names("attack", list(budget_of), tuple(ATTACKS))
-        for attack, standard in PROTOCOLS["standard"].attacks.items():
-            if standard.targets and not budget_of[attack].targets:
-                raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
-                                 f"are; expected such as Budget({budget_of[attack].iterations}, "
-                                 f"targets={standard.targets})")
         for attack, budget in budget_of.items():
-            if attack in IN_ROUNDS:
-                usual = self.attacks.get(attack) or PROTOCOLS["standard"].attacks[attack]
-                budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
-            elif budget.rounds:
-                raise ValueError(f"the budget of {attack} has {budget.rounds} rounds; only {', '.join(IN_ROUNDS)} is "
-                                 "run in rounds")
+            usual = self.attacks.get(attack, standard[attack])
+            if usual.targets and not budget.targets:
+                raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
+                                 f"are; expected such as Budget({budget.iterations}, targets={usual.targets})")
+            if budget.rounds and not usual.rounds:
+                raise ValueError(f"the budget of {attack} has {budget.rounds} rounds; only "
+                                 f"{', '.join(name for name in standard if standard[name].rounds)} is run in rounds")
+            budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
                         surrogates=self.surrogates if surrogates is None else tuple(surrogates),
@@ -109,17 +104,18 @@ class Protocol:
         return self if other == self else replace(other, name="custom")
 
 
-#: `standard`: each of AutoAttack's components at its standard budget through every surrogate, Square on the true model,
-#: and on an HPM head the attacks on its surrogates in turn and on its batches as a whole. `fast`: the same without
-#: FAB, with fewer targets and fewer queries of Square.
+_AUTOATTACK: Final = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+#: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
+#: `fast`: the same without FAB, with fewer targets and fewer queries of Square. `autoattack`: AutoAttack's standard
+#: version alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
-        Protocol("standard", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=9),
-                              "fab-t": Budget(100, targets=9), "square": Budget(5_000),
-                              "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
+        Protocol("standard", {name: attack.budget for name, attack in ATTACKS.items()}),
         Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
                           "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
+        Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),
     )
 }
 

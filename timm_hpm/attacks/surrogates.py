@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..data import unwrapped
-from ..head import HPMConvHead, HPMHead, find_head, head_name, without_head
+from ..head import HPMHead, find_head, head_name, without_head
 from .fold import fold_batch_norms
 
 # The one surrogate of a classifier without an HPM head: the classifier.
@@ -45,7 +45,9 @@ def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Te
     if head.inference == "sample":
         return functional.sample_logits(features.float(), F.softmax(fc, dim=1), head.prototypes.float(), head.scale(),
                                         head.mix)
-    return _batch_logits(head, features, *_assigned("soft", fc))
+    assignment = F.softmax(fc, dim=1)
+    return functional.batch_logits(features.float(), assignment, functional.soft_presence(assignment),
+                                   head.prototypes.float(), head.scale(), head.mix)
 
 
 def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
@@ -55,71 +57,66 @@ def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
     """Returns the mean (B, C) of the log-softmax of fc, dataset and soft."""
-    return _mixed(fc_logits(head, features), dataset_logits(head, features), soft_logits(head, features))
-
-
-def coupled_logits(head: HPMHead, names: Sequence[str], features: Tensor) -> Tensor:
-    """Returns the logits (S, B, C) of surrogates that couple a batch, for `features` (S, B, d), a whole batch for each.
-
-    They are each one's own. Most of the work, which is the same in all, is done for all of them at once: for small nets
-    and batches it is the number of operations that counts. The head is as `_is_plain` asks, in batch mode, and outside
-    autocast.
-    """
-    fc = fc_logits(head, features.flatten(0, 1)).unflatten(0, features.shape[:2])
-    assigned = [_assigned(name, part) for name, part in zip(names, fc, strict=True)]
-    logits = _batch_logits(head, features, *map(torch.stack, zip(*assigned, strict=True)))
-    return torch.stack([_mixed(own, dataset_logits(head, part), answer) if name == "mixed" else answer
-                        for name, own, part, answer in zip(names, fc, features, logits, strict=True)])
-
-
-def _assigned(name: str, fc: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a coupling surrogate's assignment (B, C) by FC logits (B, C), and the presence (C,) of the classes."""
-    if name == "ste":
-        assignment = functional.straight_through_assignment(fc)
-        return assignment, functional.hard_presence(assignment)
-    assert name in ("soft", "mixed")
-    assignment = F.softmax(fc, dim=1)
-    return assignment, functional.soft_presence(assignment)
-
-
-def _batch_logits(head: HPMHead, features: Tensor, assignment: Tensor, presence: Tensor) -> Tensor:
-    return functional.batch_logits(features.float(), assignment, presence, head.prototypes.float(), head.scale(),
-                                   head.mix)
-
-
-def _is_plain(head: HPMHead) -> bool:
-    """Returns whether a head answers by its equations alone, in float32.
-
-    One without prototypes answers by its FC classifier, and a subclass or a hook by what we do not know.
-    """
-    return (type(head) in (HPMHead, HPMConvHead) and "forward" not in vars(head) and not head._forward_hooks
-            and not head._forward_pre_hooks and head.is_fitted() and head.weight.dtype == torch.float32)
-
-
-def _mixed(*parts: Tensor) -> Tensor:
-    """Returns the mean (B, C) of the log-softmax of several logits (B, C)."""
+    parts = [logits(head, features) for logits in (fc_logits, dataset_logits, soft_logits)]
     return torch.stack([F.log_softmax(part, dim=1) for part in parts]).mean(dim=0)
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A surrogate's name, its logits, and whether in the batch mode an answer depends on the rest of the batch."""
+    """A differentiable stand-in for an HPM model.
+
+    Arguments:
+        name: the surrogate's name in protocols and reports.
+        logits: an HPM head and features (B, d) of a whole batch to logits (B, C).
+        batch_dependent: whether the logits of an image depend on the other images of its batch if the head is in the
+            mode `"batch"`.
+        exact_in: inference modes in which the logits are the head's own.
+        annealed: the logits at a temperature from 1 to nearly 0, its third argument, for attacks that anneal.
+        in_joint: whether attacks on a whole batch use it; None means if it is batch-dependent.
+    """
 
     name: str
     logits: Callable[[HPMHead, Tensor], Tensor]
-    couples_in_batch_mode: bool
+    batch_dependent: bool = False
+    exact_in: tuple[str, ...] = ()
+    annealed: Callable[[HPMHead, Tensor, float], Tensor] | None = None
+    in_joint: bool | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Returns whether attacks on a whole batch use this surrogate."""
+        return self.batch_dependent and self.in_joint is not False
+
+    def at(self, temperature: float, head: HPMHead, features: Tensor) -> Tensor:
+        """Returns the logits (B, C) at a temperature, or as they are if the surrogate is not annealed."""
+        return self.logits(head, features) if self.annealed is None else self.annealed(head, features, temperature)
 
 
+#: The surrogates by name. A surrogate of one's own is one more entry.
 SURROGATES: Final = {
     surrogate.name: surrogate
     for surrogate in (
-        Surrogate("fc", fc_logits, False),
-        Surrogate("dataset", dataset_logits, False),
-        Surrogate("soft", soft_logits, True),
-        Surrogate("ste", ste_logits, True),
-        Surrogate("mixed", mixed_logits, True),
+        Surrogate("fc", fc_logits, exact_in=("fc",)),
+        Surrogate("dataset", dataset_logits, exact_in=("dataset",)),
+        Surrogate("soft", soft_logits, batch_dependent=True, annealed=soft_logits),
+        Surrogate("ste", ste_logits, batch_dependent=True, exact_in=("batch", "sample")),
+        # Its batch-dependent part is `soft`, which the attacks on a whole batch use already.
+        Surrogate("mixed", mixed_logits, batch_dependent=True, in_joint=False),
     )
 }
+
+
+def exact_surrogate(inference: str, fitted: bool = True) -> str:
+    """Returns the surrogate that computes the true model's own logits.
+
+    Arguments:
+        inference: the head's inference mode, or `"none"` for a classifier without an HPM head.
+        fitted: whether the head has prototypes; without them it predicts by its FC classifier.
+    """
+    if inference == "none":
+        return PLAIN
+    mode = inference if fitted else "fc"
+    return next(surrogate.name for surrogate in SURROGATES.values() if mode in surrogate.exact_in)
 
 
 # Enough to see whether a network with folded BatchNorms is the same, and how far rounding may take it.
@@ -231,7 +228,6 @@ class SplitModel:
             self._fold(example[:_FEW_IMAGES])
             if self.head is not None and self.head.is_fitted():
                 moderate_scale(self.head, self.backbone(example))
-        self._has_plain_head = self.head is not None and _is_plain(self.head)
 
     def _use_channels_last(self, example: Tensor) -> None:
         # Crafting only: the judge is the model itself, in the memory format its owner chose.
@@ -261,20 +257,9 @@ class SplitModel:
             return features.float()
         return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
 
-    def side_by_side(self, surrogates: Sequence[str], features: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the `logits` of several surrogates for the features of a whole batch each, of one size."""
-        coupled = [name for name in surrogates if self.couples(name)]
-        if len(coupled) < 2 or not self._has_plain_head:
-            return [self.logits(name, part) for name, part in zip(surrogates, features, strict=True)]
-        assert self.head is not None
-        stacked = torch.stack([part for name, part in zip(surrogates, features, strict=True) if name in coupled])
-        answers = iter(coupled_logits(self.head, coupled, stacked.float()))
-        return [next(answers) if name in coupled else self.logits(name, part)
-                for name, part in zip(surrogates, features, strict=True)]
-
     def couples(self, surrogate: str) -> bool:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""
-        return self.head is not None and self.head.inference == "batch" and SURROGATES[surrogate].couples_in_batch_mode
+        return self.head is not None and self.head.inference == "batch" and SURROGATES[surrogate].batch_dependent
 
     def default_surrogates(self) -> tuple[str, ...]:
         """Returns the surrogates that differ from each other in the head's inference mode, all of them attacked."""
@@ -288,11 +273,7 @@ class SplitModel:
 
     def twin(self) -> str:
         """Returns the surrogate that computes the true model's own logits: without gradients the two are the same."""
-        if self.head is None:
-            return PLAIN
-        if self.head.inference == "fc" or not self.head.is_fitted():
-            return "fc"
-        return "dataset" if self.head.inference == "dataset" else "ste"
+        return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
 
     def check_surrogates(self, names: Sequence[str]) -> tuple[str, ...]:
         """Returns `names` without repetitions, or raises a ValueError that lists the surrogates of this model."""

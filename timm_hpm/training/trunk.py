@@ -48,7 +48,7 @@ class PixelTrunk(nn.Module):
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
         answer = partial(SURROGATES[surrogate].logits, self.head)
         features = self.backbone(pixels)
-        return self._in_its_batch(answer, features) if SURROGATES[surrogate].couples_in_batch_mode else answer(features)
+        return self._in_its_batch(answer, features) if SURROGATES[surrogate].batch_dependent else answer(features)
 
     def _answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fc_logits = self.head.fc_logits(features).float()

@@ -1,0 +1,64 @@
+"""`ATTACKS`: the attacks of the Mixed Surrogate Attack, a record for each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from ..threat import ThreatModel
+from .components import AttackBatch, Budget, Notes, apgd_ce, apgd_t, fab_t, square
+from .joint import apgd_chain, joint, joint_rest
+from .surrogates import SURROGATES, SplitModel
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack on a batch of B images, through S surrogates side by side.
+
+    Arguments:
+        name: the attack's name in protocols and reports.
+        run: the batch, the threat model, the budget and the notes for flags to the candidates (S·B, channels, H, W).
+        budget: the standard budget. If it has targets or rounds, the attack is targeted or run in rounds.
+        needs_gradient: False for a black-box attack, which is run on the true model's own logits, too.
+        whole_batch: whether the attack moves all images of a batch for a common loss; it applies to batch-dependent
+            surrogates, and begins at the batch as earlier attacks have left it.
+        chained: whether the attack goes from one surrogate to the next; it needs two or more.
+    """
+
+    name: str
+    run: Callable[[AttackBatch, ThreatModel, Budget, Notes], Tensor]
+    budget: Budget
+    needs_gradient: bool = True
+    whole_batch: bool = False
+    chained: bool = False
+
+    @property
+    def by_image(self) -> bool:
+        """Returns whether the attack treats each image and each surrogate by itself."""
+        return not (self.whole_batch or self.chained)
+
+    def rows(self, rounds: int) -> list[str]:
+        """Returns the names of the attack's candidate sets: one for each round if it is run in rounds."""
+        return [f"{self.name}#{i + 1}" for i in range(rounds)] if self.budget.rounds else [self.name]
+
+    def surrogates(self, model: SplitModel, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the surrogates among `names` that the attack uses; none if it does not apply to the model."""
+        if self.whole_batch:
+            return tuple(name for name in names if model.couples(name) and SURROGATES[name].joint)
+        return () if self.chained and len(names) == 1 else names
+
+
+#: The attacks by name, in the order of the tables. An attack of one's own is one more entry.
+ATTACKS: Final = {
+    attack.name: attack
+    for attack in (
+        Attack("apgd-ce", apgd_ce, Budget(100)),
+        Attack("apgd-t", apgd_t, Budget(100, targets=9)),
+        Attack("fab-t", fab_t, Budget(100, targets=9)),
+        Attack("square", square, Budget(5_000), needs_gradient=False),
+        Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
+        Attack("joint", joint, Budget(100), whole_batch=True),
+        Attack("joint-rest", joint_rest, Budget(25, rounds=30), whole_batch=True),
+    )
+}

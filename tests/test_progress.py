@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import PROTOCOLS, Budget, Protocol
+from timm_hpm.attacks.progress import ProgressFolder, sealed, unsealed
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
@@ -258,7 +260,7 @@ def test_only_the_run_s_own_progress_is_removed(evaluate, tmp_path):
     described = AttackReport.load(single / "report.json").protocol
     run = {name: described[name] for name in described if name not in ("model", "weights", "dataset", "split")}
     (single / "progress").mkdir()
-    (single / "progress" / "run.json").write_text(json.dumps(run | {"save_adversarial": False}))
+    (single / "progress" / "run.json").write_text(sealed(run | {"save_adversarial": False}))
     (single / "progress" / "batch00000-step00.safetensors").touch()
     (single / ".progress.99.tmp").mkdir()
     assert evaluate.main(["--resume", str(single)]) == 0
@@ -409,6 +411,72 @@ def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, 
         mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder)
 
 
+@pytest.fixture(scope="module")
+def kept_run(model, digits, tmp_path_factory) -> Path:
+    """A folder of progress with candidates and neighbours: two batches, two steps and what is assembled of them."""
+    folder = tmp_path_factory.mktemp("kept")
+    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1, "co_batch": [4]}
+    mixed_surrogate_attack(model, *digits, THREAT, **options, save_adversarial=folder / "adversarial.safetensors",
+                           resume=folder / "kept")
+    return folder / "kept"
+
+
+def read_all(folder: Path, run: dict) -> None:
+    progress = ProgressFolder(folder, run)
+    try:
+        progress.load_co_batch(0)
+        for batch in range(2):
+            for step, names in enumerate((["fc/apgd-ce"], ["ste/apgd-ce"], ["assembled"])):
+                progress.load(batch, step, names)
+                progress.candidates(names[0], names, step, batch)
+    finally:
+        progress.close()
+
+
+def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):
+    run, choose = unsealed((kept_run / "run.json").read_text()), random.Random(0)
+    read_all(kept_run, run)
+    names = [path.name for path in kept_run.iterdir() if path.name != "lock"]
+    assert len(names) == 8
+    for name in names:
+        original = (kept_run / name).read_bytes()
+        damaged = tmp_path / name
+        for path in kept_run.iterdir():
+            shutil.copy(path, tmp_path)
+        for place in choose.sample(range(len(original)), 60):
+            bit = 1 << choose.randrange(8)
+            damaged.write_bytes(original[:place] + bytes([original[place] ^ bit]) + original[place + 1:])
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+                read_all(tmp_path, run)
+        for rest in (b"", original[:choose.randrange(1, len(original))], original + b"\0", b"[" * 100_000):
+            damaged.write_bytes(rest)
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+                read_all(tmp_path, run)
+
+
+@pytest.mark.parametrize(("source", "target", "what"), [
+    ("batch00000-step00", "batch00001-step00", "batch 0 instead of 1"),
+    ("batch00000-step01", "batch00000-step00", r"step 1 instead of 0, names \['ste/apgd-ce'\] instead of "),
+    ("batch00001-step00", "batch00001-step02", "step 0 instead of 2, names "),
+    ("seed/batch00000-step00", "batch00000-step00", "run [0-9a-f]+ instead of [0-9a-f]+"),
+    ("eps/batch00001-step00", "batch00001-step00", "run [0-9a-f]+ instead of "),
+    ("eps/co-batch00", "co-batch00", "run [0-9a-f]+ instead of "),
+])
+def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path, source, target, what):
+    options = QUICK | {"co_batch": [4], "batch_size": 4}
+    if "/" in source:
+        threat = ThreatModel("Linf", 0.05) if source.startswith("eps/") else THREAT
+        mixed_surrogate_attack(model, *digits, threat, **options, seed=1, resume=tmp_path / source.partition("/")[0])
+    ending = ".json" if "co-batch" in source else ".safetensors"
+    (tmp_path / "kept").mkdir()
+    for path in kept_run.iterdir():
+        shutil.copy(path, tmp_path / "kept")
+    file = tmp_path / "kept" / (target + ending)
+    shutil.copy((tmp_path if "/" in source else kept_run) / (source + ending), file)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*it is of another place: {what}"):
+        read_all(tmp_path / "kept", unsealed((kept_run / "run.json").read_text()))
+
+
 def test_another_network_of_the_same_weights_is_another_run(model, digits, tmp_path):
     class Rounded(nn.Module):
         def __init__(self, levels):
@@ -466,8 +534,9 @@ def test_what_neighbours_do_is_asked_once(model, digits, tmp_path):
     options = QUICK | {"co_batch": [4], "resume": tmp_path}
     report = mixed_surrogate_attack(model, *digits, THREAT, **options)
     kept = tmp_path / "co-batch00.json"
-    assert json.loads(kept.read_text()) == report.co_batch
-    kept.write_text(json.dumps(report.co_batch[:1]))
+    record = unsealed(kept.read_text())
+    assert record["rows"] == report.co_batch
+    kept.write_text(sealed(record | {"rows": report.co_batch[:1]}))
     assert mixed_surrogate_attack(model, *digits, THREAT, **options).co_batch == report.co_batch[:1]
     kept.write_text("[")
     with pytest.raises(ValueError, match=r"co-batch00.json is damaged .*remove it, and it is made again"):
@@ -478,9 +547,9 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(model, digits, 
     mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path)
     kept = tmp_path / "batch00001-step00.safetensors"
     with safe_open(kept, "pt") as file:
-        tensors, step = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["step"])  # noqa: SIM118
-    step["cost"]["seconds"] = 1000.0
-    save_file(tensors, kept, {"step": json.dumps(step)})
+        tensors, step = {name: file.get_tensor(name) for name in file.keys()}, unsealed(file.metadata()["step"])  # noqa: SIM118
+    step["found"]["cost"]["seconds"] = 1000.0
+    save_file(tensors, kept, {"step": sealed(step)})
     cost = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path).cost
     assert 1000 < cost["apgd-ce"]["seconds"] < cost["all"]["seconds"] < 1100
 

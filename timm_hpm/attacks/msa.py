@@ -373,6 +373,11 @@ def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[s
     return usable
 
 
+def named(group: tuple[str, ...], attack: str) -> list[str]:
+    """Returns the names of an attack's candidates through a group of surrogates, such as `"fc/apgd-ce"`."""
+    return [f"{surrogate}/{attack}" for surrogate in group]
+
+
 def _plan(
         split: SplitModel,
         surrogates: tuple[str, ...],
@@ -433,7 +438,8 @@ class _Run:
         for number, (group, attack) in enumerate(self.plan):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.budgets[attack_of(attack)].queries()
-            step = None if self.folder is None else self.folder.load(first // self.subject.batch_size, number)
+            step = None if self.folder is None else self.folder.load(first // self.subject.batch_size, number,
+                                                                  named(group, attack))
             if step is None:
                 step = self._attacked(group, attack, images, labels, first, standing, broken,
                                       partial(_advance, bar, done))
@@ -464,10 +470,12 @@ class _Run:
                    for name, tensor in (("clean", images), ("labels", labels))}
         batches = range(-(-len(images) // self.subject.batch_size))
         for number, (group, attack) in enumerate(self.plan):
-            for name in (f"{surrogate}/{attack}" for surrogate in group):
-                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, number), batches))
+            for name in named(group, attack):
+                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, named(group, attack), number),
+                                                  batches))
         if self.subject.split.couples(self.subject.split.twin()):
-            tensors[ASSEMBLED] = Parts(images, map(partial(self.folder.candidates, ASSEMBLED, len(self.plan)), batches))
+            tensors[ASSEMBLED] = Parts(images, map(
+                partial(self.folder.candidates, ASSEMBLED, [ASSEMBLED], len(self.plan)), batches))
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
     def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
@@ -491,10 +499,9 @@ class _Run:
             # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
             found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
-        named = {f"{surrogate}/{attack}": points
-                 for surrogate, points in zip(group, found.split(len(images)), strict=True)}
+        candidates = dict(zip(named(group, attack), found.split(len(images)), strict=True))
         with seeded(device, seed, "judge", attack, group, first):
-            step = self._judged(attack, named, images, labels, first, broken)
+            step = self._judged(attack, candidates, images, labels, first, broken)
         not_finite: dict[str, list[int]] = {}
         for row in sorted(batch.not_finite):
             search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"

@@ -1,10 +1,15 @@
-"""What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all."""
+"""What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all.
 
+Each file says which run, batch and step it is of and carries digests of its content, so that a damaged file or one of
+another place is refused by name.
+"""
+
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +25,7 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-from ..files import remove_unfinished, replacing, writable_folder, write_text
+from ..files import remove_unfinished, replacing, tensor_bytes, writable_folder, write_text
 from ..report import Example
 
 # One for all: thousands of small tensors that stay between large ones that go would tear the heap.
@@ -103,12 +108,13 @@ class ProgressFolder:
         if begins:
             remove_unfinished(self.folder)
             if not file.exists():
-                write_text(file, json.dumps(run, indent=1) + "\n")
+                write_text(file, sealed(run))
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = unsealed(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is damaged ({error}); remove {self.folder} and start again") from error
         check_same_run(f"{self.folder} holds the progress", found, run)
+        self._run = _digest(json.dumps(found).encode())
 
     def close(self) -> None:
         """Lets another process work in the folder."""
@@ -116,59 +122,114 @@ class ProgressFolder:
             self._lock.close()
 
     def load_co_batch(self, number: int) -> list[dict[str, Any]] | None:
-        """Returns the rows of a `co_batch_attack`, or None where they are still to be made."""
+        """Returns the rows of a `co_batch_attack`, or None if they are still to be made."""
         path = self._co_batch_path(number)
         if not path.exists():
             return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+        with _named(path):
+            record = unsealed(path.read_text(encoding="utf-8"))
+            self._check_place(record, number=number)
+            return record["rows"]
 
     def save_co_batch(self, number: int, rows: list[dict[str, Any]]) -> None:
         """Writes the rows of a `co_batch_attack`, whole or not at all."""
-        write_text(self._co_batch_path(number), json.dumps(rows) + "\n")
+        write_text(self._co_batch_path(number), sealed({"run": self._run, "number": number, "rows": rows}))
 
-    def load(self, batch: int, step: int) -> Step | None:
-        """Returns the step of a batch, or None where it is still to be made."""
+    def load(self, batch: int, step: int, names: Sequence[str]) -> Step | None:
+        """Returns the step of a batch that judged the candidates `names`, or None if it is still to be made."""
         if not self._path(batch, step).exists():
             return None
-        with self._opened(batch, step) as file:
-            result = json.loads(file.metadata()["step"])
+        with self._opened(batch, step, names) as (file, record):
+            result = record["found"]
             result["noted"] = [tuple(note) for note in result["noted"]]
             result["examples"] = [Example(**example) for example in result["examples"]]
-            return Step(**result, broken=file.get_tensor("broken"), points=file.get_tensor("points"))
+            return Step(**result, broken=_tensor(file, record, "broken"), points=_tensor(file, record, "points"))
 
-    def candidates(self, name: str, step: int, batch: int) -> Tensor:
-        """Returns the candidates (B, channels, H, W) of that name which a step of a batch was saved with."""
-        with self._opened(batch, step) as file:
-            return file.get_tensor(name)
+    def candidates(self, name: str, names: Sequence[str], step: int, batch: int) -> Tensor:
+        """Returns the candidates (B, channels, H, W) `name`, of the `names` that a step of a batch was saved with."""
+        with self._opened(batch, step, names) as (file, record):
+            return _tensor(file, record, name)
 
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
                   "cost": found.cost, "noted": found.noted,
                   "examples": [asdict(example) for example in found.examples], "not_finite": found.not_finite}
-        tensors = {"broken": found.broken, "points": found.points} | found.candidates
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in
+                   {"broken": found.broken, "points": found.points, **found.candidates}.items()}
+        record = {"run": self._run, "batch": batch, "step": step, "names": list(found.correct), "found": result,
+                  "tensors": {name: _tensor_digest(tensor) for name, tensor in tensors.items()}}
         with replacing(self._path(batch, step)) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                      {"step": json.dumps(result)})
+            save_file(tensors, temporary, {"step": sealed(record)})
 
     @contextmanager
-    def _opened(self, batch: int, step: int) -> Iterator[safe_open]:
+    def _opened(self, batch: int, step: int, names: Sequence[str]) -> Iterator[tuple[safe_open, dict[str, Any]]]:
+        """Yields a step's file and what it says, once that is found undamaged and of this place."""
         path = self._path(batch, step)
-        try:
-            with safe_open(path, "pt") as file:
-                yield file
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
-                             "again") from error
+        with _named(path), safe_open(path, "pt") as file:
+            record = unsealed(file.metadata()["step"])
+            self._check_place(record, batch=batch, step=step, names=list(names))
+            yield file, record
+
+    def _check_place(self, record: dict[str, Any], **place: Any) -> None:
+        different = [f"{name} {record[name]} instead of {value}" for name, value in {"run": self._run, **place}.items()
+                     if record[name] != value]
+        if different:
+            raise ValueError(f"it is of another place: {', '.join(different)}")
 
     def _co_batch_path(self, number: int) -> Path:
         return self.folder / f"co-batch{number:02d}.json"
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"
+
+
+def sealed(record: Any) -> str:
+    """Returns a value of JSON's types as a text with its digest, of which `unsealed` refuses any change."""
+    return json.dumps({"digest": _digest(json.dumps(record).encode()), "record": record})
+
+
+def unsealed(text: str) -> Any:
+    """Returns the value that `sealed` took.
+
+    Raises:
+        ValueError: if a character of the text is not as it was written.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(found, dict) or sealed(found.get("record")) != text:
+        raise ValueError("its digest is not that of its content")
+    return found["record"]
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), tensor_bytes(tensor))
+
+
+def _tensor(file: safe_open, record: dict[str, Any], name: str) -> Tensor:
+    tensor = file.get_tensor(name)
+    if _tensor_digest(tensor) != record["tensors"][name]:
+        raise ValueError(f"{name} is not as it was written")
+    return tensor
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names `path` in the error of what cannot be read."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
+                         "again") from error
 
 
 def _locked(folder: Path) -> IO[str]:
@@ -216,11 +277,11 @@ def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
     Of a link only the link goes. If the removal is stopped, `remove_unfinished` does the rest.
     """
     try:
-        run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+        run = unsealed((folder / _RUN).read_text(encoding="utf-8"))
         expected = {**protocol, "save_adversarial": run["save_adversarial"]}
         if not all(_same(name, value, expected[name]) for name, value in run.items()):
             return
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     if folder.is_symlink():
         folder.unlink()  # what it leads to lies outside the run's folder, and stays

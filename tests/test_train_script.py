@@ -63,20 +63,36 @@ def test_mistakes_are_one_line(tmp_path):
         assert message in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(number, code, tmp_path):
-    process = subprocess.Popen(command(*TINY, "--epochs", "500", "--output", "run"), cwd=tmp_path, env=ENVIRON,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "checkpoints").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.send_signal(number)  # as a launcher that passes on what its processes have got already
+@pytest.mark.parametrize(("number", "code", "workers"), [
+    (signal.SIGTERM, 0, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
+def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(number, code, workers, tmp_path):
+    process = subprocess.Popen(command(*TINY, "--epochs", "500", "--workers", str(workers), "--output", "run"),
+                               cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not (
+            (tmp_path / "run" / "checkpoints").exists() and len(children.read_text().split()) == workers):
+        time.sleep(0.01)
+    time.sleep(0.1)  # into the epoch
+    for _ in range(2):  # a launcher passes on what its processes have got already
+        os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert f"stopped by {signal.Signals(number).name}; go on by: train.py --resume run" in errors
     done = script("--resume", "run", "--epochs", "501", folder=tmp_path)
     assert done.returncode == 1 and "epochs (500 there, 501 given)" in done.stderr
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_run_that_fails_ends_its_workers(tmp_path):
+    """They ignore the signals of others, but not of their own process, which ends them as it exits."""
+    process = subprocess.Popen(command("--device", "cpu", "--lr", "1e30", "--sched", "constant", "--attack-steps", "1",
+                                       "--workers", "2"), cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "train.py: the loss is" in errors and "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 # Several processes

@@ -3,11 +3,9 @@
 import copy
 import hashlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,17 +43,8 @@ from .recovery import Checkpoint
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
 from .setup import Data, create_trainable, open_data
+from .signals import SIGNALS, Stopped, noted_signals, obey_parent, shielded_batches
 from .trunk import PixelTrunk, inputs_only
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop. What it had learned is in a checkpoint; `signal` is the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.signal = number
 
 
 def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
@@ -90,7 +79,7 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
         Stopped: SIGTERM or SIGINT; a checkpoint is on disk.
     """
     is_new = not Path(output).exists()
-    with _signals() as asked:
+    with noted_signals() as asked:
         try:
             run = Run(config, output, resume=resume, log=log, progress=progress, asked_to_stop=asked)
         except BaseException:
@@ -218,7 +207,8 @@ class Run:
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
         loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
-                            num_workers=config.workers, pin_memory=accelerator.device.type == "cuda")
+                            num_workers=config.workers, worker_init_fn=obey_parent,
+                            pin_memory=accelerator.device.type == "cuda")
         if config.torchcompile:
             self.trunk.backbone.compile()
         self.trained, self.optimizer, self.loader = accelerator.prepare(self.trunk, optimizer, loader)
@@ -256,7 +246,7 @@ class Run:
             part.set_epoch(state.epoch)
         sums: list[tuple[Tensor, Tensor]] = []
         with self._bar(state) as bar:
-            for images_, labels in loader:
+            for images_, labels in shielded_batches(loader):
                 self._seed("batch", state.epoch, state.batches)
                 loss = self.learn(images_, labels, sums)
                 state.batches += 1
@@ -350,8 +340,9 @@ class Run:
         config = self.config
         self._seed("fit", process_index())
         rows = range(process_index(), len(self.data.plain_train), num_processes())
-        loader = DataLoader(Subset(self.data.plain_train, rows), 256, num_workers=config.workers)
-        held_out = DataLoader(self.data.val, 256, num_workers=config.workers)
+        options: dict[str, Any] = {"batch_size": 256, "num_workers": config.workers, "worker_init_fn": obey_parent}
+        loader = DataLoader(Subset(self.data.plain_train, rows), **options)
+        held_out = DataLoader(self.data.val, **options)
         fit_prototypes(PixelModel(self.model), self._until_asked(loader),
                        self.threat if config.objective != "clean" else None, held_out=self._until_asked(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
@@ -405,8 +396,8 @@ class Run:
         batches = torch.arange(len(self.data.val)).split(size)
         own = range(process_index(), len(batches), num_processes())
         loader = DataLoader(self.data.val, batch_sampler=[batches[number].tolist() for number in own],
-                            num_workers=config.workers)
-        for number, (images, labels) in zip(own, loader, strict=True):
+                            num_workers=config.workers, worker_init_fn=obey_parent)
+        for number, (images, labels) in zip(own, shielded_batches(loader), strict=True):
             images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
             right = clean = judge(judged, images, labels, size)
             for name in dict.fromkeys(["fc", self._surrogate()]):
@@ -480,16 +471,16 @@ class Run:
     # Stopping
 
     def _asked(self) -> Tensor:
-        """Returns whether this process was asked to stop, by each of `_SIGNALS`, as numbers for processes to add up."""
-        return torch.tensor([float(number in self.asked_to_stop[:1]) for number in _SIGNALS])
+        """Returns whether this process was asked to stop, by each of `SIGNALS`, as numbers for processes to add up."""
+        return torch.tensor([float(number in self.asked_to_stop[:1]) for number in SIGNALS])
 
     def _note_stop(self, counts: Sequence[float]) -> None:
         """Takes the first signal that any process was given, all of whose `_asked` are added up in `counts`."""
-        self.stop_signal = next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), 0)
+        self.stop_signal = next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
 
     def _until_asked(self, loader: DataLoader) -> Iterator[Any]:
         """Yields the batches of a loader whose work nobody would miss: a stop loses nothing that was learned."""
-        for batch in loader:
+        for batch in shielded_batches(loader):
             if self.asked_to_stop:
                 raise Stopped(self.asked_to_stop[0])
             yield batch
@@ -513,27 +504,3 @@ class Run:
     def _bar(self, state: _Progress) -> Any:
         return tqdm(total=len(self.loader), initial=state.batches, desc=f"epoch {state.epoch}", unit="batch",
                     leave=False, disable=not (self.show_progress and self.accelerator.is_main_process))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second Ctrl-C acts at once."""
-    before: dict[int, Any] = {}
-    asked: list[int] = []
-    first = 0.0
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal first
-        # A launcher passes on what its processes have got already, within milliseconds.
-        if number == signal.SIGINT and asked and time.monotonic() - first > 2:
-            raise KeyboardInterrupt
-        first = first or time.monotonic()
-        asked.append(number)
-
-    if threading.current_thread() is threading.main_thread():  # no other may
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

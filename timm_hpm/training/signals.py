@@ -1,0 +1,84 @@
+"""Signals of a training run: SIGTERM and SIGINT ask it to stop, and its DataLoader workers outlive them."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Final, TypeVar
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+# Neither Windows nor macOS can tell a worker who sent it a signal.
+_HAS_MASKS: Final = hasattr(signal, "sigwaitinfo")
+
+Batch = TypeVar("Batch")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. What it had learned is in a checkpoint; `signal` is the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second Ctrl-C acts at once."""
+    before: dict[int, Any] = {}
+    asked: list[int] = []
+    first = 0.0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        # A launcher passes on what its processes have got already, within milliseconds.
+        if number == signal.SIGINT and asked and time.monotonic() - first > 2:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        asked.append(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shielded_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yields the batches of a loader whose workers start with SIGTERM and SIGINT blocked; see `obey_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if _HAS_MASKS else None
+    try:
+        iterator = iter(loader)
+        first = list(islice(iterator, 1))  # Accelerate starts the workers here
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
+    yield from iterator
+
+
+def obey_parent(worker: int) -> None:
+    """Makes a DataLoader worker ignore SIGINT and SIGTERM, unless its own parent sends the SIGTERM.
+
+    A terminal, `timeout`, SLURM and systemd signal all processes of a run at once. Without its workers the run could
+    not finish the update that a checkpoint needs. The parent must still be able to end a worker as it exits.
+
+    Arguments:
+        worker: its number, as of any `worker_init_fn`; not used.
+    """
+    if not _HAS_MASKS:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    # Blocked, not ignored: only a blocked signal can be waited for, and only then it tells its sender.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

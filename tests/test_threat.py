@@ -47,9 +47,21 @@ def test_every_text_is_read_back_to_an_equal_threat_model():
         for norm in ("Linf", "L2"):
             threat = ThreatModel(norm, eps)
             assert ThreatModel.parse(str(threat)) == threat
-    for eps in (3.7, 12345.678, 1e30):
+    for eps in (3.7, 12.345678, 20.0):
         assert ThreatModel.parse(str(ThreatModel("L2", eps))).eps == eps
 
+
+@pytest.mark.parametrize("eps", [64, 128, 127.5, 1275.0])
+def test_an_l2_radius_in_units_of_255_warns(eps):
+    for make in (lambda: ThreatModel("L2", eps), lambda: ThreatModel.parse(f"L2:{eps}")):
+        with pytest.warns(UserWarning, match=f"eps is {eps:g} for L2.*Did you mean {eps:g}/255"):
+            assert make().eps == eps
+
+
+@pytest.mark.parametrize("threat", [None, 0.3, True, ("Linf", 0.3), b"Linf:0.3", "0.3", "L2:1e308", "L2:nan", "Linf:8"])
+def test_what_names_no_threat_is_refused_by_name(threat):
+    with pytest.raises(ValueError, match=r"expected a ThreatModel or a text|cannot read the threat|eps is "):
+        ThreatModel.of(threat)
 
 @pytest.mark.parametrize("eps", [np.float64(0.3), np.float32(0.3), np.int64(1), 1])
 def test_a_radius_of_another_number_type_has_a_readable_text(eps):

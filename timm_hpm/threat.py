@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 NORMS: Final = ("Linf", "L2")
 
+# L2 radii: beyond what is in use for pixels in [0, 1], and beyond the distance of any two images.
+_UNUSUAL: Final = 20.0
+_LARGEST: Final = 1e6
+
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -17,7 +22,8 @@ class ThreatModel:
 
     Arguments:
         norm: `"Linf"` or `"L2"`.
-        eps: radius in units of the pixel range, above 0; for Linf at most 1.
+        eps: radius in units of the pixel range, above 0; for Linf at most 1, for L2 at most 1e6. An L2 radius above 20
+            warns: it looks like one in units of 0 to 255.
 
     Raises:
         ValueError: an unknown norm, or a radius out of range.
@@ -27,7 +33,11 @@ class ThreatModel:
     eps: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers have a repr that `parse` cannot read
+        try:
+            object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers have a repr that `parse` cannot read
+        except (TypeError, ValueError):
+            raise ValueError(f"eps is {self.eps!r}; expected a number, in units of the pixel range. Texts such as "
+                             "'Linf:8/255' are read by ThreatModel.parse") from None
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -35,6 +45,26 @@ class ThreatModel:
         if self.norm == "Linf" and self.eps > 1:
             raise ValueError(f"eps is {self.eps} for Linf; pixels are in [0, 1], so at most 1. "
                              f"Did you mean {self.eps:g}/255?")
+        if self.eps > _LARGEST:
+            raise ValueError(f"eps is {self.eps} for L2; pixels are in [0, 1], and no two images are farther apart "
+                             f"than {_LARGEST:g}")
+        if self.eps > _UNUSUAL:
+            warnings.warn(f"eps is {self.eps:g} for L2, and pixels are in [0, 1]: almost any image is that near. Did "
+                          f"you mean {self.eps:g}/255?", stacklevel=3)
+
+    @classmethod
+    def of(cls, threat: "str | ThreatModel") -> "ThreatModel":
+        """Returns a threat model that is given as such, or as a text that `parse` reads.
+
+        Raises:
+            ValueError: anything else, or a text that `parse` refuses.
+        """
+        if isinstance(threat, cls):
+            return threat
+        if not isinstance(threat, str):
+            raise ValueError(f"threat is {threat!r}, of the type {type(threat).__name__}; expected a ThreatModel or a "
+                             "text such as 'Linf:8/255'")
+        return cls.parse(threat)
 
     @classmethod
     def parse(cls, text: str) -> "ThreatModel":

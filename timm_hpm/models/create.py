@@ -111,7 +111,7 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta, that holds no values, does not answer
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"the device {name!r} cannot be used: {error}") from error
     return device

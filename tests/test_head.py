@@ -331,7 +331,8 @@ def test_sums_of_two_half_batches_update_as_the_whole_batch():
     assert torch.equal(halves.num_updates, whole.num_updates)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16,
+                                   torch.uint32, torch.uint64])
 def test_labels_may_be_of_any_integer_dtype(dtype):
     head, z = HPMHead(3, 2), torch.randn(4, 3)
     head.update_prototypes(z, torch.tensor([0, 1, 1, 0], dtype=dtype))

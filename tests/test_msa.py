@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, PixelModel, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import ATTACKS, PROTOCOLS
 from timm_hpm.attacks.components import AttackBatch, Budget, Notes
 from timm_hpm.attacks.judge import predictions
@@ -662,6 +663,24 @@ def test_infinite_logits_are_an_error(digits):
     ({"save_adversarial": Path("/dev/null/x.safetensors")}, r"cannot write into the output folder /dev/null"),
     ({"attacks": ["pgd"]}, r"unknown attack 'pgd'; expected some of apgd-ce, apgd-t, fab-t, square"),
     ({"surrogates_at_once": 0}, r"surrogates_at_once is 0"),
+    ({"surrogates_at_once": 1.0}, r"surrogates_at_once is 1.0, of the type float; expected an integer"),
+    ({"batch_size": True}, r"batch_size is True, of the type bool; expected an integer"),
+    ({"batch_size": 2.5}, r"batch_size is 2.5, of the type float"),
+    ({"batch_size": None}, r"batch_size is None, of the type NoneType"),
+    ({"seed": -1}, r"seed is -1; expected at least 0"),
+    ({"seed": 0.5}, r"seed is 0.5, of the type float"),
+    ({"protocol": None}, r"unknown protocol None; expected some of standard, fast"),
+    ({"protocol": 5}, r"unknown protocol 5"),
+    ({"surrogates": 5}, r"surrogates is 5; expected a list of names"),
+    ({"co_batch": 10}, r"the batch sizes 10; expected a list"),
+    ({"co_batch": [2.5]}, r"a batch size is 2.5, of the type float"),
+    ({"co_batch": [10], "co_batch_mixes": [None]}, r"a mix is None"),
+    ({"about": 5}, r"about is a int; expected a dictionary"),
+    ({"about": {"x": {1}}}, r"about\['x'\] cannot be written as JSON"),
+    ({"about": {"x": torch.zeros(1)}}, r"about\['x'\] cannot be written as JSON"),
+    ({"about": {"x": [math.nan]}}, r"about\['x'\] cannot be written as JSON"),
+    ({"about": {1: 2}}, r"about\[1\] cannot be written as JSON"),
+    ({"threat": 0.3}, r"threat is 0.3, of the type float; expected a ThreatModel or a text such as"),
 ])
 def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, message):
     images, labels = digits[0].clone(), digits[1].clone()
@@ -670,15 +689,62 @@ def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, me
              "flat": lambda: images.flatten(1), "short": lambda: labels[:23],
              "large": lambda: labels.index_fill(0, torch.tensor(4), 10),
              "negative": lambda: labels.index_fill(0, torch.tensor(4), -1), "float": lambda: labels.float()}
-    arguments = {"images": images, "labels": labels}
+    arguments = {"images": images, "labels": labels, "threat": THREAT}
     arguments |= {name: wrong[value]() if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
-        mixed_surrogate_attack(digits_model, threat=THREAT, **arguments)
+        mixed_surrogate_attack(digits_model, **arguments)
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (lambda x: x.flatten(1), r"model is a function; expected an nn.Module: wrap a function in a module"),
+    (F.softmax, r"model is a function; expected an nn.Module"),
+    (nn.Flatten, r"model is the class Flatten; expected an nn.Module: make one of it"),
+    (None, r"model is a NoneType; expected an nn.Module"),
+    (made_in_inference_mode(), r"1.weight was made inside torch.inference_mode\(\)"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="meta")).eval(), r"1.weight is on the device meta"),
+], ids=["lambda", "function", "class", "None", "inference", "meta"])
+def test_what_is_no_model_to_attack_is_refused(digits, model, message):
+    calls = [lambda: mixed_surrogate_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
+    if not isinstance(model, nn.Module):
+        calls += [lambda: timm_hpm.find_head(model), lambda: timm_hpm.add_hpm_head(model),
+                  lambda: timm_hpm.PixelModel(model), lambda: timm_hpm.fit_prototypes(model, [digits])]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_images_with_the_channels_last_are_named(digits, digits_model, colours):
+    convolutions = nn.Sequential(nn.Conv2d(colours, 3, 3), nn.Flatten(), nn.Linear(108, 10)).eval()
+    images, labels = digits[0].expand(-1, colours, -1, -1).permute(0, 2, 3, 1), digits[1]
+    for model in (convolutions, PixelModel(convolutions, [0.5] * colours, [0.5] * colours), digits_model):
+        for call in (lambda m: mixed_surrogate_attack(m, images, labels, THREAT),
+                     lambda m: timm_hpm.judge(m, images, labels, 8),
+                     lambda m: timm_hpm.pgd(m, images, labels, THREAT)):
+            with pytest.raises(ValueError, match=r"the shape .*8, 8, .*give images.permute\(0, 3, 1, 2\)"):
+                call(model if model is not digits_model else PixelModel(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint64])
+def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(digits, digits_model, dtype):
+    assert torch.equal(timm_hpm.judge(digits_model, digits[0], digits[1].to(dtype), 8),
+                       timm_hpm.judge(digits_model, *digits, 8))
+    options = {"attacks": ["apgd-ce"], "budgets": SMALL, "surrogates": ["fc"]}
+    reports = [mixed_surrogate_attack(digits_model, digits[0], labels, threat, **options)
+               for labels, threat in ((digits[1], THREAT), (digits[1].to(dtype), str(THREAT)))]
+    assert reports[0].same_results(reports[1])
+    with pytest.raises(ValueError, match=r"label 200 of image 0 is out of range"):
+        mixed_surrogate_attack(digits_model, digits[0], torch.full((len(digits[0]),), 200, dtype=torch.uint8), THREAT)
 
 
 @pytest.mark.parametrize("argument", ["surrogates", "attacks"])
 def test_a_text_in_the_place_of_a_list_of_names_is_refused(digits_model, digits, argument):
-    with pytest.raises(ValueError, match=rf"{argument} is the text 'fc'; expected a list of names, such as \['fc'\]"):
+    with pytest.raises(ValueError, match=rf"{argument} is 'fc'; expected a list of names, such as"):
         mixed_surrogate_attack(digits_model, *digits, THREAT, **{argument: "fc"})
 
 

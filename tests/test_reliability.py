@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
 from timm_hpm import ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import Budget
+from timm_hpm.data import as_pixel_model
+from timm_hpm.training.trunk import PixelTrunk
 
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
@@ -109,6 +112,94 @@ def test_a_wrapped_model_is_the_model(model, digits, wrap):
     assert reports[0].clean_accuracy == 1, "its normalisation belongs to it"
     assert reports[0].same_results(reports[1])
     assert timm_hpm.find_head(wrap(model)) is timm_hpm.find_head(model)
+
+
+def through_data(x):
+    x.data.mul_(0.5)
+    return x
+
+
+TINY = {"apgd-ce": Budget(2), "fab-t": Budget(2, targets=1), "joint": Budget(2)}
+
+#: What a model does to its input first, and the same in a new tensor.
+WRITES = {
+    "sub": (lambda x: x.sub_(0.3), lambda x: x - 0.3),
+    "pow": (lambda x: x.pow_(2), lambda x: x.pow(2)),
+    "clamp": (lambda x: x.clamp_(0.2, 0.7), lambda x: x.clamp(0.2, 0.7)),
+    "relu": (lambda x: nn.functional.relu(x.sub_(0.5), inplace=True), lambda x: (x - 0.5).relu()),
+    "view": (lambda x: x[:, :, ::2].mul_(0.5) * 0 + x[:, :, ::2], lambda x: x[:, :, ::2] * 0.5),
+    "data": (through_data, lambda x: x - 0.5 * x.detach()),
+}
+
+
+class Writing(nn.Module):
+    def __init__(self, net: nn.Module, write):
+        super().__init__()
+        self.net, self.write = net, write
+
+    def forward(self, x):
+        return self.net(self.write(x))
+
+
+def pair_of(write: str, place: str) -> list[nn.Module]:
+    """Returns a classifier of pixels that writes into its input, and the one that does the same in a new tensor."""
+    pair = []
+    for change in WRITES[write]:
+        torch.manual_seed(0)
+        if place == "module":
+            pair.append(Writing(nn.Sequential(nn.LazyConv2d(6, 3), nn.Flatten(), nn.LazyLinear(10)), change).eval())
+            pair[-1](torch.rand(2, 1, 8, 8))
+            continue
+        net = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+        inner = {"timm": net, "pixels": timm_hpm.PixelModel(net), "head": timm_hpm.find_head(net)}[place]
+        inner.register_forward_pre_hook(lambda module, inputs, change=change: (change(inputs[0]),))
+        pair.append(inner if place == "pixels" else net)
+    return pair
+
+
+@pytest.mark.parametrize(("place", "write"), [
+    *(("module", write) for write in WRITES), ("timm", "sub"), ("timm", "data"), ("pixels", "clamp"), ("head", "sub"),
+    ("head", "clamp")])
+def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, write, digits, tmp_path):
+    """Nothing of it reaches the caller's tensors, the candidates or a later answer."""
+    digits = tuple(part[:8] for part in digits)
+    before = digits[0].clone()
+    options = {"budgets": SMALL} if place == "module" else {
+        "budgets": TINY, "attacks": ["apgd-ce", "fab-t", "joint"], "surrogates": ["soft", "ste"], "co_batch": [4]}
+    found = []
+    for name, model in zip(("in", "out"), pair_of(write, place), strict=True):
+        file = tmp_path / f"{name}.safetensors"
+        report = mixed_surrogate_attack(model, *digits, THREAT, batch_size=4, save_adversarial=file,
+                                        surrogates_at_once=2, **options)
+        assert timm_hpm.rejudge(model, file).items() <= report.verdicts.items()
+        judged = [timm_hpm.judge(model, *digits, 8) for _ in range(2)]
+        pixel_model = as_pixel_model(model)
+        found.append((report, load_file(file), judged, timm_hpm.pgd(pixel_model, *digits, THREAT, random_start=False)))
+        assert torch.equal(digits[0], before)
+    (report, saved, judged, adversarial), (expected, others, judged_alike, as_adversarial) = found
+    assert report.same_results(expected) and report.flags == expected.flags
+    assert all(torch.equal(tensor, others[name]) for name, tensor in saved.items())
+    assert all(torch.equal(row, judged_alike[0]) for row in [*judged, *judged_alike])
+    assert torch.equal(adversarial, as_adversarial) and not torch.equal(adversarial, before)
+
+
+@pytest.mark.parametrize("place", ["timm", "pixels", "head"])
+def test_training_and_fitting_do_not_see_that_a_model_writes_into_its_input(place, digits):
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    before = images.clone()
+    found = []
+    for model in pair_of("sub", place):
+        torch.manual_seed(0)
+        timm_hpm.fit_prototypes(model, [(images, labels)], str(THREAT), attack_steps=2)
+        found.append(timm_hpm.find_head(model).prototypes)
+        inner = model.model if place == "pixels" else model
+        trunk = PixelTrunk(inner)
+        features, logits, fc = trunk(images[:8])[0]
+        (logits.sum() + fc.square().sum()).backward()
+        found[-1] = [found[-1], features, logits, fc, *(parameter.grad for parameter in inner.parameters())]
+        assert torch.equal(images, before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:FutureWarning")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm import PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm import HPMHead, PixelModel, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks import Budget
 from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
+from timm_hpm.training.trunk import PixelTrunk
 
 THREAT = ThreatModel("Linf", 0.15)
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
@@ -86,6 +87,64 @@ def test_a_sane_scale_is_attacked_as_it_is(model, digits):
     head = timm_hpm.find_head(model)
     nn.init.constant_(head.log_scale, -3.0)
     assert torch.equal(SplitModel(PixelModel(model), digits[0]).head.log_scale, head.log_scale)
+
+
+def reads(what: str, x: Tensor, conv: nn.Module, norm: nn.Module, head: nn.Module) -> Tensor:
+    """Returns `x`, for which a forward needs one of its own modules to be what it is."""
+    if what == "norm's dtype":
+        return x.to(norm.weight.dtype)
+    if what == "norm's buffers":
+        return x + 0 * norm.running_mean.sum() + 0 * norm.num_features
+    if what == "norm's kind":
+        assert isinstance(norm, nn.BatchNorm2d)
+    elif what == "head's dtype":
+        return x.to(head.weight.dtype)
+    elif what == "head's width":
+        assert head.in_features > 0 and head.bias is not None
+    elif what == "head's kind":
+        assert isinstance(head, nn.Linear) and type(head).__name__ in ("HPMHead", "Linear")
+    elif what == "conv's weight":
+        return x * conv.weight.norm().clamp(max=2.0)
+    elif what == "layout":
+        assert conv.weight.is_contiguous()
+    return x
+
+
+class Reading(nn.Module):
+    """A network of pixels that reads attributes of its own modules in its forward."""
+
+    def __init__(self, what: str, head: nn.Module):
+        super().__init__()
+        self.conv, self.bn, self.fc, self.what = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), head, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(reads(self.what, x, self.conv, self.bn, self.fc)))
+        return self.fc(x.relu().flatten(1))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, HPMHead])
+@pytest.mark.parametrize("what", ["norm's dtype", "norm's buffers", "norm's kind", "head's dtype", "head's width",
+                                  "head's kind", "conv's weight", "layout"])
+def test_a_network_that_reads_its_own_modules_is_attacked_like_its_twin_that_does_not(digits, what, kind):
+    torch.manual_seed(0)
+    images = digits[0][:16]
+    model = Reading(what, kind(288, 10))
+    nn.init.uniform_(model.bn.running_var, 0.5, 2.0)
+    twin = copy.deepcopy(model.eval())
+    twin.what = "nothing"
+    if what == "conv's weight":
+        twin.conv.weight.data.mul_(model.conv.weight.norm().clamp(max=2.0))
+    if kind is HPMHead:
+        for net in (model, twin):
+            timm_hpm.fit_prototypes(net, [digits])
+    reports = [mixed_surrogate_attack(net, images, twin(images).argmax(dim=1), THREAT, budgets=SMALL)
+               for net in (model, twin)]
+    assert reports[0].clean_accuracy == 1 > reports[0].robust_accuracy == reports[1].robust_accuracy
+    assert reports[0].flags == reports[1].flags
+    assert reports[0].correct.keys() == reports[1].correct.keys()
+    if kind is HPMHead and what != "head's kind":
+        model.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}
+        torch.testing.assert_close(PixelTrunk(model)(images)[0][1], model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_answers_without_a_gradient_are_counted_in_a_warning(digits):

@@ -129,7 +129,7 @@ class HPMHead(nn.Linear):
 
         Arguments:
             features: (B, d), the input of the head; no gradient is kept.
-            labels: (B,), integers in [0, C).
+            labels: (B,), integers in [0, C), of any dtype.
 
         Raises:
             ValueError: shapes that do not fit, labels that are not integers in [0, C), or features that are not
@@ -186,6 +186,7 @@ class HPMHead(nn.Linear):
         if features.device != self.prototypes.device or labels.device != self.prototypes.device:
             raise ValueError(f"features are on {features.device} and labels on {labels.device}, the prototypes on "
                              f"{self.prototypes.device}; move them to one device")
+        labels = labels.long()  # few operations know the unsigned types
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.out_features):
             raise ValueError(f"labels span {int(labels.min())} to {int(labels.max())}; "
                              f"expected 0 to {self.out_features - 1}")
@@ -240,6 +241,15 @@ class HPMConvHead(HPMHead):
         return conv_without_autocast(features[:, :, None, None], self.weight.float(), bias).flatten(1)
 
 
+def check_module(model: nn.Module) -> None:
+    """Raises a ValueError unless `model` is an `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model is {kind}; expected an nn.Module: " + (
+            "make one of it, such as model()" if isinstance(model, type) else
+            "wrap a function in a module whose forward calls it, with its layers as attributes"))
+
+
 def find_head(model: nn.Module) -> HPMHead:
     """Returns the HPM head of `model` (or `model` itself where it is one).
 
@@ -257,8 +267,9 @@ def head_name(model: nn.Module) -> str | None:
     """Returns the dotted path of the HPM head in `model`, `""` where the model is the head, None where it has none.
 
     Raises:
-        ValueError: more than one HPM head.
+        ValueError: more than one HPM head, or no module.
     """
+    check_module(model)
     names = [name for name, module in model.named_modules() if isinstance(module, HPMHead)]
     if len(names) > 1:
         raise ValueError(f"{type(model).__name__} has {len(names)} HPM heads, at {', '.join(names)}; expected one")
@@ -283,8 +294,19 @@ def without_head(model: nn.Module) -> nn.Module:
         child = _shallow_copy(parent.get_submodule(part))
         setattr(parent, part, child)
         parent = child
-    setattr(parent, leaf, nn.Identity())
+    setattr(parent, leaf, _HeadSlot(getattr(parent, leaf)))
     return backbone
+
+
+class _HeadSlot(nn.Identity):
+    """Stands in the place of an HPM head; what the model reads of it, such as `weight.dtype`, is the head's."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.__dict__["_head"] = head  # no submodule: its parameters are not the backbone's
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_head"], name)
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks.pgd import pgd
-from .data import as_pixel_model, check_pixels
+from .data import as_pixel_model, ask, check_pixels
 from .head import HPMHead, find_head, inference_mode
 from .threat import ThreatModel
 
@@ -32,7 +32,7 @@ class PrototypeFit:
 def fit_prototypes(
         model: nn.Module,
         loader: Iterable,
-        threat: ThreatModel | None = None,
+        threat: ThreatModel | str | None = None,
         *,
         held_out: Iterable | None = None,
         attack_steps: int = 10,
@@ -49,7 +49,8 @@ def fit_prototypes(
         model: a model with an HPM head: a timm model, or one that takes pixels in [0, 1].
         loader: yields (images, labels): pixels (B, channels, H, W) in [0, 1] and class indices (B,).
         threat: takes the features of PGD adversarial images (crafted through the FC classifier) as well, so that a
-            prototype is the mean of clean and adversarial ones; None means clean images only.
+            prototype is the mean of clean and adversarial ones; None means clean images only. A text such as
+            `"Linf:8/255"` will do.
         held_out: a loader whose first 10,000 features choose the scale, under the same threat; None takes `loader`'s.
         attack_steps: PGD steps for the adversarial images.
         attack_step_size: in units of the pixel range; see `pgd`.
@@ -61,6 +62,7 @@ def fit_prototypes(
             The head is then as before.
     """
     head = find_head(model)
+    threat = None if threat is None else ThreatModel.of(threat)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -158,7 +160,7 @@ def _labelled_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the head's input (B, d) and the labels (B,) for the images of a loader, then for their attacked twins."""
     captured: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach().clone()))
     try:
         for images, labels in loader:
             images = check_pixels(images, labels, head.out_features)
@@ -171,7 +173,7 @@ def _labelled_features(
             for variant in variants:
                 captured.clear()
                 with torch.no_grad():
-                    pixel_model(variant)
+                    ask(pixel_model, variant)
                 head.check_update(captured[0], labels)
                 yield captured[0], labels
     finally:

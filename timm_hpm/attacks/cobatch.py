@@ -5,13 +5,14 @@ together lets one of them choose the neighbours of another's image.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from ..data import check_answers_alike, check_pixels, normal_tensor
+from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
 from ..head import HPMHead
 from ..threat import ThreatModel
 from .components import margin_loss
@@ -36,7 +37,7 @@ def co_batch_attack(
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         *,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         mixes: Sequence[float] | None = None,
@@ -55,7 +56,7 @@ def co_batch_attack(
         model: with an HPM head in batch mode, in eval mode; afterwards as before.
         images: (N, channels, H, W), pixels in [0, 1]; the adversary chooses from these too.
         labels: (N,), class indices.
-        threat: what the adversary may do to neighbours.
+        threat: what the adversary may do to neighbours, or a text such as `"Linf:8/255"`.
         batch_sizes: images in a batch, from 2 to N.
         mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
         num_targets: the first so many images that are right; 0 for all of them.
@@ -73,6 +74,7 @@ def co_batch_attack(
     check_answers_alike(model)
     images = check_pixels(images, labels)
     check_co_batch(batch_sizes, mixes, len(images), num_targets)
+    threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
     pixel_model = pixel_model_for(model, images)
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     device = device_of(pixel_model, images)
@@ -104,16 +106,16 @@ def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, nu
                    num_targets: int = 0) -> None:
     """Raises a ValueError unless `co_batch_attack` takes these arguments for so many images."""
     for name, values in (("batch sizes", batch_sizes), ("mixes", mixes)):
-        if values is not None and not values:
-            raise ValueError(f"a co-batch attack is given no {name}; expected at least one")
+        if values is not None and (not isinstance(values, Iterable) or not values):
+            raise ValueError(f"a co-batch attack is given the {name} {values!r}; expected a list of at least one")
     for size in batch_sizes:
+        checked_integer("a batch size", size, 2)
         if not 2 <= size <= num_images:
             raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
     for mix in mixes or ():
-        if not 0 <= mix <= 1:
-            raise ValueError(f"a mix is {mix}; expected a number in [0, 1]")
-    if num_targets < 0:
-        raise ValueError(f"num_targets is {num_targets}; expected 0, for all of them, or more")
+        if not isinstance(mix, Real) or not 0 <= mix <= 1:
+            raise ValueError(f"a mix is {mix!r}; expected a number in [0, 1]")
+    checked_integer("num_targets", num_targets, 0)
 
 
 class _Search:

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..data import ask
 from ..head import head_name, inference_mode
 from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
@@ -66,7 +67,7 @@ def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
     for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         pixels = some.detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = margin_loss(model(pixels), truth).sum()
+            loss = margin_loss(ask(model, pixels), truth).sum()
         gradient = torch.autograd.grad(loss, pixels, allow_unused=True)[0] if loss.requires_grad else None
         if gradient is None:
             return Flag("no-gradient", "the logits have no gradient with respect to the pixels")
@@ -81,7 +82,7 @@ def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
 @torch.no_grad()
 def random_flag(model: nn.Module, images: Tensor) -> Flag | None:
     """Returns `random-forward` where the same images, asked again, get other logits."""
-    difference = _difference(model, model(images), model(images))
+    difference = _difference(model, ask(model, images), ask(model, images))
     return Flag("random-forward", f"{len(images)} images, asked twice: {difference}") if difference else None
 
 
@@ -92,10 +93,10 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
     An HPM head's batch mode is meant to, and attacked as what it is: there the network below it is checked.
     """
     with inference_mode(model, "fc") if head_name(model) is not None else nullcontext():
-        alone = model(images)
-        if _difference(model, alone, model(images)):
+        alone = ask(model, images)
+        if _difference(model, alone, ask(model, images)):
             return None  # a random answer says nothing of the batch
-        among_others = model(torch.cat([images, 1 - images]))[:len(images)]
+        among_others = ask(model, torch.cat([images, 1 - images]))[:len(images)]
     difference = _difference(model, alone, among_others)
     if not difference:
         return None
@@ -157,7 +158,7 @@ def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None
 
     A random model is to be asked from the same random state as then.
     """
-    difference = _difference(model, before, model(images))
+    difference = _difference(model, before, ask(model, images))
     return Flag("changes-state", f"after the evaluation {len(images)} images are answered otherwise than before it: "
                                  f"{difference}") if difference else None
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data import ask
+
 
 def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     """Multiplies BatchNorms into the convolutions whose output only they take, in place; returns how many.
@@ -27,7 +29,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
             handles.append(module.register_forward_pre_hook(lambda m, inputs: norms.append((m, inputs[0]))))
     try:
         with torch.enable_grad():
-            output = model(example.detach().clone().requires_grad_())
+            output = ask(model, example.detach().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..data import PixelModel, as_pixel_model, check_answers_alike, check_pixels
+from ..data import PixelModel, as_pixel_model, ask, check_answers_alike, check_pixels, checked_integer
 from ..head import HPMHead, inference_mode
 from .components import check_finite, predicted_classes
 
@@ -31,7 +31,7 @@ def judge(
     """
     images = check_pixels(images, labels)
     answers = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
-    return answers == labels.cpu()
+    return answers == labels.cpu().long()
 
 
 @torch.no_grad()
@@ -57,14 +57,13 @@ def predictions(
         ValueError: bad images or batch size, or a model in train mode.
         NonFiniteLogitsError: such an answer otherwise; the message names the first such image.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    batch_size = checked_integer("batch_size", batch_size, 1)
     check_answers_alike(model)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
     answers = []
     for first in range(0, len(images), batch_size):
-        logits = model(images[first:first + batch_size].to(device))
+        logits = ask(model, images[first:first + batch_size].to(device))
         if not allow_non_finite:
             check_finite(logits, partial(image_name, first_image + first))
         answers.append(predicted_classes(logits).cpu())

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import PixelModel, check_answers_alike, check_pixels, normal_tensor, unwrapped
+from ..data import PixelModel, ask, check_answers_alike, check_pixels, checked_integer, normal_tensor, unwrapped
 from ..files import Parts, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
@@ -53,7 +53,7 @@ def mixed_surrogate_attack(
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         *,
         protocol: str | Protocol = "standard",
         batch_size: int = 128,
@@ -89,7 +89,7 @@ def mixed_surrogate_attack(
             autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
-        threat: what the adversary may do.
+        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
         protocol: `"standard"`, `"fast"` or a `Protocol`; the next four make it a custom one.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the answer depends on it.
         surrogates: names of `SURROGATES`; None means the protocol's.
@@ -110,23 +110,26 @@ def mixed_surrogate_attack(
             another run's report is refused.
         accelerator: of several processes that all make this call: batches are dealt out to them whole, and the report,
             the same on each, does not depend on their number. None means this process only.
-        about: what else the report's protocol is to say, such as the data set, the split and the weights' origin.
+        about: what else the report's protocol is to say, such as the data set, the split and the weights' origin, by
+            names and in JSON's types.
 
     Returns:
         The report, with a verdict for each image and candidate.
 
     Raises:
-        ValueError: bad images, labels, batch size, co-batch sizes or mixes, names of surrogates or attacks, a model in
-            train mode, or a `resume` folder or `finished` report of another run.
+        ValueError: no module, bad images, labels, threat, protocol, batch size, seed, `about`, co-batch sizes or mixes,
+            names of surrogates or attacks, a model in train mode, or a `resume` folder or `finished` report of another
+            run.
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if save_adversarial is not None and processes > 1 and resume is None:
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
-    for name, number in (("batch_size", batch_size), ("surrogates_at_once", surrogates_at_once)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; expected at least 1")
+    batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
+    surrogates_at_once = checked_integer("surrogates_at_once", surrogates_at_once, 1)
+    threat, about = ThreatModel.of(threat), _in_json(about or {})
+    chosen = find_protocol(protocol)
     check_answers_alike(model)
     images = check_pixels(images, labels)
     if co_batch or co_batch_mixes is not None:
@@ -138,7 +141,6 @@ def mixed_surrogate_attack(
     with restored(model):
         subject = _Subject.of(model, images, labels, batch_size, seed)
         split = subject.split
-        chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
         chosen = chosen.changed(None if surrogates is None else split.check_surrogates(surrogates), attacks, budgets,
                                 survivors_only)
         names = split.default_surrogates() if chosen.surrogates is None else split.check_surrogates(chosen.surrogates)
@@ -157,7 +159,7 @@ def mixed_surrogate_attack(
         }
         if asks_neighbours:
             described |= {"co_batch": list(co_batch), "co_batch_mixes": co_batch_mixes and list(co_batch_mixes)}
-        whole_protocol = dict(about or {}) | described
+        whole_protocol = about | described
         if finished is not None and Path(finished).exists():
             report = AttackReport.load(finished)
             check_same_run(f"{finished} is the report", report.protocol, whole_protocol)
@@ -608,8 +610,8 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
     answers: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
-    with head.register_forward_hook(lambda module, inputs, output: answers.append(output)):
-        logits = pixel_model(images)
+    with head.register_forward_hook(lambda module, inputs, output: answers.append(output.clone())):
+        logits = ask(pixel_model, images)
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model answers with a {type(logits).__name__}; expected logits (B, C), a tensor: wrap it "
                          "in a module that returns them alone")
@@ -625,6 +627,21 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Returns a context in which what is on the device of `x` keeps its precision."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
+
+
+def _in_json(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `about` as JSON gives it back, such as lists in the place of tuples; raises a ValueError if it cannot."""
+    if not isinstance(about, Mapping):
+        raise ValueError(f"about is a {type(about).__name__}; expected a dictionary")
+    for name, value in about.items():
+        try:
+            if not isinstance(name, str):
+                raise TypeError("its name is no text")
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"about[{name!r}] cannot be written as JSON ({error}); expected texts, finite numbers, "
+                             "None, and lists or dictionaries of them") from error
+    return json.loads(json.dumps(dict(about)))
 
 
 def _no_cost() -> dict[str, float]:

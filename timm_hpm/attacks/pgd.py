@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import ask, checked_integer
 from ..threat import ThreatModel
 
 
@@ -13,7 +14,7 @@ def pgd(
         logits_fn: Callable[[Tensor], Tensor],
         images: Tensor,
         labels: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         *,
         steps: int = 10,
         step_size: float | None = None,
@@ -29,6 +30,7 @@ def pgd(
         logits_fn: pixels (B, ...) in [0, 1] to logits (B, C).
         images: clean pixels (B, ...) in [0, 1].
         labels: (B,), class indices.
+        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
         steps: number of steps, at least 1.
         step_size: in units of the pixel range; None means 2.5·eps/steps, at most 1.25·eps.
         random_start: from a random point of the ball (global random state) rather than the clean image.
@@ -36,15 +38,15 @@ def pgd(
 
     Source: Madry et al., arXiv 1706.06083; Wong et al., arXiv 2001.03994 for the single step.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected at least 1")
+    checked_integer("steps", steps, 1)
+    threat, labels = ThreatModel.of(threat), labels.long()
     size = min(2.5 / steps, 1.25) * threat.eps if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()
     for _ in range(steps):
         x.requires_grad_()
         with torch.enable_grad():
-            gradient, = torch.autograd.grad(loss(logits_fn(x), labels), x)
+            gradient, = torch.autograd.grad(loss(ask(logits_fn, x), labels), x)
         x = threat.project(x.detach() + threat.scaled(gradient, size), images)
     return x
 

@@ -120,6 +120,8 @@ PROTOCOLS: Final = {
 }
 
 
-def find_protocol(name: str) -> Protocol:
-    """Returns the protocol of that name, or raises a ValueError that lists the names."""
+def find_protocol(name: str | Protocol) -> Protocol:
+    """Returns the protocol of that name, or the one that is given, or raises a ValueError that lists the names."""
+    if isinstance(name, Protocol):
+        return name
     return PROTOCOLS[check_names("protocol", [name], tuple(PROTOCOLS))[0]]

@@ -7,16 +7,16 @@ no single one of them is enough (arXiv 2606.01746; docs/method.md).
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..data import unwrapped
+from ..data import ask, unwrapped
 from ..head import HPMHead, find_head, head_name, without_head
 from .fold import fold_batch_norms
 
@@ -52,7 +52,8 @@ def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Te
 
 def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
     """Returns the head's own logits (B, C), with the straight-through gradient of its assignment."""
-    return head(features).float()
+    # A hook of the head may write into its input.
+    return head(features.clone()).float()
 
 
 def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
@@ -119,8 +120,10 @@ def exact_surrogate(inference: str, fitted: bool = True) -> str:
     return next(surrogate.name for surrogate in SURROGATES.values() if mode in surrogate.exact_in)
 
 
-# Enough to see whether a network with folded BatchNorms is the same, and how far rounding may take it.
+# Enough to see whether a faster network is the same, and how far rounding may take its answers: the same products in
+# another order, also in TF32, and folded BatchNorms.
 _FEW_IMAGES: Final = 8
+_ROUNDING_IN_FORMAT: Final = 1e-2
 _ROUNDING: Final = 1e-4
 
 # What one in 20 images may exceed in the lead of its best ℓ2 logit: from about 16 on, float32 rounds p − 1 to 0.
@@ -141,8 +144,8 @@ def moderate_scale(head: HPMHead, features: Tensor) -> None:
 
 def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Returns `names` without repetitions, or raises a ValueError that lists the `known` ones of their kind."""
-    if isinstance(names, str):
-        raise ValueError(f"{kind}s is the text {names!r}; expected a list of names, such as [{names!r}]")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"{kind}s is {names!r}; expected a list of names, such as {list(known[:1])}")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown)) or '(none given)'}; "
@@ -193,12 +196,54 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     own = copy.deepcopy(twin)
     try:
         with torch.no_grad():
-            twin.float()(example)
+            ask(twin.float(), example)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception:  # of whatever operation met two precisions
         return own
     return twin
+
+
+class _HeadInput(nn.Module):
+    """A whole classifier that outputs its HPM head's input (B, d), until `_cut` spares it the head."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        inputs: list[Tensor] = []
+        # A hook of the head may write into its input.
+        with find_head(self.model).register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()),
+                                                             prepend=True):
+            self.model(pixels)
+        return inputs[-1]
+
+
+def _cut(backbone: Any, _: Tensor) -> nn.Module:
+    return without_head(backbone.model)
+
+
+def _in_channels_last(backbone: nn.Module, _: Tensor) -> nn.Module:
+    return copy.deepcopy(backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _folded(backbone: nn.Module, example: Tensor) -> nn.Module:
+    folded = copy.deepcopy(backbone)
+    return folded if fold_batch_norms(folded, example) else backbone
+
+
+def _if_alike(change: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, example: Tensor,
+              rounding: float) -> nn.Module:
+    """Returns a model changed to be faster, or the model itself if the other fails or outputs something else."""
+    answer = ask(model, example)
+    try:
+        changed = change(model, example)
+        return model if differs(answer, ask(changed, example), rounding).any() else changed
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:  # a view, where the model should have reshaped; or it reads what is there no more
+        return model
 
 
 class SplitModel:
@@ -212,44 +257,31 @@ class SplitModel:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
         example: some images, by which the copy is adapted to attacks: it gets the faster memory format if it works in
             that, BatchNorms folded into convolutions (see `fold_batch_norms`), and its ℓ2 logits a scale that leaves
-            the cross-entropy a gradient (see `moderate_scale`).
+            the cross-entropy a gradient (see `moderate_scale`). A change that the model does not take is left out.
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
-        self.backbone = _private_copy(pixel_model, example[:2])
         self.head: HPMHead | None = None
-        if head_name(self.backbone) is not None:
-            self.head, self.backbone = find_head(self.backbone), without_head(self.backbone)
+        self.backbone = _private_copy(pixel_model, example[:2])
         #: Images that went forward and backward through the backbone so far.
         self.forward_passes = 0
         self.backward_passes = 0
+        changes = [(_in_channels_last, _ROUNDING_IN_FORMAT), (_folded, _ROUNDING)]
+        if head_name(self.backbone) is not None:
+            self.head, self.backbone = find_head(self.backbone), _HeadInput(self.backbone)
+            changes.insert(0, (_cut, _ROUNDING))
         with torch.no_grad():
-            self._use_channels_last(example)
-            self._fold(example[:_FEW_IMAGES])
+            for change, rounding in changes:
+                self.backbone = _if_alike(change, self.backbone, example[:_FEW_IMAGES], rounding)
             if self.head is not None and self.head.is_fitted():
-                moderate_scale(self.head, self.backbone(example))
-
-    def _use_channels_last(self, example: Tensor) -> None:
-        # Crafting only: the judge is the model itself, in the memory format its owner chose.
-        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        try:
-            self.backbone(example[:2])
-        except Exception:  # a view, where the model should have reshaped; or it looks at the layout itself
-            self.backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-    def _fold(self, example: Tensor) -> None:
-        # Crafting only, too.
-        folded = copy.deepcopy(self.backbone)
-        if fold_batch_norms(folded, example) and not differs(
-                self.backbone(example), folded(example), _ROUNDING).any():
-            self.backbone = folded
+                moderate_scale(self.head, ask(self.backbone, example))
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
         self.forward_passes += len(pixels)
         if torch.is_grad_enabled() and pixels.requires_grad:
             self.backward_passes += len(pixels)
-        return self.backbone(pixels)
+        return ask(self.backbone, pixels)
 
     def logits(self, surrogate: str, features: Tensor) -> Tensor:
         """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch."""

@@ -1,12 +1,15 @@
 """Pixels in [0, 1]: `PixelModel`, their boundary to a model's normalised inputs, checks and augmentation."""
 
 import sys
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..head import check_module
 
 _SEVERAL_DEVICES: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -23,6 +26,7 @@ class PixelModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None):
+        check_module(model)
         super().__init__()
         cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}
         values = {}
@@ -103,8 +107,42 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
+    """Returns what `model` outputs for `pixels` (B, channels, H, W), which stay as they are.
+
+    A model may write into its input: it gets one that is nobody else's, and no leaf that requires a gradient.
+
+    Raises:
+        ValueError: the model fails on images that seem to be (B, H, W, channels).
+    """
+    # A PixelModel makes its model's input itself.
+    own = type(model) is PixelModel and not model._forward_pre_hooks
+    try:
+        return model(pixels if own else pixels.clone())
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        if pixels.ndim == 4 and pixels.shape[3] in (1, 3, 4) and pixels.shape[1] not in (1, 3, 4):
+            raise ValueError(f"the model fails on images of the shape {tuple(pixels.shape)}; expected (N, channels, "
+                             "height, width). Of (N, height, width, channels), give images.permute(0, 3, 1, 2). "
+                             f"{type(error).__name__}: {error}") from error
+        raise
+
+
 def check_answers_alike(model: nn.Module) -> None:
-    """Raises a ValueError unless every part of `model` is in eval mode: a judge must not change what it judges."""
+    """Raises a ValueError unless `model` is a module that can be judged and attacked.
+
+    Every part is in eval mode, as a judge must not change what it judges, and its parameters hold values that gradients
+    can pass through.
+    """
+    check_module(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the device meta, which holds no values; load the model's weights onto "
+                             "another one")
+        if tensor.is_inference():
+            raise ValueError(f"{name} was made inside torch.inference_mode(), and no gradient can pass through it; "
+                             "make the model outside")
     in_training = [name for name, module in model.named_modules() if module.training]
     if in_training:
         raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), where its answers change "
@@ -135,6 +173,7 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
                          f"({len(images)},) class indices, one an image")
+    labels = labels.long()  # few operations know the unsigned types
     lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
     excess = torch.maximum(-lowest, highest - 1)
     bad = ~(excess <= max(1e-6, 2 * torch.finfo(images.dtype).eps))  # NaN is neither below nor above
@@ -150,3 +189,12 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
             raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
                              f"the model has the classes 0 to {num_classes - 1}")
     return images.clamp(0, 1) if (excess > 0).any() else images
+
+
+def checked_integer(name: str, value: int, least: int) -> int:
+    """Returns `value` as an int; raises a ValueError unless it is one of at least `least`. True and 2.0 are none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}; expected at least {least}")
+    return int(value)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from ..attacks.surrogates import SURROGATES
+from ..attacks.surrogates import SURROGATES, ste_logits
 from ..data import PixelModel
 from ..head import find_head, without_head
 from .distributed import gather_with_gradient, num_processes, process_index
@@ -54,7 +54,7 @@ class PixelTrunk(nn.Module):
         fc_logits = self.head.fc_logits(features).float()
         if self.head.inference == "fc":
             return features, fc_logits, fc_logits
-        return features, self._in_its_batch(self.head, features).float(), fc_logits
+        return features, self._in_its_batch(partial(ste_logits, self.head), features), fc_logits
 
     def _in_its_batch(self, answer: Any, features: Tensor) -> Tensor:
         if self.batch_prototypes == "local" or num_processes() == 1 or self.head.inference != "batch":

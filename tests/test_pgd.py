@@ -115,7 +115,7 @@ def test_the_result_is_in_the_ball_and_in_the_box(threat, steps):
 
 @both
 def test_an_image_is_attacked_on_its_own(threat):
-    model, images, labels = linear(3), interior_images(), torch.arange(20) % 2
+    model, images, labels = linear(3), interior_images(), torch.arange(20) % 3
     together = pgd(model, images, labels, threat, steps=5, random_start=False)
     alone = [pgd(model, images[i:i + 1], labels[i:i + 1], threat, steps=5, random_start=False) for i in range(20)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_steps_of_another_type_are_refused(steps):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
                                    torch.uint64])
 def test_labels_may_be_of_any_integer_dtype_and_the_threat_a_text(dtype):
-    images, labels = interior_images(), torch.arange(20) % 3
-    found = [pgd(linear(), images, of_some_dtype, threat, random_start=False)
+    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
+    found = [pgd(model, images, of_some_dtype, threat, random_start=False)
              for of_some_dtype, threat in ((labels, LINF), (labels.to(dtype), str(LINF)))]
     assert torch.equal(*found) and not torch.equal(found[0], images)

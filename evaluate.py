@@ -34,7 +34,7 @@ from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import default_folder, remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
-from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
+from timm_hpm.models.create import create_model, open_split_for, usable_device
 from timm_hpm.report.command import shell_line
 from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
@@ -362,9 +362,7 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     if given and other != args.num_classes:
         raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={other}; give one of "
                          "them")
-    model = create_model(args.model, pretrained=pretrained, **args.model_kwargs | given)
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+    model = create_model(args.model, pretrained=pretrained, checkpoint=args.checkpoint, **args.model_kwargs | given)
     return model.to(device).eval()
 
 

@@ -42,7 +42,7 @@ from timm_hpm.attacks.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
 from timm_hpm.files import writable_folder, write_text
-from timm_hpm.models.create import create_model, load_checkpoint, open_split_for, usable_device
+from timm_hpm.models.create import create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL, data_digest, weights_digest
 from timm_hpm.report.verdicts import right_in_all
 
@@ -310,9 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     budgets = Budgets().scaled(args.budget_scale)
     import_attacks()
     writable_folder(args.output)
-    model = create_model(args.model, pretrained=args.checkpoint is None, **args.model_kwargs)
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+    model = create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint,
+                         **args.model_kwargs)
     model = model.to(usable_device(args.device)).eval()
     split = open_split_for(model, args.dataset, args.split, data_dir=args.data_dir)
     if args.report:

@@ -46,7 +46,7 @@ from timm_hpm.attacks.judge import as_row
 from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
 from timm_hpm.files import writable_folder, write_text
-from timm_hpm.models.create import create_model, load_checkpoint, open_split_for
+from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.report import weights_digest
 from timm_hpm.report.verdicts import right_in_all
 
@@ -200,9 +200,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep the reports of the protocols and of naive")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = create_model(args.model, pretrained=args.checkpoint is None)
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+    model = create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint)
     model.eval().requires_grad_(False)
     if args.output:
         writable_folder(args.output)

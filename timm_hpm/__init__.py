@@ -10,7 +10,7 @@ from typing import Any
 
 from . import models  # registers the models
 from .attacks import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
 from .models import register_hpm
@@ -24,8 +24,10 @@ __all__ = [
     "AttackReport",
     "Budget",
     "CheckpointError",
+    "DroppedClassifierWarning",
     "HPMHead",
     "NonFiniteLogitsError",
+    "NormalisationWarning",
     "PixelModel",
     "PrototypeFit",
     "ThreatModel",

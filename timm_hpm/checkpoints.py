@@ -6,12 +6,15 @@ network may fit by chance, and then answers wrongly without a word.
 
 import os
 import re
+import warnings
+from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
@@ -28,6 +31,14 @@ _STDS: Final = ("std", "sigma", "new_std")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or is not of the network that it is loaded into; the message says why."""
+
+
+class DroppedClassifierWarning(UserWarning):
+    """Weights were loaded without their classifier, which has another number of classes than was asked for."""
+
+
+class NormalisationWarning(UserWarning):
+    """Weights do not say how they expect pixels normalised, and the network's own mean and std are assumed."""
 
 
 # A regular expression, and what replaces a match of it.
@@ -129,26 +140,89 @@ FORMATS: Final = (
 )
 
 
+def read_file(path: str | os.PathLike) -> Any:
+    """Returns the content of a weights file: safetensors, or a PyTorch file of tensors and plain values.
+
+    Raises:
+        Exception: whatever a missing or damaged file causes; call it inside `reading`.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    with torch.serialization.safe_globals([Namespace]):  # timm's train.py saves its options so
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
     """Returns the state dict inside a training script's checkpoint; of several, the average of the weights.
+
+    An average that is no whole state dict (empty, a list of tensors, parameters without BatchNorm's statistics) gives
+    way to the weights beside it.
 
     Raises:
         CheckpointError: no state dict; the message says what was found.
     """
-    found = checkpoint
-    while isinstance(found, Mapping):
-        inner = next((found[name] for name in _WRAPPERS if isinstance(found.get(name), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"the checkpoint is a {type(found).__name__}; expected a state dict, alone or under one "
-                              f"of the names {', '.join(_WRAPPERS)}")
-    others = [str(key) for key, value in found.items() if not isinstance(value, Tensor)]
-    if others or not found:
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"the checkpoint is a {type(checkpoint).__name__}; expected a state dict, alone or under "
+                              f"one of the names {', '.join(_WRAPPERS)}")
+    found = _state_dicts(checkpoint)
+    if not found:
+        others = [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
         raise CheckpointError(f"the checkpoint holds no state dict: {', '.join(others) or 'it is empty'}. Expected "
                               f"named tensors, alone or under one of the names {', '.join(_WRAPPERS)}")
-    return dict(found)
+    return next((each for each in found if _has_statistics(each)), found[0])
+
+
+def _state_dicts(checkpoint: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Returns the state dicts in a checkpoint, in the order of `_WRAPPERS`."""
+    inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
+    if inner:
+        return [found for each in inner for found in _state_dicts(each)]
+    state_dict = dict(checkpoint)
+    if all(str(key).startswith("module.") for key in state_dict if key != "n_averaged"):
+        state_dict.pop("n_averaged", None)  # torch's AveragedModel counts its updates there
+    tensors = state_dict and all(isinstance(value, Tensor) for value in state_dict.values())
+    return [state_dict] if tensors else []
+
+
+def _has_statistics(state_dict: Mapping[str, Tensor]) -> bool:
+    return any(key.endswith("running_mean") for key in state_dict)
+
+
+def num_classes_of(state_dict: Mapping[str, Tensor], classifier: Any) -> int | None:
+    """Returns how many classes the weights of a network have; None if they hold no classifier.
+
+    Arguments:
+        state_dict: the weights, by the names of the network or of one of the `FORMATS`.
+        classifier: the path of the network's classifier.
+    """
+    known = next((known for known in FORMATS if known.fits(state_dict)), None)
+    names = {known.rename(key) if known else key: key for key in state_dict}
+    weight = state_dict.get(names.get(f"{classifier}.weight", ""))
+    return None if weight is None else len(weight)
+
+
+def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
+    """Raises a CheckpointError if weights were saved of another architecture, as their config says."""
+    if config["architecture"] != architecture:
+        raise CheckpointError(f"the weights are of {config['architecture']}, and the network is {architecture}; "
+                              f"make a model of the name {config['architecture']}")
+
+
+def warn_of_normalisation(
+        place: str, mean: Sequence[float], std: Sequence[float], given: Collection[str], state_dict: Collection[str],
+) -> None:
+    """Warns if neither the caller nor weights without a config say how the weights expect pixels normalised.
+
+    Arguments:
+        place: of the weights.
+        mean, std: the network's.
+        given: the names of the fields of its pretrained cfg that the caller gave.
+        state_dict: the weights, or their names; some hold a module that normalises.
+    """
+    if not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict):
+        warnings.warn(f"{place} do not say how they expect pixels normalised: mean {tuple(mean)} and std {tuple(std)} "
+                      "are assumed, those of the network's name. Weights trained with others give wrong answers. Pass "
+                      "pretrained_cfg_overlay=dict(mean=..., std=...)", NormalisationWarning, stacklevel=2)
 
 
 def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
@@ -295,7 +369,9 @@ def native_state_dict(
     renamed = {found.rename(key): key for key in state_dict if not re.fullmatch(found.unused, key)}
     classifier = {"fc.weight", "fc.bias", "fc.prototypes", "fc.num_updates", "fc.log_scale"}
     unknown = [key for name, key in renamed.items() if name not in expected and name not in classifier]
-    missing = [name for name in expected if name not in renamed and not name.startswith("fc.") and name != "function"]
+    # Files of old versions of PyTorch lack the counts of BatchNorm's updates, which nothing here uses.
+    missing = [name for name in expected if name not in renamed and not name.startswith("fc.") and name != "function"
+               and not name.endswith("num_batches_tracked")]
     if unknown or missing:
         raise CheckpointError(f"the checkpoint, of {found.name}, is of another network. Keys that this one has no "
                               f"place for: {', '.join(unknown) or 'none'}. Entries that it lacks: "
@@ -304,8 +380,11 @@ def native_state_dict(
 
 
 @contextmanager
-def fitting(place: str, network: str) -> Iterator[None]:
+def fitting(place: str, network: str, num_classes: int | None = None) -> Iterator[None]:
     """Names the checkpoint and the network where the block finds that they do not fit.
+
+    Arguments:
+        num_classes: the checkpoint's, for the advice if a classifier of another size is all that does not fit.
 
     Raises:
         CheckpointError: for one from the block, and for torch's RuntimeError about keys and shapes.
@@ -313,9 +392,14 @@ def fitting(place: str, network: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, CheckpointError) and "loading state_dict" not in str(error):
+        text = str(error)
+        if not isinstance(error, CheckpointError) and "loading state_dict" not in text:
             raise
-        raise CheckpointError(f"cannot load {place} into {network}: {error}") from error
+        sizes = [line for line in text.splitlines() if "size mismatch" in line]
+        if sizes and all(re.search(rf"shape torch\.Size\(\[{num_classes}[],]", line) for line in sizes):
+            text = (f"the checkpoint has {num_classes} classes, and the network another number. Give num_classes="
+                    f"{num_classes} (on a command line: --num-classes {num_classes}). {text}")
+        raise CheckpointError(f"cannot load {place} into {network}: {text}") from error
 
 
 @contextmanager

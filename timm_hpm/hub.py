@@ -29,7 +29,7 @@ from . import __version__, cards
 from .checkpoints import CheckpointError
 from .files import replacing, writable_folder, write_text
 from .head import HPMHead, find_head
-from .models.create import create_model, load_checkpoint
+from .models.create import create_model
 from .models.hpm_timm import register_saved
 from .models.saving import CONFIG, WEIGHTS, in_chans, write_model
 from .report import AttackReport, weights_digest
@@ -176,7 +176,8 @@ def save(
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
-            for file in built.iterdir():
+            # The weights first: they hold their config, which goes before the file's.
+            for file in sorted(built.iterdir(), key=lambda file: file.name != WEIGHTS):
                 with replacing(folder / file.name) as path:
                     file.rename(path)
             if report is None:
@@ -468,10 +469,7 @@ def _main_pull(args: argparse.Namespace) -> int:
 
 
 def _created(args: argparse.Namespace) -> Any:
-    model = create_model(args.model, pretrained=args.checkpoint is None, **args.model_kwargs)
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
-    return model
+    return create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, **args.model_kwargs)
 
 
 def _card(args: argparse.Namespace, shared: dict[str, Any]) -> str:

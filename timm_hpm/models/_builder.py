@@ -1,12 +1,14 @@
 """What the entrypoints of the `hpm_*` models share: pretrained cfgs, model arguments of a tag, and weight loading."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -16,12 +18,25 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..checkpoints import fitting, native_state_dict, plain_state_dict, reading, unwrap
+from ..checkpoints import (
+    CheckpointError,
+    DroppedClassifierWarning,
+    check_architecture,
+    fitting,
+    native_state_dict,
+    num_classes_of,
+    plain_state_dict,
+    read_file,
+    reading,
+    unwrap,
+    warn_of_normalisation,
+)
 from ..data import DATASETS
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from ..threat import ThreatModel
 from .preact import PreActNet
+from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 
 # Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
@@ -36,8 +51,8 @@ _OF_WEIGHTS = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "label_offset",
     "label_names", "label_descriptions", "description", "paper_name", "notes",
 )
-
-
+# Where weights of the caller's come from; `source` says that they are a folder's or a repository's.
+_PLACES = ("source", "state_dict", "file", "url")
 # What it says of how they came about.
 _OF_TRAINING = ("license", "origin_url", "paper_ids", "paper_name", "notes")
 
@@ -83,6 +98,16 @@ def published_of(cfg: PretrainedCfg) -> str | None:
     return notes[0].removeprefix(_PUBLISHED_NOTE) if notes else None
 
 
+def _names_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether an entrypoint was given weights, in the place of its tag's or its folder's."""
+    return bool((kwargs.get("pretrained_cfg_overlay") or {}).keys() & {*_PLACES, "hf_hub_id"})
+
+
+def _is_whole(cfg: Any) -> bool:
+    """Returns whether an entrypoint's `pretrained_cfg` is one, as by `hf-hub:` and `local-dir:`, not a tag's name."""
+    return cfg is not None and not isinstance(cfg, str)
+
+
 def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> PretrainedCfg:
     """Returns the pretrained cfg that an entrypoint was asked for, without what is true of the tag's own weights only.
 
@@ -91,9 +116,12 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     """
     asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     cfg = resolve_pretrained_cfg(variant, asked, overlay)
-    whole = asked is not None and not isinstance(asked, str)
-    if whole or (pretrained and not (overlay or {}).keys() & {"file", "url", "state_dict", "hf_hub_id"}):
+    foreign = _names_weights(kwargs)
+    if not foreign and (pretrained or _is_whole(asked)):
         return cfg
+    if foreign:  # the places of other weights would go first
+        others: dict[str, Any] = {name: None for name in _PLACES if name not in (overlay or {})}
+        cfg = dataclasses.replace(cfg, **others)
     registered = get_pretrained_cfg(f"{variant}.{cfg.tag}") if cfg.tag else None
     if registered is not None and not registered.has_weights:
         return cfg
@@ -131,13 +159,10 @@ def build_preact_net(
     `arch_args` are the architecture's model arguments, `table` those of its tags (see `tag_args`). A tag's win over
     the architecture's, and the caller's `kwargs` over both.
     """
-    cfg = own_cfg(variant, pretrained, kwargs)
-    others = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    overlay: dict[str, Any] = {}
-    if pretrained:
-        # The source would win over the state dict.
-        overlay = {"state_dict": read_checkpoint(cfg, kwargs.get("cache_dir")), "source": None}
-    with fitting(weights_place(cfg), variant):
+    cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, plain_state_dict)
+    # The source would win over the state dict.
+    overlay = {"state_dict": state_dict, "source": None} if pretrained else {}
+    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)):
         model = build_model_with_cfg(
             PreActNet,
             variant,
@@ -149,7 +174,7 @@ def build_preact_net(
                 "out_indices": tuple(range(len(arch_args["depths"]) + 1)),
                 "flatten_sequential": True,
             },
-            **{**arch_args, **tag_args(variant, table, kwargs), **others},
+            **{**arch_args, **kwargs},
         )
     return loaded(model, cfg) if pretrained else model
 
@@ -181,19 +206,13 @@ def build_variant(
         CheckpointError: a checkpoint that cannot be read or does not fit.
         RuntimeError: a tag without weights (by timm).
     """
-    kwargs = {**tag_args(variant, table, kwargs), **kwargs}
+    asked = kwargs
+    cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, convert)
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
-    cfg = own_cfg(variant, pretrained, kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    state_dict: dict[str, Tensor] = {}
     overlay: dict[str, Any] = {}
-    # A foreign format (`custom_load`) is read by the network itself, and knows no HPM head.
     converted = pretrained and not cfg.custom_load
-    if converted:
-        state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
-    with fitting(weights_place(cfg), variant):
+    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)):
         if converted:
-            state_dict = convert(state_dict, cfg.mean, cfg.std)
             # The source would win over the state dict.
             overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
             other_classes = cfg.num_classes < 0 or kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes
@@ -203,12 +222,112 @@ def build_variant(
     if kwargs.get("features_only"):
         return loaded(model, cfg) if converted else model
     add_hpm_head(model, **head_args)
+    # The tag may be lost, as by training, and these would be with it.
+    model.network_args = {name: kwargs[name] for name in tag_args(variant, table, asked) if name in kwargs}
     entries = head_entries(state_dict, model)
     if entries:
         head = find_head(model)
         with fitting(weights_place(cfg), variant):
             head.load_state_dict({"weight": head.weight, "bias": head.bias, **entries})
     return loaded(model, cfg) if converted else model
+
+
+def _resolved(
+        variant: str,
+        pretrained: bool,
+        table: Mapping[str, dict[str, Any]],
+        kwargs: Mapping[str, Any],
+        convert: Callable[..., dict[str, Tensor]],
+) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
+    """Returns the pretrained cfg of an entrypoint's weights, its other arguments, and the weights, converted.
+
+    The caller's arguments go first, then the config in the weights' metadata, then that of their folder, then the tag.
+
+    Arguments:
+        variant, pretrained, table, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format
+            that the network reads by itself (`custom_load`), there are no weights.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or are not those of their config.
+    """
+    cfg = own_cfg(variant, pretrained, kwargs)
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    args = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    tag = tag_args(variant, table, kwargs)
+    if not pretrained or cfg.custom_load:
+        return cfg, {**tag, **args}, {}
+    state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
+    foreign, place = _names_weights(kwargs), weights_place(cfg)
+    with fitting(place, variant):
+        config = _weights_config(cfg, kwargs.get("cache_dir"))
+        if config:
+            check_architecture(config, variant)
+            fields = {name: value for name, value in config_fields(config).items() if name not in overlay}
+            of_folder = {name: value for name, value in (args.get("pretrained_model_args") or {}).items()
+                         if args.get(name) == value}
+            own = config_args(config)
+            _warn_of_folder(place, cfg, fields, of_folder, own)
+            cfg = dataclasses.replace(cfg, **fields)
+            tag |= own
+            args = {name: value for name, value in args.items() if name not in own or name not in of_folder}
+        if foreign and not config:
+            warn_of_normalisation(place, cfg.mean, cfg.std, overlay, state_dict)
+        state_dict = convert(state_dict, cfg.mean, cfg.std)
+        cfg = _with_classes(cfg, args, num_classes_of(state_dict, cfg.classifier),
+                            _is_whole(kwargs.get("pretrained_cfg")) and not foreign)
+    return cfg, {**tag, **args}, state_dict
+
+
+def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
+    """Returns the config that a pretrained cfg's weights were saved with; empty if they hold none."""
+    repository, _, revision = (cfg.hf_hub_id or "").partition("@")
+    try:
+        if cfg.source == "local-dir":
+            return own_config(Path(str(cfg.file)) / WEIGHTS)
+        if cfg.source != "hf-hub" and (cfg.state_dict or cfg.file):
+            return saved_config(str(cfg.file)) if not cfg.state_dict else {}
+        # It has just been read.
+        cached = repository and try_to_load_from_cache(
+            repository, cfg.hf_hub_filename or WEIGHTS, cache_dir, revision or None)
+        return own_config(cached) if isinstance(cached, str) else {}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], of_folder: Mapping[str, Any],
+                    own: Mapping[str, Any]) -> None:
+    """Warns if the `config.json` of a folder is not that of the weights in it."""
+    if cfg.source not in ("local-dir", "hf-hub"):
+        return
+    others = [name for name, value in fields.items() if json.dumps(getattr(cfg, name, None)) != json.dumps(value)]
+    others += [name for name, value in of_folder.items() if json.dumps(own.get(name, value)) != json.dumps(value)]
+    if others:
+        warnings.warn(f"{place}: the config.json beside them is of other weights (it differs in {', '.join(others)}). "
+                      "Their own config, in their metadata, is taken; save the model again to mend it, or pass the "
+                      "arguments that you want to timm.create_model", stacklevel=2)
+
+
+def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None, whole: bool) -> PretrainedCfg:
+    """Returns a pretrained cfg with its weights' number of classes, by which timm keeps or drops their classifier.
+
+    Arguments:
+        cfg: the weights'; a negative number of classes asks for a new classifier, and stays.
+        args: the network's arguments, of which `num_classes` counts: without it the weights must fit those of `cfg`.
+        found: the weights' number of classes; None if they hold no classifier.
+        whole: whether `cfg` was saved with these very weights.
+
+    Raises:
+        CheckpointError: another number of classes than the config of the weights says.
+    """
+    if found is None or cfg.num_classes < 0:
+        return cfg
+    if whole:
+        of_args = (args.get("pretrained_model_args") or {}).get("num_classes", found)
+        wrong = next((number for number in (cfg.num_classes, of_args) if number != found), None)
+        if wrong is not None:
+            raise CheckpointError(f"size mismatch for {cfg.classifier}.weight: the weights have {found} classes, and "
+                                  f"their config {wrong}; it is of other weights, or damaged")
+    return cfg if args.get("num_classes") is None else dataclasses.replace(cfg, num_classes=found)
 
 
 def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
@@ -237,14 +356,20 @@ def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwa
 def loaded(model: Any, cfg: PretrainedCfg) -> Any:
     """Returns a model whose weights came as a state dict with the cfg that they came from.
 
-    Warns where that leaves its HPM head without prototypes: the classes are the checkpoint's, so it looks complete.
+    Warns if its classifier is not the weights', or if its HPM head is, and has no prototypes.
     """
     model.pretrained_cfg.pop("state_dict", None)
     if cfg.source is not None:
         model.pretrained_cfg["source"] = cfg.source
-    own_classes = getattr(model, "num_classes", None) == cfg.num_classes
-    if own_classes and head_name(model) is not None and not find_head(model).is_fitted():
-        name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
+    if head_name(model) is None or cfg.num_classes < 0:
+        return model
+    name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
+    if model.num_classes != cfg.num_classes:
+        warnings.warn(
+            f"the weights of {name} have {cfg.num_classes} classes, and num_classes is {model.num_classes}: their "
+            "classifier and prototypes are dropped, and the model has a random one", DroppedClassifierWarning,
+            stacklevel=2)
+    elif not find_head(model).is_fitted():
         warnings.warn(
             f"the weights of {name} hold no prototypes: its HPM head answers as its FC classifier until "
             "timm_hpm.fit_prototypes(model, loader, threat), or fine-tuning, gives it some",
@@ -279,6 +404,9 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
         found.update(unwrap(checkpoint))
         return {}
 
+    if cfg.file and not cfg.source and not cfg.state_dict:
+        with reading(weights_place(cfg)):
+            return unwrap(read_file(cfg.file))  # timm would choose among several state dicts by itself
     source = {**cfg.to_dict(), "first_conv": None, "classifier": None}
     anything = cfg.has_weights or cfg.state_dict or cfg.source
     with reading(weights_place(cfg)) if anything else nullcontext():

@@ -1,27 +1,44 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
 import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_model_config_from_hf
-from torch import nn
+from safetensors import SafetensorError
+from timm.models import load_model_config_from_hf, split_model_name_tag
 
-from ..checkpoints import fitting, reading
+from ..checkpoints import (
+    check_architecture,
+    fitting,
+    num_classes_of,
+    plain_state_dict,
+    read_file,
+    reading,
+    unwrap,
+    warn_of_normalisation,
+)
 from ..data import ImageSplit, data_source, open_split
 from .hpm_timm import register_saved
-from .saving import CONFIG, WEIGHTS, in_chans
+from .saving import CONFIG, config_args, config_fields, in_chans, saved_config
 
 
-def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
-    """Returns `timm.create_model(name, pretrained, **kwargs)`.
+def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, new_head: bool = False,
+                 **kwargs: Any) -> Any:
+    """Returns `timm.create_model(name, pretrained, **kwargs)`, with the weights of the file `checkpoint` if given.
 
-    Where `name` is that of a saved model, its architecture may be any `hpm_*`, also one that nobody has registered.
+    If `name` is that of a saved model, its architecture may be any `hpm_*`, also one that nobody has registered. A file
+    that says how its model was made (the layout, the head's mix and inference mode, ...) is heeded; `kwargs` go first.
+
+    Arguments:
+        new_head: whether weights of other classes than `num_classes` may get a new, random classifier.
 
     Raises:
-        ValueError: an unknown model, a tag without weights, or arguments that the model does not take.
+        ValueError: an unknown model, a tag without weights, weights that do not fit, or arguments that the model does
+            not take.
         OSError: a saved model that is not there, or cannot be reached.
     """
     try:
@@ -30,50 +47,71 @@ def create_model(name: str, *, pretrained: bool, **kwargs: Any) -> Any:
             register_saved(load_model_config_from_hf(path)[1])
         elif place == "local-dir" and (Path(path) / CONFIG).is_file():
             register_saved(str(json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")).get("architecture")))
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        own = _args_of(checkpoint, name)
+        model: Any = timm.create_model(name, pretrained=pretrained, **own | kwargs)
     except (RuntimeError, TypeError) as error:
         given = "".join(f", {key}={value!r}" for key, value in kwargs.items())
         raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {error}. Names are those "
                          "of timm.list_models(), weights those of timm.list_pretrained()") from error
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, kwargs.get("pretrained_cfg_overlay") or ())
+        return model
+    classes = model.pretrained_cfg.get("num_classes")
+    if pretrained and not new_head and model.num_classes != classes:
+        raise ValueError(f"the pretrained weights of {name} have {classes} classes, and num_classes is "
+                         f"{model.num_classes}: the classifier would be random. Leave num_classes out, or give weights "
+                         f"of {model.num_classes} classes (--checkpoint FILE)")
+    return model
 
 
-def load_checkpoint(model: nn.Module, path: str) -> None:
+def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
+    """Returns the arguments that a weights file says its model needs, if it is of the architecture `name`."""
+    if checkpoint is None:
+        return {}
+    with _explained(checkpoint):
+        config = saved_config(checkpoint)
+    of_name = config and (":" in name or split_model_name_tag(name)[0] == config["architecture"])
+    return config_args(config) if of_name else {}
+
+
+def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
     """Loads weights from a file (safetensors, or a PyTorch file that holds nothing but tensors) into `model`, strictly.
 
-    Where the file lies in a folder of timm's `local-dir:`, such as one of train.py, its `config.json` says by which
-    mean and std the weights expect pixels normalised; the model takes those over.
+    A file of ours says how the weights expect pixels normalised, and what the classes are called; the model takes that
+    over. Another file gets a `NormalisationWarning`, unless it normalises by itself.
+
+    Arguments:
+        given: the names of the fields of the model's pretrained cfg that the caller set, which stay.
 
     Raises:
         ValueError: no such file, a damaged one, or weights of another model.
     """
-    place = f"the checkpoint {path}"
+    cfg = model.pretrained_cfg
+    with _explained(path):
+        config = saved_config(path)
+        if config:
+            cfg.update({name: value for name, value in config_fields(config).items() if name not in given})
+        with reading(f"the checkpoint {path}"):
+            state_dict = unwrap(read_file(path))
+        with fitting(f"the checkpoint {path}", type(model).__name__, num_classes_of(state_dict, cfg.get("classifier"))):
+            if config and str(cfg.get("architecture")).startswith("hpm_"):
+                check_architecture(config, cfg["architecture"])
+            if not config:
+                warn_of_normalisation(f"the weights in {path}", cfg["mean"], cfg["std"], given, state_dict)
+            model.load_state_dict(plain_state_dict(state_dict, cfg["mean"], cfg["std"]))
+    cfg["num_classes"] = model.num_classes
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns a checkpoint's errors into a ValueError that names its file."""
     try:
-        with reading(place):
-            state_dict = timm.models.load_state_dict(path, weights_only=True)
-        with fitting(place, type(model).__name__):
-            model.load_state_dict(state_dict)
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {error}; the file is cut short, damaged, or no "
+                         "checkpoint") from error
     except RuntimeError as error:
         raise ValueError(str(error)[:1000]) from error
-    model.pretrained_cfg.update(saved_normalisation(path))  # type: ignore[operator, union-attr]
-
-
-def saved_normalisation(path: str) -> dict[str, tuple[float, ...]]:
-    """Returns the mean and std by which weights in a folder of timm's `local-dir:` expect pixels normalised.
-
-    Nothing of weights in another place, which do not say it.
-
-    Raises:
-        ValueError: a `config.json` beside the weights that cannot be read.
-    """
-    config = Path(path).with_name(CONFIG)
-    if Path(path).name != WEIGHTS or not config.is_file():
-        return {}
-    try:
-        saved = json.loads(config.read_text(encoding="utf-8"))["pretrained_cfg"]
-        return {name: tuple(saved[name]) for name in ("mean", "std")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} does not say how {path} expects pixels normalised ({error!r}); take it away, or "
-                         "mend it") from error
 
 
 def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, **options: Any) -> ImageSplit:
@@ -92,15 +130,19 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
     if img_size is None and source.image_size is not None and not cfg.get("fixed_input_size"):
         height, width = source.image_size[1:]
     if source.num_classes not in (None, model.num_classes):
-        raise ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {source.num_classes}; "
-                         f"give --num-classes {source.num_classes}")
+        raise _other_classes(model, dataset, source.num_classes)
     opened = open_split(dataset, split, num_classes=model.num_classes, input_size=(in_chans(model), height, width),
                         crop_pct=cfg.get("crop_pct") or 1.0, interpolation=cfg.get("interpolation") or "bicubic",
                         **options)
     if opened.num_classes != model.num_classes:
-        raise ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {opened.num_classes}; "
-                         f"give --num-classes {opened.num_classes}")
+        raise _other_classes(model, dataset, opened.num_classes)
     return opened
+
+
+def _other_classes(model: Any, dataset: str, classes: int) -> ValueError:
+    return ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {classes}. To train, give "
+                      f"--num-classes {classes}; to evaluate, weights of {classes} classes: --checkpoint FILE "
+                      f"--num-classes {classes}")
 
 
 def usable_device(name: str) -> torch.device:

@@ -1,9 +1,17 @@
-"""A model in a folder, in timm's own format: what the Hub gets, and what a converted checkpoint becomes."""
+"""A model in a folder, in timm's own format: what the Hub gets, and what a converted checkpoint becomes.
+
+The weights file holds its config as well, in its metadata: renamed, or beside the config of another save, it still says
+what it is.
+"""
 
 import json
+import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -13,44 +21,139 @@ from .preact import PreActNet
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+# The key of the config among a weights file's metadata.
+_METADATA: Final = "timm_hpm"
+# Model arguments that say how a model was made or is used, not which function its weights are of.
+_NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_indices", "cache_dir", "device", "dtype")
 
 
-def write_model(model: Any, folder: Path, **model_args: Any) -> dict[str, Any]:
+def write_model(
+        model: Any, folder: Path, *, training: dict[str, Any] | None = None, **model_args: Any) -> dict[str, Any]:
     """Writes a model into an existing folder as timm's `local-dir:` reads it, and returns its config.
 
-    What the weights do not show (mix, decay, mode, layout, channels) stands among the config's model arguments.
+    Arguments:
+        model, model_args: see `model_config`.
+        folder: receives `WEIGHTS` and `CONFIG`.
+        training: the options and results of the model's training, for the config.
+
+    Raises:
+        ValueError: see `model_config` and `tensors_of`.
+    """
+    config = model_config(model, **model_args)
+    if training is not None:
+        config["training"] = training
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors_of(model), folder / WEIGHTS, weights_metadata(config))
+    return config
+
+
+def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
+    """Returns the config that timm makes a model from: its architecture, its pretrained cfg and its model arguments.
+
+    The weights do not show all of it: mix, EMA decay, inference mode, layout, channels, and the normalisation.
 
     Arguments:
         model: a model with an HPM head, made by `timm.create_model`.
-        folder: receives `WEIGHTS` and `CONFIG`.
         model_args: further arguments of `timm.create_model`, which older versions of timm do not record.
 
     Raises:
         ValueError: a model that timm.create_model did not make, or arguments that JSON cannot hold.
     """
-    path, head = folder / CONFIG, find_head(model)
+    head = find_head(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     architecture = cfg.get("architecture")
     if not architecture:
         raise ValueError(f"{type(model).__name__} has no architecture in its pretrained_cfg, so timm could not build "
                          "it again. Expected a model that timm.create_model made")
-    try:
-        # Newer versions of timm add what create_model was given; older ones write these alone.
-        args = {**model_args, **_network_args(model), **head.config()}
-        if in_chans(model) != cfg["input_size"][0]:
-            args["in_chans"] = in_chans(model)
-        save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with arguments "
-                         "that JSON can hold") from error
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # What others published of the tag's own weights need not hold for these.
+    with TemporaryDirectory(prefix="timm_hpm-") as temporary:
+        path = Path(temporary) / CONFIG
+        try:
+            # Newer versions of timm add what create_model was given; older ones write these alone.
+            args = {**model_args, **_network_args(model), **head.config()}
+            if in_chans(model) != cfg["input_size"][0]:
+                args["in_chans"] = in_chans(model)
+            save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with "
+                             "arguments that JSON can hold") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    # The published accuracies of the tag's own weights need not hold for these.
     config["pretrained_cfg"].pop("notes", None)
+    if cfg.get("num_classes") != model.num_classes:
+        config["pretrained_cfg"].pop("tag", None)  # the tag's weights have another classifier
+        names = cfg.get("label_names") or ()
+        if len(names) == model.num_classes:  # timm takes them for the tag's
+            config["pretrained_cfg"]["label_names"] = names
     if not architecture.startswith("hpm_"):
         config["architecture"] = f"hpm_{architecture}"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors_of(model), folder / WEIGHTS, {"format": "pt"})
     return config
+
+
+def weights_metadata(config: dict[str, Any]) -> dict[str, str]:
+    """Returns the metadata of a safetensors file whose weights are of a model with this config."""
+    return {"format": "pt", _METADATA: json.dumps(config)}
+
+
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """Returns the config of the model that a weights file was saved of; empty if nothing says it.
+
+    It stands in the file's metadata; for files without, in the `CONFIG` beside a file that is named `WEIGHTS`.
+
+    Raises:
+        ValueError: a damaged config.
+    """
+    path = Path(path)
+    beside = path.with_name(CONFIG)
+    if not (config := own_config(path)) and path.name == WEIGHTS and beside.is_file():
+        config = _checked(beside.read_text(encoding="utf-8"), beside)
+    return config
+
+
+def own_config(path: str | Path) -> dict[str, Any]:
+    """Returns the config in a weights file's metadata; empty if it has none.
+
+    Raises:
+        ValueError: a damaged config.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_METADATA)
+    return {} if text is None else _checked(text, path)
+
+
+def config_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a pretrained cfg that a saved config knows of its weights' inputs and classes."""
+    names = ("mean", "std", "input_size", "crop_pct", "interpolation", "label_names")
+    cfg = config["pretrained_cfg"]
+    return {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
+
+
+def config_args(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `timm.create_model` that a saved config's weights need, but for the number of classes.
+
+    Those that name another source of weights are left out.
+    """
+    return {name: value for name, value in config["model_args"].items()
+            if name not in _NOT_OF_WEIGHTS and not name.startswith(("pretrained", "checkpoint"))}
+
+
+def _checked(text: str, place: Path) -> dict[str, Any]:
+    """Returns the config in a text, or raises a ValueError that names its place and what is wrong with it."""
+    try:
+        config = json.loads(text)
+        config.setdefault("model_args", {})
+        cfg = config["pretrained_cfg"]
+        numbers = [*cfg["mean"], *cfg["std"]]
+        if not (isinstance(config["architecture"], str) and isinstance(config["model_args"], dict)
+                and len(cfg["mean"]) == len(cfg["std"]) and all(math.isfinite(number) for number in numbers)
+                and all(number > 0 for number in cfg["std"])):
+            raise ValueError("the architecture, mean, std or model_args are of another kind")
+        return config
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{place} does not say how its weights expect pixels normalised ({error!r}); take it away, "
+                         "mend it, or save the model again") from error
 
 
 def in_chans(model: nn.Module) -> int:
@@ -61,9 +164,9 @@ def in_chans(model: nn.Module) -> int:
 
 
 def _network_args(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of a `PreActNet` as it is now, whichever tag or caller gave them."""
+    """Returns the arguments of a network that its tag or its caller gave: a `PreActNet`'s as it is now."""
     if not isinstance(model, PreActNet):
-        return {}
+        return getattr(model, "network_args", {})
     info: list[dict[str, Any]] = model.feature_info
     return {
         "depths": [len(stage) for stage in model.stages],  # type: ignore[arg-type]
@@ -77,13 +180,29 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's state dict as safetensors takes it: on the CPU, contiguous, and no two in one storage."""
+    """Returns a model's state dict as safetensors takes it: on the CPU, contiguous, and no two in one storage.
+
+    Raises:
+        ValueError: entries that safetensors cannot hold; the message names them.
+    """
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    others = [f"{name} ({_kind(value)})" for name, value in state.items() if _kind(value)]
+    if others:
+        raise ValueError(f"{type(model).__name__} cannot be saved: safetensors holds plain tensors only, and its state "
+                         f"dict has {', '.join(others)}. Save a model without extra state and quantisation")
+    for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
+
+
+def _kind(value: Any) -> str:
+    """Returns the kind of a state dict's entry that safetensors cannot hold; empty if it can."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "quantised" if value.is_quantized else "sparse" if value.layout != torch.strided else ""

@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
@@ -30,10 +34,29 @@ ASSEMBLED: Final = "assembled"
 def weights_digest(model: nn.Module) -> str:
     """Returns 16 hexadecimal digits that tell a model's parameters and buffers from any others."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        _add(digest, value)
     return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Adds an entry of a state dict to a digest: a tensor, or a module's extra state, which can be any object."""
+    if isinstance(value, Mapping | list | tuple):
+        digest.update(f"{type(value).__name__} {len(value)}\n".encode())
+        for part in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+            _add(digest, part)
+    elif not isinstance(value, Tensor):
+        plain = value is None or isinstance(value, str | bytes | int | float | torch.dtype | torch.Size)
+        digest.update(repr(value).encode() if plain else pickle.dumps(value))
+    else:
+        digest.update(f" {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.is_quantized:
+            per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+            _add(digest, (value.q_per_channel_scales(), value.q_per_channel_zero_points()) if per_channel
+                 else (value.q_scale(), value.q_zero_point()))
+            value = value.int_repr()
+        digest.update(tensor_bytes(value.to_dense() if value.layout != torch.strided else value))
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:

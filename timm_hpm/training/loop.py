@@ -434,7 +434,7 @@ class Run:
             average = None if self.ema is None else tensors_of(self.ema.module)
             self.folder.write_checkpoint(Checkpoint(
                 tensors_of(self.model), average, optimizer, vars(self.progress) | {"processes": num_processes()},
-                self.config.to_dict()))
+                self.config.to_dict(), self.folder.metadata(self.model)))
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:

@@ -6,7 +6,7 @@ import os
 import pickle
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +38,7 @@ class Checkpoint:
         progress: where the run stands and what it has found so far, in JSON's types; `"epoch"`, and how many of its
             `"batches"` are done.
         config: the options of the run.
+        metadata: what the weights' files say of themselves, as `weights_metadata` returns it.
     """
 
     model: dict[str, Tensor]
@@ -45,6 +46,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     progress: dict[str, Any]
     config: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -57,9 +59,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     temporary = folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_file(checkpoint.model, temporary / _MODEL)
+    save_file(checkpoint.model, temporary / _MODEL, checkpoint.metadata)
     if checkpoint.average is not None:
-        save_file(checkpoint.average, temporary / _AVERAGE)
+        save_file(checkpoint.average, temporary / _AVERAGE, checkpoint.metadata)
     torch.save(checkpoint.optimizer, temporary / _OPTIMIZER)
     digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
     state = {"digests": digests, "progress": checkpoint.progress, "config": checkpoint.config}

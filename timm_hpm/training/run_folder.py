@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Final
 import yaml
 
 from ..files import replacing, write_text
-from ..models.saving import CONFIG, WEIGHTS, write_model
+from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
 from .config import FREE, TrainConfig, read_yaml
 from .recovery import Checkpoint, newest_checkpoint, write_checkpoint
 
@@ -58,13 +57,9 @@ class RunFolder:
         temporary = self.path / ".best.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        # Older versions of timm do not record what they were given.
-        args = {**(self.config.model_kwargs or {}), "num_classes": model.num_classes}
-        if model.pretrained_cfg.get("fixed_input_size") and self.config.img_size is not None:
-            args["img_size"] = self.config.img_size
-        config = write_model(model, temporary, **args)
-        config["training"] = {"options": self.config.to_dict(), "kept": row}
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        training = {"options": self.config.to_dict(), "kept": row}
+        write_model(model, temporary, training=training, **self._model_args(model))
+        # The weights first: they hold their config, which goes before the file's.
         for name in (WEIGHTS, CONFIG):
             with replacing(self.path / name) as target:
                 os.replace(temporary / name, target)
@@ -78,6 +73,17 @@ class RunFolder:
         writer.writerows(rows)
         write_text(self.path / "metrics.csv", text.getvalue())
         _draw(rows, self.path / "curve.png")
+
+    def metadata(self, model: Any) -> dict[str, str]:
+        """Returns the metadata of the weights in a checkpoint of `model`."""
+        return weights_metadata(model_config(model, **self._model_args(model)))
+
+    def _model_args(self, model: Any) -> dict[str, Any]:
+        """Returns the arguments of `timm.create_model`, which older versions of timm do not record."""
+        args = {**(self.config.model_kwargs or {}), "num_classes": model.num_classes}
+        if model.pretrained_cfg.get("fixed_input_size") and self.config.img_size is not None:
+            args["img_size"] = self.config.img_size
+        return args
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint below `checkpoints/`."""

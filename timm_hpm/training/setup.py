@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data import ImageSplit, PixelModel, check_every_class
 from ..head import UnfittedHeadWarning, find_head, inference_mode
-from ..models.create import create_model, open_split_for, saved_normalisation
+from ..models.create import create_model, open_split_for
 from .config import TrainConfig
 
 
@@ -36,14 +36,14 @@ def create_trainable(config: TrainConfig) -> Any:
     if config.initial_checkpoint is not None:
         # The way of a public checkpoint: its format is converted, and a head of another size starts anew.
         pretrained = True
-        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint,
-                                           **saved_normalisation(config.initial_checkpoint)}
+        own = {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name) is not None}
+        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
         if config.img_size is not None and create_model(
                 config.model, pretrained=False, num_classes=0).pretrained_cfg.get("fixed_input_size"):
             given["img_size"] = config.img_size
-        model = create_model(config.model, pretrained=pretrained, **given, **(config.model_kwargs or {}))
+        model = create_model(config.model, pretrained=pretrained, new_head=True, **given, **(config.model_kwargs or {}))
     if find_head(model).inference == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
     model.pretrained_cfg["tag"] = None  # what comes of the training are nobody's published weights

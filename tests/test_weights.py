@@ -1,0 +1,271 @@
+"""Weights of other classes than the network's, and the config that weights files carry and their loaders heed."""
+
+import json
+import shutil
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import evaluate
+import timm_hpm
+from timm_hpm import CheckpointError, DroppedClassifierWarning, NormalisationWarning, add_hpm_head, find_head, hub
+from timm_hpm.models.create import create_model
+from timm_hpm.models.saving import saved_config
+
+# A native network, and one of timm's with a convolution as its stem.
+NAMES = ["hpm_wrn10_2.untrained", f"{timm_hpm.register_hpm('test_resnet')}.untrained"]
+SOURCES = ["file", "state_dict", "url"]
+
+
+def fitted(name="hpm_wrn10_2.untrained", **kwargs):
+    """Returns a model of random weights with prototypes, in eval mode."""
+    model = timm.create_model(name, **kwargs).eval()
+    head = find_head(model)
+    head.set_prototypes(torch.randn_like(head.prototypes))
+    nn.init.constant_(head.log_scale, -3.0)
+    return model
+
+
+def overlay(source, state_dict, folder):
+    """Returns the pretrained cfg overlay of weights that come by a source, of the normalisation of the network."""
+    if source == "state_dict":
+        return {"state_dict": state_dict}
+    torch.save({"state_dict": state_dict}, folder / "weights.pt")
+    place = str(folder / "weights.pt")
+    return {"url": f"file://{place}"} if source == "url" else {"file": place}
+
+
+def assert_same(model, source):
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+# The number of classes
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_classifier_of_the_classes_asked_for_is_kept(name, source, tmp_path):
+    theirs = fitted(name, num_classes=7)
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay(source, theirs.state_dict(), tmp_path)}
+    model = timm.create_model(name, num_classes=7, **options)
+    assert_same(model, theirs)
+    assert find_head(model).is_fitted() and model.pretrained_cfg["num_classes"] == 7
+    with pytest.warns(DroppedClassifierWarning, match="have 7 classes, and num_classes is 5: their classifier"):
+        other = timm.create_model(name, num_classes=5, **options)
+    assert not find_head(other).is_fitted() and other.num_classes == 5
+    with pytest.raises(CheckpointError, match=r"(?s)Give num_classes=7 \(.*--num-classes 7\).*mismatch"):
+        timm.create_model(name, **options)
+    assert timm.create_model(name, num_classes=0, **options).num_classes == 0
+
+
+def test_plain_weights_keep_their_classifier_and_a_missing_one_is_no_silent_random_one(tmp_path):
+    plain = timm.create_model("resnet18", num_classes=10)
+    options = {"pretrained": True, "num_classes": 10}
+    with pytest.warns(timm_hpm.UnfittedHeadWarning):
+        model = timm.create_model("hpm_resnet18.untrained", **options,
+                                  pretrained_cfg_overlay=overlay("file", plain.state_dict(), tmp_path))
+    assert torch.equal(model.fc.weight, plain.fc.weight) and torch.equal(model.fc.bias, plain.fc.bias)
+    headless = {name: value for name, value in plain.state_dict().items() if not name.startswith("fc.")}
+    with pytest.raises(CheckpointError, match=r"Missing key\(s\).*fc\.weight"):
+        timm.create_model("hpm_resnet18.untrained", **options,
+                          pretrained_cfg_overlay=overlay("file", headless, tmp_path))
+
+
+def test_a_checkpoint_of_other_classes_says_what_to_give(tmp_path):
+    torch.save(fitted(num_classes=7).state_dict(), tmp_path / "seven.pt")
+    with pytest.raises(ValueError, match=r"(?s)Give num_classes=7 .*mismatch for fc\.weight"):
+        create_model(NAMES[0], pretrained=False, checkpoint=str(tmp_path / "seven.pt"))
+    model = create_model(NAMES[0], pretrained=False, checkpoint=str(tmp_path / "seven.pt"), num_classes=7)
+    assert find_head(model).is_fitted()
+
+
+@pytest.mark.parametrize("place", ["root", "pretrained_cfg", "model_args"])
+@pytest.mark.parametrize("number", [5, 12])
+def test_a_config_of_other_classes_than_its_weights_is_refused(tmp_path, place, number):
+    hub.save(fitted(num_classes=7), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in ((config,) if place == "root" else (config, config["pretrained_cfg"])
+                 if place == "pretrained_cfg" else (config["model_args"],)):
+        part["num_classes"] = number
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"have 7 classes, and their config {number}"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    with pytest.raises(hub.HubError, match=rf"have 7 classes, and their config {number}"):
+        hub._load(tmp_path, "org/name")
+
+
+@pytest.mark.parametrize("arguments", [["--num-classes", "5"], ["--model-kwargs", "num_classes=5"],
+                                       ["--model-kwargs", "num_classes=0"]])
+def test_evaluate_measures_no_random_head_as_pretrained(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(DroppedClassifierWarning) if "5" in str(arguments) else nullcontext(), \
+            pytest.raises(ValueError, match=r"have 10 classes, and num_classes is [50]: the classifier would be"):
+        evaluate.main(["--device", "cpu", *arguments])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["push", "org/name", "--model"], ["card"]])
+def test_the_hub_publishes_no_random_head_as_pretrained(command):
+    with pytest.warns(DroppedClassifierWarning), pytest.raises(ValueError, match="the classifier would be random"):
+        hub.main([*command, "hpm_wrn10_2", "--model-kwargs", "num_classes=5"])
+
+
+def test_a_random_head_has_no_tag(tmp_path):
+    with pytest.warns(DroppedClassifierWarning):
+        hub.save(timm.create_model("hpm_wrn10_2", pretrained=True, num_classes=5), tmp_path)
+    assert "digits_linf" not in (tmp_path / "config.json").read_text()
+
+
+# The config inside the weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a native model whose normalisation, layout and head are not the defaults; and the model."""
+    folder = tmp_path_factory.mktemp("saved")
+    overlay = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "label_names": list("abcdefg")}
+    model = fitted("hpm_wrn10_2.untrained_deepmind", num_classes=7, mix=0.25, inference="sample",
+                   pretrained_cfg_overlay=overlay)
+    hub.save(model, folder)
+    return folder, model
+
+
+def by_file(path, **kwargs):
+    return timm.create_model("hpm_wrn10_2.untrained", pretrained=True, num_classes=7,
+                             pretrained_cfg_overlay={"file": str(path)}, **kwargs).eval()
+
+
+def by_checkpoint(path, **kwargs):
+    return create_model("hpm_wrn10_2.untrained", pretrained=False, checkpoint=str(path), num_classes=7, **kwargs).eval()
+
+
+@pytest.mark.parametrize("load", [by_file, by_checkpoint])
+def test_a_renamed_file_is_used_as_it_was_saved(saved, load, tmp_path):
+    folder, source = saved
+    path = shutil.copy(folder / "model.safetensors", tmp_path / "renamed.safetensors")
+    model = load(path)
+    assert model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and model.pretrained_cfg["std"] == (0.5, 0.6, 0.7)
+    assert list(model.pretrained_cfg["label_names"]) == list("abcdefg")
+    pixels = torch.rand(3, 3, 32, 32)
+    assert torch.equal(timm_hpm.PixelModel(model)(pixels), timm_hpm.PixelModel(source)(pixels))
+    assert find_head(model).config() == find_head(source).config() and model.layout == "deepmind"
+    # The caller goes first.
+    assert find_head(load(path, mix=0.75)).mix == 0.75
+
+
+@pytest.mark.parametrize("load", [by_file, by_checkpoint])
+def test_a_file_that_says_nothing_warns(saved, load, tmp_path):
+    folder, _ = saved
+    save_file(fitted(num_classes=7).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.warns(NormalisationWarning, match=r"bare\.safetensors do not say .* mean \(0\.4914, "):
+        load(tmp_path / "bare.safetensors")
+    given = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "file": str(tmp_path / "bare.safetensors")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder / "model.safetensors")
+        timm.create_model("hpm_wrn10_2.untrained", pretrained=True, num_classes=7, pretrained_cfg_overlay=given)
+
+
+@pytest.mark.parametrize("load", [by_file, by_checkpoint])
+def test_weights_of_another_architecture_are_refused_by_their_name(load, tmp_path):
+    hub.save(timm.create_model("hpm_wrn16_4.untrained", num_classes=7), tmp_path)
+    with pytest.raises((CheckpointError, ValueError), match="of hpm_wrn16_4, and the network is hpm_wrn10_2"):
+        load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "null", '{"architecture": "x"}', "[" * 100_000])
+def test_damaged_metadata_are_named(metadata, tmp_path):
+    save_file(fitted(num_classes=7).state_dict(), tmp_path / "w.safetensors", {"timm_hpm": metadata})
+    for load in (by_file, by_checkpoint):
+        with pytest.raises((CheckpointError, ValueError), match=r"w\.safetensors does not say how"):
+            load(tmp_path / "w.safetensors")
+
+
+def test_metadata_name_no_other_weights(tmp_path):
+    hub.save(fitted(num_classes=7), tmp_path)
+    config = saved_config(tmp_path / "model.safetensors")
+    config["model_args"] |= {"pretrained_cfg": {"file": "/etc/passwd"}, "pretrained_strict": False,
+                             "checkpoint_path": "/etc/passwd", "cache_dir": "/nowhere"}
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "w.safetensors", {"timm_hpm": json.dumps(config)})
+    for load in (by_file, by_checkpoint):
+        assert find_head(load(tmp_path / "w.safetensors")).is_fitted()
+
+
+def test_weights_and_config_of_two_saves_give_the_model_of_the_weights(saved, tmp_path):
+    """As after a kill between the two."""
+    folder, source = saved
+    hub.save(fitted(num_classes=7, mix=0.75), tmp_path)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.warns(UserWarning, match=r"config\.json beside them is of other weights \(it differs in mean, std, "):
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    pixels = torch.rand(3, 3, 32, 32)
+    assert torch.equal(timm_hpm.PixelModel(model)(pixels), timm_hpm.PixelModel(source)(pixels))
+
+
+@pytest.mark.parametrize("how", ["new classes", "from its tag"])
+def test_a_tag_s_arguments_outlive_the_tag(tmp_path, how):
+    kwargs = {"layers": (1, 1, 1, 1), "num_classes": 5 if how == "new classes" else 1000}
+    model = timm.create_model("hpm_resnet152.liu2023_imagenet_linf", **kwargs)
+    model.pretrained_cfg["tag"] = None
+    hub.save(model, tmp_path)
+    with pytest.warns(timm_hpm.UnfittedHeadWarning):
+        assert type(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).act1) is timm.layers.GELU
+
+
+# Entries that are no tensors
+
+
+class Stateful(nn.Module):
+    """Extra state of every kind."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def get_extra_state(self):
+        return self.value
+
+    def set_extra_state(self, state):
+        self.value = state
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+@pytest.mark.parametrize("make", [
+    lambda: 3, lambda: "text", lambda: None, lambda: {"a": torch.ones(2), "b": [1, (2.0, None)]}, lambda: b"x",
+    lambda: torch.float16, lambda: {3}, lambda: torch.ones(2).to_sparse(),
+    lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    lambda: torch.quantize_per_channel(torch.ones(2, 3), torch.ones(2), torch.zeros(2), 0, torch.qint8)])
+def test_extra_state_has_a_digest_and_is_not_saved(make, tmp_path):
+    value = make()
+    model = add_hpm_head(timm.create_model("test_resnet", num_classes=3))
+    before = timm_hpm.report.weights_digest(model)
+    model.extra = Stateful(value)
+    digest = timm_hpm.report.weights_digest(model)
+    assert digest != before and digest == timm_hpm.report.weights_digest(model)
+    model.extra = Stateful("another")
+    assert timm_hpm.report.weights_digest(model) != digest
+    model.extra = Stateful(value)
+    with pytest.raises(ValueError, match=r"cannot be saved: .*state dict has extra\._extra_state \("):
+        hub.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_module_is_measured():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}).eval()
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    report = timm_hpm.mixed_surrogate_attack(
+        quantised, images, labels, timm_hpm.ThreatModel("Linf", 0.1), batch_size=4, attacks=["square"],
+        budgets={"square": timm_hpm.attacks.Budget(2)}, progress=False)
+    assert len(report.protocol["weights_digest"]) == 16

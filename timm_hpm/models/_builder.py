@@ -262,7 +262,8 @@ def _resolved(
         config = _weights_config(cfg, kwargs.get("cache_dir"))
         if config:
             check_architecture(config, variant)
-            fields = {name: value for name, value in config_fields(config).items() if name not in overlay}
+            fields = {name: value for name, value in config_fields(config).items()
+                      if name not in overlay and json.dumps(value) != json.dumps(getattr(cfg, name, None))}
             of_folder = {name: value for name, value in (args.get("pretrained_model_args") or {}).items()
                          if args.get(name) == value}
             own = config_args(config)
@@ -299,8 +300,7 @@ def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], o
     """Warns if the `config.json` of a folder is not that of the weights in it."""
     if cfg.source not in ("local-dir", "hf-hub"):
         return
-    others = [name for name, value in fields.items() if json.dumps(getattr(cfg, name, None)) != json.dumps(value)]
-    others += [name for name, value in of_folder.items() if json.dumps(own.get(name, value)) != json.dumps(value)]
+    others = [*fields] + [name for name, value in of_folder.items() if json.dumps(own.get(name, value)) != json.dumps(value)]
     if others:
         warnings.warn(f"{place}: the config.json beside them is of other weights (it differs in {', '.join(others)}). "
                       "Their own config, in their metadata, is taken; save the model again to mend it, or pass the "

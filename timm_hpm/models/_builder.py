@@ -300,7 +300,8 @@ def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], o
     """Warns if the `config.json` of a folder is not that of the weights in it."""
     if cfg.source not in ("local-dir", "hf-hub"):
         return
-    others = [*fields] + [name for name, value in of_folder.items() if json.dumps(own.get(name, value)) != json.dumps(value)]
+    others = [*fields, *(name for name, value in of_folder.items()
+                         if json.dumps(own.get(name, value)) != json.dumps(value))]
     if others:
         warnings.warn(f"{place}: the config.json beside them is of other weights (it differs in {', '.join(others)}). "
                       "Their own config, in their metadata, is taken; save the model again to mend it, or pass the "

@@ -1,5 +1,7 @@
 """Our Square against AutoAttack's, bit by bit."""
 
+import math
+
 import pytest
 import torch
 from pyautoattack.square import SquareAttack
@@ -55,3 +57,13 @@ def test_images_that_autoattack_cannot_tile_are_searched_too(shape):
     start = ours(model, images, labels, threat, 0)
     assert (margin_loss(model(found), labels) >= margin_loss(model(start), labels)).all()
     assert (found != start).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 10), (3, 70, 5), (1, 35, 5), (2, 21, 3), (1, 64, 1), (1, 7, 1),
+                                   (1, 1, 64), (3, 5, 70), (1, 1, 1), (2, 13, 2)])
+def test_narrow_images_begin_on_the_sphere(shape):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3)), torch.full((6, *shape), 0.5)
+    threat = ThreatModel("L2", 0.1)
+    start = ours(model, images, torch.zeros(6, dtype=torch.long), threat, 0)
+    torch.testing.assert_close(threat.distance(start, images), torch.full((6,), threat.eps))

@@ -107,9 +107,11 @@ class _L2Search:
         count, channels, height, width = clean.shape
         tile = max(min(height // 5, width), 1)
         margin = max(height - 5 * tile, 0) // 2
+        start = min(margin, width - tile)
         delta = torch.zeros_like(clean)
         for top in range(margin, margin + height // tile * tile, tile):
-            for left in range(margin, margin + width // tile * tile, tile):
+            # AutoAttack begins at the margin from above, which may lie outside of a narrow image.
+            for left in range(start, start + width // tile * tile, tile):
                 # AutoAttack's needs whole tiles, and fails on images that these do not fit.
                 here = delta[:, :, top:top + tile, left:left + tile]
                 bump = _bump(tile, clean) * _signs([count, channels, 1, 1], clean)

@@ -421,3 +421,21 @@ def test_a_wrapped_model_is_refused():
         add_hpm_head(timm_hpm.PixelModel(timm.create_model("test_resnet")))
     with pytest.raises(UnsupportedHeadError, match="OptimizedModule is no timm classifier"):
         add_hpm_head(torch.compile(timm.create_model("test_resnet")))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("deep", [True, False])
+def test_the_way_out_that_a_module_without_get_classifier_is_told_works(bias, deep):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5, bias=bias)).eval()
+    if deep:
+        model = nn.ModuleDict({"net": nn.Sequential(model, nn.Dropout())}).eval()
+        model.forward = model["net"].forward
+    images = torch.rand(8, 3, 2, 2)
+    before = model(images)
+    with pytest.raises(UnsupportedHeadError, match="is no timm classifier") as refusal:
+        add_hpm_head(model)
+    code = str(refusal.value).partition(f"such as {'net.0.' if deep else ''}3: ")[2]
+    exec(code, {"model": model, "timm_hpm": timm_hpm})
+    assert torch.equal(model(images), before)
+    timm_hpm.fit_prototypes(model, [(images, torch.arange(8) % 5)])
+    assert timm_hpm.find_head(model).is_fitted() and not torch.equal(model(images), before)

@@ -161,7 +161,7 @@ def add_hpm_head(
                          "change it, set find_head(model).mix, .ema_decay or .inference, or call remove_hpm_head first")
     if not hasattr(type(model), "reset_classifier"):
         raise UnsupportedHeadError(f"{kind} is no timm classifier: it has no reset_classifier. Expected a timm model "
-                                   "that classifies, itself, before it is wrapped or compiled")
+                                   f"that classifies, itself, before it is wrapped or compiled{_by_hand(model)}")
     num_classes: Any = getattr(model, "num_classes", 0)
     config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
     if num_classes > 0:
@@ -170,6 +170,19 @@ def add_hpm_head(
     model.__class__ = _hpm_class(base)
     model.head_config = config  # type: ignore[assignment]
     return model
+
+
+def _by_hand(model: nn.Module) -> str:
+    """Returns a hint how to put an HPM head into the place of a module's last linear layer, if it has one."""
+    linear = [(name, module) for name, module in model.named_modules() if name and type(module) in _LINEAR_TYPES]
+    if not linear:
+        return ""
+    name, layer = linear[-1]
+    parent, _, leaf = name.rpartition(".")
+    return (f". In any other module put a head into the classifier's place, such as {name}: head = timm_hpm.HPMHead("
+            f"{layer.in_features}, {layer.out_features}, bias={layer.bias is not None}); head.load_state_dict("
+            f"model.get_submodule({name!r}).state_dict(), strict=False); "
+            f"setattr(model.get_submodule({parent!r}), {leaf!r}, head)")
 
 
 def remove_hpm_head(model: nn.Module) -> nn.Module:

@@ -1,5 +1,7 @@
 """A zoo of defences that are known to fail: the attack breaks them, or says by name that its number is not reliable."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -352,6 +354,64 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
         path.unlink()
     again = mixed_surrogate_attack(model, *few, THREAT, **arguments)
     assert again.same_results(report) and again.flags == report.flags and again.examples == report.examples
+
+
+class Fragile(nn.Module):
+    """An HPM model of pixels whose features are not finite if the first pixel is bright."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        super().__init__()
+        self.fc = HPMHead(64, 10)
+        self.fc.set_prototypes(torch.stack([images[labels == c].flatten(1).mean(dim=0) for c in range(10)]))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.fc(torch.where(x[:, :1] > 0.9, x / 0, x))
+
+
+def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits):
+    images, labels = digits[0][:12].clone(), digits[1][:12]
+    model = Fragile(*digits).eval()
+    images[5, 0, 0, 0] = 0.85
+    options = {"attacks": ["apgd-ce", "square"], "budgets": TINY, "batch_size": 6, "surrogates": ["fc", "ste"]}
+    report = mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    texts = [flag.text for flag in report.flags if flag.name == "batch-not-finite"]
+    assert texts and all("of 6 candidates with logits that are not finite, 5 have them only because of" in text
+                         for text in texts) and report.unreliable
+    for mode in ("sample", "dataset"):
+        with timm_hpm.inference_mode(model, mode):
+            flags = mixed_surrogate_attack(model, images, labels, THREAT, **options | {"surrogates": None}).flags
+        assert "batch-not-finite" not in [flag.name for flag in flags]
+    images[5, 0, 0, 0] = 0.95
+    for call in (lambda: mixed_surrogate_attack(model, images, labels, THREAT, **options),
+                 lambda: timm_hpm.judge(model, images, labels, 12)):
+        with pytest.raises(NonFiniteLogitsError, match="the logits of image 5 are not finite"):
+            call()
+
+
+@pytest.mark.parametrize(("last", "flagged"), [(nn.Softmax(dim=1), True), (nn.LogSoftmax(dim=1), False),
+                                               (nn.Sigmoid(), False)])
+def test_a_network_that_ends_in_a_softmax_is_flagged(last, flagged, net, digits):
+    few = tuple(part[:8] for part in digits)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Sequential(copy.deepcopy(net), last).eval().to(dtype)
+        flags = mixed_surrogate_attack(model, *few, THREAT, attacks=["apgd-ce"], budgets=TINY).flags
+        assert ("probabilities" in [flag.name for flag in flags]) == flagged
+
+
+def test_a_model_that_has_lost_its_hpm_head_is_flagged():
+    images, labels = torch.rand(4, 3, 64, 64), torch.arange(4)
+    model = timm.create_model("hpm_resnet18", num_classes=10).eval()
+    pooled = timm.layers.TestTimePoolHead(copy.deepcopy(model), original_pool=2).eval()
+    headless = copy.deepcopy(model)
+    headless.reset_classifier(0)
+    plain = timm_hpm.remove_hpm_head(copy.deepcopy(model))
+    for some, flagged in ((model, False), (plain, False), (pooled, True),
+                          (nn.Sequential(headless, nn.Linear(512, 10)), True),
+                          (timm_hpm.PixelModel(pooled, [0.5] * 3, [0.5] * 3), True)):
+        flags = mixed_surrogate_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=TINY).flags
+        assert [flag.text for flag in flags if flag.name == "lost-head"] == flagged * [
+            f"{type(some).__name__} holds HPMResNet without the HPM head, and predicts by another layer"]
 
 
 def test_a_surrogate_that_overflows_here_and_there_is_gone_round(digits):

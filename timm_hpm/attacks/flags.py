@@ -15,6 +15,7 @@ from ..data import ask
 from ..head import head_name, inference_mode
 from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
+from ..surgery import HPMMixin
 from ..threat import ThreatModel
 from .components import margin_loss
 from .surrogates import differs
@@ -25,6 +26,8 @@ _ROUNDING: Final = 1e-3
 _ROUNDING_IN_HALF: Final = 1e-1
 # Of the images: a dead unit or two may leave an honest network without a gradient at an image.
 _FEW: Final = 0.05
+# From 1, of a sum of probabilities in half precision.
+_OF_PROBABILITIES: Final = 1e-2
 # Below that a share of the images says little.
 _FEWEST_SURVIVORS: Final = 8
 
@@ -101,6 +104,22 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
     if not difference:
         return None
     return Flag("batch-dependent", f"{len(images)} images by themselves and with as many others: {difference}")
+
+
+def probability_flag(logits: Tensor) -> Flag | None:
+    """Returns `probabilities` if the outputs (B, C) are no logits but what a softmax makes of them."""
+    logits = logits.float()
+    if (logits < 0).any() or ((logits.sum(dim=1) - 1).abs() > _OF_PROBABILITIES).any():
+        return None
+    return Flag("probabilities", f"the outputs of {len(logits)} images are at least 0 and sum up to 1 each")
+
+
+def head_flag(model: nn.Module) -> Flag | None:
+    """Returns `lost-head` if a part of the model has lost its HPM head, so that something else predicts."""
+    lost = [] if head_name(model) is not None else [
+        type(module).__name__ for module in model.modules() if isinstance(module, HPMMixin)]
+    return Flag("lost-head", f"{type(model).__name__} holds {', '.join(lost)} without the HPM head, and predicts by "
+                             "another layer") if lost else None
 
 
 def rough_flag(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..data import PixelModel, as_pixel_model, ask, check_answers_alike, check_pixels, checked_integer
-from ..head import HPMHead, inference_mode
+from ..head import HPMHead, find_head, head_name, inference_mode
 from .components import check_finite, predicted_classes
 
 
@@ -65,9 +65,22 @@ def predictions(
     for first in range(0, len(images), batch_size):
         logits = ask(model, images[first:first + batch_size].to(device))
         if not allow_non_finite:
-            check_finite(logits, partial(image_name, first_image + first))
+            check_finite(own_logits(model, images[first:first + batch_size].to(device), logits),
+                         partial(image_name, first_image + first))
         answers.append(predicted_classes(logits).cpu())
     return torch.cat(answers)
+
+
+def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
+    """Returns the `logits` (B, C) that a model answered `images`, or, if some are not finite, those of each by itself.
+
+    In batch mode one image with features that are not finite makes every logit of its batch NaN.
+    """
+    if logits.isfinite().all() or head_name(model) is None or find_head(model).inference != "batch":
+        return logits
+    with inference_mode(model, "sample"):
+        alone = ask(model, images)
+    return logits if alone.isfinite().all() else alone
 
 
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:

@@ -38,8 +38,8 @@ from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import AttackBatch, Budget, Notes, check_finite, margin_loss
-from .flags import change_flag, check_model, restored, rough_flag, verdict_flag
-from .judge import as_row, device_of, image_name, judge, pixel_model_for, predictions
+from .flags import change_flag, check_model, head_flag, probability_flag, restored, rough_flag, verdict_flag
+from .judge import as_row, device_of, image_name, judge, own_logits, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import PROTOCOLS, Protocol, find_protocol
 from .seeding import seeded
@@ -277,7 +277,7 @@ class _Subject:
         return self.answer.shape[1]
 
     def flags_before(self, images: Tensor, labels: Tensor, cost: dict[str, float]) -> list[Flag]:
-        """Returns the flags of `check_model` on the first of the images, and adds its passes to `cost`."""
+        """Returns what is suspicious before any attack, on the first of the images, and adds the passes to `cost`."""
         images, labels = images[:_NUM_CHECKED].to(self.device), labels[:_NUM_CHECKED].to(self.device)
 
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -285,6 +285,7 @@ class _Subject:
 
         with seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
             flags = check_model(self.pixel_model, images, labels, self.batch_size)
+        flags += [flag for flag in (probability_flag(self.answer), head_flag(self.model)) if flag is not None]
         cost["backward_passes"] += len(images)
         return flags
 
@@ -508,7 +509,7 @@ class _Run:
         for row in sorted(batch.not_finite):
             search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
             not_finite.setdefault(search, []).append(first + row % batch.size)
-        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()]
+        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()] + step.noted
         return replace(step, noted=noted, not_finite=not_finite | step.not_finite, cost={
             "seconds": seconds, "forward_passes": split.forward_passes - before[1],
             "backward_passes": split.backward_passes - before[2]})
@@ -517,7 +518,7 @@ class _Run:
                 broken: Tensor) -> Step:
         """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
         model, batch_size = self.subject.pixel_model, self.subject.batch_size
-        correct, baseline, examples, not_finite = {}, {}, [], {}
+        correct, baseline, examples, not_finite, notes = {}, {}, [], {}, Notes()
         newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
         for name, found in candidates.items():
             # A model that does not answer clean images is broken; under attack that is what an adversary wants.
@@ -526,6 +527,7 @@ class _Run:
             if (answers < 0).any():
                 not_finite[f"{name}: on the candidates, the true model's"] = [
                     first + i for i in (answers < 0).nonzero().squeeze(1).tolist()]
+                self._note_spread(name, found, answers < 0, notes)
             correct[name] = as_row(answers == labels)
             breaks = (answers != labels) & ~broken & ~newly
             points[breaks] = found[breaks]
@@ -539,8 +541,17 @@ class _Run:
                     baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
                                                   allow_non_finite=True))
         kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and name != "clean"}
-        return Step(attack, correct, baseline, _no_cost(), [], _first(examples), newly.nonzero().squeeze(1).cpu(),
+        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()]
+        return Step(attack, correct, baseline, _no_cost(), noted, _first(examples), newly.nonzero().squeeze(1).cpu(),
                     points[newly].cpu(), kept, not_finite)
+
+    @torch.no_grad()
+    def _note_spread(self, name: str, found: Tensor, lost: Tensor, notes: Notes) -> None:
+        """Notes how many of the `lost` (B,) of the candidates `found` (B, ...) another image of the batch made so."""
+        alone = own_logits(self.subject.pixel_model, found, torch.where(lost, torch.nan, 0.0).unsqueeze(1))
+        spread = lost & alone.isfinite().all(dim=1)
+        notes.count("batch-not-finite", f"{name}: of {{1}} candidates with logits that are not finite, {{0}} have them "
+                    "only because of another image in their batch", int(spread.sum()), int(lost.sum()))
 
 
 def _first(examples: Iterable[Example]) -> list[Example]:
@@ -617,7 +628,7 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
                          "in a module that returns them alone")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
-    check_finite(logits, partial(image_name, 0))
+    check_finite(own_logits(pixel_model, images, logits), partial(image_name, 0))
     if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
         raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")

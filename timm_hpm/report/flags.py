@@ -16,6 +16,9 @@ FLAGS: Final = {
     "black-box-stronger": True,
     "rough-gradient": True,
     "non-finite-logits": True,
+    "batch-not-finite": True,
+    "probabilities": True,
+    "lost-head": False,
     "saturated-softmax": False,
     "zero-loss-gradient": False,
 }

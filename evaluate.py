@@ -61,6 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (%(default)s)")
     group.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies; see docs/data.md")
     group.add_argument("--dataset-download", action="store_true", help="let torchvision fetch it")
+    group.add_argument("--class-map", metavar="FILE",
+                       help="file of class names in the order of the model's classes, as in timm; see docs/data.md")
     group.add_argument("--img-size", type=int, metavar="N",
                        help="pixels a side, for images that are decoded (the model's)")
     group.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (%(default)s)")
@@ -194,7 +196,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     if args.rejudge:
         return rejudge(model, args.rejudge)
     split = open_split_for(model, args.dataset, args.split, img_size=args.img_size, data_dir=args.data_dir,
-                           download=args.dataset_download)
+                           download=args.dataset_download, class_map=args.class_map)
     threat = timm_hpm.ThreatModel.parse(args.threat or split.threat)
     images, labels = first_images(split, args.num_images)
     if args.inference:
@@ -223,7 +225,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
             survivors_only=args.survivors_only, surrogates_at_once=at_once, seed=args.seed,
             progress=True, co_batch=co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
-                   "split": args.split},
+                   "split": args.split, "class_names": split.class_names and list(split.class_names)},
         ))
     except ValueError:
         # What is wrong was found before anything was kept: the command, mended, is to find no other run there.

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
 
 import timm_hpm
 from timm_hpm import AttackReport
 from timm_hpm.files import default_folder
+from timm_hpm.models.create import class_names, open_split_for
 
 ROOT = Path(__file__).parent.parent
 # Of the attacks, so that a process takes seconds.
@@ -286,3 +288,52 @@ def test_the_readme_s_example_runs(tmp_path, monkeypatch):
     assert isinstance(names["head"], timm_hpm.HPMHead)
     assert timm_hpm.find_head(names["model"]).out_features == 100
     assert "hpm_wrn10_2" in timm.list_models("hpm_*")
+
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def write_digits(folder: Path, split: str, each: int) -> None:
+    """Writes the first digits of each class as PNGs."""
+    images, labels = timm_hpm.load_split("digits", split).tensors
+    for number, name in enumerate(NAMES):
+        (folder / name).mkdir(parents=True)
+        for i, image in enumerate(images[labels == number][:each]):
+            Image.fromarray((255 * image[0]).round().byte().numpy()).save(folder / name / f"{i}.png")
+
+
+def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(tmp_path, evaluate_main):
+    write_digits(tmp_path / "images" / "train", "train", 8)
+    write_digits(tmp_path / "images" / "test", "test", 2)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    images = ["--dataset", "folder", "--data-dir", str(tmp_path / "images")]
+    ordered = ["--class-map", str(tmp_path / "names.txt")]
+    train = ["--device", "cpu", "--pretrained", "-b", "36", "--epochs", "1", "--lr", "1e-6", "--attack-steps", "1"]
+    done = script("train.py", *train, *images, *ordered, "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == NAMES
+
+    quick = ["--device", "cpu", "--num-images", "0", "--batch-size", "20", "--surrogates", "fc", "--attacks", "apgd-ce",
+             "--budget", "apgd-ce=1", "--model", f"local-dir:{tmp_path / 'run'}", *images]
+    evaluate_main([*quick, *ordered, "--output", str(tmp_path / "ordered")])
+    with pytest.warns(UserWarning, match="folder names 9 of the 10 classes otherwise than the model does: 'eight' is "
+                                         "'zero' there"):
+        evaluate_main([*quick, "--output", str(tmp_path / "sorted")])
+    ordered, unordered = (AttackReport.load(tmp_path / name / "report.json") for name in ("ordered", "sorted"))
+    assert ordered.protocol["class_names"] == NAMES and ordered.clean_accuracy > 0.9
+    assert unordered.protocol["class_names"] == sorted(NAMES) and unordered.clean_accuracy < 0.4
+
+
+@pytest.mark.parametrize("names", [None, NAMES, dict(enumerate(NAMES)), NAMES[:5]])
+def test_a_model_is_compared_by_its_class_names_if_it_has_one_for_each(names, recwarn):
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    model.pretrained_cfg["label_names"] = names
+    split = open_split_for(model, "digits", "val")
+    assert split.class_names == tuple(string.digits)
+    said = [str(warning.message) for warning in recwarn]
+    if names is None or len(names) == 5:
+        assert class_names(model) is None and said == []
+    else:
+        assert class_names(model) == tuple(NAMES)
+        assert len(said) == 1 and "10 of the 10 classes" in said[0] and "'0' is 'zero' there" in said[0]

@@ -98,6 +98,7 @@ def test_a_name_that_cannot_be_opened_says_what_is_near(name, message):
 def test_the_digits_as_a_split_are_those_in_memory():
     split = open_split("digits", "val", input_size=(1, 8, 8), num_classes=10)
     images, labels = load_split("digits", "val").tensors
+    assert split.class_names == tuple("0123456789")
     assert len(split) == 360 and split.num_classes == 10 and split.num_channels == 1 and split.in_memory
     assert all(torch.equal(split[i][0], images[i]) and split[i][1] == labels[i] for i in range(360))
     assert torch.equal(split.labels, labels) and type(split[0][1]) is int
@@ -284,7 +285,7 @@ def test_an_empty_split_is_refused(tmp_path):
 def test_torchvision_reads_its_own_layout(tmp_path, name, folder):
     arrays = write_fashion_mnist(tmp_path / folder / "raw")
     split = open_split(name, "test", data_dir=tmp_path, input_size=(1, 28, 28))
-    assert split.num_classes == 10 and split.in_memory
+    assert split.num_classes == 10 and split.in_memory and len(set(split.class_names)) == 10
     images, labels = first_images(split, 3)
     assert torch.equal(images, torch.from_numpy(arrays["t10k-images-idx3-ubyte"][:3, None]).float() / 255)
     assert labels.tolist() == [0, 1, 2]
@@ -341,6 +342,7 @@ def test_images_in_cifars_format_are_pixels(tmp_path):
     part = sources._torchvision_part(FewCIFAR(str(tmp_path), train=True))
     assert part.images.shape == (30, 3, 32, 32)
     assert torch.equal(part.images[:6], torch.from_numpy(batches["data_batch_1"]))
+    assert part.class_names == tuple(f"class {i}" for i in range(10))
 
 
 # Folders of images
@@ -515,6 +517,7 @@ def test_random_flip_mirrors_each_image_on_its_own(probability):
 def test_a_data_set_of_the_hubs_format_is_read_by_its_splits(folder, tmp_path):
     splits = {name: open_split(f"hfds/{folder}", name, data_dir=tmp_path, input_size=(3, 16, 16)) for name in SPLITS}
     assert {name: len(split) for name, split in splits.items()} == {"train": 54, "val": 6, "test": 10}
+    assert splits["train"].class_names == ("ant", "bee", "cat")
     assert splits["train"].num_classes == 3 and splits["val"].labels.bincount().tolist() == [2, 2, 2]
     ours = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16))
     theirs = splits["train"]

@@ -1,7 +1,8 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
 import json
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,20 +130,35 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
     height, width = (img_size, img_size) if img_size is not None else cfg["input_size"][1:]
     if img_size is None and source.image_size is not None and not cfg.get("fixed_input_size"):
         height, width = source.image_size[1:]
-    if source.num_classes not in (None, model.num_classes):
-        raise _other_classes(model, dataset, source.num_classes)
+    if options.get("class_map") is None:
+        _check_num_classes(model, dataset, source.num_classes)
     opened = open_split(dataset, split, num_classes=model.num_classes, input_size=(in_chans(model), height, width),
                         crop_pct=cfg.get("crop_pct") or 1.0, interpolation=cfg.get("interpolation") or "bicubic",
                         **options)
-    if opened.num_classes != model.num_classes:
-        raise _other_classes(model, dataset, opened.num_classes)
+    _check_num_classes(model, dataset, opened.num_classes)
+    known = class_names(model)
+    different = [(own, name) for own, name in zip(opened.class_names or (), known or (), strict=False)
+                 if own and name and own != name]
+    if different:
+        warnings.warn(f"{opened} names {len(different)} of the {model.num_classes} classes otherwise than the model "
+                      f"does: {different[0][0]!r} is {different[0][1]!r} there. If they are in another order, the "
+                      "labels are wrong: give --class-map a file with the model's names in its order", stacklevel=2)
     return opened
 
 
-def _other_classes(model: Any, dataset: str, classes: int) -> ValueError:
-    return ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {classes}. To train, give "
-                      f"--num-classes {classes}; to evaluate, weights of {classes} classes: --checkpoint FILE "
-                      f"--num-classes {classes}")
+def class_names(model: Any) -> tuple[str, ...] | None:
+    """Returns the names of a timm model's classes, or None if its `pretrained_cfg` does not have one for each."""
+    names = model.pretrained_cfg.get("label_names")
+    if isinstance(names, Mapping):  # timm's form if there are gaps, with keys that JSON made texts
+        names = [names.get(number, names.get(str(number), "")) for number in range(model.num_classes)]
+    return tuple(map(str, names)) if names and len(names) == model.num_classes else None
+
+
+def _check_num_classes(model: Any, dataset: str, classes: int | None) -> None:
+    if classes not in (None, model.num_classes):
+        raise ValueError(f"{type(model).__name__} has {model.num_classes} classes and {dataset} {classes}. To train, "
+                         f"give --num-classes {classes}; to evaluate, weights of {classes} classes: --checkpoint FILE "
+                         f"--num-classes {classes}, or --class-map FILE if they are some of the model's")
 
 
 def usable_device(name: str) -> torch.device:

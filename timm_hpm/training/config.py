@@ -54,6 +54,7 @@ class TrainConfig:
     dataset: str = _option("digits", "data", "digits, fashion_mnist, folder, or a name of timm.data.create_dataset")
     data_dir: str | None = _option(None, "data", "where the data set lies")
     dataset_download: bool = _option(False, "data", "let torchvision fetch it")
+    class_map: str | None = _option(None, "data", "file of class names in the order of their numbers, as in timm")
     img_size: int | None = _option(None, "data", "pixels a side, for images that are decoded (the model's)")
     shift: int = _option(1, "data", "augmentation: random shifts by up to so many pixels")
     hflip: float = _option(0.0, "data", "augmentation: probability of a horizontal flip")

@@ -63,7 +63,7 @@ def create_trainable(config: TrainConfig) -> Any:
 
 
 def open_data(config: TrainConfig, model: Any) -> Data:
-    """Returns the data of a run; a model that starts at random takes over their usual mean and std.
+    """Returns the data of a run, whose class names the model takes over, and if it starts at random their mean and std.
 
     Raises:
         ValueError: data that do not fit the model, or a training split without an image of some class.
@@ -71,13 +71,15 @@ def open_data(config: TrainConfig, model: Any) -> Data:
     """
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
-                               "download": config.dataset_download}
+                               "download": config.dataset_download, "class_map": config.class_map}
     crop_seed = config.seed if config.random_resized_crop else None
     plain = open_split_for(model, config.dataset, "train", **options)
     train = plain if crop_seed is None else open_split_for(
         model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options)
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
+    # timm saves the names only if the number is right.
+    cfg.update(label_names=data.train.class_names, num_classes=model.num_classes)
     if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:
         for name in ("mean", "std"):
             if getattr(config, name) is None:

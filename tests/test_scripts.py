@@ -109,7 +109,7 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
     (["--rejudge", "missing", "--inference", "fc"], "leave out --inference"),
     (["--model", "nosuch"], "cannot create the model 'nosuch'"),
     (["--device", "foo"], "the device 'foo' cannot be used"),
-    (["--model", "resnet18", "--no-pretrained"], "ResNet has 1000 classes and digits 10. To train, give --num-classes 10"),
+    (["--model", "resnet18", "--no-pretrained"], "1000 classes and digits 10. To train, give --num-classes 10"),
     (["--model", "resnet18", "--no-pretrained", "--model-kwargs", "num_classes=10"],
      "has images of (channels, height, width)"),
     (["--inference", "hard"], "unknown inference mode 'hard'; expected one of batch, sample, dataset, fc"),

@@ -368,7 +368,7 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"dataset": "cifar11"}, "unknown data set 'cifar11'"),
     ({"dataset": "folder", "data_dir": "nowhere"}, "nowhere"),
     ({"threat": "Linf:9"}, "eps is 9.0 for Linf"),
-    ({"num_classes": 4}, "has 4 classes and digits 10. To train, give --num-classes 10"),
+    ({"num_classes": 4, "pretrained": False}, "has 4 classes and digits 10. To train, give --num-classes 10"),
     ({"in_chans": 3}, "the model takes"),
     ({"num_classes": 10, "model_kwargs": {"num_classes": 10}}, "num_classes stands in the options and in model_kwargs"),
     ({"model": "test_resnet.r160_in1k", "pretrained": False, "num_classes": 10, "in_chans": 1}, "has no HPM head"),

@@ -32,7 +32,7 @@ from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.data import DATASETS, SPLITS, first_images
-from timm_hpm.files import default_folder, remove_unfinished, writable_folder, write_text
+from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import create_model, open_split_for, usable_device
 from timm_hpm.report.command import shell_line
@@ -163,7 +163,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--budget is given for {', '.join(unused)}, which is not among the attacks that are run, "
                          f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
     with several_processes(args.device) as accelerator:
-        return evaluate(args, budgets, accelerator)
+        if args.rejudge:
+            return rejudge(load_model(args, accelerator), args.rejudge)
+        chosen = [args.resume or args.output or default_folder(args.model)]
+        if accelerator is not None:
+            broadcast_object_list(chosen)
+        with locked(chosen[0], shared=accelerator is not None):
+            return evaluate(args, budgets, chosen[0], accelerator)
 
 
 @contextmanager
@@ -182,8 +188,9 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
     accelerator.end_training()  # not after an error: the others' own errors would be of a lost connection
 
 
-def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: Accelerator | None) -> int:
-    """Loads, attacks, prints and writes; returns the exit code."""
+def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
+             accelerator: Accelerator | None) -> int:
+    """Loads, attacks, prints and writes into the folder `output`, which is `locked`; returns the exit code."""
     if args.robustbench_json and (args.eps_sweep or len(args.inference or ()) > 1):
         raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")
     radii = parse_radii(args.eps_sweep) if args.eps_sweep else None
@@ -193,8 +200,6 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
     if args.robustbench_json:
         writable_folder(args.robustbench_json.parent)
     model = load_model(args, accelerator)
-    if args.rejudge:
-        return rejudge(model, args.rejudge)
     split = open_split_for(model, args.dataset, args.split, img_size=args.img_size, data_dir=args.data_dir,
                            download=args.dataset_download, class_map=args.class_map)
     threat = timm_hpm.ThreatModel.parse(args.threat or split.threat)
@@ -214,7 +219,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         at_once = 5 if images[0, 0].numel() <= 64 * 64 else 1
     if accelerator is not None and accelerator.is_main_process:
         print(idle_note(len(images), args.batch_size, accelerator.num_processes), end="", file=sys.stderr)
-    output, begins = output_folder(args, accelerator)
+    begins = (accelerator is None or accelerator.is_main_process) and begin(args, output)
     finished = any((output / name).exists() for name in ("report.json", SWEEP))
     try:
         reports = list(sweep(
@@ -229,7 +234,8 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], accelerator: 
         ))
     except ValueError:
         # What is wrong was found before anything was kept: the command, mended, is to find no other run there.
-        if begins and [path.name for path in output.rglob("*") if path.is_file()] == [_OPTIONS]:
+        if begins and [path.name for path in output.rglob("*") if path.is_file() and path.name != LOCK
+                       ] == [_OPTIONS]:
             (output / _OPTIONS).unlink()
         raise
     except KeyboardInterrupt:
@@ -279,30 +285,22 @@ _NOT_SAVED = ("resume", "rejudge", "output", "compare", "robustbench_json", "rob
 _COMMA_SEPARATED = ("inference", "surrogates", "attacks", "co_batch", "co_batch_mix")
 
 
-def output_folder(args: argparse.Namespace, accelerator: Accelerator | None) -> tuple[Path, bool]:
-    """Returns the folder that all processes write into, with the options of this run in it.
+def begin(args: argparse.Namespace, output: Path) -> bool:
+    """Writes the options of this run into its folder; returns whether it begins there, and is not resumed.
 
-    And whether this process began the run there.
+    Raises:
+        ValueError: if the folder holds a run, and --resume does not say so; nothing is written then.
     """
-    chosen = [args.resume or args.output or default_folder(args.model)]
-    if accelerator is not None:
-        broadcast_object_list(chosen)
-    output, = chosen
-    begins = False
-    if accelerator is None or accelerator.is_main_process:
-        writable_folder(output)
-        found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS)
-                 if (output / name).exists()]
-        if found and not (args.resume and _OPTIONS in found):
-            raise ValueError(f"{output} holds the {found[0]} of an earlier run"
-                             + (f" without its {_OPTIONS}" if args.resume else "") + "; choose another --output, "
-                             + ("go on with it by --resume, " if found[0] == _OPTIONS else "") + "or remove it")
-        remove_unfinished(output)
-        if args.resume and _OPTIONS not in found:
-            print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
-        begins = _OPTIONS not in found
-        write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
-    return output, begins
+    found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, _OPTIONS) if (output / name).exists()]
+    if found and not (args.resume and _OPTIONS in found):
+        raise ValueError(f"{output} holds the {found[0]} of an earlier run"
+                         + (f" without its {_OPTIONS}" if args.resume else "") + "; choose another --output, "
+                         + ("go on with it by --resume, " if found[0] == _OPTIONS else "") + "or remove it")
+    remove_unfinished(output)
+    if args.resume and _OPTIONS not in found:
+        print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
+    write_text(output / _OPTIONS, json.dumps(_options(args), indent=1) + "\n")
+    return _OPTIONS not in found
 
 
 def saved_arguments(file: Path, without: Iterable[str] = ()) -> list[str]:

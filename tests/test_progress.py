@@ -191,11 +191,36 @@ def test_a_plain_timm_model_is_measured_resumed_and_shared(tmp_path):
 
 
 def test_options_of_another_run_are_refused(evaluate, tmp_path):
-    evaluate.output_folder(evaluate.parse_args([*SMALL, "--output", str(tmp_path / "run")]), None)
+    (tmp_path / "run").mkdir()
+    evaluate.begin(evaluate.parse_args(SMALL), tmp_path / "run")
     with pytest.raises(ValueError, match=r"options: --threat Linf:0.2 \(there: Linf:0.15\). Leave them out"):
         evaluate.main(["--resume", str(tmp_path / "run"), "--threat", "Linf:0.2"])
     with pytest.raises(ValueError, match=r"holds the options.json of an earlier run; .*go on with it by --resume"):
         evaluate.main([*SMALL, "--output", str(tmp_path / "run")])
+
+
+def test_a_second_evaluation_in_a_folder_touches_nothing(evaluate, tmp_path):
+    run = tmp_path / "run"
+    first = start(*SMALL, "--output", str(run))
+    try:
+        while not steps_in(run):
+            assert first.poll() is None
+            time.sleep(0.002)
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)  # a call to the system is finished first
+        (run / ".report.json.99.tmp").touch()  # as if it were being written
+        before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in run.rglob("*")}
+        for arguments in (["--resume", str(run)], [*SMALL, "--output", str(run)],
+                          ["--resume", str(run), "--robustbench-json", str(run / "info" / "info.json")]):
+            with pytest.raises(ValueError, match=r"another process works on the run in .*run; wait for it, stop it"):
+                evaluate.main(arguments)
+        assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
+                for path in run.rglob("*")} == before
+        first.send_signal(signal.SIGCONT)
+        finish(first)
+        assert not list(run.glob(".*"))
+    finally:
+        first.kill()
 
 
 # A finished run, and folders of something else

@@ -95,6 +95,33 @@ def test_a_run_that_fails_ends_its_workers(tmp_path):
         os.killpg(process.pid, 0)
 
 
+def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
+    first = subprocess.Popen(command(*TINY, "--epochs", "500", "--output", "run"), cwd=tmp_path, env=ENVIRON,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("run/checkpoints/epoch-*")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)  # a call to the system is finished first
+        (tmp_path / "run" / ".model.safetensors.99.tmp").touch()  # as if it were being written
+
+        def files():
+            return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
+                    for path in (tmp_path / "run").rglob("*")}
+        before = files()
+        for arguments, processes in ((["--resume", "run"], 1), ([*TINY, "--output", "run"], 2)):
+            done = script(*arguments, folder=tmp_path, processes=processes)
+            assert done.returncode == 1
+            assert "train.py: another process works on the run in run; wait for it, stop it, or" in done.stderr
+            assert files() == before
+    finally:
+        first.kill()
+        first.wait()
+    done = script("--resume", "run", "--epochs", "501", folder=tmp_path)
+    assert "epochs (500 there, 501 given)" in done.stderr, "the lock outlived its process"
+
+
 # Several processes
 
 

@@ -5,14 +5,21 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
+#: The file in a run's folder by which its process holds it.
+LOCK: Final = ".lock"
+# Files and folders that are being written: `.<name>.<process>.tmp`.
+_UNFINISHED: Final = re.compile(r"\..+\.\d+\.tmp")
 # What safetensors calls them.
 _DTYPES: Final = {torch.float32: "F32", torch.int64: "I64"}
 
@@ -25,6 +32,64 @@ class Parts(NamedTuple):
 
 
 @contextmanager
+def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process within the block, so that no other run works in it.
+
+    The folder is made if it is missing, and removed if the block leaves it empty. The system lets go of it when the
+    process ends, killed or not.
+
+    Arguments:
+        shared: whether all processes of torch.distributed enter the block together; the first holds it for all.
+
+    Raises:
+        ValueError: if another process holds the folder, in which nothing was touched.
+        OSError: if the folder cannot be made or written into.
+    """
+    folder, lock = Path(folder), FileLock(Path(folder) / LOCK)
+    shared = shared and dist.is_available() and dist.is_initialized()
+    made: list[Path] = []
+    errors: list[ValueError | OSError | None] = [None]
+    if not shared or dist.get_rank() == 0:
+        made = [part for part in (folder, *folder.parents) if not part.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            errors = [ValueError(f"another process works on the run in {folder}; wait for it, stop it, or choose "
+                                 "another folder")]
+        except OSError as error:
+            errors = [_not_writable(folder, error)]
+        except NotImplementedError:
+            pass  # a file system without locks
+    if shared:
+        dist.broadcast_object_list(errors)
+    try:
+        if errors[0] is not None:
+            raise errors[0]
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                (folder / LOCK).unlink()
+            lock.release()
+        with suppress(OSError):  # something is in it
+            for part in made:
+                part.rmdir()
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Makes an error of the disk in the block an OSError that names `path`: by itself it does not say which file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+            raise
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Free space on its disk, or "
+                      "raise the limits of disk use and of a file's size (ulimit -f)") from error
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block ends without an error."""
     path = Path(path)
@@ -33,7 +98,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         temporary.unlink()
-        yield temporary
+        with writing(path):
+            yield temporary
         # safetensors leaves a file that only its owner can read.
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -57,7 +123,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path / f".{os.getpid()}.tmp" if exists else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
+        with writing(path):
+            yield temporary
         probe = temporary / ".probe"
         probe.touch()
         mode = probe.stat().st_mode
@@ -134,9 +201,13 @@ def writable_folder(path: str | os.PathLike) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write into the output folder {folder}: {error.strerror or error}. "
-                      "Choose another (--output), or mend its permissions") from error
+        raise _not_writable(folder, error) from error
     return folder
+
+
+def _not_writable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write into the output folder {folder}: {error.strerror or error}. "
+                   "Choose another (--output), or mend its permissions")
 
 
 def default_folder(model: str, prefix: str = "") -> Path:
@@ -147,8 +218,14 @@ def default_folder(model: str, prefix: str = "") -> Path:
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
     """Removes the temporary files and folders that a process left in `folder` when it was killed as it wrote."""
-    for rest in Path(folder).glob(".*.[0-9]*.tmp"):
-        if rest.is_file() or rest.is_symlink():
-            rest.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(rest, ignore_errors=True)
+    for rest in Path(folder).glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(rest.name):
+            remove(rest)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link, but not its target; whatever it can."""
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import PixelModel, ask, check_answers_alike, check_pixels, checked_integer, normal_tensor, unwrapped
-from ..files import Parts, save_parts, writable_folder
+from ..files import Parts, locked, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
 from ..report import (
@@ -217,25 +217,19 @@ def _progress_folder(resume: str | os.PathLike | None, save_adversarial: str | o
     """Yields the folder `resume`, or where candidates are to be saved, one for the meantime."""
     run = described | {"save_adversarial": save_adversarial is not None}
     if resume is not None:
-        first = accelerator is None or accelerator.process_index == 0
-        folder = ProgressFolder(Path(resume), run) if first else None
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        try:
-            yield folder or ProgressFolder(Path(resume), run, begins=False)
-        finally:
-            if folder is not None:
-                folder.close()
+        with locked(resume, shared=accelerator is not None):
+            begins = accelerator is None or accelerator.process_index == 0
+            if begins:
+                folder = ProgressFolder(Path(resume), run)
+            if accelerator is not None:
+                accelerator.wait_for_everyone()
+            yield folder if begins else ProgressFolder(Path(resume), run, begins=False)
     elif save_adversarial is not None:
         path = Path(save_adversarial)
         temporary = path.with_name(f".{path.name}.progress.{os.getpid()}.tmp")
-        folder = None
         try:
-            folder = ProgressFolder(temporary, run)
-            yield folder
+            yield ProgressFolder(temporary, run)
         finally:
-            if folder is not None:
-                folder.close()
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         yield None

@@ -13,17 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 from ..files import remove_unfinished, replacing, tensor_bytes, writable_folder, write_text
 from ..report import Example
@@ -34,9 +29,8 @@ _NOTHING: Final = torch.empty(0)
 # What the model answered: another number of threads rounds otherwise.
 _MEASURED: Final = ("attacked_scale", "clean_margin")
 
-# Which run a folder is of, and what says that a process works in it.
+# Which run a folder is of.
 _RUN: Final = "run.json"
-_LOCK: Final = "lock"
 
 
 @dataclass
@@ -73,7 +67,7 @@ class Step:
 
 
 class ProgressFolder:
-    """The steps of one run in a folder; another run's are refused.
+    """The steps of one run in a folder, which is `locked`; another run's are refused.
 
     Arguments:
         folder: made where it is missing.
@@ -81,29 +75,20 @@ class ProgressFolder:
         begins: whether this process may begin a run here; another one then has.
 
     Raises:
-        ValueError: the folder holds the steps of another run, or something else, or another process works in it; the
-            message says which, and what differs.
+        ValueError: the folder holds the steps of another run, or something else; the message says which, and what
+            differs.
         OSError: it cannot be written.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):
         self.folder = folder
-        self._lock: IO[str] | None = None
         if begins:
             writable_folder(folder)
-            # What is hidden is a file of ours that was not finished.
-            others = [path for path in folder.iterdir() if path.name != _LOCK and not path.name.startswith(".")]
+            # What is hidden is the lock, or a file of ours that was not finished.
+            others = [path for path in folder.iterdir() if not path.name.startswith(".")]
             if others and not (folder / _RUN).exists():
                 raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
                                  "folder, or empty it")
-            self._lock = _locked(folder)
-        try:
-            self._check_or_begin(run, begins)
-        except BaseException:
-            self.close()
-            raise
-
-    def _check_or_begin(self, run: dict[str, Any], begins: bool) -> None:
         file = self.folder / _RUN
         if begins:
             remove_unfinished(self.folder)
@@ -115,11 +100,6 @@ class ProgressFolder:
             raise ValueError(f"{file} is damaged ({error}); remove {self.folder} and start again") from error
         check_same_run(f"{self.folder} holds the progress", found, run)
         self._run = _digest(json.dumps(found).encode())
-
-    def close(self) -> None:
-        """Lets another process work in the folder."""
-        if self._lock is not None:
-            self._lock.close()
 
     def load_co_batch(self, number: int) -> list[dict[str, Any]] | None:
         """Returns the rows of a `co_batch_attack`, or None if they are still to be made."""
@@ -230,24 +210,6 @@ def _named(path: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
                          "again") from error
-
-
-def _locked(folder: Path) -> IO[str]:
-    """Returns an open file that only one process has; the system lets go of it when that process ends, killed or not.
-
-    Where there is no such thing (Windows), or the file system does not know it, anybody has it.
-    """
-    file = (folder / _LOCK).open("a")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process works on the run in {folder}; wait for it, stop it, or choose another "
-                         "folder") from None
-    except OSError:
-        pass
-    return file
 
 
 def check_same_run(what: str, found: dict[str, Any], run: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from ..attacks.judge import judge
 from ..attacks.pgd import pgd
 from ..data import PixelModel, random_flip, random_shift
-from ..files import writable_folder
+from ..files import locked, writable_folder
 from ..head import HPMHead, find_head
 from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
@@ -78,15 +77,11 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
         FloatingPointError: a loss that is not finite, with the step's number. The last checkpoint is on disk.
         Stopped: SIGTERM or SIGINT; a checkpoint is on disk.
     """
-    is_new = not Path(output).exists()
-    with noted_signals() as asked:
-        try:
-            run = Run(config, output, resume=resume, log=log, progress=progress, asked_to_stop=asked)
-        except BaseException:
-            if is_new:
-                with suppress(OSError):  # it is not there, or something is in it
-                    Path(output).rmdir()
-            raise
+    PartialState(cpu=config.device == "cpu")
+    # The name may hold the time, and another one on each process.
+    folder = Path(broadcast_object_list([str(output)])[0])
+    with noted_signals() as asked, locked(folder, shared=True):
+        run = Run(config, folder, resume=resume, log=log, progress=progress, asked_to_stop=asked)
         accelerator = run.accelerator
         try:
             return run.train()
@@ -125,9 +120,7 @@ class Run:
                 str(tracker.value) for tracker in get_available_trackers()}:
             raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install "
                                       f"{config.log_with}")
-        # The name may hold the time, and another one on each process.
-        PartialState(cpu=config.device == "cpu")
-        folder = writable_folder(broadcast_object_list([str(output)])[0])
+        folder = writable_folder(output)
         self.asked_to_stop = asked_to_stop
         self.log = log
         self.show_progress = progress

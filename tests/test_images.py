@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 import warnings
 import zlib
@@ -212,6 +213,21 @@ def test_an_image_above_pillows_limit_is_named(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ValueError, match=r"cannot read the image .*huge\.png: .*exceeds limit of"):
         read(tmp_path)
+
+
+def test_the_advice_for_a_folder_with_an_image_a_class_can_be_followed(tmp_path):
+    write_classes(tmp_path / "train", ["a", "b"])
+    options = {"data_dir": tmp_path, "input_size": (1, 8, 8)}
+    with pytest.raises(ValueError, match=r"the split val of folder has no image; each class has at most one.*Add images"
+                                         r", or give .* \(test/ and val/\)"):
+        open_split("folder", "val", **options)
+    write_classes(tmp_path / "test", ["a", "b"])
+    write_classes(tmp_path / "val", ["a", "b"])
+    assert [len(open_split("folder", split, **options)) for split in ("train", "val", "test")] == [2, 2, 2]
+    for folder in ("test", "val"):
+        shutil.rmtree(tmp_path / folder)
+    Image.new("L", (8, 8)).save(tmp_path / "train" / "a" / "1.png")
+    assert [len(open_split("folder", split, **options)) for split in ("train", "val")] == [2, 1]
 
 
 # Class order and class maps

@@ -413,3 +413,10 @@ def test_every_field_of_the_file_is_documented(report):
         "schema_version", *(field.name for field in dataclasses.fields(AttackReport))}
     for name in dataclasses.fields(report.examples[0]):
         assert f"`{name.name}`" in text
+
+
+def test_a_long_list_of_the_protocol_is_shown_by_its_first_entries_and_its_length(report):
+    names = [f"class-{i}" for i in range(1000)]
+    for number, expected in ((20, ", ".join(names[:20])), (1000, f"{', '.join(names[:10])}, ... (1000 in all)")):
+        text = dataclasses.replace(report, protocol=report.protocol | {"class_names": names[:number]})
+        assert f"| class_names | {expected} |" in text.to_markdown() and expected in text.to_html()

@@ -45,7 +45,10 @@ def interval_text(accuracy: float, num_images: int) -> str:
 
 
 def cell(value: Any) -> str:
-    """Returns a protocol's value in words."""
+    """Returns a protocol's value in words; of a long list, such as 1,000 class names, the first ones and the number."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if not isinstance(value, list | tuple):
+        return str(value)
+    rest = f", ... ({len(value)} in all)" if len(value) > 20 else ""
+    return ", ".join(map(str, value[:10] if rest else value)) + rest

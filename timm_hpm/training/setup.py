@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data import ImageSplit, PixelModel, check_every_class
 from ..head import UnfittedHeadWarning, find_head, inference_mode
-from ..models.create import create_model, open_split_for
+from ..models.create import class_names, create_model, open_split_for
 from .config import TrainConfig
 
 
@@ -79,7 +79,7 @@ def open_data(config: TrainConfig, model: Any) -> Data:
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
     # timm saves the names only if the number is right.
-    cfg.update(label_names=data.train.class_names, num_classes=model.num_classes)
+    cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)
     if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:
         for name in ("mean", "std"):
             if getattr(config, name) is None:

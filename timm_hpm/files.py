@@ -23,6 +23,9 @@ _UNFINISHED: Final = re.compile(r"\..+\.\d+\.tmp")
 # What safetensors calls them.
 _DTYPES: Final = {torch.float32: "F32", torch.int64: "I64"}
 
+# The inodes and names of the files that are moved into a folder, while they are.
+_MOVED: Final = ".moved"
+
 
 class Parts(NamedTuple):
     """A tensor that need not lie in memory: one of its shape and dtype, and its parts along the first dimension."""
@@ -116,6 +119,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     exists = path.exists()
+    _remove_abandoned(path if exists else path.parent, "" if exists else f".{path.name}")
     if exists and not (path.is_dir() and not any(path.iterdir())):
         raise OSError(f"{path} exists already; choose another --output, or remove it")
     writable_folder(path if exists else path.parent)
@@ -134,12 +138,48 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             # safetensors leaves a file that only its owner can read.
             file.chmod(mode)
         if exists:
+            (temporary / _MOVED).write_text("".join(f"{file.stat().st_ino} {file.name}\n" for file in files))
             for file in files:
                 file.rename(path / file.name)
         else:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Removes what a killed process left of its `new_folder`: the temporary one, and the files that it had moved.
+
+    Arguments:
+        folder: where it lies; may be missing.
+        prefix: of the temporary folder's name, before the number of its process.
+    """
+    for rest in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(rf"(?:{re.escape(prefix)}\.(\d+)\.tmp|\.probe\.(\d+))", rest.name)
+        if match is None or rest.is_symlink() or _is_running(int(match[1] or match[2])):
+            continue
+        moved = rest / _MOVED
+        for line in moved.read_text().splitlines() if moved.is_file() else ():
+            number, _, name = line.partition(" ")
+            file = folder / Path(name).name
+            if file.is_file() and str(file.stat().st_ino) == number:
+                file.unlink()
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        elif "probe" in rest.name:
+            rest.unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Returns whether a process of this machine runs, or cannot be told not to."""
+    try:
+        if os.name != "nt":  # where the signal 0 is one
+            os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -212,6 +212,13 @@ def test_weights_and_config_of_two_saves_give_the_model_of_the_weights(saved, tm
     assert torch.equal(timm_hpm.PixelModel(model)(pixels), timm_hpm.PixelModel(source)(pixels))
 
 
+def test_equal_models_make_equal_files(tmp_path):
+    model = fitted(num_classes=7)
+    for number in range(8):
+        hub.save(model, tmp_path / str(number))
+    assert len({path.read_bytes() for path in tmp_path.glob("*/model.safetensors")}) == 1
+
+
 @pytest.mark.parametrize("how", ["new classes", "from its tag"])
 def test_a_tag_s_arguments_outlive_the_tag(tmp_path, how):
     kwargs = {"layers": (1, 1, 1, 1), "num_classes": 5 if how == "new classes" else 1000}

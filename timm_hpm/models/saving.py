@@ -91,7 +91,8 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
 
 def weights_metadata(config: dict[str, Any]) -> dict[str, str]:
     """Returns the metadata of a safetensors file whose weights are of a model with this config."""
-    return {"format": "pt", _METADATA: json.dumps(config)}
+    # One entry: safetensors writes several in any order, and equal models would make different files.
+    return {_METADATA: json.dumps(config)}
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:

@@ -356,7 +356,7 @@ def _as_arguments(name: str, value: Any) -> list[str]:
 
 def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any:
     """Returns the model of the command line, in eval mode, on this process's device."""
-    device = usable_device(args.device) if accelerator is None else accelerator.device
+    device = usable_device(args.device)
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
     given = {} if args.num_classes is None else {"num_classes": args.num_classes}
     other = args.model_kwargs.get("num_classes", args.num_classes)
@@ -364,7 +364,7 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
         raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={other}; give one of "
                          "them")
     model = create_model(args.model, pretrained=pretrained, checkpoint=args.checkpoint, **args.model_kwargs | given)
-    return model.to(device).eval()
+    return model.to(device if accelerator is None else accelerator.device).eval()
 
 
 def weights_of(model: Any, args: argparse.Namespace) -> str:

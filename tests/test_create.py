@@ -57,7 +57,7 @@ def test_a_pickled_object_is_not_run(tmp_path):
         load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))
 
 
-@pytest.mark.parametrize("name", ["foo", "cuda:99", "hpu"])
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "hpu", "meta"])
 def test_a_device_that_is_not_there_is_explained(name):
     with pytest.raises(ValueError, match=f"'{name}' cannot be used"):
         usable_device(name)

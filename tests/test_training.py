@@ -383,6 +383,8 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"lr": "1e-3"}, "lr is '1e-3', a str; expected float. YAML reads 1e-3 as a text"),
     ({"amp": 1}, "amp is 1, a int; expected bool"),
     ({"seed": True}, "seed is True, a bool; expected int"),
+    ({"seed": -1}, "seed is -1; expected at least 0"),
+    ({"seed": 2**32}, "seed is 4294967296; expected below"),
     ({"mean": "0.5"}, "mean is '0.5', a str"),
     ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), and digits has images of 1 channels"),
     ({"lr": math.inf}, "lr is inf; expected a finite number"),

@@ -5,7 +5,7 @@ together lets one of them choose the neighbours of another's image.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any, Final
 
@@ -106,8 +106,10 @@ def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, nu
                    num_targets: int = 0) -> None:
     """Raises a ValueError unless `co_batch_attack` takes these arguments for so many images."""
     for name, values in (("batch sizes", batch_sizes), ("mixes", mixes)):
-        if values is not None and (not isinstance(values, Iterable) or not values):
-            raise ValueError(f"a co-batch attack is given the {name} {values!r}; expected a list of at least one")
+        if values is not None and not isinstance(values, Sequence):
+            raise ValueError(f"a co-batch attack is given the {name} {values!r}; expected a list")
+        if values is not None and not values:
+            raise ValueError(f"a co-batch attack is given no {name}; expected at least one")
     for size in batch_sizes:
         checked_integer("a batch size", size, 2)
         if not 2 <= size <= num_images:
@@ -131,7 +133,7 @@ class _Search:
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
     def rows(self, threat: ThreatModel, num_targets: int, perturbed: bool, seed: int) -> Iterator[dict[str, Any]]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         changed = 0
         for _ in range(_SHUFFLES):
             order = torch.randperm(len(self.images), generator=generator)

@@ -116,7 +116,7 @@ class TrainConfig:
                             ("grad_accum_steps", 1), ("checkpoint_hist", 1), ("prototype_epoch", 0), ("shift", 0),
                             ("workers", 0), ("recovery_interval", 0), ("hflip", 0), ("smoothing", 0),
                             ("fc_loss_weight", 0), ("trades_beta", 0), ("warmup_epochs", 0), ("weight_decay", 0),
-                            ("momentum", 0), ("model_ema_decay", 0)):
+                            ("momentum", 0), ("model_ema_decay", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -124,6 +124,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value > 1:
                 raise ValueError(f"{name} is {value}; expected at most 1")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}; expected below 2**32, as NumPy takes it")
         for name in ("clip_grad", "attack_step_size", "layer_decay", "lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -111,7 +111,7 @@ def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, nu
         if values is not None and not values:
             raise ValueError(f"a co-batch attack is given no {name}; expected at least one")
     for size in batch_sizes:
-        checked_integer("a batch size", size, 2)
+        checked_integer("a batch size", size, 0)
         if not 2 <= size <= num_images:
             raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
     for mix in mixes or ():

@@ -794,6 +794,42 @@ def test_the_average_of_the_weights_is_taken():
             unwrap(nothing)
 
 
+@pytest.mark.parametrize("average", [
+    lambda good: {"ema_state_dict": {}}, lambda good: {"state_dict_ema": {}}, lambda good: {"model_ema": None},
+    lambda good: {"ema": {"decay": 0.999, "num_updates": 3, "shadow_params": [*good.values()]}},
+    lambda good: {"ema": {"decay": 0.999, "shadow": {}}}, lambda good: {"model_ema": [*good.values()]},
+    lambda good: {"ema_state_dict": {key: value + 1 for key, value in good.items() if "running" not in key}},
+    lambda good: {"model": {"arch": "resnet"}, "net": 3}])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_cifar_resnet18"])
+def test_an_average_that_is_no_state_dict_hides_no_weights(tmp_path, average, name):
+    weights = timm.create_model(name, **({"layers": (1, 1, 1, 1)} if "resnet" in name else {}))
+    good = {key: value for key, value in weights.state_dict().items() if key not in OURS}
+    torch.save({"state_dict": good, **average(good)}, tmp_path / "theirs.pt")
+    model = load(name, tmp_path / "theirs.pt", NONE, **({"layers": (1, 1, 1, 1)} if "resnet" in name else {}))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in good.items())
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"state_dict": weights},
+                                  lambda weights: {"model": {}, "ema_state_dict": weights}])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_cifar_resnet18"])
+def test_counts_of_batches_and_of_averages_are_not_needed(tmp_path, wrap, name):
+    """Of PyTorch before 0.4.1, and of torch's AveragedModel."""
+    kwargs = {"layers": (1, 1, 1, 1)} if "resnet" in name else {}
+    weights = timm.create_model(name, **kwargs)
+    theirs = {key: value for key, value in weights.state_dict().items()
+              if key not in OURS and not key.endswith("num_batches_tracked")}
+    averaged = {"n_averaged": torch.tensor(5), **prefixed(theirs, "module.")}
+    for number, checkpoint in enumerate((theirs, averaged)):
+        torch.save(wrap(checkpoint), tmp_path / f"{number}.pt")
+        model = load(name, tmp_path / f"{number}.pt", NONE, **kwargs)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.items())
+    own = {key: value for key, value in weights.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(wrap({"n_averaged": torch.tensor(5), **prefixed(own, "module.")}), tmp_path / "own.pt")
+    model = timm.create_model(name, **kwargs)
+    load_checkpoint(model, str(tmp_path / "own.pt"))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "module.1.", "0."])
 def test_prefixes_go(prefix):
     weights = {"a.weight": torch.ones(1), "b.0.bias": torch.ones(1)}

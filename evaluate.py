@@ -35,7 +35,7 @@ from timm_hpm.data import DATASETS, SPLITS, first_images
 from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
-from timm_hpm.report.command import shell_line
+from timm_hpm.report.command import DATA_OPTIONS, MODEL_OPTIONS, shell_line
 from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 
@@ -231,7 +231,10 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
             survivors_only=args.survivors_only, surrogates_at_once=at_once, seed=args.seed,
             progress=True, co_batch=co_batch, co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
-                   "split": args.split} | ({"class_names": list(names)} if names else {}),
+                   "split": args.split, "options": {
+                       name: value for name, value in _options(args).items()
+                       if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})},
+                   } | ({"class_names": list(names)} if names else {}),
         ))
     except ValueError:
         # What is wrong was found before anything was kept: the command, mended, is to find no other run there.

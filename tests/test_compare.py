@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import protocols
 import pytest
 from scipy.stats import binomtest
 
@@ -14,11 +15,7 @@ from timm_hpm import AttackReport
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
 from timm_hpm.robustbench import model_info, parse_known, save_model_info
 
-PROTOCOL = {"architecture": "hpm_wrn10_2", "threat": "Linf:8/255", "data_digest": "0123456789abcdef", "seed": 0,
-            "dataset": "digits", "num_classes": 10, "batch_size": 10, "inference": "batch", "prototypes_fitted": True,
-            "surrogates": ["fc", "ste"],
-            "attacks": {"apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
-                        "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}}}
+PROTOCOL = protocols.PROTOCOL | {"dataset": "digits"}
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def a() -> AttackReport:
 @pytest.fixture
 def b() -> AttackReport:
     return AttackReport(
-        protocol=PROTOCOL | {"seed": 1, "mix": 0.5},
+        protocol=PROTOCOL | {"seed": 1, "mix": 0.25},
         correct={"clean": "1111111101", "fc/apgd-ce": "0111111111", "ste/apgd-ce": "1111111111"},
         baseline_correct={"clean": "1111111111", "fc/apgd-ce": "1111111111"})
 
@@ -85,7 +82,7 @@ def test_the_table_names_what_differs(a, b):
     text = a.compare(b).to_markdown()
     assert "| robust, worst case | 50.0 (23.7 to 76.3) | 80.0 (49.0 to 94.3) | +30.0 (" in text
     assert " | 1 | 4 | 0.38 |" in text
-    assert "| seed | 0 | 1 |" in text and "| mix | None | 0.5 |" in text and "| threat |" not in text
+    assert "| seed | 0 | 1 |" in text and "| mix | 0.5 | 0.25 |" in text and "| threat |" not in text
     assert "unreliable" not in text
     flagged = dataclasses.replace(b, flags=[Flag("zero-gradient", "everywhere")])
     assert "**Report b is unreliable**" in a.compare(flagged).to_markdown()

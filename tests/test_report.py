@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import html
 import json
 import math
 import os
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -13,12 +15,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from protocols import PROTOCOL
 
-from timm_hpm import AttackReport
+from timm_hpm import AttackReport, cards
 from timm_hpm.attacks import PROTOCOLS
 from timm_hpm.files import replacing, writable_folder, write_text
-from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, data_digest, make_example, weights_digest
+from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, command, data_digest, make_example, weights_digest
 from timm_hpm.report.flags import paragraph
+from timm_hpm.robustbench import model_info
+from timm_hpm.sweep import sweep_page
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,8 +32,7 @@ ROOT = Path(__file__).parent.parent
 def report() -> AttackReport:
     """Image 5 is wrong everywhere, 0 falls to ste, 3 to APGD on fc, 6 to Square; image 9 only to the clean verdict."""
     return AttackReport(
-        protocol={"architecture": "hpm_wrn10_2", "threat": "Linf:0.1", "num_images": 10, "seed": 3,
-                  "surrogates": ["fc", "ste"], "attacks": {"apgd-ce": {"iterations": 100}}},
+        protocol=PROTOCOL | {"threat": "Linf:0.1", "seed": 3, "attacks": {"apgd-ce": {"iterations": 100}}},
         correct={
             "clean": "1111101110",
             "fc/apgd-ce": "1110101111",
@@ -140,7 +144,7 @@ def test_a_report_makes_the_folder_it_is_written_into(report, tmp_path):
 
 
 def test_a_bare_report_is_loaded_equal(tmp_path):
-    report = plain({"clean": "10"})
+    report = AttackReport(PROTOCOL | {"num_images": 2}, {"clean": "10"})
     report.save(tmp_path / "report.json")
     assert AttackReport.load(tmp_path / "report.json") == report
 
@@ -184,7 +188,11 @@ CO_BATCH = {"batch_size": 4, "mix": 0.9, "neighbours": "chosen", "targets": 8, "
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("protocol", None, "protocol is None, expected an object"),
     ("protocol", ["threat"], r"protocol is \['threat'\], expected an object"),
-    ("protocol", {}, r"protocol is \{\}, expected one with the model's architecture"),
+    ("protocol", {}, "the protocol's architecture is None, expected a text, .*; it is missing"),
+    ("protocol", PROTOCOL | {"num_images": 9}, "the protocol's num_images is 9, expected 10, the number of verdicts"),
+    ("protocol", PROTOCOL | {"threat": "8/255"}, "the protocol's threat is '8/255', expected a threat model"),
+    ("protocol", PROTOCOL | {"a": {"a": [[[[[[[[1]]]]]]]]}}, "the protocol's a is .*, expected at most 8 levels"),
+    ("clean_accuracy", 0.9, "clean_accuracy is 0.9, expected 0.8, by its verdicts"),
     ("correct", "1010", "correct is '1010', expected an object"),
     ("correct", {"fc/square": "10"}, r"correct is \['fc/square'\], expected the row clean among"),
     ("correct", {"clean": ""}, r"the row clean \(0 characters\) is '', expected a text with a 0 or 1 for each image"),
@@ -195,22 +203,65 @@ CO_BATCH = {"batch_size": 4, "mix": 0.9, "neighbours": "chosen", "targets": 8, "
     ("baseline_correct", {"clean": "1"}, "the row clean .* is '1', expected a text with"),
     ("assembled", "1", "the row assembled .* is '1'"),
     ("assembled", None, "the row assembled .* is None"),
-    ("assembled", "1" * 10, "the protocol's batch_size is None, expected a whole number above 0"),
     ("examples", {}, r"examples is \{\}, expected an array"),
-    ("examples", [{"image": "<b>", "label": 1, "predicted": 2, "amplification": 1.5}], "an example is .*, expected"),
+    ("examples", [{"image": "<b>", "label": 1, "predicted": 2, "amplification": 1.5}],
+     "row 0 of examples: its image is '<b>', expected"),
     ("cost", [1], "cost is .*, expected an object"),
-    ("cost", {"square": 3}, "the cost of square is 3, expected seconds, forward_passes"),
-    ("cost", {"square": {"seconds": 1.5}}, "the cost of square is "),
+    ("cost", {"square": 3}, "the cost of square is 3, expected an object with seconds, forw"),
+    ("cost", {"square": {"seconds": 1.5}}, "the cost of square: its forward_passes is None, .*; it is missing"),
     ("co_batch", None, "co_batch is None, expected an array"),
-    ("co_batch", [3], "a row of co_batch is 3"),
-    ("co_batch", [CO_BATCH, {"a": 1}], r"a row of co_batch is \{'a': 1\}"),
-    ("co_batch", [CO_BATCH | {"targets": 0}], "targets above 0"),
-    ("co_batch", [{name: CO_BATCH[name] for name in CO_BATCH if name != "neighbours"}], "expected batch_size, mix, ne"),
+    ("co_batch", [3], "row 0 of co_batch is 3"),
+    ("co_batch", [CO_BATCH, {"a": 1}], "row 1 of co_batch: its batch_size is None"),
+    ("co_batch", [CO_BATCH | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
+    ("co_batch", [{name: CO_BATCH[name] for name in CO_BATCH if name != "neighbours"}], "its neighbours is None"),
 ])
 def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"report\.json is not a report of timm_hpm .*{message}"):
         AttackReport.load(tmp_path / "report.json")
+
+
+def places(value, place=()):
+    """Yields the path of every entry of JSON's values, of long arrays and objects of the first and the last."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    for key in keys if len(keys) < 40 else [*keys[:3], *keys[-3:]]:
+        yield (*place, key)
+        yield from places(value[key], (*place, key))
+
+
+STRANGE = [None, True, -1, 0, 2.5, 10 ** 400, math.nan, math.inf, "", "<b>|`", "8/255", [], [None], {}, {"a": {"b": 1}}]
+
+
+def test_a_report_with_a_damaged_entry_is_refused_by_name_or_can_be_shown_and_published(tmp_path):
+    file = tmp_path / "report.json"
+    whole = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
+    whole["flags"], whole["examples"] = [{"name": "rough-gradient", "text": "at 3"}], whole["examples"][:1]
+    whole["co_batch"] = whole["co_batch"][:1]
+    whole["correct"] = {name: whole["correct"][name] for name in ("clean", "ste/apgd-ce", "ste/joint-rest#1")}
+    rng, cfg, loaded, refused = random.Random(0), timm.get_pretrained_cfg("hpm_wrn10_2").to_dict(), 0, 0
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    other = AttackReport.load(file)
+    for place in places(whole):
+        for value in ["(deleted)", rng.choice(STRANGE)]:
+            data = copy.deepcopy(whole)
+            *outer, last = place
+            holder = functools.reduce(lambda found, key: found[key], outer, data)
+            if value == "(deleted)":
+                del holder[last]
+            else:
+                holder[last] = value
+            file.write_text(json.dumps(data), encoding="utf-8")
+            try:
+                report = AttackReport.load(file)
+            except ValueError as error:
+                assert str(error).startswith(str(file)), (place, value, error)
+                refused += 1
+                continue
+            loaded += 1
+            assert report.to_markdown() and report.to_html() and model_info(report) and json.dumps(report.to_dict())
+            assert cards.model_card("a", "a", cfg, report=report) and report.compare(other).to_markdown()
+            assert sweep_page([report]) and isinstance(command.evaluate_command(report.protocol), list)
+    assert refused > 150 and loaded > 50
 
 
 @pytest.mark.parametrize("path", [
@@ -321,7 +372,7 @@ def test_no_text_from_elsewhere_is_markup_in_the_markdown(report, text):
     plain_lines = report.to_markdown().splitlines()
     odd = dataclasses.replace(
         report, protocol=report.protocol | {"model": text, "weights": text, "versions": {"torch": text}, text: [text],
-                                            "dataset": "digits"},
+                                            "dataset": "digits", "options": {}},
         correct=report.correct | {f"{text}/{text}": "1" * 10}, cost=report.cost | {text: report.cost["all"]},
         flags=[*report.flags, Flag("zero-gradient", text)])
     markdown = odd.to_markdown()
@@ -341,7 +392,7 @@ def test_no_text_from_elsewhere_is_markup_in_the_markdown(report, text):
             assert len({line.count("|") for line in block.splitlines()}) == 1
     visible = " ".join("".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())).split())
     assert visible in html.unescape(next(line for line in outside.splitlines() if line.startswith("| weights |")))
-    assert not re.search(r"[`\[\]*]", next(line for line in outside.splitlines() if line.startswith("| weights |")))
+    assert not re.search(r"[`*]|\]\(", next(line for line in outside.splitlines() if line.startswith("| weights |")))
 
 
 # Files that appear whole or not at all

@@ -1,15 +1,16 @@
 """Model cards for the Hub: of a model with a report, and of a public checkpoint whose figures others published.
 
-    python -m timm_hpm.cards FOLDER
+    python -m timm_hpm.cards NAME [--output FILE]
 
-writes the card of each tag with weights into the folder `hub_cards`, with its `<tag>.report.json` and the hand-written
-`<tag>.notes.md` where the folder has them.
+prints or writes the card of a tag with weights. `--folder` names the folder of its `<tag>.report.json` and hand-written
+`<tag>.notes.md`, if it has them (hub_cards).
 """
 
 import argparse
+import json
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +18,13 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
-from .files import writable_folder, write_text
+from .files import write_text
 from .head import HPMHead, find_head
 from .report import TRUE_MODEL, AttackReport
+from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
+from .report.compare import paired
+from .report.markdown import escaped, fenced, results, table
+from .report.tables import cell
 from .threat import ThreatModel
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
@@ -34,6 +39,9 @@ _DATASETS: Final = {
     "tiny": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
     "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
 }
+# A card lists so many classes.
+_MOST_CLASSES: Final = 100
+
 _ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
 _MODES = """\
@@ -93,12 +101,13 @@ def model_card(
     opening, sections = _split(notes)
     fitted = head is not None and head.is_fitted()
     parts = [
-        f"# {title}",
+        f"# {escaped(title)}",
         opening or _opening(cfg, parameters, fitted),
         _usage(name, cfg, register),
+        _classes(cfg, report),
         "" if fitted else _UNFITTED,
         sections,
-        _evaluation(name, report, register) if report else _not_measured(cfg),
+        _evaluation(name, report) if report else _not_measured(cfg),
         f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
         "## What is the paper's and what is ours\n\n" + _WHOSE.format(
             figures="so is every figure above, and none the paper's" if report else "no figure here is the paper's"),
@@ -144,18 +153,15 @@ def tag_card(
                       notes=notes, **found)
 
 
-def tag_cards(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields the name and the text of the card of each tag with weights.
+def folder_card(name: str, folder: str | Path) -> str:
+    """Returns the card of a tag with its `<tag>.report.json` and `<tag>.notes.md`, if the folder has them.
 
-    Arguments:
-        folder: where `<tag>.report.json` and `<tag>.notes.md` lie, for the tags that have them.
+    Raises:
+        ValueError: no such tag, or one without weights.
     """
-    # timm leaves names open that differ in leading zeros only.
-    for name in sorted(timm.list_pretrained("hpm_*")):
-        report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
-        yield name, tag_card(
-            name, report=report if report.is_file() else None,
-            notes=notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
+    return tag_card(name, report=report if report.is_file() else None,
+                    notes=notes.read_text(encoding="utf-8") if notes.is_file() else "")
 
 
 def _split(notes: str) -> tuple[str, str]:
@@ -166,7 +172,7 @@ def _split(notes: str) -> tuple[str, str]:
 def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
     size = "" if parameters is None else f" ({_count(parameters)} parameters)"
     head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
-    return _wrapped(f"`{cfg['architecture']}`{size} with {head}, for images of {_times(cfg['input_size'])} and "
+    return _wrapped(f"{_code(cfg['architecture'])}{size} with {head}, for images of {_times(cfg['input_size'])} and "
                     f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
 
 
@@ -174,18 +180,27 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
     size, classes = cfg["input_size"], cfg["num_classes"]
     lines = ["import timm, timm_hpm"]
     if register:
-        base = str(cfg["architecture"]).removeprefix("hpm_")
-        lines.append(f'timm_hpm.register_hpm("{base}")        # this architecture has no hpm_ name until then')
+        base = _literal(str(cfg["architecture"]).removeprefix("hpm_"))
+        lines.append(f"timm_hpm.register_hpm({base})        # this architecture has no hpm_ name until then")
     lines += [
-        f'model = timm.create_model("{name}", pretrained=True).eval()',
+        f"model = timm.create_model({_literal(name)}, pretrained=True).eval()",
         f"pixel_model = timm_hpm.PixelModel(model)      # {_shape(size)}, pixels in [0, 1], to logits (B, {classes})",
     ]
-    text = "## Usage\n\n```python\n" + "\n".join(lines) + "\n```"
+    text = "## Usage\n\n" + fenced("\n".join(lines), "python")
     if name.startswith("hf-hub:"):
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-        arguments = f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"'
-        text += f"\n\n`timm_hpm.hub.pull({arguments})` does the same, with a token where one is needed."
+        arguments = _literal(repo_id) + (f", revision={_literal(revision)}" if revision else "")
+        text += f"\n\n{_code(f'timm_hpm.hub.pull({arguments})')} does the same, with a token where one is needed."
     return text
+
+
+def _classes(cfg: Mapping[str, Any], report: AttackReport | None) -> str:
+    names = cfg.get("label_names") or (report.protocol.get("class_names") if report else None) or ()
+    shown = [f"{i} {escaped(name)}" for i, name in enumerate(names[:_MOST_CLASSES])]
+    if not shown:
+        return ""
+    rest = f", and {len(names) - len(shown)} more in `config.json`" if len(names) > len(shown) else ""
+    return f"## Classes\n\n{', '.join(shown)}{rest}"
 
 
 def _mode_sentence(head: HPMHead | None) -> str:
@@ -196,62 +211,64 @@ def _mode_sentence(head: HPMHead | None) -> str:
     return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."
 
 
-def _evaluation(name: str, report: AttackReport, register: bool) -> str:
-    measured, total = report.to_markdown().partition("\n## Protocol")[0], report.num_images
-    tables = measured.partition("\n\n")[2].strip()
-    parts = ["## Evaluation", *([] if register else [_command(name, report)]), tables]
+def _evaluation(name: str, report: AttackReport) -> str:
+    options = report.protocol.get("options")
+    there = {"model": name} if options is None else {
+        "model": name, "options": {option: options.get(option) for option in DATA_OPTIONS}}
+    command = evaluate_command(report.protocol | there)
+    parts = ["## Evaluation", fenced(shell_lines(command), "sh") if command else
+             "Measured from Python by `timm_hpm.mixed_surrogate_attack`: no command line repeats it.",
+             "\n".join(results(report))]
     if report.baseline:
-        robust, baseline = round(report.robust_accuracy * total), round(report.baseline["worst"] * total)
-        # Square on the true model is the twin of Square on one of the surrogates.
-        sets = sum("/" in row and not row.startswith(f"{TRUE_MODEL}/") for row in report.correct)
-        baseline_sets = len(report.baseline_correct) - 1
-        apart = abs(robust - baseline) / total > (report.robust_accuracy_se ** 2 + _variance(baseline, total)) ** 0.5
-        parts.append(_wrapped(
-            f"Of these {total} images the head classified {robust} correctly throughout, its own FC classifier "
-            f"{baseline}: {'a difference beyond' if apart else 'no difference beyond'} the standard error. The head "
-            f"faced {sets} sets of candidates, the FC classifier {baseline_sets}."))
-    parts += ["\n".join(["| protocol | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _protocol(report))]),
+        parts.append(_head_against_fc(report))
+    parts += ["\n".join(table(["protocol", ""], _protocol(report), numbers_from=2)),
               _wrapped("Another machine, or another number of threads, rounds otherwise, and an image near a boundary "
                        "may fall the other way.")]
     if report.flags:
         title = "Warnings, which make these numbers unreliable:" if report.unreliable else "Warnings of the attacks:"
-        parts.append(f"{title}\n\n" + "\n".join(f"- {flag.name}: {flag.text}" for flag in report.flags))
+        parts.append(f"{title}\n\n" + "\n".join(f"- {flag.name}: {escaped(flag.text)}" for flag in report.flags))
     return "\n\n".join(parts)
+
+
+def _head_against_fc(report: AttackReport) -> str:
+    row = paired("robust", report.verdicts.values(), report.baseline_correct.values())
+    low, high = row.difference_interval
+    apart = "a difference beyond" if low > 0 or high < 0 else "no difference beyond"
+    # Square on the true model is the twin of Square on one of the surrogates.
+    sets = sum("/" in name and not name.startswith(f"{TRUE_MODEL}/") for name in report.correct)
+    total = report.num_images
+    return _wrapped(
+        f"Of these {total} images the head classified {round(row.a * total)} correctly throughout, its own FC "
+        f"classifier {round(row.b * total)}: {apart} chance (Newcombe's paired 95 % interval of FC classifier minus "
+        f"head: {100 * low:+.1f} to {100 * high:+.1f} points). The head faced {sets} sets of candidates, the FC "
+        f"classifier {len(report.baseline_correct) - 1}.")
 
 
 def _protocol(report: AttackReport) -> list[tuple[str, str]]:
     protocol = report.protocol
     threat = ThreatModel.parse(protocol["threat"])
     if "dataset" in protocol:
-        images = f"the first {protocol['num_images']} of the split {protocol['split']} of {protocol['dataset']}"
+        images = (f"the first {protocol['num_images']} of the split {protocol.get('split', '(unnamed)')} of "
+                  f"{protocol['dataset']}")
     else:
         images = f"{protocol['num_images']}, chosen by the caller"
     attacks = ", ".join(f"{_ATTACKS.get(attack, attack)} {_budget(budget)}"
                         for attack, budget in protocol["attacks"].items())
-    versions = protocol["versions"]
-    return [
+    mix = "" if protocol["mix"] is None else f", mix {protocol['mix']}"
+    rows = [
         ("threat model", f"{threat.norm}, eps {threat.eps:g}, pixels in [0, 1]"),
         ("images", f"{images}, in batches of {protocol['batch_size']}"),
-        ("inference mode", f"`{protocol['inference']}`, mix {protocol['mix']}"),
-        ("surrogates", ", ".join(f"`{surrogate}`" for surrogate in protocol["surrogates"])),
+        ("inference mode", f"{protocol['inference']}{mix}"),
+        ("surrogates", ", ".join(protocol["surrogates"])),
         ("attacks", f"{attacks}, on each surrogate"),
         ("judge", "the true model, in its own mode, on whole batches; right only if right under every candidate"),
         ("seed", str(protocol["seed"])),
-        ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())
+        ("versions", ", ".join(f"{package} {version}" for package, version in protocol["versions"].items())
          + f", {protocol['device'].upper()}"),
     ]
-
-
-def _command(name: str, report: AttackReport) -> str:
-    protocol = report.protocol
-    words = [f"python evaluate.py --model {name}"]
-    for option, key in (("--dataset", "dataset"), ("--split", "split"), ("--threat", "threat"),
-                        ("--num-images", "num_images"), ("--batch-size", "batch_size"), ("--seed", "seed")):
-        if key in protocol:
-            words.append(f"{option} {protocol[key]}")
-    lines = textwrap.wrap(" ".join(words), 116, break_on_hyphens=False, initial_indent=4 * " ",
-                          subsequent_indent=8 * " ")
-    return " \\\n".join(lines)
+    if protocol.get("normalisation"):
+        rows.insert(2, ("normalisation", cell(protocol["normalisation"])))
+    return rows
 
 
 def _not_measured(cfg: Mapping[str, Any]) -> str:
@@ -263,15 +280,15 @@ def _not_measured(cfg: Mapping[str, Any]) -> str:
 def _origin(cfg: Mapping[str, Any]) -> str:
     lines = []
     if cfg.get("hf_hub_id"):
-        file = f", file `{cfg['hf_hub_filename']}`" if cfg.get("hf_hub_filename") else ""
-        lines.append(f"- weights: [{cfg['hf_hub_id']}](https://huggingface.co/{cfg['hf_hub_id']}){file}")
+        file = f", file {_code(cfg['hf_hub_filename'])}" if cfg.get("hf_hub_filename") else ""
+        lines.append(f"- weights: https://huggingface.co/{escaped(cfg['hf_hub_id'])}{file}")
     elif cfg.get("url"):
-        lines.append(f"- weights: {cfg['url']}")
+        lines.append(f"- weights: {escaped(cfg['url'])}")
     if cfg.get("origin_url"):
-        lines.append(f"- origin: {cfg['origin_url']}")
+        lines.append(f"- origin: {escaped(cfg['origin_url'])}")
     papers = cfg.get("paper_ids") or ()
     if papers:
-        lines.append("- papers: " + ", ".join([papers] if isinstance(papers, str) else papers))
+        lines.append("- papers: " + escaped(cell([papers] if isinstance(papers, str) else papers)))
     if cfg.get("mean") and cfg.get("std"):
         lines.append(f"- pixels in [0, 1] are normalised by mean {_numbers(cfg['mean'])} and std {_numbers(cfg['std'])}"
                      "; `PixelModel` does it")
@@ -330,16 +347,19 @@ def _wrapped(paragraph: str) -> str:
     return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def _variance(correct: int, total: int) -> float:
-    return correct / total * (1 - correct / total) / total
+def _literal(text: str) -> str:
+    """Returns a text as a literal of Python, on one line."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")  # no end of a block of code
+
+
+def _code(text: str) -> str:
+    """Returns a text as code, on one line; as plain text if it holds the mark of code."""
+    return escaped(text) if "`" in text else f"`{' '.join(text.split())}`"
 
 
 def _budget(budget: Mapping[str, Any]) -> str:
-    steps = f"{budget['iterations']:,}" if "iterations" in budget else ""
-    times = "".join(f"{value} × " for name, value in budget.items() if name in ("targets", "rounds")) + steps
-    rest = ", ".join(f"{name} {value}" for name, value in budget.items()
-                     if name not in ("iterations", "targets", "rounds"))
-    return " ".join(part for part in (times, rest) if part)
+    times = "".join(f"{budget[name]} × " for name in ("targets", "rounds") if name in budget)
+    return f"{times}{budget['iterations']:,}"
 
 
 def _count(number: int) -> str:
@@ -359,15 +379,25 @@ def _numbers(values: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the cards; returns the exit code."""
+    """Prints or writes the card of a tag; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m timm_hpm.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    folder = writable_folder(parser.parse_args(argv).folder)
-    for name, text in tag_cards(folder):
-        write_text(folder / f"{name}.md", text)
-        print(f"written: {folder / name}.md")
+    parser.add_argument("name", metavar="NAME", help="a tag of timm.list_pretrained('hpm_*')")
+    parser.add_argument("--folder", type=Path, default=Path("hub_cards"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(the terminal)")
+    args = parser.parse_args(argv)
+    print_or_write(folder_card(args.name, args.folder), args.output)
     return 0
+
+
+def print_or_write(text: str, path: Path | None) -> None:
+    """Prints a card, or writes it to a file; a character that the terminal lacks is printed as a question mark."""
+    if path is None:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), end="")
+    else:
+        write_text(path, text)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -13,24 +13,28 @@ _WIDTH: Final = 110
 
 
 def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
-    """Returns the words of the command that repeats an evaluation; none if a protocol lacks the model or the data set.
+    """Returns the words of the command that repeats an evaluation; none unless evaluate.py made it, or can.
 
     Arguments:
         protocol: a report's, or some of its entries: `model` (a name for timm.create_model), `dataset`, `split`,
             `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and `attacks`, `seed`,
-            `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`. Missing ones are
-            left to the defaults of evaluate.py.
+            `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`. evaluate.py writes
+            `options`; with neither that nor `model` and `dataset` there is no command. Other missing entries are left
+            to the defaults of evaluate.py.
     """
-    if "model" not in protocol or "dataset" not in protocol:
+    if not {"model", "dataset", "options"} <= protocol.keys():
         return []
-    opened = {name: value for name, value in (protocol.get("options") or {}).items() if value not in (None, False, {})}
-    if (protocol.get("options") or {}).get("pretrained") is False:
-        opened["no_pretrained"] = True
+    given = protocol["options"] or {}
+    opened = {name: given[name] for name in (*MODEL_OPTIONS, *DATA_OPTIONS) if given.get(name) not in (None, False, {})}
+    if given.get("pretrained") is False and "checkpoint" not in opened:
+        return []  # random weights
     options: dict[str, Any] = {"model": protocol["model"], "dataset": protocol["dataset"]} | opened
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
     if protocol.get("inference", "none") != "none":
         options["inference"] = protocol["inference"]
     options |= _attack_options(protocol)
+    if protocol.get("precision", "float32") != "float32":
+        return []  # evaluate.py has no option for it
     options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device") if name in protocol}
     return ["python", "evaluate.py", *(word for name, value in options.items() for word in _words(name, value))]
 

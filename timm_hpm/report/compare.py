@@ -123,17 +123,18 @@ def compare(a: "AttackReport", b: "AttackReport") -> Comparison:
     if a.protocol["data_digest"] != b.protocol["data_digest"]:
         raise ValueError("the reports are of different images or labels, which cannot be paired: "
                          f"{_images(a)} and {_images(b)}. Evaluate both on the same images in the same order")
-    rows = [_paired("clean", [a.correct["clean"]], [b.correct["clean"]]),
-            _paired("robust, worst case", a.verdicts.values(), b.verdicts.values())]
+    rows = [paired("clean", [a.correct["clean"]], [b.correct["clean"]]),
+            paired("robust, worst case", a.verdicts.values(), b.verdicts.values())]
     if a.baseline_correct and b.baseline_correct:
-        rows.append(_paired("FC classifier, worst case", a.baseline_correct.values(), b.baseline_correct.values()))
+        rows.append(paired("FC classifier, worst case", a.baseline_correct.values(), b.baseline_correct.values()))
     names = dict.fromkeys([*a.protocol, *b.protocol])
     differing = {name: (a.protocol.get(name), b.protocol.get(name)) for name in names
                  if a.protocol.get(name) != b.protocol.get(name)}
     return Comparison(rows, differing, [name for name, report in (("a", a), ("b", b)) if report.unreliable])
 
 
-def _paired(name: str, a: Collection[str], b: Collection[str]) -> PairedRow:
+def paired(name: str, a: Collection[str], b: Collection[str]) -> PairedRow:
+    """Returns the row of two sets of verdicts, `verdicts.right_in_all`, on the same images."""
     pairs = list(zip(right_in_all(a), right_in_all(b), strict=True))
     return PairedRow(name, len(pairs), worst_accuracy(a), worst_accuracy(b), pairs.count((True, False)),
                      pairs.count((False, True)))

@@ -113,7 +113,7 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
         groups["FC alone"] = {attack: _point(value, report) for attack, value in report.baseline.items()
                               if attack != "clean"}
     lines = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
-    attacks = list(dict.fromkeys(attack for row in report.by_surrogate.values() for attack in row))
+    attacks = list(dict.fromkeys(attack for group in groups.values() for attack in group))
     attacks.sort(key=lambda attack: attack == "worst")
     rows = [[surrogate, *(f"{100 * row[attack].y:.1f}" if attack in row else "" for attack in attacks)]
             for surrogate, row in groups.items()]

@@ -11,8 +11,8 @@ from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, INTERVAL, ROBUST, accuracies,
 if TYPE_CHECKING:
     from .schema import AttackReport
 
-# An underscore between letters begins no emphasis.
-_MARKUP: Final = re.compile(r"[&<>|`*\[\]\\~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+# A bracket makes a link by what follows it, and an underscore between letters begins no emphasis.
+_MARKUP: Final = re.compile(r"[&<>|`*\\~$]|\](?=[\[(:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escaped(value: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
+from .checks import check_report
 from .compare import Comparison, compare
 from .examples import Example
 from .flags import Flag
@@ -218,10 +219,10 @@ class AttackReport:
             version = data["schema_version"]
             if type(version) is int and version == SCHEMA_VERSION:
                 values = {name: data[name] for name in cls.__dataclass_fields__}
-                _check(values)
+                check_report(values, data)
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
                                        "examples": [Example(**example) for example in values["examples"]]})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
                              "expected the report.json that evaluate.py wrote") from error
         raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads {SCHEMA_VERSION}. "
@@ -247,45 +248,6 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
             "worst": worst_accuracy(row for rows in by_attack.values() for row in rows)}
         for surrogate, by_attack in table.items()
     }
-
-
-def _check(values: dict[str, Any]) -> None:
-    """Raises a ValueError that names the first field, of those read from a file, that no report has in that form."""
-    for name in ("protocol", "correct", "baseline_correct", "cost"):
-        _expect(isinstance(values[name], dict), name, values[name], "an object")
-    protocol, correct, baseline = values["protocol"], values["correct"], values["baseline_correct"]
-    _expect("architecture" in protocol, "protocol", protocol, "one with the model's architecture")
-    _expect("clean" in correct, "correct", list(correct), "the row clean among its rows")
-    _expect("clean" in baseline or not baseline, "baseline_correct", list(baseline), "the row clean among its rows")
-    assembled = {"assembled": values["assembled"]} if values["assembled"] != "" else {}
-    for name, row in [*correct.items(), *baseline.items(), *assembled.items()]:
-        _expect(isinstance(row, str) and 0 < len(row) == len(correct["clean"]) and set(row) <= {"0", "1"},
-                f"the row {name} ({len(str(row))} characters)", row, "a text with a 0 or 1 for each image")
-    for name, row in values["cost"].items():
-        _expect(_has_numbers(row, "seconds", "forward_passes", "backward_passes"), f"the cost of {name}", row,
-                "seconds, forward_passes and backward_passes")
-    if assembled:
-        size = protocol.get("batch_size")
-        _expect(type(size) is int and size > 0, "the protocol's batch_size", size, "a whole number above 0")
-    _expect(isinstance(values["examples"], list), "examples", values["examples"], "an array")
-    for example in values["examples"]:
-        _expect(_has_numbers(example, "image", "label", "predicted", "amplification") and all(
-            isinstance(example.get(name), str) for name in ("found_by", "clean", "perturbation", "adversarial")),
-            "an example", example, "one with the fields that docs/report.md lists")
-    _expect(isinstance(values["co_batch"], list), "co_batch", values["co_batch"], "an array")
-    for row in values["co_batch"]:
-        _expect(_has_numbers(row, "batch_size", "mix", "targets", "flipped") and "neighbours" in row
-                and row["targets"] > 0, "a row of co_batch", row,
-                "batch_size, mix, neighbours, targets above 0 and flipped")
-
-
-def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r:.60}, expected {expected}")
-
-
-def _has_numbers(row: Any, *names: str) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:

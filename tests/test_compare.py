@@ -111,7 +111,7 @@ def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
     b.save(tmp_path / "b.json")
     assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert a.compare(b).to_markdown() in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
     with pytest.raises(ValueError, match=r"unknown field 'author' .*expected some of link, name"):
         evaluate.main(["--robustbench-json", str(tmp_path / "info.json"), "--robustbench-info", "author=me"])

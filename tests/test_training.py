@@ -21,6 +21,8 @@ from torch import nn
 import timm_hpm
 from timm_hpm import ThreatModel, find_head
 from timm_hpm.attacks.pgd import pgd
+from timm_hpm.attacks.progress import sealed, unsealed
+from timm_hpm.files import remove_unfinished
 from timm_hpm.head import head_name
 from timm_hpm.training import TrainConfig, train
 from timm_hpm.training.config import read_yaml
@@ -282,7 +284,8 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
         shutil.copy(tmp_path / "whole" / "args.yaml", part)
         (part / "checkpoints").mkdir()
         shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
-        (part / "checkpoints" / ".epoch-00099.tmp").mkdir()  # what a killed process leaves
+        (part / "checkpoints" / ".epoch-00099-batch-00000000.99.tmp").mkdir()  # what a killed process leaves
+        (part / ".best.99.tmp").mkdir()
         AcceleratorState._reset_state(reset_partial_state=True)
         train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
@@ -292,7 +295,87 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
             assert torch.equal(tensor, resumed.average[name]), (index, name)
         assert whole.progress == resumed.progress
         assert (part / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
-        assert not list((part / "checkpoints").glob(".*"))
+        assert (part / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+        assert not [*(part / "checkpoints").glob(".*"), *part.glob(".*")]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder, epochs=1, batch_size=500)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage"), [("model.safetensors", "removed"), ("model.safetensors", "flipped"),
+                                              ("config.json", "cut"), ("config.json", "another run's")])
+def test_the_files_of_the_best_epoch_are_written_again(name, damage, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    file = tmp_path / "run" / name
+    data = file.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    file.write_bytes({"removed": b"", "cut": data[:-9], "flipped": flipped, "another run's": b"{}"}[damage])
+    if damage == "removed":
+        file.unlink()
+    train(dataclasses.replace(TINY, epochs=1, batch_size=500), tmp_path / "run", resume=True, log=lambda line: None)
+    assert file.read_bytes() == data
+
+
+def change_state(path: Path, change) -> None:
+    """Changes the record in a state.json and seals it again, as a stranger could."""
+    record = unsealed(path.read_text())
+    path.write_text(sealed(change(record) or record))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda state: [1], r"state.json: it is \[1\]; expected digests, progress and config"),
+    (lambda state: {"digests": {}}, "it is"),
+    (lambda state: state.update(config=[]), "config is"),
+    (lambda state: state.update(digests=3), "digests is 3"),
+    (lambda state: state.update(progress="x"), "progress is 'x'"),
+    (lambda state: state["progress"].update(epoch=True), "epoch is True; expected a whole number"),
+    (lambda state: state["progress"].update(batches=-1), "batches is -1"),
+    (lambda state: state["progress"].update(updates="1"), "updates is '1'"),
+    (lambda state: state["progress"].update(processes=None), "processes is None"),
+    (lambda state: state["progress"].update(loss=1e999), "loss is inf; expected a finite number"),
+    (lambda state: state["progress"].update(rows={}), "rows is"),
+    (lambda state: state["progress"].update(rows=[{}], epoch=1), "row 0 is"),
+    (lambda state: state["progress"].update(best={"val_robust": 1.0}), "best is"),
+])
+def test_a_state_that_no_run_writes_is_named(change, named, tmp_path):
+    change_state(write_checkpoint(tmp_path, checkpoint(1), keep=2) / "state.json", change)
+    with pytest.warns(DamagedCheckpointWarning, match=named):
+        assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '{"record": 1}', "[" * 100_000, "9" * 5000, "\0"])
+def test_a_state_that_is_not_as_it_was_written_is_named(text, tmp_path):
+    path = write_checkpoint(tmp_path, checkpoint(1), keep=2) / "state.json"
+    for damaged in (text, path.read_text().replace('"updates": 1', '"updates": 7')):
+        path.write_text(damaged)
+        with pytest.warns(DamagedCheckpointWarning, match="batch-00000001 is damaged"):
+            assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_user_s_files_among_the_checkpoints_stay(tmp_path):
+    names = ["epoch-00000-batch-00000001-backup", "epoch-best", "epoch-00009-batch-00000000.old", "epoch-1-batch-2",
+             "epoch-backup.tar", "epoch-00009-batch-00000009.tar", ".notes.tmp", ".epoch-backup.tmp"]
+    for name in names[:4]:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for name in names[4:]:
+        (tmp_path / "checkpoints" / name).touch()
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "kept").touch()
+    (tmp_path / "checkpoints" / ".link.9.tmp").symlink_to(tmp_path / "away")
+    for number in range(3):
+        write_checkpoint(tmp_path / "checkpoints", checkpoint(number), keep=1)
+    remove_unfinished(tmp_path / "checkpoints")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {*names, "epoch-00000-batch-00000002"}
+    assert (tmp_path / "away" / "kept").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_checkpoint(tmp_path / "checkpoints").progress["updates"] == 2
 
 
 def test_the_log_names_no_rate_if_nothing_was_left_to_train_on(tmp_path):
@@ -308,7 +391,8 @@ def test_the_log_names_no_rate_if_nothing_was_left_to_train_on(tmp_path):
 
 def checkpoint(updates: int) -> Checkpoint:
     return Checkpoint({"w": torch.full((2,), float(updates))}, None, {"optimizer": {"lr": 0.1}, "t": torch.ones(1)},
-                      {"updates": updates, "epoch": 0, "batches": updates}, TINY.to_dict())
+                      {"updates": updates, "epoch": 0, "batches": updates, "processes": 1, "loss": 0.5, "rows": [],
+                       "best": {}}, TINY.to_dict())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no json"])
@@ -344,14 +428,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     import hashlib
-    import json
 
     path = write_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=2)
     trap = tmp_path / "ran"
     (path / "optimizer.pt").write_bytes(f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode())
-    state = json.loads((path / "state.json").read_text())
-    state["digests"]["optimizer.pt"] = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state))
+    digest = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
+    change_state(path / "state.json", lambda state: state["digests"].update({"optimizer.pt": digest}))
     with pytest.warns(DamagedCheckpointWarning):
         assert newest_checkpoint(tmp_path / "checkpoints") is None
     assert not trap.exists()
@@ -504,7 +586,7 @@ def test_crops_and_a_late_fit_resume_exactly(tmp_path):
 def test_a_run_of_other_processes_is_not_resumed(tmp_path):
     run(tmp_path, epochs=1, batch_size=500)
     path = max((tmp_path / "checkpoints").iterdir()) / "state.json"
-    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    change_state(path, lambda state: state["progress"].update(processes=2))
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
         train(dataclasses.replace(TINY, epochs=1, batch_size=500), tmp_path, resume=True)

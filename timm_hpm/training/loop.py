@@ -436,21 +436,26 @@ class Run:
         if checkpoint is None:
             return
         own = self.config.to_dict()
-        if any(checkpoint.config[name] != own[name] for name in own if name not in FREE):
+        if any(checkpoint.config.get(name) != own[name] for name in own if name not in FREE):
             raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} is of another run than "
                              "args.yaml beside it; take one of them away")
         processes = checkpoint.progress.pop("processes")
         if processes != num_processes():
             raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
                              f"launch {processes}, or the batch and the schedule would be others")
-        self.model.load_state_dict(checkpoint.model)
-        if self.ema is not None and checkpoint.average is not None:
-            self.ema.module.load_state_dict(checkpoint.average)
-        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        self.schedule.load_state_dict(checkpoint.optimizer["schedule"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-        self.progress = _Progress(**checkpoint.progress)
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            if self.ema is not None and checkpoint.average is not None:
+                self.ema.module.load_state_dict(checkpoint.average)
+            self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+            self.schedule.load_state_dict(checkpoint.optimizer["schedule"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+            self.progress = _Progress(**checkpoint.progress)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} does not fit this run "
+                             f"({error}); remove it if another version wrote it, or start another run") from error
+        self.folder.restore_best(checkpoint)
 
     def _check_weights(self) -> None:
         """Raises a FloatingPointError where an update has left a weight that is not finite."""

@@ -1,9 +1,10 @@
 """Checkpoints of a training run: folders that appear whole, each with all that a run needs to go on from it."""
 
 import hashlib
-import json
+import math
 import os
 import pickle
+import re
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -15,10 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..attacks.progress import sealed, unsealed
+from ..files import remove, writing
+
 _STATE: Final = "state.json"
 _MODEL: Final = "model.safetensors"
 _AVERAGE: Final = "average.safetensors"
 _OPTIMIZER: Final = "optimizer.pt"
+BEST: Final = "best"
+_NAME: Final = re.compile(r"epoch-\d{5,}-batch-\d{8,}")
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -39,6 +45,7 @@ class Checkpoint:
             `"batches"` are done.
         config: the options of the run.
         metadata: what the weights' files say of themselves, as `weights_metadata` returns it.
+        best: the folder of the best epoch's files, which the checkpoint holds, too; None if there is no such epoch yet.
     """
 
     model: dict[str, Tensor]
@@ -47,6 +54,7 @@ class Checkpoint:
     progress: dict[str, Any]
     config: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
+    best: Path | None = None
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -56,26 +64,42 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(exist_ok=True)
     target = folder / f"epoch-{checkpoint.progress['epoch']:05d}-batch-{checkpoint.progress['batches']:08d}"
-    temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(checkpoint.model, temporary / _MODEL, checkpoint.metadata)
-    if checkpoint.average is not None:
-        save_file(checkpoint.average, temporary / _AVERAGE, checkpoint.metadata)
-    torch.save(checkpoint.optimizer, temporary / _OPTIMIZER)
-    digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-    state = {"digests": digests, "progress": checkpoint.progress, "config": checkpoint.config}
-    (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # the rename may reach the disk before the contents do
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one: no run writes the same state twice
-    os.replace(temporary, target)
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        with writing(temporary):
+            _write(temporary, checkpoint)
+        remove(target)  # a damaged one: no run writes the same state twice
+        os.replace(temporary, target)
+    finally:
+        remove(temporary)
     all_of_them = _newest_first(folder)
     mine = all_of_them.index(target)
     for other in all_of_them[:mine] + all_of_them[mine + keep:]:
-        shutil.rmtree(other)
+        remove(other)
     return target
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(checkpoint.model, folder / _MODEL, checkpoint.metadata)
+    if checkpoint.average is not None:
+        save_file(checkpoint.average, folder / _AVERAGE, checkpoint.metadata)
+    try:
+        torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
+    except RuntimeError as error:
+        raise OSError(f"cannot write {folder / _OPTIMIZER}: {error}. Is its disk full, or a limit reached (ulimit -f)?"
+                      ) from error
+    if checkpoint.best is not None:
+        (folder / BEST).mkdir()
+        for path in checkpoint.best.iterdir():
+            shutil.copyfile(path, folder / BEST / path.name)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    state = {"digests": digests, "progress": checkpoint.progress, "config": checkpoint.config}
+    (folder / _STATE).write_text(sealed(state), encoding="utf-8")
+    for path in (*files, folder / _STATE):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # the rename may reach the disk before the contents do
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -86,7 +110,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in _newest_first(folder):
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError,
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, SafetensorError,
                 pickle.UnpicklingError) as error:
             warnings.warn(f"the checkpoint {path} is damaged ({error}); going on from the one before it, or from the "
                           "start where there is none", DamagedCheckpointWarning, stacklevel=2)
@@ -94,17 +118,51 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    state = unsealed((path / _STATE).read_text(encoding="utf-8"))
+    _check_state(state)
     for name, digest in state["digests"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} is not as it was written")
     average = load_file(path / _AVERAGE) if _AVERAGE in state["digests"] else None
     optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
-    return Checkpoint(load_file(path / _MODEL), average, optimizer, state["progress"], state["config"])
+    best = path / BEST if state["progress"]["best"] else None
+    return Checkpoint(load_file(path / _MODEL), average, optimizer, state["progress"], state["config"], best=best)
+
+
+def _check_state(state: Any) -> None:
+    """Raises a ValueError that names the first entry of a state which no run writes."""
+    def expect(right: bool, name: str, value: Any, expected: str) -> None:
+        if not right:
+            raise ValueError(f"{_STATE}: {name} is {value!r:.100}; expected {expected}")
+
+    expect(isinstance(state, dict) and state.keys() == {"digests", "progress", "config"}, "it", state,
+           "digests, progress and config")
+    digests, progress, config = state["digests"], state["progress"], state["config"]
+    expect(isinstance(config, dict), "config", config, "the options of a run")
+    expect(isinstance(digests, dict) and {_MODEL, _OPTIMIZER} <= digests.keys(), "digests", digests,
+           f"those of {_MODEL}, {_OPTIMIZER}, ...")
+    expect(isinstance(progress, dict), "progress", progress, "where the run stands")
+    for name in ("epoch", "batches", "updates", "processes"):
+        value = progress.get(name)
+        expect(type(value) is int and value >= 0, name, value, "a whole number from 0")
+    expect(_is_number(progress.get("loss")), "loss", progress.get("loss"), "a finite number")
+    rows, best = progress.get("rows"), progress.get("best")
+    expect(isinstance(rows, list) and len(rows) == progress["epoch"], "rows", rows, f"{progress['epoch']} rows")
+    for number, row in enumerate(rows):
+        expect(isinstance(row, dict) and row.keys() == rows[0].keys() >= {"val_clean", "val_robust"}
+               and row.get("epoch") == number and all(map(_is_number, row.values())), f"row {number}", row,
+               "the finite numbers of that epoch")
+    expect(best == {} or best in rows, "best", best, "{} or one of the rows")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*"), reverse=True)
+    """Returns the folders in `folder` that are named as `write_checkpoint` names them."""
+    found = [path for path in folder.glob("epoch-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: [int(part) for part in path.name.split("-")[1::2]], reverse=True)
 
 
 def _digest(path: Path) -> str:

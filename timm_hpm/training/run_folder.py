@@ -1,6 +1,7 @@
 """The folder of a training run: which run it holds, and what is written into it, each file whole or not at all."""
 
 import csv
+import filecmp
 import io
 import os
 import shutil
@@ -9,10 +10,10 @@ from typing import Any, Final
 
 import yaml
 
-from ..files import replacing, write_text
+from ..files import remove, remove_unfinished, replacing, write_text, writing
 from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
 from .config import FREE, TrainConfig, read_yaml
-from .recovery import Checkpoint, newest_checkpoint, write_checkpoint
+from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
 
 OPTIONS: Final = "args.yaml"
 
@@ -34,6 +35,8 @@ class RunFolder:
         self.path = path
         self.config = config
         self.is_main = is_main
+        # Where the files of the best epoch are: in a checkpoint, or made for the next one.
+        self._best: Path | None = None
         if resume:
             saved, given = saved_options(path).to_dict(), config.to_dict()
             different = [f"{name} ({saved[name]!r} there, {given[name]!r} given)" for name in given
@@ -48,22 +51,38 @@ class RunFolder:
         """Writes the options, and removes what an interrupted process left half-written."""
         if not self.is_main:
             return
-        for left in (*self.path.glob(".*.tmp"), *(self.path / "checkpoints").glob(".*.tmp")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_unfinished(folder)
         write_text(self.path / OPTIONS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
 
     def write_best(self, model: Any, row: dict[str, Any]) -> None:
-        """Writes the model of the best epoch so far, whose row of metrics is `row`, as timm's `local-dir:` reads it."""
-        temporary = self.path / ".best.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        training = {"options": self.config.to_dict(), "kept": row}
-        write_model(model, temporary, training=training, **self._model_args(model))
+        """Makes the files of the best epoch so far, whose row of metrics is `row`, as timm's `local-dir:` reads them.
+
+        The next checkpoint holds them, and only then they appear in the run's folder: whatever stops a run, they can
+        be checked against the checkpoint that it resumes from, and written again.
+        """
+        self._best = self.path / f".best.{os.getpid()}.tmp"
+        remove(self._best)
+        self._best.mkdir()
+        with writing(self._best):
+            write_model(model, self._best, training={"options": self.config.to_dict(), "kept": row},
+                        **self._model_args(model))
+
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """Writes the files of the best epoch again if they are not as the checkpoint has them."""
+        self._best = checkpoint.best
+        if self.is_main:
+            self._publish_best()
+
+    def _publish_best(self) -> None:
+        if self._best is None:
+            return
         # The weights first: they hold their config, which goes before the file's.
         for name in (WEIGHTS, CONFIG):
-            with replacing(self.path / name) as target:
-                os.replace(temporary / name, target)
-        temporary.rmdir()
+            file, kept = self.path / name, self._best / name
+            if not file.is_file() or not filecmp.cmp(file, kept, shallow=False):
+                with replacing(file) as target:
+                    shutil.copyfile(kept, target)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Writes `metrics.csv`, and `curve.png` where matplotlib is installed."""
@@ -86,8 +105,14 @@ class RunFolder:
         return args
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint below `checkpoints/`."""
-        write_checkpoint(self.path / "checkpoints", checkpoint, self.config.checkpoint_hist)
+        """Writes a checkpoint below `checkpoints/`, and then the files of a best epoch that is new."""
+        staged = checkpoint.best = self._best
+        path = write_checkpoint(self.path / "checkpoints", checkpoint, self.config.checkpoint_hist)
+        if staged is not None:
+            self._best = path / BEST
+            if staged.parent == self.path:
+                self._publish_best()
+                remove(staged)
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """Returns the newest undamaged checkpoint; None where there is none."""

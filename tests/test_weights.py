@@ -16,6 +16,8 @@ import timm_hpm
 from timm_hpm import CheckpointError, DroppedClassifierWarning, NormalisationWarning, add_hpm_head, find_head, hub
 from timm_hpm.models.create import create_model
 from timm_hpm.models.saving import saved_config
+from timm_hpm.training.config import TrainConfig
+from timm_hpm.training.setup import create_trainable
 
 # A native network, and one of timm's with a convolution as its stem.
 NAMES = ["hpm_wrn10_2.untrained", f"{timm_hpm.register_hpm('test_resnet')}.untrained"]
@@ -276,3 +278,18 @@ def test_a_quantised_module_is_measured():
         quantised, images, labels, timm_hpm.ThreatModel("Linf", 0.1), batch_size=4, attacks=["square"],
         budgets={"square": timm_hpm.attacks.Budget(2)}, progress=False)
     assert len(report.protocol["weights_digest"]) == 16
+
+
+@pytest.mark.parametrize("named", ["model.safetensors", "renamed.safetensors"])
+def test_training_starts_with_the_normalisation_of_its_checkpoint(saved, named, tmp_path):
+    path = shutil.copy(saved[0] / "model.safetensors", tmp_path / named)
+    options = {"model": "hpm_wrn10_2.untrained", "initial_checkpoint": str(path), "num_classes": 7}
+    cfg = create_trainable(TrainConfig(**options)).pretrained_cfg
+    assert cfg["mean"] == (0.1, 0.2, 0.3) and cfg["std"] == (0.5, 0.6, 0.7)
+    assert create_trainable(TrainConfig(**options, mean=(0.5,) * 3)).pretrained_cfg["mean"] == (0.5,) * 3
+    save_file(load_file(path), tmp_path / "bare.safetensors")
+    options["initial_checkpoint"] = str(tmp_path / "bare.safetensors")
+    options["model"] += "_deepmind"
+    with pytest.warns(NormalisationWarning):
+        model = create_trainable(TrainConfig(**options))
+    assert find_head(model).is_fitted() and torch.equal(model.fc.weight, saved[1].fc.weight)

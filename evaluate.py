@@ -32,7 +32,7 @@ from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.data import DATASETS, SPLITS, first_images
-from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
+from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, use_any_console, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
 from timm_hpm.report.command import DATA_OPTIONS, MODEL_OPTIONS, shell_line
@@ -144,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
+    use_any_console()
     args = parse_args(argv)
     if args.compare:
         first, second = (timm_hpm.AttackReport.load(report_file(path)) for path in args.compare)

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import PartialState
 
 import timm_hpm  # noqa: F401  (registers the models)
-from timm_hpm.files import default_folder
+from timm_hpm.files import default_folder, use_any_console
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.config import add_arguments, read_yaml
 from timm_hpm.training.run_folder import saved_options
@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the training; returns the exit code."""
+    use_any_console()
     given = parse_args(argv)
     file, output, resume = (given.pop(name) for name in ("config", "output", "resume"))
     options = (read_yaml(file) if file else {}) | given

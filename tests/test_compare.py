@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -111,6 +112,11 @@ def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
     b.save(tmp_path / "b.json")
     assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert a.compare(b).to_markdown() in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue().decode("cp1252")
+    assert "| b ? a (interval) |" in printed and "McNemar" in printed
     with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
     with pytest.raises(ValueError, match=r"unknown field 'author' .*expected some of link, name"):

@@ -18,7 +18,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
-from .files import write_text
+from .files import use_any_console, write_text
 from .head import HPMHead, find_head
 from .report import TRUE_MODEL, AttackReport
 from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
@@ -380,6 +380,7 @@ def _numbers(values: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints or writes the card of a tag; returns the exit code."""
+    use_any_console()
     parser = argparse.ArgumentParser(
         prog="python -m timm_hpm.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="a tag of timm.list_pretrained('hpm_*')")
@@ -391,10 +392,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_or_write(text: str, path: Path | None) -> None:
-    """Prints a card, or writes it to a file; a character that the terminal lacks is printed as a question mark."""
+    """Prints a card, or writes it to a file."""
     if path is None:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding), end="")
+        print(text, end="")
     else:
         write_text(path, text)
         print(f"written: {path}")

@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the console."""
 
+import io
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -186,6 +188,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` to `path`, whole or not at all; bytes of a file's name that are no UTF-8 as `\\udc..`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def use_any_console() -> None:
+    """Lets the standard streams show a question mark for a character that their encoding lacks, as cp1252 the "−"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:

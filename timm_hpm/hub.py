@@ -27,7 +27,7 @@ from torch import nn
 
 from . import __version__, cards
 from .checkpoints import CheckpointError
-from .files import replacing, writable_folder, write_text
+from .files import replacing, use_any_console, writable_folder, write_text
 from .head import HPMHead, find_head
 from .models.create import create_model
 from .models.hpm_timm import register_saved
@@ -172,7 +172,7 @@ def save(
                 config["pretrained_cfg"] | {"architecture": config["architecture"]},
                 head=head, parameters=sum(p.numel() for p in model.parameters()), report=report, license=license,
                 base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import())
-            (built / CARD).write_text(card, encoding="utf-8")
+            write_text(built / CARD, card)
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
@@ -437,6 +437,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one of the commands; returns the exit code."""
+    use_any_console()
     args = parse_args(argv)
     if args.command == "pull":
         return _main_pull(args)
@@ -447,12 +448,7 @@ def main(argv: list[str] | None = None) -> int:
                    create_pr=args.create_pr, commit_message=args.message, **shared)
         print(f"pushed: {url}")
         return 0
-    text = _card(args, shared)
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_text(args.output, text)
-        print(f"written: {args.output}")
+    cards.print_or_write(_card(args, shared), args.output)
     return 0
 
 

@@ -118,9 +118,8 @@ def rgba_of(mode: str) -> Image.Image:
     return Image.fromarray(RGBA).convert(mode)
 
 
-def palette(file: Path) -> None:
-    image = Image.fromarray(RGBA[..., :3]).quantize(8)
-    image.save(file, transparency=3)
+def palette(file: Path, transparency: int | bytes = 3) -> None:
+    Image.fromarray(RGBA[..., :3]).quantize(8).save(file, transparency=transparency)
 
 
 @pytest.mark.parametrize(("name", "write"), [
@@ -131,6 +130,7 @@ def palette(file: Path) -> None:
     ("a.tga", lambda file: rgba_of("LA").save(file)),
     ("a.png", palette),
     ("a.gif", palette),
+    ("a.png", lambda file: palette(file, bytes(range(0, 256, 32)))),
     ("a.png", lambda file: rgba_of("L").save(file, transparency=int(np.asarray(rgba_of("L"))[2, 3]))),
     ("a.png", lambda file: rgba_of("RGB").save(file, transparency=tuple(RGBA[2, 3, :3].tolist()))),
     ("a.png", lambda file: rgba_of("1").save(file, transparency=0)),
@@ -204,6 +204,13 @@ def test_a_class_folder_without_images_is_named_and_files_that_are_passed_over_a
     empty, others = (str(warning.message) for warning in caught)
     assert f"{tmp_path} has no image in 2 of its 3 class folders: 'a', 'b'" in empty
     assert f"{tmp_path}: 6 files were passed over" in others and "2 .txt" in others and "1 .eps" in others
+
+
+def test_a_program_for_ghostscript_is_no_image_whatever_its_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png", format="EPS")
+    with pytest.raises(ValueError, match=r"cannot read the image .*0\.png: cannot identify image file"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [63, 31])  # Pillow warns from its limit on, and refuses from twice of it on

@@ -50,7 +50,7 @@ class EncodedImages:
         file, name = self._open_file(index)
         with file:
             try:
-                opened = Image.open(file)
+                opened = Image.open(file, formats=_formats())
                 opened.load()
                 image: Image.Image = opened
                 if image.mode.startswith(("I", "F")):
@@ -78,8 +78,8 @@ def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:
     tags: Any = getattr(image, "tag_v2", {})
     # Of TIFF: 16 bits, unsigned, and black is 0.
     plain = (tags.get(258), tags.get(339, (1,)), tags.get(262)) == ((16,), (1,), 1)
-    # A PGM of 16 bits has the mode I, and its values are scaled by Pillow.
-    known = image.format == "PPM" if image.mode == "I" else image.mode.startswith("I;16") and (
+    # A PGM of 16 bits has the mode I, and so has a PNG in older versions of Pillow.
+    known = image.format in ("PPM", "PNG") if image.mode == "I" else image.mode.startswith("I;16") and (
         image.format in ("PNG", "JPEG2000") or (image.format == "TIFF" and plain))
     if not known:
         raise ValueError(f"it has the mode {image.mode} ({image.format}), whose range of values is not known; expected "
@@ -123,7 +123,7 @@ def image_folder(folder: Path) -> ImageFolder:
     if not found:
         raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it"
                          + _passed_over(others))
-    empty = [name for number, name in enumerate(classes) if number not in set(labels)]
+    empty = [classes[number] for number in sorted(set(range(len(classes))) - set(labels))]
     if empty:
         warnings.warn(f"{folder} has no image in {len(empty)} of its {len(classes)} class folders: {_some(empty)}. "
                       "They count as classes", stacklevel=2)
@@ -145,9 +145,14 @@ def _some(things: Iterable[Any]) -> str:
 
 
 @cache
-def _suffixes() -> frozenset[str]:
-    """Returns the suffixes of files that Pillow reads by itself, in lower case."""
+def _formats() -> tuple[str, ...]:
+    """Returns the formats that Pillow reads by itself."""
     Image.init()
-    readable = {name for name, (factory, _) in Image.OPEN.items() if name not in _UNREADABLE
-                and not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))}
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in readable)
+    return tuple(name for name in Image.ID if name not in _UNREADABLE and not (
+        isinstance(factory := Image.OPEN[name][0], type) and issubclass(factory, ImageFile.StubImageFile)))
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Returns the suffixes of `_formats`, in lower case."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())

@@ -675,6 +675,8 @@ def test_infinite_logits_are_an_error(digits):
     ({"co_batch": 10}, r"the batch sizes 10; expected a list"),
     ({"co_batch": [2.5]}, r"a batch size is 2.5, of the type float"),
     ({"co_batch": [10], "co_batch_mixes": [None]}, r"a mix is None"),
+    ({"resume": 5}, r"resume is 5, of the type int; expected a path"),
+    ({"accelerator": 2}, r"accelerator is 2, of the type int; expected an Accelerator"),
     ({"about": 5}, r"about is a int; expected a dictionary"),
     ({"about": {"x": {1}}}, r"about\['x'\] cannot be written as JSON"),
     ({"about": {"x": torch.zeros(1)}}, r"about\['x'\] cannot be written as JSON"),
@@ -695,9 +697,14 @@ def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, me
         mixed_surrogate_attack(digits_model, **arguments)
 
 
-def made_in_inference_mode() -> nn.Module:
+def made_in_inference_mode(head: type = nn.Linear) -> nn.Module:
     with torch.inference_mode():
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+        return nn.Sequential(nn.Flatten(), head(64, 10)).eval()
+
+
+def test_prototypes_of_a_head_made_in_inference_mode_are_refused(digits):
+    with pytest.raises(ValueError, match=r"1.weight was made inside torch.inference_mode\(\)"):
+        timm_hpm.fit_prototypes(made_in_inference_mode(HPMHead), [digits])
 
 
 @pytest.mark.parametrize(("model", "message"), [
@@ -710,7 +717,9 @@ def made_in_inference_mode() -> nn.Module:
 ], ids=["lambda", "function", "class", "None", "inference", "meta"])
 def test_what_is_no_model_to_attack_is_refused(digits, model, message):
     calls = [lambda: mixed_surrogate_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        calls += [lambda: timm_hpm.pgd(model, *digits, THREAT)]
+    else:
         calls += [lambda: timm_hpm.find_head(model), lambda: timm_hpm.add_hpm_head(model),
                   lambda: timm_hpm.PixelModel(model), lambda: timm_hpm.fit_prototypes(model, [digits])]
     for call in calls:

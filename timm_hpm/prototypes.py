@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks.pgd import pgd
-from .data import as_pixel_model, ask, check_pixels
+from .data import as_pixel_model, ask, check_pixels, check_weights
 from .head import HPMHead, find_head, inference_mode
 from .threat import ThreatModel
 
@@ -61,6 +61,7 @@ def fit_prototypes(
         ValueError: no HPM head, bad images or labels, features that are not finite, or a class without an image.
             The head is then as before.
     """
+    check_weights(model)
     head = find_head(model)
     threat = None if threat is None else ThreatModel.of(threat)
     modes = [(module, module.training) for module in model.modules()]

@@ -123,13 +123,19 @@ def mixed_surrogate_attack(
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
+    batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
+    surrogates_at_once = checked_integer("surrogates_at_once", surrogates_at_once, 1)
+    threat, about = ThreatModel.of(threat), _in_json({} if about is None else about)
+    chosen = find_protocol(protocol)
+    for name, value, kind in (("save_adversarial", save_adversarial, str | os.PathLike),
+                              ("resume", resume, str | os.PathLike), ("finished", finished, str | os.PathLike),
+                              ("accelerator", accelerator, Accelerator)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected "
+                             f"{'an Accelerator' if kind is Accelerator else 'a path'} or None")
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if save_adversarial is not None and processes > 1 and resume is None:
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
-    batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
-    surrogates_at_once = checked_integer("surrogates_at_once", surrogates_at_once, 1)
-    threat, about = ThreatModel.of(threat), _in_json(about or {})
-    chosen = find_protocol(protocol)
     check_answers_alike(model)
     images = check_pixels(images, labels)
     if co_batch or co_batch_mixes is not None:

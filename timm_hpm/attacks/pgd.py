@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data import ask, checked_integer
+from ..data import ask, check_weights, checked_integer
 from ..threat import ThreatModel
 
 
@@ -39,6 +39,8 @@ def pgd(
     Source: Madry et al., arXiv 1706.06083; Wong et al., arXiv 2001.03994 for the single step.
     """
     checked_integer("steps", steps, 1)
+    if isinstance(logits_fn, nn.Module):
+        check_weights(logits_fn)
     threat, labels = ThreatModel.of(threat), labels.long()
     size = min(2.5 / steps, 1.25) * threat.eps if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss

@@ -129,12 +129,8 @@ def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         raise
 
 
-def check_answers_alike(model: nn.Module) -> None:
-    """Raises a ValueError unless `model` is a module that can be judged and attacked.
-
-    Every part is in eval mode, as a judge must not change what it judges, and its parameters hold values that gradients
-    can pass through.
-    """
+def check_weights(model: nn.Module) -> None:
+    """Raises a ValueError unless `model` is a module with weights that hold values and let gradients through."""
     check_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -143,6 +139,11 @@ def check_answers_alike(model: nn.Module) -> None:
         if tensor.is_inference():
             raise ValueError(f"{name} was made inside torch.inference_mode(), and no gradient can pass through it; "
                              "make the model outside")
+
+
+def check_answers_alike(model: nn.Module) -> None:
+    """Raises a ValueError unless `model` passes `check_weights` and is in eval mode, as a judge must not change it."""
+    check_weights(model)
     in_training = [name for name, module in model.named_modules() if module.training]
     if in_training:
         raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), where its answers change "

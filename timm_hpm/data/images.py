@@ -115,7 +115,7 @@ def image_folder(folder: Path) -> ImageFolder:
     for number, name in enumerate(classes):
         for root, _, names in sorted(os.walk(folder / name, followlinks=True)):
             for path in (os.path.join(root, name) for name in sorted(names)):
-                if Path(path).suffix.lower() in suffixes:
+                if os.path.splitext(path)[1].lower() in suffixes:
                     found.append(path)
                     labels.append(number)
                 else:

@@ -377,6 +377,9 @@ def weights_of(model: Any, args: argparse.Namespace) -> str:
         return args.checkpoint
     if args.pretrained is False:
         return "random"
+    overlay = args.model_kwargs.get("pretrained_cfg_overlay") or {}
+    if own := next((overlay[name] for name in ("file", "url", "hf_hub_id") if name in overlay), None):
+        return str(own)
     return f"pretrained, tag {model.pretrained_cfg.get('tag') or '(none)'}"
 
 

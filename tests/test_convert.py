@@ -187,7 +187,7 @@ def test_robust_overfitting_preact_resnet(tmp_path):
     torch.save({"epoch": 105, "model_state_dict": original.state_dict(), "optimizer_state_dict": {"state": {}}},
                tmp_path / "epoch_105.pt")
     model = load("hpm_preact_resnet18", tmp_path / "epoch_105.pt")
-    assert model.pretrained_cfg["tag"] == "du2026_cifar10_linf"
+    assert not model.pretrained_cfg.get("tag")  # nobody can tell that they are the tag's
     assert_same_logits(model, normalised(original, CIFAR_MEAN, CIFAR_STD))
 
 

@@ -1,5 +1,6 @@
 """Weights of other classes than the network's, and the config that weights files carry and their loaders heed."""
 
+import argparse
 import json
 import shutil
 import warnings
@@ -120,6 +121,20 @@ def test_evaluate_measures_no_random_head_as_pretrained(arguments, tmp_path, mon
 def test_the_hub_publishes_no_random_head_as_pretrained(command):
     with pytest.warns(DroppedClassifierWarning), pytest.raises(ValueError, match="the classifier would be random"):
         hub.main([*command, "hpm_wrn10_2", "--model-kwargs", "num_classes=5"])
+
+
+def test_weights_of_ones_own_have_no_tag_but_its_arguments(tmp_path):
+    torch.save(timm.create_model("resnet152", layers=(1, 1, 1, 1)).state_dict(), tmp_path / "own.pt")
+    arguments = {"model": "hpm_resnet152.liu2023_imagenet_linf", "model_kwargs": {
+        "layers": (1, 1, 1, 1), "pretrained_cfg_overlay": {"file": str(tmp_path / "own.pt")}}}
+    with pytest.warns(timm_hpm.UnfittedHeadWarning):
+        model = create_model(arguments["model"], pretrained=True, **arguments["model_kwargs"])
+        hub.save(model, tmp_path / "saved")
+        again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert "liu2023" not in (tmp_path / "saved" / "config.json").read_text()
+    assert type(again.act1) is type(model.act1) is timm.layers.GELU
+    said = evaluate.weights_of(model, argparse.Namespace(checkpoint=None, pretrained=None, **arguments))
+    assert said == str(tmp_path / "own.pt")
 
 
 def test_a_random_head_has_no_tag(tmp_path):

@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = {name: value for name, value in cfg.items() if value is not None}
     model: Any = convert(args.checkpoint, args.model, args.output, cfg=cfg, **args.model_kwargs)
     used = model.pretrained_cfg
+    name = ".".join(filter(None, (used["architecture"], used.get("tag"))))
     print(f"written: {args.output / 'model.safetensors'}, {args.output / 'config.json'}: "
-          f"{used['architecture']}.{used['tag']}, {model.num_classes} classes, pixels normalised by "
+          f"{name}, {model.num_classes} classes, pixels normalised by "
           f"mean {used['mean']} and std {used['std']}")
     return 0
 

@@ -112,7 +112,8 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     """Returns the pretrained cfg that an entrypoint was asked for, without what is true of the tag's own weights only.
 
     That is their licence, origin, paper and accuracies: a network that starts at random, or from a file of the
-    caller's, has those of the tag `untrained`. A cfg given as a whole, as by `hf-hub:`, speaks for itself.
+    caller's, has those of the tag `untrained`; the caller's weights are of no tag. A cfg given as a whole, as by
+    `hf-hub:`, speaks for itself.
     """
     asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     cfg = resolve_pretrained_cfg(variant, asked, overlay)
@@ -126,7 +127,8 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     if registered is not None and not registered.has_weights:
         return cfg
     neutral = get_pretrained_cfg(f"{variant}.untrained")
-    return dataclasses.replace(cfg, **{name: getattr(neutral, name) for name in _OF_TRAINING})
+    of_tag = {name: getattr(neutral, name) for name in _OF_TRAINING}
+    return dataclasses.replace(cfg, tag=None if foreign else cfg.tag, **of_tag)
 
 
 def tag_args(variant: str, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any]) -> dict[str, Any]:

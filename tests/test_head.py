@@ -2,15 +2,18 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_hpm
 from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
 from timm_hpm.attacks.surrogates import SURROGATES
 
@@ -508,7 +511,72 @@ def test_a_bfloat16_head_answers_like_a_float32_one(inference):
     expected = head(features)
     assert (logits - expected)[same].abs().max() <= 3e-2 * expected.abs().max()
     half.update_prototypes(features.bfloat16(), torch.arange(64) % 10)
-    assert half.prototypes.dtype == torch.bfloat16 and half.num_updates.tolist() == [2] * 10
+    assert half.prototypes.dtype == torch.float32 and half.num_updates.tolist() == [2] * 10
+
+
+@pytest.mark.parametrize("cast", [
+    lambda head: head.to(torch.bfloat16), lambda head: head.half(), lambda head: head.double(),
+    lambda head: HPMHead(16, 10, dtype=torch.bfloat16), lambda head: nn.Sequential(head).to(torch.float16)[0],
+])
+def test_prototypes_stay_in_float32_and_an_average_of_them_moves(cast, tmp_path):
+    """In bfloat16 an average that begins at 1 stays there: a step of a hundredth is below its rounding."""
+    before = fitted()
+    before.prototypes.normal_()
+    head = cast(copy.deepcopy(before))
+    head.set_prototypes(before.prototypes)
+    assert head.prototypes.dtype == torch.float32 and torch.equal(head.prototypes, before.prototypes)
+    head.set_prototypes(torch.ones(10, 16))
+    features, labels = torch.full((10, 16), 1.3, dtype=head.weight.dtype), torch.arange(10)
+    for _ in range(300):
+        with torch.autocast("cpu", torch.bfloat16):
+            head.update_prototypes(features, labels)
+    expected = features[0, 0].float() + (1 - features[0, 0].float()) * 0.99**300
+    torch.testing.assert_close(head.prototypes, expected.expand(10, 16), rtol=0, atol=1e-4)
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    for assign in (False, True):
+        other = HPMHead(16, 10, dtype=head.weight.dtype)
+        other.load_state_dict(load_file(tmp_path / "head.safetensors"), assign=assign)
+        assert same_tensors(other.state_dict(), head.state_dict())
+        assert torch.equal(other(features), head(features))
+        other.load_state_dict({name: value.half() for name, value in head.state_dict().items()}, assign=assign)
+        assert other.prototypes.dtype == torch.float32
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("wrong", ["plain", "shape", "unexpected", "missing"])
+@pytest.mark.parametrize("make", [
+    lambda: fitted(), lambda: timm.create_model("hpm_wrn10_2.untrained"),
+    lambda: timm_hpm.add_hpm_head(timm.create_model("test_resnet", num_classes=10)),
+    lambda: timm_hpm.PixelModel(timm.create_model("hpm_wrn10_2.untrained")),
+])
+def test_a_load_that_raises_leaves_everything_as_it_was(make, wrong, assign, strict):
+    model = make()
+    head = find_head(model)
+    head.set_prototypes(torch.randn_like(head.prototypes))
+    head.log_scale.data.fill_(0.7)
+    mine = {name: value + 1 for name, value in model.state_dict().items()}
+    name = next(reversed([key for key in mine if key.endswith("bias")]))
+    plain = {key: value for key, value in mine.items() if not key.endswith(("prototypes", "num_updates", "log_scale"))}
+    given = {"plain": plain, "shape": {**plain, name: torch.zeros(3)}, "unexpected": {**mine, "more": torch.ones(1)},
+             "missing": {key: value for key, value in mine.items() if key != name}}[wrong]
+    given |= {key: value for key, value in model.state_dict().items() if key.endswith("function")}
+    kept = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    given_before = {key: value.clone() for key, value in given.items()}
+    if strict or wrong == "shape":
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="Error"):
+            warnings.simplefilter("ignore")
+            model.load_state_dict(given, strict=strict, assign=assign)
+        now = model.state_dict(keep_vars=True)
+        assert now.keys() == kept.keys()
+        assert all(now[key] is tensor and torch.equal(tensor, value) for key, (tensor, value) in kept.items())
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.load_state_dict(given, strict=False, assign=assign)
+        assert any(torch.equal(head.weight, value) for value in given.values())
+        assert head.is_fitted() == (wrong != "plain")
+    assert same_tensors(given, given_before)
 
 
 def test_the_head_forms_nothing_larger_than_its_prototypes_and_logits():

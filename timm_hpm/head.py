@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -26,13 +26,32 @@ def check_inference(mode: str) -> str:
     return mode
 
 
-class HPMHead(nn.Linear):
+class WholeLoading(nn.Module):
+    """Mixin of a module that a `load_state_dict` which raises leaves as it was; torch's own would be half loaded."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads as torch does, with a copy of the present values in memory meanwhile."""
+        entries = [(module, dict(module._parameters), dict(module._buffers)) for module in self.modules()]
+        values = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters(), *self.buffers())]
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except BaseException:
+            for module, parameters, buffers in entries:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            raise
+
+
+class HPMHead(WholeLoading, nn.Linear):
     """An FC classifier that answers by ℓ2 distance to prototypes mixed from the data set's and the batch's.
 
     It stands in the slot of a model's `nn.Linear` classifier: `weight` and `bias` are that classifier's, so a plain
     timm checkpoint loads with only this head's own entries missing. Those are the buffers `prototypes`
-    (num_classes, in_features) and `num_updates` (num_classes,), how often each class has been updated, and the
-    learnable `log_scale` (), whose exponential is the scale s of the logits −s·‖z − Q_c‖².
+    (num_classes, in_features), in float32 whatever the model's dtype, and `num_updates` (num_classes,), how often each
+    class has been updated, and the learnable `log_scale` (), whose exponential is the scale s of −s·‖z − Q_c‖².
 
     Until every class has a prototype, the head answers exactly as its FC classifier. Weights that come without
     prototypes, by `load_state_dict(..., strict=False)`, reset what it has of them, with an `UnfittedHeadWarning`: those
@@ -75,7 +94,7 @@ class HPMHead(nn.Linear):
         self.log_scale = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
         self.prototypes: Tensor
         self.num_updates: Tensor
-        self.register_buffer("prototypes", torch.zeros(num_classes, in_features, device=device, dtype=dtype))
+        self.register_buffer("prototypes", torch.zeros(num_classes, in_features, device=device, dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros(num_classes, dtype=torch.long, device=device))
 
     def fc_logits(self, features: Tensor) -> Tensor:
@@ -99,7 +118,7 @@ class HPMHead(nn.Linear):
         """
         if self.inference == "fc":
             return self.fc_logits(features)
-        z, prototypes = features.float(), self.prototypes.float()
+        z, prototypes = features.float(), self.prototypes
         fc_logits = self.float_fc_logits(z)
         if self.inference == "dataset":
             logits = functional.l2_logits(z, prototypes, self.scale())
@@ -150,7 +169,7 @@ class HPMHead(nn.Linear):
     def apply_class_sums(self, sums: Tensor, counts: Tensor) -> None:
         """Updates the prototypes by the mean features sums/counts of the classes with a count."""
         prototypes, num_updates = functional.ema_update(
-            self.prototypes.float(), self.num_updates, sums, counts, self.ema_decay)
+            self.prototypes, self.num_updates, sums, counts, self.ema_decay)
         self.prototypes.copy_(prototypes)
         self.num_updates.copy_(num_updates)
 
@@ -194,8 +213,20 @@ class HPMHead(nn.Linear):
             raise ValueError("features are not finite; they would spoil the prototypes for good. Look at the loss and "
                              "the learning rate")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        prototypes = self.prototypes
+        super()._apply(fn, recurse)
+        self._keep_float32(prototypes)
+        return self
+
+    def _keep_float32(self, prototypes: Tensor) -> None:
+        """Takes `prototypes` in the place of its own if these have another dtype: in half an EMA's steps round to 0."""
+        if self.prototypes.dtype != torch.float32:
+            self.prototypes = prototypes.to(self.prototypes.device, torch.float32)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_float32(self.prototypes)
         if f"{prefix}weight" not in state_dict or f"{prefix}prototypes" in state_dict:
             return
         if not self.num_updates.is_meta and self.num_updates.any():

@@ -16,7 +16,7 @@ from timm.layers import Linear as ScriptableLinear
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .head import HPMConvHead, HPMHead, head_name
+from .head import HPMConvHead, HPMHead, WholeLoading, head_name
 
 # Linear layers that compute F.linear and nothing else; any other subclass may do more than its weights say.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
@@ -28,7 +28,7 @@ class UnsupportedHeadError(ValueError):
     """A model whose classifier an HPM head cannot replace; the message says what it met there and why."""
 
 
-class HPMMixin(nn.Module):
+class HPMMixin(WholeLoading):
     """What a timm model's class gains from `add_hpm_head`: its `reset_classifier` makes HPM heads.
 
     Instances have the attribute `head_config`, what makes another head of the same kind, also after a time without one.

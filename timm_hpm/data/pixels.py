@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..head import check_module
+from ..head import WholeLoading, check_module
 
 _SEVERAL_DEVICES: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-class PixelModel(nn.Module):
+class PixelModel(WholeLoading):
     """A classifier of pixels in [0, 1]: normalises, calls the model, answers in float32.
 
     Arguments:

@@ -204,7 +204,7 @@ def test_weights_of_another_architecture_are_refused_by_their_name(load, tmp_pat
 def test_damaged_metadata_are_named(metadata, tmp_path):
     save_file(fitted(num_classes=7).state_dict(), tmp_path / "w.safetensors", {"timm_hpm": metadata})
     for load in (by_file, by_checkpoint):
-        with pytest.raises((CheckpointError, ValueError), match=r"w\.safetensors does not say how"):
+        with pytest.raises((CheckpointError, ValueError), match=r"w\.safetensors (does not say how|is damaged)"):
             load(tmp_path / "w.safetensors")
 
 

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from .files import use_any_console, write_text
 from .head import HPMHead, find_head
+from .models.create import create_model
 from .report import TRUE_MODEL, AttackReport
 from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
 from .report.compare import paired
@@ -147,7 +147,7 @@ def tag_card(
         report = AttackReport.load(report)
     found: dict[str, Any] = {}
     if cfg.file and Path(cfg.file).is_file():
-        model = timm.create_model(name, pretrained=True)
+        model = create_model(name, pretrained=True)
         found = {"head": find_head(model), "parameters": sum(p.numel() for p in model.parameters())}
     return model_card(name, name, cfg.to_dict(), report=report, license=license, base_model=base_model or cfg.hf_hub_id,
                       notes=notes, **found)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
+from .guards import weights_only, without_tokens
+
 # Where training scripts keep the weights, best first: an average of them comes before the raw ones.
 _WRAPPERS: Final = (
     "state_dict_ema", "ema_state_dict", "model_ema", "ema", "model_state_dict", "state_dict", "model", "net", "last")
@@ -150,6 +152,15 @@ def read_file(path: str | os.PathLike) -> Any:
         return load_file(path)
     with torch.serialization.safe_globals([Namespace]):  # timm's train.py saves its options so
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def function_error(key: str, entry: Any, own: Sequence[int]) -> str | None:
+    """Returns the message about an entry `function` of another form than a network's `own`, or None."""
+    if isinstance(entry, Tensor) and entry.dtype == torch.int64 and entry.shape == (len(own),):
+        return None
+    found = f"{entry.dtype} of the shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
+    return (f"the entry {key} is {found}; expected {len(own)} int64 numbers. The file is damaged, or of another "
+            "version of timm_hpm: save the weights again")
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
@@ -403,23 +414,6 @@ def fitting(place: str, network: str, num_classes: int | None = None) -> Iterato
 
 
 @contextmanager
-def weights_only() -> Iterator[None]:
-    """Keeps PyTorch in the block, in the whole process, from loading anything but weights.
-
-    timm asks for that, and asks once more without it where the first attempt ended in a TypeError, which a crafted file
-    can bring about: its code would run then.
-    """
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    os.environ[names[0]] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(names[0], None)  # another thread may have ended its block first
-        os.environ.update(before)
-
-
-@contextmanager
 def reading(place: str) -> Iterator[None]:
     """Says of any error in the block, which reads a checkpoint, where it happened and what to do.
 
@@ -434,7 +428,7 @@ def reading(place: str) -> Iterator[None]:
     # What a damaged file or a server can cause is beyond listing; nothing but reading happens here.
     except Exception as error:
         # Without the cause, whose text may hold what a server answered, and that the token.
-        raise CheckpointError(f"cannot read {place}: {_cause(error)}") from None
+        raise CheckpointError(f"cannot read {place}: {without_tokens(_cause(error))}") from None
 
 
 _RESAVE: Final = (

@@ -6,7 +6,6 @@ by `timm.create_model("hf-hub:org/name", pretrained=True)`. From a shell: `pytho
 
 import argparse
 import errno
-import json
 import os
 import sys
 import warnings
@@ -21,14 +20,15 @@ import huggingface_hub as hf
 import timm
 import torch
 from huggingface_hub import errors as hf_errors
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from timm.utils import ParseKwargs, unwrap_model
 from torch import nn
 
 from . import __version__, cards
-from .checkpoints import CheckpointError
 from .files import replacing, use_any_console, writable_folder, write_text
+from .guards import shortened, without_tokens
 from .head import HPMHead, find_head
+from .models.configs import read_config
 from .models.create import create_model
 from .models.hpm_timm import register_saved
 from .models.saving import CONFIG, WEIGHTS, in_chans, write_model
@@ -275,32 +275,29 @@ def _load(folder: Path, where: str) -> Any:
         if not (folder / name).is_file():
             raise HubError(f"cannot load {where}: it has no {name}, so it is no model that timm_hpm or timm pushed "
                            "with safetensors (pickled weights are not read). Check the name and the revision")
-    config: Any = None
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        architecture = str(config["architecture"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise HubError(f"cannot load {where}: its {CONFIG} is damaged or not timm's ({type(error).__name__}: {error}); "
-                       f"expected JSON with an architecture. Push the model again, or pull another revision") from None
+        architecture = read_config(folder / CONFIG)["architecture"]
+    except (ValueError, OSError) as error:
+        raise HubError(f"cannot load {where}: its {CONFIG} is damaged or not timm's ({error}). Push the model again, "
+                       "or pull another revision") from None
     try:
         register_saved(architecture)
     except ValueError as error:
         raise HubError(f"cannot load {where}: its architecture {architecture!r} is unknown here ({error}). Update "
                        "timm and timm_hpm, or register the base with timm first") from None
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # whatever a damaged file, or a network with a foreign config, makes of it
-        # It is raised without its cause, so that a traceback shows no server's text.
-        damage = error.__context__ if isinstance(error, CheckpointError) else error
-        if isinstance(damage, SafetensorError):
+        return create_model(f"local-dir:{folder}", pretrained=True)
+    except (ValueError, OSError) as error:  # whatever a damaged file, or a network with a foreign config, makes of it
+        try:
+            with safe_open(folder / WEIGHTS, "pt"):
+                pass
+        except SafetensorError as damage:
             raise HubError(f"cannot load {where}: {WEIGHTS} is damaged ({damage}). Remove {folder / WEIGHTS} and the "
                            "file it links to, to download it again; if that gives the same, the file on the Hub is "
                            "damaged and has to be pushed again") from None
-        text = str(error)
         raise HubError(f"cannot load {where}: {WEIGHTS} and {CONFIG} do not give a model of the architecture "
-                       f"{architecture!r} ({type(error).__name__}: {text[:600]}{'...' if len(text) > 600 else ''}). "
-                       "They are of different models or of another version of timm; push the model again, or pull "
-                       "another revision") from error
+                       f"{architecture!r} ({shortened(str(error), 600)}). They are of different models or of another "
+                       "version of timm; push the model again, or pull another revision") from None
 
 
 @contextmanager
@@ -319,9 +316,7 @@ def _explained(repo_id: str, doing: str, token: str | None) -> Iterator[None]:
 def _explanation(error: BaseException, repo_id: str, doing: str, token: str | None) -> HubError:
     cause = _telling(error)
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    detail = _without_tokens(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token)
-    if len(detail) > 400:
-        detail = f"{detail[:400]}..."
+    detail = shortened(without_tokens(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token), 400)
     if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left" in str(cause):
         return HubError(f"{doing}: the disk is full ({detail}). Free space, or choose another place by cache_dir= or "
                         "HF_HOME (downloads) or TMPDIR (uploads), and repeat")
@@ -385,14 +380,6 @@ def _usable_token(token: str | None) -> str | None:
 
 def _is_of_transport(error: BaseException) -> bool:
     return any(kind.__module__.partition(".")[0] in _TRANSPORTS for kind in type(error).__mro__)
-
-
-def _without_tokens(text: str, token: str | None) -> str:
-    """Returns a text without the token given, and without the one that the client finds by itself."""
-    for secret in (token, hf.get_token()):
-        if secret:
-            text = text.replace(secret, "<token>")
-    return text
 
 
 # The command line

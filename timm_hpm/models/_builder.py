@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from ..checkpoints import (
     warn_of_normalisation,
 )
 from ..data import DATASETS
+from ..guards import check_size, weights_only
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from ..threat import ThreatModel
+from .configs import check_cfg
 from .preact import PreActNet
 from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 
@@ -116,6 +119,8 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     `hf-hub:`, speaks for itself.
     """
     asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    if isinstance(asked, Mapping):
+        check_cfg(asked)
     cfg = resolve_pretrained_cfg(variant, asked, overlay)
     foreign = _names_weights(kwargs)
     if not foreign and (pretrained or _is_whole(asked)):
@@ -161,23 +166,20 @@ def build_preact_net(
     `arch_args` are the architecture's model arguments, `table` those of its tags (see `tag_args`). A tag's win over
     the architecture's, and the caller's `kwargs` over both.
     """
+    asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, plain_state_dict)
+    create = partial(
+        build_model_with_cfg, PreActNet, variant,
+        pretrained_cfg=cfg.to_dict(),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(len(arch_args["depths"]) + 1)), "flatten_sequential": True},
+        **{**arch_args, **kwargs},
+    )
+    check_size(partial(create, pretrained=False), asked)
     # The source would win over the state dict.
     overlay = {"state_dict": state_dict, "source": None} if pretrained else {}
-    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)):
-        model = build_model_with_cfg(
-            PreActNet,
-            variant,
-            pretrained,
-            pretrained_cfg=cfg.to_dict(),
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={
-                "out_indices": tuple(range(len(arch_args["depths"]) + 1)),
-                "flatten_sequential": True,
-            },
-            **{**arch_args, **kwargs},
-        )
+    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
+        model = create(pretrained=pretrained, pretrained_cfg_overlay=overlay)
     return loaded(model, cfg) if pretrained else model
 
 
@@ -211,9 +213,10 @@ def build_variant(
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, convert)
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
+    check_size(partial(create, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
     converted = pretrained and not cfg.custom_load
-    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)):
+    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
         if converted:
             # The source would win over the state dict.
             overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}

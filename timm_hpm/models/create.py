@@ -1,6 +1,6 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
-import json
+import reprlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,8 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import load_model_config_from_hf, split_model_name_tag
+from timm.models import split_model_name_tag
+from timm.models._hub import download_from_hf
 
 from ..checkpoints import (
     check_architecture,
@@ -23,6 +24,8 @@ from ..checkpoints import (
     warn_of_normalisation,
 )
 from ..data import ImageSplit, data_source, open_split
+from ..guards import check_size, shortened, weights_only, without_tokens
+from .configs import read_config
 from .hpm_timm import register_saved
 from .saving import CONFIG, config_args, config_fields, in_chans, saved_config
 
@@ -33,27 +36,26 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
 
     If `name` is that of a saved model, its architecture may be any `hpm_*`, also one that nobody has registered. A file
     that says how its model was made (the layout, the head's mix and inference mode, ...) is heeded; `kwargs` go first.
+    No file's code runs, and no message holds the token of the Hub's client.
 
     Arguments:
         new_head: whether weights of other classes than `num_classes` may get a new, random classifier.
 
     Raises:
-        ValueError: an unknown model, a tag without weights, weights that do not fit, or arguments that the model does
-            not take.
+        ValueError: an unknown model, a tag without weights, a damaged saved model, weights that do not fit, or
+            arguments that the model does not take.
         OSError: a saved model that is not there, or cannot be reached.
     """
+    # Without the cause: its text may hold what a server answered, and that the token.
     try:
-        place, _, path = name.partition(":")
-        if place in ("hf-hub", "hf_hub"):
-            register_saved(load_model_config_from_hf(path)[1])
-        elif place == "local-dir" and (Path(path) / CONFIG).is_file():
-            register_saved(str(json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")).get("architecture")))
-        own = _args_of(checkpoint, name)
-        model: Any = timm.create_model(name, pretrained=pretrained, **own | kwargs)
-    except (RuntimeError, TypeError) as error:
-        given = "".join(f", {key}={value!r}" for key, value in kwargs.items())
-        raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {error}. Names are those "
-                         "of timm.list_models(), weights those of timm.list_pretrained()") from error
+        model: Any = _created(name, pretrained, _args_of(checkpoint, name) | kwargs)
+    except OSError as error:
+        raise OSError(without_tokens(str(error))) from None
+    except Exception as error:  # whatever a damaged file, or arguments of other types, make of it
+        given = "".join(f", {key}={reprlib.repr(value)}" for key, value in kwargs.items())
+        text = shortened(without_tokens(str(error) or type(error).__name__))
+        raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {text}. Names are those "
+                         "of timm.list_models(), weights those of timm.list_pretrained()") from None
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, kwargs.get("pretrained_cfg_overlay") or ())
         return model
@@ -63,6 +65,20 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
                          f"{model.num_classes}: the classifier would be random. Leave num_classes out, or give weights "
                          f"of {model.num_classes} classes (--checkpoint FILE)")
     return model
+
+
+def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    """Returns `timm.create_model(name, pretrained, **kwargs)`, if that fits this machine; no file's code runs."""
+    place, _, path = name.partition(":")
+    asked = kwargs
+    with weights_only():
+        if place in ("hf-hub", "hf_hub", "local-dir"):
+            config = read_config(Path(path) / CONFIG if place == "local-dir" else download_from_hf(path, CONFIG))
+            register_saved(config["architecture"])
+            asked = {**kwargs, "config": config}
+        if not name.startswith("hpm_"):  # these check themselves
+            check_size(lambda: timm.create_model(name, pretrained=False, **kwargs), asked)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def _explained(path: str) -> Iterator[None]:
         raise ValueError(f"cannot read the checkpoint {path}: {error}; the file is cut short, damaged, or no "
                          "checkpoint") from error
     except RuntimeError as error:
-        raise ValueError(str(error)[:1000]) from error
+        raise ValueError(shortened(str(error))) from error
 
 
 def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, **options: Any) -> ImageSplit:

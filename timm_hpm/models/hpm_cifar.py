@@ -11,7 +11,7 @@ from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import Tensor, nn
 
-from ..checkpoints import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
+from ..checkpoints import XCIT_FUNCTION, function_error, small_resnet_state_dict, xcit_state_dict
 from ._builder import build_variant, cifar_cfg
 
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
@@ -83,6 +83,17 @@ class CifarXcit(Xcit):
         # What the weights do not show: they fit timm's own XCiT, and answer wrongly there.
         self.function: Tensor
         self.register_buffer("function", torch.tensor(XCIT_FUNCTION, device=self.cls_token.device))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuses an entry `function` of another form or value; one that is missing is torch's error."""
+        key = f"{prefix}function"
+        given = state_dict.get(key, self.function)
+        error = function_error(key, given, XCIT_FUNCTION)
+        if error is None and not given.is_meta and given.tolist() != [*XCIT_FUNCTION]:
+            error = (f"the entry {key} is {given.tolist()}; expected {[*XCIT_FUNCTION]}: the weights are of an XCiT "
+                     "with patches of another size")
+        args[-1].extend([error] if error else [])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _create_xcit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -10,7 +10,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..head import HPMHead
+from ..checkpoints import function_error
+from ..head import HPMHead, WholeLoading
 
 LAYOUTS: Final = ("trades", "deepmind")
 SHORTCUTS: Final = ("activated", "raw", "raw3x3")
@@ -83,7 +84,7 @@ def activation(layout: str) -> nn.Module:
     return nn.SiLU() if layout == "deepmind" else nn.ReLU()
 
 
-class PreActNet(nn.Module):
+class PreActNet(WholeLoading):
     """A pre-activation residual network of basic blocks with an HPM head, after timm's conventions.
 
     Arguments:
@@ -188,14 +189,18 @@ class PreActNet(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:
         """Refuses weights that say they are of another layout, shortcut or stem; others' checkpoints do not say."""
-        own = [LAYOUTS.index(self.layout), SHORTCUTS.index(self.shortcut), self.stem_stride]
-        given = state_dict.setdefault(f"{prefix}function", torch.tensor(own))
-        if not given.is_meta and given.tolist() != own:
+        own, key = [LAYOUTS.index(self.layout), SHORTCUTS.index(self.shortcut), self.stem_stride], f"{prefix}function"
+        given = state_dict.setdefault(key, torch.tensor(own))
+        if error := function_error(key, given, own):
+            error_msgs.append(error)
+        elif not given.is_meta and given.tolist() != own:
             layout, shortcut, stem_stride = given.tolist()
+            theirs = [f"layout={dict(enumerate(LAYOUTS)).get(layout)!r}",
+                      f"shortcut={dict(enumerate(SHORTCUTS)).get(shortcut)!r}", f"stem_stride={stem_stride}"]
             error_msgs.append(
-                f"the weights are of a network with layout={LAYOUTS[layout]!r}, shortcut={SHORTCUTS[shortcut]!r}, "
-                f"stem_stride={stem_stride}; this one has {self.layout!r}, {self.shortcut!r}, {self.stem_stride}. They "
-                "would fit and give other logits; create the model with those arguments")
+                f"the weights are of a network with {', '.join(theirs)}; this one has {self.layout!r}, "
+                f"{self.shortcut!r}, {self.stem_stride}. They would fit and give other logits; create the model with "
+                "those arguments")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

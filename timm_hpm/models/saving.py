@@ -5,7 +5,6 @@ what it is.
 """
 
 import json
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -17,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..head import find_head
+from .configs import checked_config
 from .preact import PreActNet
 
 WEIGHTS: Final = "model.safetensors"
@@ -106,7 +106,7 @@ def saved_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     beside = path.with_name(CONFIG)
     if not (config := own_config(path)) and path.name == WEIGHTS and beside.is_file():
-        config = _checked(beside.read_text(encoding="utf-8"), beside)
+        config = _checked(beside.read_bytes(), beside)
     return config
 
 
@@ -140,21 +140,14 @@ def config_args(config: dict[str, Any]) -> dict[str, Any]:
             if name not in _NOT_OF_WEIGHTS and not name.startswith(("pretrained", "checkpoint"))}
 
 
-def _checked(text: str, place: Path) -> dict[str, Any]:
+def _checked(text: str | bytes, place: Path) -> dict[str, Any]:
     """Returns the config in a text, or raises a ValueError that names its place and what is wrong with it."""
-    try:
-        config = json.loads(text)
-        config.setdefault("model_args", {})
-        cfg = config["pretrained_cfg"]
-        numbers = [*cfg["mean"], *cfg["std"]]
-        if not (isinstance(config["architecture"], str) and isinstance(config["model_args"], dict)
-                and len(cfg["mean"]) == len(cfg["std"]) and all(math.isfinite(number) for number in numbers)
-                and all(number > 0 for number in cfg["std"])):
-            raise ValueError("the architecture, mean, std or model_args are of another kind")
-        return config
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{place} does not say how its weights expect pixels normalised ({error!r}); take it away, "
-                         "mend it, or save the model again") from error
+    config = checked_config(text, place)
+    cfg = config["pretrained_cfg"]
+    if not (cfg.get("mean") and cfg.get("std") and len(cfg["mean"]) == len(cfg["std"])):
+        raise ValueError(f"{place} does not say how its weights expect pixels normalised; take it away, mend it, or "
+                         "save the model again")
+    return config
 
 
 def in_chans(model: nn.Module) -> int:

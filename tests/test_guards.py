@@ -1,0 +1,203 @@
+"""Strangers' folders, files and servers: what they may not do, and the one error that says so."""
+
+import json
+import os
+import threading
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_hpm
+from timm_hpm.guards import TooLargeError, weights_only
+from timm_hpm.models.create import create_model, load_checkpoint
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_guard_lasts_as_long_as_any_block_and_leaves_the_environment_as_it_was(monkeypatch, before):
+    monkeypatch.delenv(FORCE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(FORCE, before)
+    first, second = weights_only(), weights_only()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ[FORCE] == "1"
+    second.__exit__(None, None, None)
+    assert os.environ.get(FORCE) == before
+    opened = []
+
+    def enter_and_leave():
+        for _ in range(2000):
+            with weights_only():
+                opened.append(os.environ.get(FORCE) != "1")
+
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(opened) and os.environ.get(FORCE) == before
+
+
+class Trap:
+    """Writes a file if its pickle is run."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "hpm_test_resnet", "hpm_wrn10_2"])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.pth", "weights.pth.tar"])
+@pytest.mark.parametrize("custom_load", [False, True, "hf"])
+@pytest.mark.filterwarnings("ignore:.*local directory")
+def test_a_stranger_s_folder_runs_no_code(tmp_path, architecture, file, custom_load):
+    timm_hpm.register_hpm("test_resnet")
+    torch.save({"state_dict": Trap(tmp_path / "ran")}, tmp_path / file)
+    cfg = {"num_classes": 10, "custom_load": custom_load, "classifier": "fc", "first_conv": "conv1",
+           "hf_hub_filename": file}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": cfg}))
+    with pytest.raises(ValueError, match="cannot create the model 'local-dir:"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["run#1", "run?a=b", "a#b?c", "run%20x", "ru n"])
+def test_a_folder_s_name_is_taken_as_it_is(tmp_path, name):
+    """Also beside another model, in the folder that the part in front of the character names."""
+    right, wrong = timm.create_model("hpm_wrn10_2.untrained"), timm.create_model("hpm_wrn10_2.untrained")
+    timm_hpm.hub.save(wrong, tmp_path / name[:name.index(min(set(name) & set("#?% ")))])
+    timm_hpm.hub.save(right, tmp_path / name)
+    for make in (timm.create_model, create_model):
+        with pytest.warns(timm_hpm.UnfittedHeadWarning):
+            assert torch.equal(make(f"local-dir:{tmp_path / name}", pretrained=True).conv1.weight, right.conv1.weight)
+
+
+# Bombs
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("hpm_wrn10_2", {"depths": [1_000_000, 1, 1]}),
+    ("hpm_wrn28_10.untrained", {"channels": [200_000, 16, 16]}),
+    ("hpm_wrn10_2", {"stem_chs": 9_000_000}),
+    ("hpm_wrn10_2", {"num_classes": 10**12}),
+    ("hpm_resnet18.untrained", {"num_classes": 9_999_999, "layers": [1, 1, 1, 1], "channels": [64, 64, 64, 2048]}),
+    ("hpm_resnet50", {"layers": [1, 1_000_000, 1, 1]}),
+    ("resnet18", {"layers": [1, 1, 1, 1_000_000]}),
+    ("resnet18", {"in_chans": 10**9}),
+    ("vit_tiny_patch16_224", {"depth": 10**9}),
+    ("hpm_vit_small_patch16_224", {"img_size": 100_000}),
+])
+def test_a_network_beyond_the_machine_is_refused_by_name(tmp_path, name, arguments):
+    if name.startswith("hpm_"):
+        with pytest.raises(TooLargeError, match=r"the network has more than|a number of"):
+            timm.create_model(name, **arguments)
+    config = {"architecture": name.partition(".")[0], "pretrained_cfg": {"num_classes": 10}, "model_args": arguments}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for asked, given in ((name, arguments), (f"local-dir:{tmp_path}", {})):
+        with pytest.raises(ValueError, match=f"cannot create the model '{asked}'.*(more than|a number of)") as caught:
+            create_model(asked, pretrained=False, **given)
+        assert len(str(caught.value)) < 2000
+
+
+def test_the_check_of_the_size_changes_no_network():
+    torch.manual_seed(0)
+    checked = timm.create_model("hpm_wrn10_2.untrained", num_classes=10)
+    torch.manual_seed(0)
+    plain = timm.create_model("hpm_wrn10_2.untrained")
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in checked.state_dict().items())
+
+
+# config.json
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Returns a function that writes a model's folder with a changed config, by its object or its bytes."""
+    timm_hpm.hub.save(timm.create_model("hpm_wrn10_2.untrained"), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file(load_file(weights), weights)  # without its own config
+
+    def write(change):
+        file = tmp_path / "config.json"
+        if isinstance(change, bytes):
+            file.write_bytes(change)
+        else:
+            config = json.loads(file.read_text())
+            cfg = config["pretrained_cfg"]
+            file.write_text(json.dumps({**config, **change, "pretrained_cfg": {**cfg, **change.get("cfg", {})}}
+                                       if "pretrained_cfg" not in change else {**config, **change}))
+        return tmp_path
+
+    return write
+
+
+NESTED = {"x": None}
+for _ in range(200):
+    NESTED = {"x": NESTED}
+
+
+@pytest.mark.parametrize("change", [
+    b"", b"{", b"[]", b"null", b"3", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000,
+    b'{"architecture": 3}', b"{}",
+    {"architecture": None}, {"architecture": ["hpm_wrn10_2"]}, {"pretrained_cfg": []}, {"pretrained_cfg": "text"},
+    {"model_args": [1]}, {"model_args": "mix"}, {"num_classes": "10"}, {"num_classes": 1.5}, {"num_classes": True},
+    {"cfg": {"mean": "0.5"}}, {"cfg": {"mean": [None]}}, {"cfg": {"std": [0.0, 0.0, 0.0]}},
+    {"cfg": {"std": [float("nan")] * 3}}, {"cfg": {"input_size": 32}}, {"cfg": {"input_size": [3, -1, 32]}},
+    {"cfg": {"interpolation": 3}}, {"cfg": {"first_conv": 3}}, {"cfg": {"crop_pct": "all"}},
+    {"cfg": {"label_names": [1, 2]}}, {"cfg": {"classifier": {"a": 1}}}, {"cfg": {"tag": NESTED}}, {"extra": NESTED},
+])
+def test_a_config_that_is_none_is_one_named_error(saved, change):
+    folder = saved(change)
+    with pytest.raises(ValueError, match=r"config\.json is damaged or not timm's \(") as caught:
+        create_model(f"local-dir:{folder}", pretrained=True)
+    assert len(str(caught.value)) < 2000
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_checkpoint(timm.create_model("hpm_wrn10_2.untrained"), str(folder / "model.safetensors"))
+    with pytest.raises(timm_hpm.hub.HubError, match=r"config\.json is damaged or not timm's"):
+        timm_hpm.hub._load(folder, "org/name")
+
+
+@pytest.mark.parametrize("args", [{"depths": "abc"}, {"mix": "half"}, {"inference": ["batch"]}, {"pretrained": True},
+                                  {"layout": None, "stem_chs": []}, {"checkpoint_path": "x"}, {"no_such": 1}])
+def test_arguments_of_other_types_are_one_named_error(saved, args):
+    folder = saved({"model_args": args})
+    with pytest.raises(ValueError, match=f"cannot create the model 'local-dir:{folder}'"):
+        create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize("entry", [
+    torch.tensor([0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor(0), torch.tensor([[0, 0, 1]]),
+    torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([False, False, True]),
+    torch.tensor([7, 0, 1]), torch.tensor([-1, -3, 1]), torch.tensor([0, 0, 2**62]), torch.tensor([]),
+])
+def test_an_entry_function_of_another_form_is_one_named_error(tmp_path, entry):
+    model = timm.create_model("hpm_wrn10_2.untrained")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state_dict = {**model.state_dict(), "function": entry}
+    save_file(state_dict, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"function.*expected|the weights are of a network"):
+        model.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"(?s)model\.safetensors.*function.*expected|the weights are of a network"):
+        load_checkpoint(model, str(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        create_model("hpm_wrn10_2.untrained", pretrained=True,
+                     pretrained_cfg_overlay={"file": str(tmp_path / "model.safetensors")})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("entry", [torch.tensor([4, 4]), torch.tensor([4.0]), torch.tensor([16]), torch.tensor(4)])
+def test_the_same_of_a_small_image_xcit(entry):
+    model = timm.create_model("hpm_cifar_xcit_small_12_p4_32", depth=1, cls_attn_layers=1)
+    with pytest.raises(RuntimeError, match=r"function.*expected"):
+        model.load_state_dict({**model.state_dict(), "function": entry})
+    assert model.function.tolist() == [4]

@@ -1,0 +1,133 @@
+"""Guards against strangers' files and servers: no pickle runs code, no network outgrows the machine, no token leaks."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import huggingface_hub as hf
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_FORCE: Final = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT: Final = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# timm's networks create 3,132 tensors at most, and no more numbers than classes.
+_MOST_TENSORS: Final = 10_000
+_LARGEST_NUMBER: Final = 10_000_000
+
+
+class TooLargeError(ValueError):
+    """A network beyond any network's size, or this machine's memory."""
+
+
+class _Blocks:
+    """The number of open `weights_only` blocks of all threads, and the environment before the first one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.open = 0
+        self.before: dict[str, str] = {}
+
+
+_BLOCKS: Final = _Blocks()
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Keeps PyTorch in the block, in the whole process, from loading anything but weights.
+
+    timm asks for that, and asks once more without it after a TypeError, which a crafted file can cause.
+    """
+    with _BLOCKS.lock:
+        if _BLOCKS.open == 0:
+            _BLOCKS.before = {name: os.environ.pop(name) for name in (_FORCE, _FORCE_NOT) if name in os.environ}
+            os.environ[_FORCE] = "1"
+        _BLOCKS.open += 1
+    try:
+        yield
+    finally:
+        with _BLOCKS.lock:
+            _BLOCKS.open -= 1
+            if _BLOCKS.open == 0:
+                os.environ.pop(_FORCE, None)
+                os.environ.update(_BLOCKS.before)
+
+
+class _Counted(TorchFunctionMode):
+    """Counts the tensors that this thread creates, and refuses the one that is too many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # A function without a tensor as its first argument creates one.
+        if isinstance(result, Tensor) and not any(isinstance(arg, Tensor) for arg in args[:1]):
+            self.tensors += 1
+            self.bytes += result.nbytes
+            if self.tensors > _MOST_TENSORS or self.bytes > _memory() / 2:
+                raise TooLargeError(
+                    f"the network has more than {_MOST_TENSORS} tensors, or takes more than half of this machine's "
+                    f"memory of {_memory() / 2**30:.3g} GiB; check its depths, widths and number of classes")
+        return result
+
+
+def check_size(make: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
+    """Checks that a network of a caller's `arguments` fits this machine, by making it without memory for its tensors.
+
+    Without any argument nothing is checked: the registered networks fit.
+
+    Arguments:
+        make: makes the network.
+        arguments: what a file, a command line or a caller asked of it, as an entrypoint of timm's gets it.
+
+    Raises:
+        TooLargeError: numbers or tensors beyond any network's.
+    """
+    _check_numbers(arguments)
+    asked = {name for name, value in arguments.items() if value is not None and not isinstance(value, str)}
+    if asked <= {"cache_dir", "device"}:
+        return
+    try:
+        with torch.device("meta"), _Counted():
+            make()
+    except TooLargeError:
+        raise
+    except Exception:  # the caller meets it again, with memory
+        pass
+
+
+def _memory() -> float:
+    """Returns the machine's memory in bytes, or infinity if the system does not tell it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def _check_numbers(arguments: Any) -> None:
+    """Raises a TooLargeError for a whole number beyond any network's."""
+    if isinstance(arguments, Mapping):
+        arguments = arguments.values()
+    if isinstance(arguments, Iterable) and not isinstance(arguments, str | bytes | Tensor):
+        for argument in arguments:
+            _check_numbers(argument)
+    elif isinstance(arguments, int) and abs(arguments) > _LARGEST_NUMBER:
+        raise TooLargeError(f"a number of {len(str(arguments))} digits among the network's arguments; expected at most "
+                         f"{_LARGEST_NUMBER}")
+
+
+def without_tokens(text: str, *tokens: str | None) -> str:
+    """Returns a text without `tokens` and without the token that the Hub's client finds by itself."""
+    for secret in (*tokens, hf.get_token()):
+        if secret:
+            text = text.replace(secret, "<token>")
+    return text
+
+
+def shortened(text: str, limit: int = 1000) -> str:
+    """Returns the first `limit` characters of a text, and an ellipsis if there are more."""
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,305 @@
+"""Hostile inputs, drawn at random: each is refused by one named error, or changes nothing that it should not.
+
+FUZZ_SEED draws others; the counts of all outcomes stand in pytest's summary.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from html_page import Page
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import timm_hpm
+from timm_hpm.attacks import Budget
+from timm_hpm.attacks.progress import ProgressFolder, Step
+from timm_hpm.cards import model_card
+from timm_hpm.checkpoints import CheckpointError, plain_state_dict
+from timm_hpm.models.create import create_model
+from timm_hpm.models.saving import write_model
+from timm_hpm.robustbench import model_info
+from timm_hpm.sweep import parse_radii
+from timm_hpm.training.config import TrainConfig, read_yaml
+from timm_hpm.training.recovery import Checkpoint, newest_checkpoint, write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+NAMED = (ValueError, OSError, CheckpointError)
+
+TEXTS = st.one_of(
+    st.text(max_size=20), st.from_regex(r"[a-zA-Z]{1,5}:[0-9./eE+-]{1,12}", fullmatch=True),
+    st.sampled_from(["<script>alert(1)</script>", "a|b", "`", "# x\n\n## y", "\u202e", "../../x", "$(id)", "'; x",
+                     "1e999", "nan", "-1", "0x10", "8/0", "\ud800", "\x00"]))
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.floats(), TEXTS)
+VALUES = st.recursive(SCALARS, lambda parts: st.one_of(st.lists(parts, max_size=3),
+                                                       st.dictionaries(TEXTS, parts, max_size=3)), max_leaves=6)
+
+
+@pytest.fixture
+def counts(record_property):
+    """Takes a `Counter` for the summary."""
+    return lambda found: record_property("fuzz", json.dumps(found))
+
+
+def fuzz(inputs: int, strategy: st.SearchStrategy, check: Callable[[Any], str]) -> dict[str, int]:
+    """Returns how many of so many inputs came to each outcome that `check` names."""
+    found: Counter[str] = Counter()
+
+    @seed(int(os.environ.get("FUZZ_SEED", 0)))
+    @settings(max_examples=inputs, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+              suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def run(value: Any) -> None:
+        found[check(value)] += 1
+
+    run()
+    return dict(found)
+
+
+def outcome(call: Callable[[], Any], unchanged: Callable[[Any], bool] = lambda _: True) -> str:
+    """Returns `"refused"` for one named error of readable length, else asserts that the result is as it should be."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            result = call()
+        except NAMED as error:
+            assert 10 < len(str(error)) < 5_000
+            return "refused"
+    assert unchanged(result) or warned, "a silent change"
+    return "accepted" if unchanged(result) else "accepted with a warning"
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """Returns the paths of all entries in a value of JSON's types."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(each for key, part in inside for each in places(part, (*path, key)))]
+
+
+def mutated(document: Any) -> st.SearchStrategy:
+    """Draws the document with one entry replaced, removed or given another name."""
+    paths = places(document)[1:]
+
+    @st.composite
+    def draw_one(draw: Any) -> Any:
+        changed = copy.deepcopy(document)
+        *parents, last = draw(st.sampled_from(paths))
+        at = changed
+        for key in parents:
+            at = at[key]
+        kind = draw(st.sampled_from(["replace", "remove", "rename"]))
+        if kind == "replace" or isinstance(at, list):
+            at[last] = draw(VALUES)
+        else:
+            value = at.pop(last)
+            if kind == "rename":
+                at[draw(TEXTS)] = value
+        return changed
+    return draw_one()
+
+
+def damages(first: int, last: int) -> st.SearchStrategy:
+    """Draws where to flip which bit between two places (most), or the length to cut a file to."""
+    flips = st.tuples(st.integers(first, last - 1), st.integers(0, 7))
+    return st.one_of(flips, flips, flips, st.tuples(st.integers(0, last - 1), st.none()))
+
+
+def damaged(content: bytes, damage: tuple[int, int | None]) -> bytes:
+    """Returns the content with one bit flipped, or cut short."""
+    place, bit = damage
+    if bit is None:
+        return content[:place]
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """A folder of the embedded model."""
+    folder = tmp_path_factory.mktemp("saved")
+    write_model(model, folder)
+    return folder
+
+
+IMAGES = torch.linspace(0, 1, 2 * 64).view(2, 1, 8, 8)
+
+
+def test_reports(tmp_path, model, counts):
+    document = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
+    document["examples"] = document["examples"][:1]
+
+    def check(value: Any) -> str:
+        write_json(tmp_path / "report.json", value)
+
+        def rendered() -> None:
+            report = timm_hpm.AttackReport.load(tmp_path / "report.json")
+            lines = report.to_markdown().splitlines()
+            assert not any(re.match(r"\s*<script", line) for line in lines)
+            Page(report.to_html())
+            model_card("org/name", "hf-hub:org/name", model.pretrained_cfg, report=report)
+            json.dumps(model_info(report))
+        return outcome(rendered)
+    counts(fuzz(2000, mutated(document), check))
+
+
+def test_configs_of_saved_models(tmp_path, saved, model, counts):
+    document = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    expected = model(IMAGES)
+
+    def check(value: Any) -> str:
+        write_json(folder / "config.json", value)
+        return outcome(lambda: create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES),
+                       lambda logits: torch.equal(logits, expected))
+    counts(fuzz(1000, mutated(document), check))
+
+
+def test_headers_of_weights(tmp_path, saved, counts):
+    content, file = (saved / "model.safetensors").read_bytes(), tmp_path / "damaged.safetensors"
+
+    def check(damage: Any) -> str:
+        file.write_bytes(damaged(content, damage))
+        # A changed digit of a mean is as little to be seen as one of a weight.
+        return outcome(lambda: create_model("hpm_wrn10_2", pretrained=False, checkpoint=str(file)).eval()(IMAGES),
+                       lambda logits: logits.shape == (2, 10))
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    found = fuzz(1000, damages(0, header), check)
+    counts(found)
+    assert found["refused"] > 500
+
+
+def test_options_of_evaluations(tmp_path, counts):
+    specification = importlib.util.spec_from_file_location("evaluate", ROOT / "evaluate.py")
+    evaluate = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(evaluate)
+    document = evaluate._options(evaluate.make_parser().parse_args([]))
+
+    def check(value: Any) -> str:
+        write_json(tmp_path / "options.json", value)
+        with contextlib.redirect_stderr(io.StringIO()):
+            return outcome(lambda: evaluate.parse_args(["--resume", str(tmp_path)]),
+                           lambda args: args.robustbench_json is None and args.output is None)
+    counts(fuzz(1000, mutated(document), check))
+
+
+def test_states_of_training_runs(tmp_path, counts):
+    write_checkpoint(tmp_path, Checkpoint({"w": torch.ones(3)}, None, {"lr": 0.1}, {
+        "epoch": 1, "batches": 0, "updates": 7, "loss": 0.5, "rows": [{"epoch": 0, "loss": 1.0, "val_clean": 0.5}],
+        "best": {"epoch": 0, "val_robust": 0.25}}, {"model": "hpm_wrn10_2"}), keep=1)
+    file = next(tmp_path.glob("epoch-*")) / "state.json"
+    content = file.read_bytes()
+    expected = newest_checkpoint(tmp_path)
+
+    def same(found: Checkpoint | None) -> bool:
+        return found is not None and (found.progress, found.config) == (expected.progress, expected.config)
+
+    def check(value: Any) -> str:
+        file.write_bytes(damaged(content, value) if isinstance(value, tuple) else json.dumps(value).encode())
+        return outcome(lambda: newest_checkpoint(tmp_path), same)
+    found = fuzz(500, st.one_of(damages(0, len(content)), mutated(json.loads(content))), check)
+    counts(found)
+    assert found.get("accepted", 0) < 25
+
+
+def test_progress_of_evaluations(tmp_path, counts):
+    folder = ProgressFolder(tmp_path / "progress", {"threat": "Linf:0.1", "seed": 0})
+    folder.save(0, 1, Step("square", {"fc/square": "0110"}, {"fc/square": "1110"},
+                           {"seconds": 1.0, "forward_passes": 4, "backward_passes": 0}, [("flag", "{} of {}", 1, 4)],
+                           [], torch.tensor([0, 3]), torch.rand(2, 1, 4, 4)))
+    path, = (tmp_path / "progress").glob("batch*")
+    content = path.read_bytes()
+    expected = folder.load(0, 1, ["fc/square"])
+
+    def same(found: Step) -> bool:
+        return found.correct == expected.correct and torch.equal(found.points, expected.points) \
+            and torch.equal(found.broken, expected.broken) and found.cost == expected.cost
+
+    def check(damage: Any) -> str:
+        path.write_bytes(damaged(content, damage))
+        return outcome(lambda: folder.load(0, 1, ["fc/square"]), same)
+    found = fuzz(1500, damages(0, len(content)), check)
+    counts(found)
+    assert found.get("accepted with a warning", 0) == 0
+
+
+def test_checkpoints_of_strangers(counts):
+    tensors = st.sampled_from([torch.ones(2), torch.ones(2, 2), torch.zeros(0), torch.ones(1).expand(3),
+                               torch.tensor(1)])
+    names = st.one_of(st.sampled_from(["state_dict", "model", "ema_state_dict", "module.fc.weight", "n_averaged",
+                                       "fc.weight", "normalize.mean", "model.fc.bias"]), TEXTS)
+    trees = st.recursive(st.one_of(tensors, SCALARS), lambda parts: st.one_of(
+        st.dictionaries(names, parts, max_size=4), st.lists(parts, max_size=2)), max_leaves=8)
+
+    def check(value: Any) -> str:
+        return outcome(lambda: plain_state_dict(value, (0.5,), (0.25,)),
+                       lambda found: bool(found) and all(isinstance(each, torch.Tensor) for each in found.values()))
+    counts(fuzz(1000, trees, check))
+
+
+@pytest.mark.parametrize("parse", [timm_hpm.ThreatModel.parse, Budget.parse, parse_radii],
+                         ids=lambda each: each.__qualname__)
+def test_texts_of_options(parse, counts):
+    texts = st.one_of(TEXTS, st.text("0123456789.:/xeLinf2- ", max_size=16))
+    counts(fuzz(400, texts, lambda text: outcome(lambda: parse(text))))
+
+
+def test_configurations_of_training(tmp_path, counts):
+    document = TrainConfig().to_dict()
+
+    def check(value: Any) -> str:
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(value), encoding="utf-8", errors="surrogateescape")
+        return outcome(lambda: TrainConfig(**read_yaml(str(tmp_path / "args.yaml"))))
+    counts(fuzz(700, mutated(document), check))
+
+
+def test_arguments_of_the_attack(model, counts):
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    arguments = st.sampled_from(["threat", "protocol", "batch_size", "surrogates", "attacks", "budgets", "seed",
+                                 "about", "surrogates_at_once", "co_batch", "co_batch_mixes"])
+
+    def check(drawn: tuple[str, Any]) -> str:
+        name, value = drawn
+        usual = {"threat": "Linf:0.1", "attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 1}}
+        return outcome(lambda: timm_hpm.mixed_surrogate_attack(model, images[:2], labels[:2], **usual | {name: value}))
+    counts(fuzz(500, st.tuples(arguments, VALUES), check))
+
+
+def test_files_of_images(tmp_path, counts):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name / "good.png")
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((8, 8)).save(file, "png")
+    content = file.getvalue()
+
+    def check(damage: Any) -> str:
+        (tmp_path / "two" / "bad.png").write_bytes(damaged(content, damage))
+        return outcome(lambda: timm_hpm.load_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))[:][0],
+                       lambda images: bool(((images >= 0) & (images <= 1)).all()))
+    counts(fuzz(500, damages(0, len(content)), check))

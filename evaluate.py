@@ -31,11 +31,13 @@ from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.attacks.protocols import as_budget
-from timm_hpm.data import DATASETS, SPLITS, first_images
+from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
 from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, use_any_console, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
+from timm_hpm.report import TRUE_MODEL
 from timm_hpm.report.command import DATA_OPTIONS, MODEL_OPTIONS, shell_line
+from timm_hpm.report.tables import pixels_note
 from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 
@@ -53,6 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--num-classes", type=int, metavar="N", help="classes of the --checkpoint (the model's)")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help="arguments of timm.create_model")
+    for name in ("mean", "std"):
+        group.add_argument(f"--{name}", type=float, nargs="+", metavar="X",
+                           help=f"{name} that pixels in [0, 1] are normalised by, a value a channel (the model's "
+                                "pretrained_cfg)")
     group.add_argument("--inference", type=_names, metavar="MODES",
                        help=f"inference mode of the HPM head, of {', '.join(timm_hpm.INFERENCE_MODES)} (the model's "
                             "own); several, separated by commas, are measured one after another")
@@ -165,7 +171,9 @@ def main(argv: list[str] | None = None) -> int:
                          f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
     with several_processes(args.device) as accelerator:
         if args.rejudge:
-            return rejudge(load_model(args, accelerator), args.rejudge)
+            model = load_model(args, accelerator)
+            given = args.mean is not None or args.std is not None
+            return rejudge(as_pixel_model(model, args.mean, args.std) if given else model, args.rejudge)
         chosen = [args.resume or args.output or default_folder(args.model)]
         if accelerator is not None:
             broadcast_object_list(chosen)
@@ -221,6 +229,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
         at_once = 5 if images[0, 0].numel() <= 64 * 64 else 1
     if accelerator is not None and accelerator.is_main_process:
         print(idle_note(len(images), args.batch_size, accelerator.num_processes), end="", file=sys.stderr)
+    if accelerator is None or accelerator.is_main_process:
+        print(pixels_note({"normalisation": normalisation_of(as_pixel_model(model, args.mean, args.std))}),
+              file=sys.stderr)
     begins = (accelerator is None or accelerator.is_main_process) and begin(args, output)
     finished = any((output / name).exists() for name in ("report.json", SWEEP))
     try:
@@ -229,8 +240,9 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
             folder=output, save_adversarial=args.save_adversarial, accelerator=accelerator,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
-            survivors_only=args.survivors_only, surrogates_at_once=at_once, seed=args.seed,
-            progress=True, co_batch=co_batch, co_batch_mixes=args.co_batch_mix,
+            survivors_only=args.survivors_only, mean=args.mean, std=args.std,
+            surrogates_at_once=at_once, seed=args.seed, progress=True, co_batch=co_batch,
+            co_batch_mixes=args.co_batch_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split, "options": {
                        name: value for name, value in _options(args).items()
@@ -407,13 +419,16 @@ def rejudge(model: torch.nn.Module, folder: Path) -> int:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")
     verdicts = timm_hpm.rejudge(model, folder / "adversarial.safetensors")
-    different = [name for name, row in verdicts.items() if row != report.verdicts[name]]
+    # Square on the true model may be a second name of a set that is there.
+    different = [name for name in {**report.verdicts, **verdicts} if verdicts.get(name) != report.verdicts.get(name)
+                 and (name in verdicts or name != f"{TRUE_MODEL}/square")]
     if different:
         print(f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
               f"{', '.join(different)}. Is it the same model, device and version?")
         return 1
     print(f"{len(verdicts)} sets of {report.num_images} images, judged again in batches of "
-          f"{report.protocol['batch_size']}: every verdict as in the report")
+          f"{report.protocol['batch_size']}: the images are the run's, every candidate is within "
+          f"{report.protocol['threat']} of them, and every verdict as in the report")
     return 0
 
 

@@ -620,7 +620,7 @@ def test_a_budget_may_be_given_as_a_number_or_a_text(budget):
 def test_a_budget_of_another_type_is_named(budget):
     with pytest.raises(ValueError, match=r"the budget of apgd-ce is .*; expected iterations such as 100, or timm_hpm"):
         PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget})
-    with pytest.raises(ValueError, match=r"expected whole numbers"):
+    with pytest.raises(ValueError, match=r"in whole numbers"):
         Budget(budget)
     with pytest.raises(ValueError, match=r"budgets is .*; expected a budget by attack"):
         PROTOCOLS["standard"].changed(budgets=[budget])

@@ -283,7 +283,7 @@ def test_another_schema_version_is_named(report, version, tmp_path):
 
 
 def test_an_unknown_flag_is_refused(report, tmp_path):
-    with pytest.raises(ValueError, match="unknown flag 'odd'; expected one of no-gradient"):
+    with pytest.raises(ValueError, match="unknown flag 'odd'; expected one of clean-near-chance"):
         Flag("odd", "")
     data = report.to_dict()
     data["flags"][0]["name"] = "odd"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import string
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import timm
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import timm_hpm
 from timm_hpm import AttackReport
+from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
 
@@ -54,7 +58,8 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     assert report.to_markdown() in done.stdout
 
     assert evaluate_main(["--rejudge", str(folder)]) == 0
-    assert "every verdict as in the report" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the images are the run's, every candidate is within Linf:0.1 of them, and every verdict as in" in said
 
     with pytest.raises(ValueError, match=r"the model's mix is 0.0, that of .* is 0.5"):
         evaluate_main(["--rejudge", str(folder), "--model-kwargs", "mix=0.0"])
@@ -78,6 +83,82 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     candidates.write_bytes(candidates.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged"):
         evaluate_main(["--rejudge", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory) -> Path:
+    """A run that saved its candidates."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    done = script("evaluate.py", *QUICK, "--budget", "apgd-ce=2", "--save-adversarial", "--output", str(folder),
+                  folder=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _far(x):
+    x["ste/apgd-ce"][3] = (x["clean"][3] + 0.11).clamp(0, 1)
+
+
+def _nan(x):
+    x["fc/apgd-ce"][1, 0, 0, 0] = float("nan")
+
+
+def _dark(x):
+    x["fc/apgd-ce"][2] -= 0.01
+
+
+def _brighter(x):
+    for name in x.keys() - {"labels"}:
+        x[name] = (x[name] + 0.05).clamp(0, 1)
+
+
+def _other_labels(x):
+    x["labels"] = (x["labels"] + 1) % 10
+
+
+def _swapped(x):
+    for name, value in x.items():
+        x[name] = value.flip(0).contiguous()
+
+
+def _fewer(x):
+    x["fc/apgd-ce"] = x["fc/apgd-ce"][:4].contiguous()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (_far, r"image 3 of ste/apgd-ce in .* is outside of the threat model Linf:0.1: its distance is 0.11"),
+    (_nan, r"image 1 of fc/apgd-ce in .* is outside of the threat model Linf:0.1: its distance is nan"),
+    (_dark, r"image 2 of fc/apgd-ce in .* is outside of the threat model .* its pixels go from -0.01 to"),
+    (_brighter, "images or labels that are not those of its run: their data_digest is "),
+    (_other_labels, "images or labels that are not those of its run: their data_digest is "),
+    (_swapped, "images or labels that are not those of its run: their data_digest is "),
+    (_fewer, r"fc/apgd-ce in .* has the shape \(4, 1, 8, 8\) .*; expected those of the clean images, \(8, "),
+    (lambda x: x.pop("fc/apgd-ce"), None),
+    (lambda x: x.update({"fc/square": x["clean"].clone()}), None),
+])
+def test_rejudging_refuses_what_the_attack_could_not_have_found(saved_run, tmp_path, evaluate_main, capsys, change,
+                                                                message):
+    shutil.copytree(saved_run, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adversarial.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    if message is None:
+        assert evaluate_main(["--rejudge", str(tmp_path)]) == 1
+        assert "1 of " in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match=message):
+            evaluate_main(["--rejudge", str(tmp_path)])
+
+
+@pytest.mark.parametrize("protocol", ["[1]", "{", '{"threat": 3}', "[" * 100_000, '{"threat": "Linf:0.1"}',
+                                      '{"threat": "Linf:0.1", "batch_size": "4", "data_digest": 1, "mix": 0}'])
+def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
+    save_file(load_file(saved_run / "adversarial.safetensors"), tmp_path / "x.safetensors", {"protocol": protocol})
+    with pytest.raises(ValueError, match=r"the protocol in .*x.safetensors is damaged \("):
+        saved_protocol(tmp_path / "x.safetensors")
 
 
 def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):

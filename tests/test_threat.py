@@ -203,3 +203,17 @@ def test_distance_is_the_norm_of_the_difference():
     torch.testing.assert_close(LINF.distance(x, y), torch.tensor([0.4, 0.1]))
     torch.testing.assert_close(L2.distance(x, y), torch.tensor([0.5, 0.2]))
     assert torch.equal(L2.distance(x, y), L2.distance(y, x))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 1 / 255), ("Linf", 0.3), ("L2", 0.05), ("L2", 3.0)])
+@pytest.mark.parametrize("shape", [(4, 1, 2, 2), (4, 3, 128, 128)])
+def test_a_threat_model_contains_its_projections_and_nothing_farther(norm, eps, shape):
+    threat, clean = ThreatModel(norm, eps), 0.4 + 0.2 * torch.rand(shape)
+    step = threat.scaled(torch.randn(shape), eps)
+    assert threat.contains(threat.project(clean + 5 * step, clean), clean).all() and threat.contains(clean, clean).all()
+    assert not threat.contains(clean + step * 1.01, clean).any()
+    far = ThreatModel("Linf", 1.0) if norm == "Linf" else ThreatModel("L2", 1e6)
+    for value in (-1e-6, 1 + 1e-6, float("nan")):
+        outside = clean.clone()
+        outside[1, 0, 0, 0] = value
+        assert far.contains(outside, clean).tolist() == [True, False, True, True]

@@ -17,7 +17,7 @@ from .files import remove_unfinished, write_text
 from .head import check_inference, find_head, head_name, inference_mode
 from .report import AttackReport, Flag, svg
 from .report.html import flag_section, page, table, unreliable_banner
-from .report.tables import INTERVAL
+from .report.tables import INTERVAL, UNRELIABLE, pixels_note
 from .report.verdicts import wilson_interval
 from .threat import ThreatModel
 
@@ -143,10 +143,13 @@ def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
 def sweep_markdown(reports: Sequence[AttackReport]) -> str:
     """Returns the robust accuracies in % as a table in Markdown, a row for each radius."""
     head, rows = _table(reports)
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    unreliable = [f"- {_mode_name(report)}, {report.protocol['threat']}: "
+                  f"{', '.join(dict.fromkeys(flag.name for flag in report.flags))}"
+                  for report in reports if report.unreliable]
+    lines = [f"**Unreliable** (marked *): {UNRELIABLE}", "", *unreliable, ""] if unreliable else []
+    lines += [*filter(None, [pixels_note(reports[0].protocol)]), ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    if any(report.unreliable for report in reports):
-        lines += ["", "\\* unreliable: see that report's warnings"]
     return "\n".join(lines) + "\n"
 
 
@@ -164,6 +167,7 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
         for report in reports for flag in report.flags))
     return page(f"Mixed Surrogate Attack: {reports[0].name}, accuracy against eps", [
         *unreliable_banner(flags),
+        f"<p>{escape(pixels_note(reports[0].protocol))}</p>",
         svg.curves(curves(reports), f"eps, {threat.norm}, pixels in [0, 1]",
                    "robust accuracy against eps, a curve for each inference mode"),
         f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are {INTERVAL}s. At eps 0 "

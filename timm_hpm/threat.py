@@ -95,6 +95,16 @@ class ThreatModel:
         """Returns the distance of each image of `x` (B, ...) from the same of `y`, as (B,)."""
         return self.size(x - y)
 
+    def contains(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Returns which images (B,) of `x` (B, ...) are pixels in [0, 1] and in the ball around those of `clean`.
+
+        The distance may exceed eps by float32's rounding: by 1e-5 of eps, and under Linf 2⁻²³, under L2 √d times that.
+        """
+        pixels = x[0].numel()
+        rounding = 1e-5 * self.eps + 2 ** -23 * (1.0 if self.norm == "Linf" else math.sqrt(pixels))
+        inside = ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
+        return inside & (self.distance(x, clean) <= self.eps + rounding)
+
     def size(self, delta: Tensor) -> Tensor:
         """Returns the norm of each perturbation of `delta` (B, ...), as (B,)."""
         delta = delta.flatten(1)

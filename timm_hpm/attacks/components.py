@@ -235,8 +235,8 @@ class Budget:
     def __post_init__(self) -> None:
         whole = all(type(number) is int for number in (self.iterations, self.targets, self.rounds))
         if not whole or self.iterations < 1 or self.targets < 0 or self.rounds < 0:
-            raise ValueError(f"{self}: expected whole numbers, at least 1 iteration, and 0 or more targets or "
-                             "rounds")
+            raise ValueError(f"{self}: expected at least 1 iteration, and 0 or more targets or rounds, in "
+                             "whole numbers")
 
     @classmethod
     def parse(cls, text: str, times: str = "targets") -> "Budget":

@@ -64,6 +64,32 @@ def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                     tensor.copy_(before[name])
 
 
+def clean_flags(answers: Tensor, labels: Tensor, num_classes: int) -> list[Flag]:
+    """Returns what the answers (N,) to at least 8 clean images say of normalisation and labels (N,), class indices.
+
+    `clean-near-chance`: the accuracy is at most twice that of guessing, or a tenth of the way from it to 1, if that is
+    less. `labels-off-by-one`: in more than a third of the images, of two or more classes, the next (or previous) class
+    is answered more often than their own, and mostly so.
+    """
+    if len(answers) < _FEWEST_SURVIVORS:
+        return []
+    flags, chance, right = [], 1 / num_classes, int((answers == labels).sum())
+    if right <= len(answers) * (chance + min(chance, 0.1 * (1 - chance))):
+        flags.append(Flag("clean-near-chance", f"{right} of {len(answers)} clean images are right; guessing among "
+                                               f"{num_classes} classes gets {100 * chance:.3g} %"))
+    for step, name in ((1, "after"), (-1, "before")):
+        shifted = answers == (labels + step) % num_classes
+        per_class = [torch.bincount(labels[which], minlength=num_classes) for which in (shifted, answers == labels)]
+        classes = per_class[0] > per_class[1]
+        images, hits = int(classes[labels].sum()), int(per_class[0][classes].sum())
+        if classes.sum() >= 2 and images > len(labels) / 3 and hits >= max(
+                8, images * min(0.8, max(1 / 3, 2.5 * chance))):
+            flags.append(Flag("labels-off-by-one", f"{hits} of {images} clean images, of {int(classes.sum())} classes, "
+                                                   f"are answered with the class {name} their label"))
+            break
+    return flags
+
+
 def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Flag | None:
     """Returns `no-gradient` or `zero-gradient` where the margin max_{c≠y} z_c − z_y has no usable gradient."""
     useless = 0

@@ -11,8 +11,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..data import PixelModel, as_pixel_model, ask, check_answers_alike, check_pixels, checked_integer
+from ..data import (
+    PixelModel,
+    as_pixel_model,
+    ask,
+    check_answers_alike,
+    check_pixels,
+    checked_integer,
+    normalisation_of,
+)
 from ..head import HPMHead, find_head, head_name, inference_mode
+from ..report import data_digest
+from ..threat import ThreatModel
 from .components import check_finite, predicted_classes
 
 
@@ -86,23 +96,53 @@ def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     """Returns the verdicts (`AttackReport.verdicts`) on the images that `save_adversarial` saved, judged again.
 
-    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol.
+    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol. Every candidate
+    must be one that the saved threat model allows, of the very images that the protocol is of.
 
     Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, or a model that mixes its
-            prototypes otherwise than the saved protocol says.
+        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, images or labels that are not
+            the run's, a candidate outside of the threat model, or a model that normalises or mixes its prototypes
+            otherwise than the saved protocol says.
         OSError: no such file.
     """
+    check_answers_alike(model)
     protocol = saved_protocol(path)
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name != "labels"]  # noqa: SIM118  (it is no dict)
-    labels = _saved_tensor(path, "labels")
+    clean, labels = _saved_tensor(path, "clean"), _saved_tensor(path, "labels")
+    digest = data_digest(clean, labels)
+    if digest != protocol["data_digest"]:
+        raise ValueError(f"{path} holds images or labels that are not those of its run: their data_digest is {digest}, "
+                         f"the protocol's {protocol['data_digest']}. Run the attack again with --save-adversarial")
+    threat = ThreatModel.parse(protocol["threat"])
+    now, there = (what and (what["mean"], what["std"]) for what in (
+        normalisation_of(pixel_model_for(model, clean)), protocol["normalisation"]))
+    if now != there:
+        raise ValueError(f"the model normalises pixels by mean and std {now}, that of {path} by {there}; give the same "
+                         "(evaluate.py --mean, --std; timm_hpm.PixelModel)")
     with _mode_of(model, protocol["inference"]) as head:
         if head is not None and head.mix != protocol["mix"]:
             raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
-        return {name: as_row(judge(model, _saved_tensor(path, name), labels, protocol["batch_size"],
-                                   allow_non_finite=name != "clean"))
-                for name in names}
+        verdicts = {}
+        for name in names:
+            candidates = _saved_tensor(path, name)
+            _check_candidates(f"{name} in {path}", candidates, clean, threat)
+            verdicts[name] = as_row(judge(model, candidates, labels, protocol["batch_size"],
+                                          allow_non_finite=name != "clean"))
+        return verdicts
+
+
+def _check_candidates(place: str, candidates: Tensor, clean: Tensor, threat: ThreatModel) -> None:
+    if candidates.shape != clean.shape or candidates.dtype != clean.dtype:
+        raise ValueError(f"{place} has the shape {tuple(candidates.shape)} and dtype {candidates.dtype}; expected "
+                         f"those of the clean images, {tuple(clean.shape)} and {clean.dtype}")
+    outside = ~threat.contains(candidates, clean)
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        distance = float(threat.distance(candidates[first:first + 1], clean[first:first + 1]))
+        raise ValueError(f"image {first} of {place} is outside of the threat model {threat}: its distance is "
+                         f"{distance:.6g} and its pixels go from {float(candidates[first].min()):.6g} to "
+                         f"{float(candidates[first].max()):.6g}. Such a candidate proves nothing; run the attack again")
 
 
 def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
@@ -120,7 +160,16 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
     if "protocol" not in metadata or not {"clean", "labels"} <= names:
         raise ValueError(f"{path} holds no adversarial images of timm_hpm; expected the file that "
                          "evaluate.py --save-adversarial wrote")
-    return json.loads(metadata["protocol"])
+    try:
+        protocol = json.loads(metadata["protocol"])
+        ThreatModel.parse(protocol["threat"])
+        if type(protocol["batch_size"]) is not int or not {
+                "data_digest", "inference", "mix", "normalisation"} <= protocol.keys():
+            raise ValueError("batch_size, data_digest, inference, mix or normalisation is missing")
+        return protocol
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the protocol in {path} is damaged ({type(error).__name__}: {error}); run the attack "
+                         "again") from error
 
 
 def _saved_tensor(path: str | os.PathLike, name: str) -> Tensor:
@@ -140,7 +189,9 @@ def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
     if isinstance(pixel_model, PixelModel) or all(p.dtype == torch.float32 for p in model.parameters()):
         return pixel_model
     # A module of pixels in another precision: no normalisation, only its dtype.
-    return PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
+    pixel_model = PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
+    pixel_model.source = f"{type(model).__name__}, a module of pixels"
+    return pixel_model
 
 
 def device_of(model: nn.Module, images: Tensor) -> torch.device:

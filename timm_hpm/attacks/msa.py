@@ -19,7 +19,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import PixelModel, ask, check_answers_alike, check_pixels, checked_integer, normal_tensor, unwrapped
+from ..data import (
+    PixelModel,
+    as_pixel_model,
+    ask,
+    check_answers_alike,
+    check_pixels,
+    checked_integer,
+    normal_tensor,
+    normalisation_of,
+    unwrapped,
+)
 from ..files import Parts, locked, save_parts, writable_folder
 from ..functional import in_autocast
 from ..head import find_head, head_name, inference_mode
@@ -38,7 +48,16 @@ from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
 from .cobatch import check_co_batch, co_batch_attack
 from .components import AttackBatch, Budget, Notes, check_finite, margin_loss
-from .flags import change_flag, check_model, head_flag, probability_flag, restored, rough_flag, verdict_flag
+from .flags import (
+    change_flag,
+    check_model,
+    clean_flags,
+    head_flag,
+    probability_flag,
+    restored,
+    rough_flag,
+    verdict_flag,
+)
 from .judge import as_row, device_of, image_name, judge, own_logits, pixel_model_for, predictions
 from .progress import ProgressFolder, Step, check_same_run
 from .protocols import PROTOCOLS, Protocol, find_protocol
@@ -61,6 +80,8 @@ def mixed_surrogate_attack(
         attacks: Sequence[str] | None = None,
         budgets: Mapping[str, Budget | int | str] | None = None,
         survivors_only: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         surrogates_at_once: int = 1,
         seed: int = 0,
         co_batch: Sequence[int] = (),
@@ -96,6 +117,8 @@ def mixed_surrogate_attack(
         attacks: names of `ATTACKS`; None means the protocol's.
         budgets: budgets for some of the attacks (`as_budget`); None means the protocol's. Targets are capped at C − 1.
         survivors_only: an image that was broken is attacked no more; see `Protocol`.
+        mean, std: by which pixels are normalised, one value a channel; None means the model's `pretrained_cfg`. The
+            report says which, and where they come from.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.
         co_batch: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
@@ -137,6 +160,8 @@ def mixed_surrogate_attack(
     if save_adversarial is not None and processes > 1 and resume is None:
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
     check_answers_alike(model)
+    if mean is not None or std is not None:
+        model = as_pixel_model(model, mean, std)
     images = check_pixels(images, labels)
     if co_batch or co_batch_mixes is not None:
         check_co_batch(co_batch, co_batch_mixes, len(images))
@@ -200,6 +225,8 @@ def mixed_surrogate_attack(
             # Without gradients an attack on the surrogate that computes the true model's logits is one on that model.
             correct |= {f"{TRUE_MODEL}/{attack}": correct[f"{split.twin()}/{attack}"] for attack in usable
                         if not ATTACKS[attack].needs_gradient and f"{split.twin()}/{attack}" in correct}
+        answers = torch.tensor([answer for step in found for answer in step.answers])
+        flags = [*clean_flags(answers, labels.cpu(), subject.num_classes), *flags]
         flags += [*_noted_flags(found), *_not_finite_flags(found)]
         flags += subject.flags_after(images, labels, threat, correct, chosen.survivors_only,
                                      {flag.name for flag in flags}, checks)
@@ -332,15 +359,14 @@ class _Subject:
         if not raised & {"random-forward", "changes-state"}:
             # Weights do not tell a network from one that computes something else with them.
             margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
-        inner, normalising = unwrapped(self.model), unwrapped(self.pixel_model)
+        inner = unwrapped(self.model)
         inner = unwrapped(inner.model) if isinstance(inner, PixelModel) else inner
         cfg = getattr(inner, "pretrained_cfg", None) or {}
         head = None if self.split.head is None else find_head(self.model)
         return {
             "architecture": cfg.get("architecture") or type(inner).__name__,
             "weights_digest": weights_digest(inner),
-            "normalisation": {name: getattr(normalising, name).flatten().tolist() for name in ("mean", "std")}
-            if isinstance(normalising, PixelModel) else None,
+            "normalisation": normalisation_of(self.pixel_model),
             "num_images": len(images),
             "data_digest": data_digest(images, labels),
             "num_classes": self.num_classes,
@@ -543,7 +569,7 @@ class _Run:
         kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and name != "clean"}
         noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()]
         return Step(attack, correct, baseline, _no_cost(), noted, _first(examples), newly.nonzero().squeeze(1).cpu(),
-                    points[newly].cpu(), kept, not_finite)
+                    points[newly].cpu(), kept, not_finite, answers.tolist() if attack == "clean" else [])
 
     @torch.no_grad()
     def _note_spread(self, name: str, found: Tensor, lost: Tensor, notes: Notes) -> None:

@@ -48,6 +48,7 @@ class Step:
         broken: (K,), the images of the batch that no earlier step had broken.
         points: (K, channels, H, W), the first candidate of this step that broke each.
         candidates: (B, channels, H, W) by name, where they are to be kept: on disk, not in a step that was loaded.
+        answers: the true model's classes for the clean images, which no folder keeps; empty for an attack.
     """
 
     attack: str
@@ -60,6 +61,7 @@ class Step:
     points: Tensor
     candidates: dict[str, Tensor] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
+    answers: list[int] = field(default_factory=list)
 
     def without_pixels(self) -> "Step":
         """Returns the step without its tensors, of which a mere slice would keep the memory."""

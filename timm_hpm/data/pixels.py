@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ..head import WholeLoading, check_module
 
+#: The source of a mean and std that the caller names.
+GIVEN: Final = "given as mean and std"
+
 _SEVERAL_DEVICES: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -20,6 +23,9 @@ class PixelModel(WholeLoading):
     Arguments:
         model: takes images normalised by `mean` and `std`.
         mean, std: one value a channel; None takes the model's `pretrained_cfg`.
+
+    Attributes:
+        source: where mean and std come from, in words.
 
     Raises:
         ValueError: no mean and std to be had, or a std that is not positive.
@@ -38,6 +44,10 @@ class PixelModel(WholeLoading):
             values[name] = torch.tensor(tuple(given), dtype=torch.float32).view(-1, 1, 1)
         if not (values["std"] > 0).all():
             raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers")
+        named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"
+        named += f", tag {cfg['tag']}" if cfg.get("tag") else ""
+        both = {name: GIVEN if given is not None else named for name, given in (("mean", mean), ("std", std))}
+        self.source = both["mean"] if both["mean"] == both["std"] else "; ".join(f"{k}: {v}" for k, v in both.items())
         self.model = model
         self.train(model.training)
         parameter = next(model.parameters(), None)
@@ -82,17 +92,35 @@ def random_flip(images: Tensor, probability: float = 0.5) -> Tensor:
     return torch.where(flipped, images.flip(-1), images)
 
 
-def as_pixel_model(model: nn.Module) -> nn.Module:
+def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None,
+                   std: Iterable[float] | None = None) -> nn.Module:
     """Returns `model` as a classifier of pixels in [0, 1], in which form attacks and measurements take it.
 
-    A timm model is wrapped by what its `pretrained_cfg` says; any other module is taken to expect pixels already. Of
-    one that is wrapped for several devices the model on the first is taken: an answer may depend on the whole batch.
+    A timm model is wrapped by `mean` and `std`, one value a channel, or what its `pretrained_cfg` says; any other
+    module is taken to expect pixels already, unless they are given. Of one that is wrapped for several devices the
+    model on the first is taken: an answer may depend on the whole batch.
+
+    Raises:
+        ValueError: if mean or std are given for a PixelModel, which has its own, or only one for a module without
+            `pretrained_cfg`.
     """
     while isinstance(model, _SEVERAL_DEVICES):
         model = model.module
-    if isinstance(model, PixelModel) or not getattr(unwrapped(model), "pretrained_cfg", None):
+    given = mean is not None or std is not None
+    if isinstance(unwrapped(model), PixelModel):
+        if given:
+            raise ValueError("the model normalises pixels itself (PixelModel); leave out mean and std, or give them to "
+                             "PixelModel")
         return model
-    return PixelModel(model)
+    return PixelModel(model, mean, std) if given or getattr(unwrapped(model), "pretrained_cfg", None) else model
+
+
+def normalisation_of(model: nn.Module) -> dict[str, Any] | None:
+    """Returns `mean` and `std`, one value a channel, and their `source` of a model of pixels; None if it has none."""
+    model = unwrapped(model)
+    if not isinstance(model, PixelModel):
+        return None
+    return {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "source": model.source}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from ..data.pixels import GIVEN
+
 #: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
 MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
 DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map")
@@ -29,6 +31,9 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     if given.get("pretrained") is False and "checkpoint" not in opened:
         return []  # random weights
     options: dict[str, Any] = {"model": protocol["model"], "dataset": protocol["dataset"]} | opened
+    normalisation = protocol.get("normalisation") or {}
+    if normalisation.get("source") == GIVEN:
+        options |= {name: normalisation[name] for name in ("mean", "std")}
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
     if protocol.get("inference", "none") != "none":
         options["inference"] = protocol["inference"]

@@ -84,7 +84,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
-        lines = table(
+        lines = [f"**Report {name} is unreliable**: see its warnings.\n" for name in self.unreliable]
+        lines += table(
             ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",
              "McNemar p"],
             ([row.name, *(f"{100 * value:.1f} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
@@ -93,7 +94,6 @@ class Comparison:
              for row in self.rows))
         lines += ["", f"The same {self.rows[0].num_images} images, paired; in brackets the {INTERVAL}, of the "
                       "difference Newcombe's paired one; p is that of McNemar's exact two-sided test."]
-        lines += [f"**Report {name} is unreliable**: see its warnings." for name in self.unreliable]
         if self.differing:
             lines += ["", *table(["protocol", "a", "b"], (
                 [name, cell(a), cell(b)] for name, (a, b) in self.differing.items()), numbers_from=3)]

@@ -8,6 +8,8 @@ from typing import Final
 
 #: Every name that a flag may have, and whether a report with it is not to be relied on.
 FLAGS: Final = {
+    "clean-near-chance": True,
+    "labels-off-by-one": True,
     "no-gradient": True,
     "zero-gradient": True,
     "random-forward": True,

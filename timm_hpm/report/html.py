@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Final
 from . import svg
 from .command import evaluate_command, shell_lines
 from .flags import Flag, paragraph
-from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, INTERVAL, accuracies, cell, co_batch_table, interval_text
+from .tables import (
+    CO_BATCH_NOTE,
+    CO_BATCH_TITLE,
+    INTERVAL,
+    UNRELIABLE,
+    accuracies,
+    cell,
+    co_batch_table,
+    interval_text,
+    pixels_note,
+)
 from .verdicts import attack_of, wilson_interval, worst_accuracy
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ def report_page(report: "AttackReport") -> str:
     """Returns a report as a whole HTML file."""
     return page(f"Mixed Surrogate Attack: {report.name}", [
         *unreliable_banner(report.flags),
+        f"<p>{escape(pixels_note(report.protocol))}</p>",
         _summary(report),
         *flag_section(report.flags),
         "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
@@ -63,8 +74,7 @@ def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
     """Returns what must be read first, where a flag makes the numbers unreliable."""
     if not any(flag.unreliable for flag in flags):
         return []
-    return ["<p class='unreliable'><b>Unreliable.</b> The robust accuracy may be far too high; the warnings below say "
-            "why.</p>"]
+    return [f"<p class='unreliable'><b>Unreliable</b>: {UNRELIABLE}</p>"]
 
 
 def flag_section(flags: Sequence[Flag]) -> list[str]:

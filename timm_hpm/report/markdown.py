@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .command import evaluate_command, shell_lines
 from .flags import paragraph
-from .tables import CO_BATCH_NOTE, CO_BATCH_TITLE, INTERVAL, ROBUST, accuracies, cell, co_batch_table, interval_text
+from .tables import (
+    CO_BATCH_NOTE,
+    CO_BATCH_TITLE,
+    INTERVAL,
+    ROBUST,
+    UNRELIABLE,
+    accuracies,
+    cell,
+    co_batch_table,
+    interval_text,
+    pixels_note,
+)
 
 if TYPE_CHECKING:
     from .schema import AttackReport
@@ -61,8 +72,17 @@ def results(report: "AttackReport") -> list[str]:
 
 
 def report_markdown(report: "AttackReport") -> str:
-    """Returns a report as Markdown: accuracies, the command that repeats them, the protocol, cost and warnings."""
-    lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", "", *results(report), ""]
+    """Returns a report as Markdown: accuracies, the command that repeats them, the protocol and cost.
+
+    Flags and normalisation come first: they say how far the numbers can be trusted.
+    """
+    lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", ""]
+    if report.flags:
+        lines += [f"**Unreliable**: {UNRELIABLE}", ""] if report.unreliable else []
+        lines += [*(f"- [{flag.name}](#{flag.name}): {escaped(flag.text)}" for flag in report.flags), ""]
+    if pixels_note(report.protocol):
+        lines += [escaped(pixels_note(report.protocol)), ""]
+    lines += [*results(report), ""]
     command = evaluate_command(report.protocol)
     if command:
         lines += ["## Command", "", fenced(shell_lines(command), "sh"), ""]
@@ -72,10 +92,7 @@ def report_markdown(report: "AttackReport") -> str:
         [name, f"{row['seconds']:.1f}", f"{row['forward_passes']:.0f}", f"{row['backward_passes']:.0f}"]
         for name, row in report.cost.items()))]
     if report.flags:
-        lines += ["", "## Warnings", ""]
-        if report.unreliable:
-            lines += ["**Unreliable**: the robust accuracy may be far too high.", ""]
-        lines += [f"- [{flag.name}](#{flag.name}): {escaped(flag.text)}" for flag in report.flags]
+        lines += ["", "## Warnings"]
         for name in dict.fromkeys(flag.name for flag in report.flags):
             lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
     return "\n".join(lines) + "\n"

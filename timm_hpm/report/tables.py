@@ -1,5 +1,6 @@
 """What a report says in Markdown and in HTML alike."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from .verdicts import wilson_interval
@@ -12,6 +13,9 @@ ROBUST: Final = "robust, worst case over all rows"
 
 #: How a table calls what stands beside an accuracy.
 INTERVAL: Final = "95 % Wilson interval"
+
+#: What must be read first if a flag makes the numbers unreliable.
+UNRELIABLE: Final = "these numbers should not be quoted; the warnings say why."
 
 CO_BATCH_TITLE: Final = "Neighbours in the batch"
 CO_BATCH_NOTE: Final = (
@@ -29,6 +33,20 @@ def accuracies(report: "AttackReport") -> dict[str, float]:
         found["FC classifier of the same network, clean"] = report.baseline["clean"]
         found["FC classifier of the same network, under AutoAttack's components"] = report.baseline["worst"]
     return found
+
+
+def pixels_note(protocol: Mapping[str, Any]) -> str:
+    """Returns a sentence on how a report's model gets its pixels; empty if the protocol does not say it."""
+    normalisation = protocol.get("normalisation", "")
+    if normalisation is None:
+        return "Pixels go to the model as they are, in [0, 1]: it is a module without normalisation of its own."
+    if not isinstance(normalisation, Mapping):
+        return ""
+    values = {name: normalisation.get(name) for name in ("mean", "std")}
+    mean, std = (", ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in value)
+                 if isinstance(value, list) else str(value) for value in values.values())
+    return (f"Pixels in [0, 1] are normalised by mean ({mean}) and std ({std}); source: "
+            f"{normalisation.get('source', 'the report does not say')}.")
 
 
 def co_batch_table(report: "AttackReport") -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,175 @@
+"""How pixels are normalised, where that comes from, and the flags of clean accuracies that say it was wrong."""
+
+import html
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_hpm
+from timm_hpm import AttackReport, PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm.attacks.flags import clean_flags
+from timm_hpm.sweep import sweep_markdown, sweep_page
+
+THREAT = ThreatModel("Linf", 0.1)
+QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 2}, "batch_size": 16}
+FEW = ["--num-images", "16", "--batch-size", "16",
+       "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=2"]
+
+
+@pytest.fixture
+def model():
+    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    return images[:16], labels[:16]
+
+
+@pytest.fixture
+def evaluate_main(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent), *sys.path])
+    import evaluate
+
+    return evaluate.main
+
+
+def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_they_are(model, digits):
+    right = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    mean, std = (right.protocol["normalisation"][name] for name in ("mean", "std"))
+    assert right.protocol["normalisation"]["source"] == "the pretrained_cfg of hpm_wrn10_2, tag digits_linf"
+    model.pretrained_cfg |= {"mean": (-3.0,), "std": (0.05,)}
+    wrong = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    assert wrong.clean_accuracy < 0.3 and wrong.unreliable
+    assert wrong.flags[0].name == "clean-near-chance"
+    for given, source in (
+            (mixed_surrogate_attack(model, *digits, THREAT, mean=mean, std=std, **QUICK), "given as mean and std"),
+            (mixed_surrogate_attack(PixelModel(model, mean, std), *digits, THREAT, **QUICK), "given as mean and std"),
+    ):
+        assert given.correct == right.correct and not given.unreliable
+        assert given.protocol["normalisation"] == {"mean": mean, "std": std, "source": source}
+    model.pretrained_cfg["std"] = std
+    half = mixed_surrogate_attack(model, *digits, THREAT, mean=mean, **QUICK)
+    assert half.correct == right.correct and half.protocol["normalisation"]["source"] == (
+        "mean: given as mean and std; std: the pretrained_cfg of hpm_wrn10_2, tag digits_linf")
+
+
+def escaped_lines(report: AttackReport) -> list[str]:
+    return html.unescape(report.to_markdown()).splitlines()
+
+
+def test_mean_and_std_of_a_module_of_its_own(model, digits):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = model
+
+        def forward(self, x):
+            return self.network(x)
+
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    plain = mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, **QUICK)
+    assert plain.protocol["normalisation"] is None
+    assert "Pixels go to the model as they are, in [0, 1]" in escaped_lines(plain)[2]
+    given = mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, mean=mean, std=std, **QUICK)
+    assert given.correct == mixed_surrogate_attack(model, *digits, THREAT, **QUICK).correct
+    with pytest.raises(ValueError, match="normalises pixels itself"):
+        mixed_surrogate_attack(PixelModel(model), *digits, THREAT, mean=mean, std=std, **QUICK)
+    with pytest.raises(ValueError, match="no pretrained_cfg that says its std"):
+        mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, mean=mean, **QUICK)
+    with pytest.raises(ValueError, match="images have 1 channels, the model's mean and std 3"):
+        mixed_surrogate_attack(model, *digits, THREAT, mean=[0.5] * 3, std=[0.5] * 3, **QUICK)
+
+
+def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, digits):
+    model.pretrained_cfg |= {"mean": (-3.0,), "std": (0.05,)}
+    report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    lines = escaped_lines(report)
+    assert lines[2].startswith("**Unreliable**") and lines[4].startswith("- [clean-near-chance](#clean-near-chance): ")
+    note = next(i for i, line in enumerate(lines) if line.startswith("Pixels in [0, 1] are normalised by"))
+    said = "by mean (-3) and std (0.05); source: the pretrained_cfg of hpm_wrn10_2, tag digits_linf."
+    assert said in lines[note] and note < lines.index("| surrogate | apgd-ce | worst |")
+    page = report.to_html()
+    assert page.index("Unreliable") < page.index(said) < page.index("class='large'")
+    swept = sweep_markdown([report]).splitlines()
+    assert swept[0].startswith("**Unreliable**") and "batch, Linf:0.1: clean-near-chance" in swept[2]
+    assert any(said in line for line in swept[:7]) and said in sweep_page([report]).partition("<svg")[0]
+    assert report.compare(report).to_markdown().startswith("**Report a is unreliable**")
+
+
+def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, evaluate_main, capsys):
+    run = tmp_path / "run"
+    options = [*FEW, "--mean", "-3", "--std", "0.05", "--save-adversarial", "--output", str(run)]
+    assert evaluate_main(options) == 0
+    printed = capsys.readouterr()
+    said = "by mean (-3) and std (0.05); source: given as mean and std."
+    assert said in printed.err and said in "\n".join(printed.out.splitlines()[:12])
+    report = AttackReport.load(run / "report.json")
+    assert report.clean_accuracy < 0.3 and "--mean=-3.0 --std 0.05" in " ".join(report.to_markdown().split())
+    assert evaluate_main(["--rejudge", str(run)]) == 0 and evaluate_main(["--resume", str(run)]) == 0
+    with pytest.raises(ValueError, match=r"the model normalises pixels by mean and std \(\[0.5\], "):
+        evaluate_main(["--rejudge", str(run), "--mean", "0.5"])
+    with pytest.raises(ValueError, match="normalises pixels by mean and std"):
+        timm_hpm.rejudge(model, run / "adversarial.safetensors")
+    with pytest.raises(ValueError, match=r"options: --mean \[0.5\] \(there: \[-3.0\]\)"):
+        evaluate_main(["--resume", str(run), "--mean", "0.5"])
+
+
+def names(answers, labels, num_classes):
+    return [flag.name for flag in clean_flags(torch.as_tensor(answers), torch.as_tensor(labels), num_classes)]
+
+
+@pytest.mark.parametrize(("num_classes", "right", "flagged"), [
+    (10, 0, True), (10, 13, True), (10, 19, True), (10, 20, False), (10, 97, False), (2, 30, True), (2, 55, True),
+    (2, 56, False), (3, 40, True), (3, 41, False), (1000, 0, True), (1000, 1, False), (100, 2, True), (100, 3, False)])
+def test_a_clean_accuracy_near_chance_is_flagged(num_classes, right, flagged):
+    labels = torch.arange(100) % num_classes
+    # Wrong answers are spread over the classes.
+    wrong = (labels + 1 + torch.randint(num_classes - 1, (100,))) % num_classes
+    answers = torch.where(torch.arange(100) < right, labels, wrong)
+    assert ("clean-near-chance" in names(answers, labels, num_classes)) == flagged
+    assert not names(answers[:7], labels[:7], num_classes)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize(("num_classes", "accuracy"), [
+    (10, 1.0), (10, 0.6), (1000, 0.45), (4, 0.9), (2, 1.0), (3, 0.9)])
+def test_labels_that_are_off_by_one_are_flagged(num_classes, accuracy, step):
+    labels = torch.randint(num_classes, (200,))
+    guess = torch.randint(num_classes, (200,))
+    answers = torch.where(torch.rand(200) < accuracy, (labels + step) % num_classes, guess)
+    assert "labels-off-by-one" in names(answers, labels, num_classes)
+
+
+def test_labels_that_are_off_from_a_class_on_are_flagged():
+    labels = torch.arange(200) % 10
+    answers = torch.where(labels > 4, (labels + 1) % 10, labels)
+    assert names(answers, labels, 10) == ["labels-off-by-one"]
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 10, 100])
+@pytest.mark.parametrize("num_images", [8, 16, 100, 1000])
+def test_honest_answers_are_not_off_by_one(num_classes, num_images):
+    choose, raised = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        labels = torch.randint(num_classes, (num_images,), generator=choose)
+        guess = torch.randint(num_classes, (num_images,), generator=choose)
+        constant = torch.full_like(labels, int(labels[0]))
+        accuracy = 0.3 + 0.7 * torch.rand((), generator=choose)
+        trained = torch.where(torch.rand(num_images, generator=choose) < accuracy, labels, guess)
+        for answers in (guess, constant, trained):
+            raised += "labels-off-by-one" in names(answers, labels, num_classes)
+    assert raised <= 3
+    assert names(labels, labels, num_classes) == []
+
+
+def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
+    images, labels = digits
+    report = mixed_surrogate_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
+    assert {"labels-off-by-one", "clean-near-chance"} <= {flag.name for flag in report.flags} and report.unreliable
+    assert "are answered with the class before their label" in report.to_markdown()

@@ -759,7 +759,7 @@ def test_a_text_in_the_place_of_a_list_of_names_is_refused(digits_model, digits,
 
 @pytest.mark.parametrize("arguments", [(0,), (-1, 2), (5, -1)])
 def test_a_budget_that_spends_nothing_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected whole numbers, at least 1 iteration"):
+    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected at least 1 iteration, and 0 or more targets"):
         Budget(*arguments)
 
 

@@ -448,14 +448,11 @@ def kept_run(model, digits, tmp_path_factory) -> Path:
 
 def read_all(folder: Path, run: dict) -> None:
     progress = ProgressFolder(folder, run)
-    try:
-        progress.load_co_batch(0)
-        for batch in range(2):
-            for step, names in enumerate((["fc/apgd-ce"], ["ste/apgd-ce"], ["assembled"])):
-                progress.load(batch, step, names)
-                progress.candidates(names[0], names, step, batch)
-    finally:
-        progress.close()
+    progress.load_co_batch(0)
+    for batch in range(2):
+        for step, names in enumerate((["fc/apgd-ce"], ["ste/apgd-ce"], ["assembled"])):
+            progress.load(batch, step, names)
+            progress.candidates(names[0], names, step, batch)
 
 
 def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import timm_hpm
 from timm_hpm import cards
+from timm_hpm.models.saving import write_model
 from timm_hpm.report.command import evaluate_command
 
 FOLDER = Path(__file__).parents[1] / "hub_cards"
@@ -172,6 +174,44 @@ def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, 
     timm_hpm.hub.save(model, "a 'model'", report=report)
     again = evaluated(Path("a 'model'/README.md").read_text(encoding="utf-8"))
     assert (again.correct, again.co_batch) == (report.correct, report.co_batch)
+
+
+def test_training_settings_and_class_names_stay_with_weights_and_nobody_else_s_licence_does(tmp_path):
+    names = [f"class {i}" for i in range(3)]
+    model = timm.create_model("hpm_wrn10_2", num_classes=3).eval()
+    model.pretrained_cfg.update(label_names=names, num_classes=3)
+    timm_hpm.find_head(model).set_prototypes(torch.rand(3, model.num_features))
+    training = {"options": {"model": "hpm_wrn10_2", "threat": "L2:0.5"}, "kept": {"epoch": 3}}
+    (tmp_path / "run").mkdir()
+    write_model(model, tmp_path / "run", training=training)
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    timm_hpm.hub.save(again, tmp_path / "a", repo_id="org/name")
+    config = json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    assert config["training"] == training and "threat: L2:0.5" in card.text
+    assert "0 class 0, 1 class 1, 2 class 2" in card.text
+    assert not {"license", "origin_url", "paper_ids"} & config["pretrained_cfg"].keys()
+    assert card.data.license == "unknown" and "origin:" not in card.text and "papers:" not in card.text
+    # What the owner says stays; other weights have other settings.
+    with torch.no_grad():
+        again.conv1.weight.mul_(2)
+    timm_hpm.hub.save(again, tmp_path / "b", license="MIT")
+    timm_hpm.hub.save(timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True), tmp_path / "c")
+    card = ModelCard.load(tmp_path / "c" / "README.md")
+    assert card.data.license == "mit" and "Training settings" not in card.text
+
+
+@pytest.mark.parametrize("make", [
+    lambda: timm.create_model("hpm_wrn10_2"),
+    lambda: timm.create_model("hpm_wrn28_10.wang2023_cifar10_linf", depths=(1, 1, 1), channels=(8, 8, 8)),
+    lambda: timm_hpm.add_hpm_head(timm.create_model("test_resnet", num_classes=4)),
+], ids=["embedded", "public", "timm"])
+def test_weights_that_start_at_random_have_no_licence_and_no_origin(tmp_path, make):
+    timm_hpm.hub.save(make().eval(), tmp_path / "a")
+    card = ModelCard.load(tmp_path / "a" / "README.md")
+    assert card.data.license == "unknown" and "- origin" not in card.text and "- weights" not in card.text
+    timm_hpm.hub.save(timm.create_model(EMBEDDED, pretrained=True), tmp_path / "b")
+    assert ModelCard.load(tmp_path / "b" / "README.md").data.license == "apache-2.0"
 
 
 def test_what_no_command_can_repeat_has_none():

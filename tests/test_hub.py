@@ -582,7 +582,15 @@ def test_the_command_line(server, client, loader, tmp_path):
     words = ["pull", "org/shell", "--output", str(tmp_path / "model")]
     assert loader("shell", words=words, environ={"HF_TOKEN": TOKEN}) == 0
     assert "org/shell: hpm_wrn10_2, 10 classes, 303," in loader.answer["written"]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == server.files("org/shell")["model.safetensors"]
+    # With its card and its report, and of a repository without them without those of a model that stood here before.
+    files = server.files("org/shell")
+    files.pop(".gitattributes", None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
+    assert b"Robust accuracy" in files["README.md"]
+    server.add("org/bare", {name: files[name] for name in ("config.json", "model.safetensors")})
+    words = ["pull", "org/bare", "--output", str(tmp_path / "model")]
+    assert loader("shell", words=words, environ={"HF_TOKEN": TOKEN}) == 0
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_the_command_line_says_errors_in_one_line(server, tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
@@ -83,6 +84,7 @@ def model_card(
         base_model: str | None = None,
         notes: str = "",
         register: bool = False,
+        training: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the text of a card, README.md on the Hub.
 
@@ -97,6 +99,7 @@ def model_card(
         base_model: Hub id of the model it was made from.
         notes: Markdown by hand: what stands before the first `## ` opens the card, the rest follows the usage.
         register: whether the loader must register the architecture first.
+        training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
     """
     opening, sections = _split(notes)
     fitted = head is not None and head.is_fitted()
@@ -107,6 +110,7 @@ def model_card(
         _classes(cfg, report),
         "" if fitted else _UNFITTED,
         sections,
+        _training(training),
         _evaluation(name, report) if report else _not_measured(cfg),
         f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
         "## What is the paper's and what is ours\n\n" + _WHOSE.format(
@@ -209,6 +213,14 @@ def _mode_sentence(head: HPMHead | None) -> str:
     if not head.is_fitted():
         return f"This head has mix {head.mix} and the mode `{head.inference}`; without prototypes every mode is `fc`."
     return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."
+
+
+def _training(training: Mapping[str, Any] | None) -> str:
+    if not training:
+        return ""
+    text = yaml.safe_dump(dict(training), sort_keys=False, allow_unicode=True).rstrip()
+    return ("## Training settings\n\nThe `options` of `train.py --config`, and `kept`, the metrics of the epoch that "
+            f"these weights are of, on the validation split.\n\n{fenced(text, 'yaml')}")
 
 
 def _evaluation(name: str, report: AttackReport) -> str:

@@ -7,6 +7,7 @@ by `timm.create_model("hf-hub:org/name", pretrained=True)`. From a shell: `pytho
 import argparse
 import errno
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,13 +30,15 @@ from .files import replacing, use_any_console, writable_folder, write_text
 from .guards import shortened, without_tokens
 from .head import HPMHead, find_head
 from .models.configs import read_config
-from .models.create import create_model
+from .models.create import class_names, create_model
 from .models.hpm_timm import register_saved
-from .models.saving import CONFIG, WEIGHTS, in_chans, write_model
+from .models.saving import CONFIG, WEIGHTS, in_chans, saved_config, write_model
 from .report import AttackReport, weights_digest
 
 CARD: Final = "README.md"
 REPORT: Final = "report.json"
+# What makes a model, and what is said of it.
+_FILES: Final = (CONFIG, WEIGHTS, CARD, REPORT)
 
 _LIBRARY: Final[dict[str, Any]] = {"library_name": "timm_hpm", "library_version": __version__}
 _LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass token="
@@ -60,6 +63,7 @@ def push(
         license: str | None = None,
         base_model: str | None = None,
         notes: str = "",
+        training: dict[str, Any] | None = None,
 ) -> str:
     """Uploads a model with its card to the Hub, in one commit, and returns the URL where it stands.
 
@@ -76,9 +80,12 @@ def push(
         create_pr: whether to open a pull request instead.
         token: None for that of `hf auth login` or HF_TOKEN.
         commit_message: first line of the commit.
-        license: the Hub's name of a licence, such as "mit"; None for that of the model's pretrained cfg.
+        license: the Hub's name of a licence, such as "mit"; None for that of the weights, if their pretrained cfg says
+            one: weights of one's own have none until their owner gives it.
         base_model: Hub id of the model that this one was trained from.
         notes: Markdown for the card: what stands before the first `## ` opens it, the rest follows the usage.
+        training: how the model was trained, as train.py writes it into `config.json`; None for that of the weights'
+            file, if the model still has its weights.
 
     Raises:
         ValueError: no HPM head, a report of another model, or a token that can be none.
@@ -92,7 +99,8 @@ def push(
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         folder = Path(temporary)
         where = repo_id if revision is None or create_pr else f"{repo_id}@{revision}"
-        save(model, folder, repo_id=where, report=report, license=license, base_model=base_model, notes=notes)
+        save(model, folder, repo_id=where, report=report, license=license, base_model=base_model, notes=notes,
+             training=training)
         with _explained(repo_id, f"cannot push to {repo_id}", token):
             return _upload(folder, repo_id, private, revision, create_pr, token, commit_message)
 
@@ -119,15 +127,29 @@ def pull(
         ValueError: a token that can be none.
         HubError: it cannot be reached or read, or is no model of timm's; nothing but the client's cache is written.
     """
+    return _pulled(repo_id, revision, token, cache_dir)
+
+
+def _pulled(repo_id: str, revision: str | None, token: str | None = None,
+            cache_dir: str | os.PathLike | None = None, output: Path | None = None) -> Any:
+    """Returns what `pull` does; copies the repository's `_FILES` into the folder `output`, once they make a model."""
     where = repo_id if revision is None else f"{repo_id}@{revision}"
     token = _usable_token(token)
     with _explained(repo_id, f"cannot pull {where}", token):
-        folder = hf.snapshot_download(
+        folder = Path(hf.snapshot_download(
             repo_id, revision=revision, token=token, cache_dir=None if cache_dir is None else Path(cache_dir),
-            allow_patterns=[CONFIG, WEIGHTS], **_LIBRARY)
-    model = _load(Path(folder), where).eval()
+            allow_patterns=list(_FILES if output else _FILES[:2]), **_LIBRARY))
+    model = _load(folder, where).eval()
     model.pretrained_cfg.pop("file", None)
     model.pretrained_cfg.update(source="hf-hub", hf_hub_id=where)
+    if output is not None:
+        with _explained(repo_id, f"cannot write {where} into {output}", token):
+            for name in _FILES:
+                if (folder / name).is_file():
+                    with replacing(output / name) as path:
+                        shutil.copyfile(folder / name, path)
+                else:
+                    (output / name).unlink(missing_ok=True)  # of a model that stood here before
     return model
 
 
@@ -140,13 +162,14 @@ def save(
         license: str | None = None,
         base_model: str | None = None,
         notes: str = "",
+        training: dict[str, Any] | None = None,
 ) -> None:
     """Writes into `folder` what `push` uploads: weights, config, card and report.
 
     timm loads it by `timm.create_model("local-dir:folder", pretrained=True)`.
 
     Arguments:
-        model, report, license, base_model, notes: see `push`.
+        model, report, license, base_model, notes, training: see `push`.
         folder: made where it is missing.
         repo_id: the repository that the card's usage names, "org/name" or "org/name@revision"; None for the folder.
 
@@ -166,12 +189,14 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".timm_hpm-", dir=folder) as temporary:
             built = Path(temporary)
-            config = write_model(model, built)
+            training = training or _training_of(model)
+            config = write_model(model, built, training=training, license=license)
             card = cards.model_card(
                 (repo_id or folder.resolve().name).partition("@")[0], name,
-                config["pretrained_cfg"] | {"architecture": config["architecture"]},
+                config["pretrained_cfg"] | {"architecture": config["architecture"], "label_names": class_names(model)},
                 head=head, parameters=sum(p.numel() for p in model.parameters()), report=report, license=license,
-                base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import())
+                base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import(),
+                training=training)
             write_text(built / CARD, card)
             if report is not None:
                 report.save(built / REPORT)
@@ -187,6 +212,21 @@ def save(
     except (OSError, SafetensorError) as error:
         raise _explanation(error, repo_id or str(folder), f"cannot save {type(model).__name__} into {folder}", None) \
             from error
+
+
+def _training_of(model: Any) -> dict[str, Any] | None:
+    """Returns what the file of a model's weights says of their training; None if it says nothing or has others."""
+    file = Path((model.pretrained_cfg or {}).get("file") or "")
+    file = file / WEIGHTS if file.is_dir() else file  # timm names a folder
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    training = saved_config(file).get("training")
+    if not isinstance(training, dict):
+        return None
+    with safe_open(file, "pt") as weights:
+        names, state = set(weights.keys()), model.state_dict()
+        same = names == state.keys() and all(torch.equal(weights.get_tensor(name), state[name].cpu()) for name in names)
+    return training if same else None
 
 
 def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
@@ -399,7 +439,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="arguments of timm.create_model, such as inference=sample")
     model.add_argument("--report", metavar="FILE", help="report.json of evaluate.py, measured of this model")
     model.add_argument("--notes", metavar="FILE", help="Markdown for the card, such as how it was trained")
-    model.add_argument("--license", help="the Hub's name of a licence, such as mit (the pretrained cfg's)")
+    model.add_argument("--license", help="the Hub's name of a licence, such as mit (the weights' own, or none)")
     model.add_argument("--base-model", metavar="ID", help="Hub id of the model that this one was trained from")
 
     command = commands.add_parser("push", parents=[model], help="upload a model and its card in one commit")
@@ -430,6 +470,8 @@ def main(argv: list[str] | None = None) -> int:
         return _main_pull(args)
     notes = Path(args.notes).read_text(encoding="utf-8") if args.notes else ""
     shared = {"report": args.report, "license": args.license, "base_model": args.base_model, "notes": notes}
+    if args.checkpoint:
+        shared["training"] = saved_config(args.checkpoint).get("training")
     if args.command == "push":
         url = push(_created(args), args.repo_id, private=args.private, revision=args.revision,
                    create_pr=args.create_pr, commit_message=args.message, **shared)
@@ -440,9 +482,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main_pull(args: argparse.Namespace) -> int:
-    model = pull(args.repo_id, revision=args.revision)
-    if args.output is not None:
-        save(model, writable_folder(args.output))
+    model = _pulled(args.repo_id, args.revision, output=None if args.output is None else writable_folder(args.output))
     print(f"{args.repo_id}: {model.pretrained_cfg['architecture']}, {model.num_classes} classes, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"head: {find_head(model)}, prototypes {'fitted' if find_head(model).is_fitted() else 'not fitted'}")

@@ -39,7 +39,7 @@ from ..surgery import add_hpm_head
 from ..threat import ThreatModel
 from .configs import check_cfg
 from .preact import PreActNet
-from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
+from .saving import OF_TRAINING, WEIGHTS, config_args, config_fields, own_config, saved_config
 
 # Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
@@ -56,8 +56,6 @@ _OF_WEIGHTS = (
 )
 # Where weights of the caller's come from; `source` says that they are a folder's or a repository's.
 _PLACES = ("source", "state_dict", "file", "url")
-# What it says of how they came about.
-_OF_TRAINING = ("license", "origin_url", "paper_ids", "paper_name", "notes")
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     if registered is not None and not registered.has_weights:
         return cfg
     neutral = get_pretrained_cfg(f"{variant}.untrained")
-    of_tag = {name: getattr(neutral, name) for name in _OF_TRAINING}
+    of_tag = {name: getattr(neutral, name) for name in OF_TRAINING}
     return dataclasses.replace(cfg, tag=None if foreign else cfg.tag, **of_tag)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from .preact import PreActNet
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+#: What a pretrained cfg says of how its weights came about.
+OF_TRAINING: Final = ("license", "origin_url", "paper_ids", "paper_name", "notes")
 # The key of the config among a weights file's metadata.
 _METADATA: Final = "timm_hpm"
 # Model arguments that say how a model was made or is used, not which function its weights are of.
@@ -28,13 +31,20 @@ _NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_in
 
 
 def write_model(
-        model: Any, folder: Path, *, training: dict[str, Any] | None = None, **model_args: Any) -> dict[str, Any]:
+        model: Any,
+        folder: Path,
+        *,
+        training: dict[str, Any] | None = None,
+        license: str | None = None,
+        **model_args: Any,
+) -> dict[str, Any]:
     """Writes a model into an existing folder as timm's `local-dir:` reads it, and returns its config.
 
     Arguments:
         model, model_args: see `model_config`.
         folder: receives `WEIGHTS` and `CONFIG`.
         training: the options and results of the model's training, for the config.
+        license: of the weights, for the config; None leaves that of the model's pretrained cfg.
 
     Raises:
         ValueError: see `model_config` and `tensors_of`.
@@ -42,6 +52,8 @@ def write_model(
     config = model_config(model, **model_args)
     if training is not None:
         config["training"] = training
+    if license is not None:
+        config["pretrained_cfg"]["license"] = license
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors_of(model), folder / WEIGHTS, weights_metadata(config))
     return config
@@ -77,8 +89,11 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
             raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with "
                              "arguments that JSON can hold") from error
         config = json.loads(path.read_text(encoding="utf-8"))
-    # The published accuracies of the tag's own weights need not hold for these.
-    config["pretrained_cfg"].pop("notes", None)
+    # The published accuracies of the tag's own weights need not hold for these. A licence and an origin that are the
+    # network's, or that timm gave to weights of which nobody knows whether they are here, are not those of the weights.
+    others = not architecture.startswith("hpm_") or cfg.get("origin_url") == _network_origin(architecture)
+    for name in OF_TRAINING if others else ("notes",):
+        config["pretrained_cfg"].pop(name, None)
     if cfg.get("num_classes") != model.num_classes:
         config["pretrained_cfg"].pop("tag", None)  # the tag's weights have another classifier
         names = cfg.get("label_names") or ()
@@ -87,6 +102,15 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     if not architecture.startswith("hpm_"):
         config["architecture"] = f"hpm_{architecture}"
     return config
+
+
+def _network_origin(architecture: str) -> str | None:
+    """Returns the origin that a network has before any weights are loaded; None if it says none."""
+    try:
+        cfg = get_pretrained_cfg(f"{architecture}.untrained")
+    except RuntimeError:  # no such tag
+        return None
+    return None if cfg is None else cfg.origin_url
 
 
 def weights_metadata(config: dict[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import nn
 from ..data import ImageSplit, PixelModel, check_every_class
 from ..head import UnfittedHeadWarning, find_head, inference_mode
 from ..models.create import class_names, create_model, open_split_for
+from ..models.saving import OF_TRAINING
 from .config import TrainConfig
 
 
@@ -78,6 +79,8 @@ def open_data(config: TrainConfig, model: Any) -> Data:
         model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options)
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
+    for name in OF_TRAINING:  # of the weights that it begins with
+        cfg.pop(name, None)
     # timm saves the names only if the number is right.
     cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)
     if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:

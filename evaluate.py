@@ -33,6 +33,7 @@ from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
 from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, use_any_console, writable_folder, write_text
+from timm_hpm.guards import last_words
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL
@@ -459,4 +460,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(last_words("evaluate.py", error))

@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 import timm_hpm  # noqa: F401  (registers the models)
 from timm_hpm.files import default_folder, use_any_console
+from timm_hpm.guards import last_words
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.config import add_arguments, read_yaml
 from timm_hpm.training.run_folder import saved_options
@@ -64,4 +65,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(last_words("train.py", error))

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
+from timm_hpm.checkpoints import unwrap
 from timm_hpm.guards import TooLargeError, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
+from timm_hpm.sweep import parse_radii
+from timm_hpm.training.config import TrainConfig, read_yaml
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -201,3 +204,65 @@ def test_the_same_of_a_small_image_xcit(entry):
     with pytest.raises(RuntimeError, match=r"function.*expected"):
         model.load_state_dict({**model.state_dict(), "function": entry})
     assert model.function.tolist() == [4]
+
+
+EXPANDED = torch.zeros(1)
+
+
+@pytest.mark.parametrize("content", [
+    lambda weights: {**weights, "fc.weight": EXPANDED.expand(10**9, 128)},
+    lambda weights: {"state_dict": {**weights, "conv1.weight": EXPANDED.expand(16, 3, 10**5, 10**6)}},
+    lambda weights: {**weights, "mean": EXPANDED.expand(10**12)},
+    lambda weights: {**weights, "module.n": torch.zeros(4).as_strided((10**5, 10**6, 4), (0, 0, 1))},
+    lambda weights: {**weights, "fc.bias": torch.empty(10**12, device="meta")},
+])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet", "test_resnet"])
+def test_tensors_larger_than_their_file_are_refused_by_name(tmp_path, name, content):
+    timm_hpm.register_hpm("test_resnet")
+    weights = timm.create_model("hpm_wrn10_2.untrained").state_dict()
+    torch.save(content(weights), tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 3e6
+    with pytest.raises(ValueError, match=r"bomb\.pt.*(far larger than|plain, contiguous)"):
+        load_checkpoint(create_model(name, pretrained=False), str(tmp_path / "bomb.pt"))
+    if name.startswith("hpm_"):
+        for classes in (10, 3):
+            with pytest.raises(ValueError, match=r"bomb\.pt.*plain, contiguous"):
+                create_model(name, pretrained=True, num_classes=classes,
+                             pretrained_cfg_overlay={"file": str(tmp_path / "bomb.pt")})
+
+
+def test_a_checkpoint_that_holds_itself_ends():
+    weights: dict = {}
+    weights |= {"state_dict": weights, "model": weights, "ema": weights}
+    with pytest.raises(timm_hpm.CheckpointError, match="no state dict"):
+        unwrap(weights)
+    small = {"a": EXPANDED.expand(3, 4)}
+    assert unwrap({"model": small})["a"].shape == (3, 4)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize("text", [
+    BOMB, BOMB.replace("\na", "\nmodel"), "model: &m [*m]\n", "x: &x {lr: 1}\n<<: *x\n", "model: " + "[" * 5000,
+    "lr: " + "9" * 10_000, "lr: 2001-99-99", "epochs: " + "x" * 2**21, "model: [" + "x, " * 100_000 + "x]",
+    "".join(f"o{i}: 1\n" for i in range(50_000)), "? [a, b]\n: 1\n", "lr: 1:99:99:99:" + "59:" * 2000 + "1",
+])
+def test_a_yaml_bomb_is_one_short_error(tmp_path, text):
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**read_yaml(str(tmp_path / "bomb.yaml")))
+    assert len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize("text", [
+    "0:1e99999999:1", "0:1:1e-99999999", "1e-99999999:1:0.1", "0:1/1e99999999:1", "0:1e99999999/1e99999999:1",
+    "0:inf:1", "0:nan:1", "0:1:" + "9" * 5000, "0:" + "1" * 100_000 + ":1", "0:1:1e-9",
+])
+def test_radii_of_any_size_are_read_or_refused_at_once(text):
+    with pytest.raises(ValueError, match="the radii") as caught:
+        parse_radii(text)
+    assert len(str(caught.value)) < 1000
+    assert parse_radii("0:8/255:2/255") == [0, 2 / 255, 4 / 255, 6 / 255, 8 / 255]
+    assert parse_radii("0.00:1e-1:.05") == [0, 0.05, 0.1]

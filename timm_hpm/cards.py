@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from .files import use_any_console, write_text
+from .guards import last_words
 from .head import HPMHead, find_head
 from .models.create import create_model
 from .report import TRUE_MODEL, AttackReport
@@ -416,4 +417,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"timm_hpm.cards: {error}")
+        sys.exit(last_words("timm_hpm.cards", error))

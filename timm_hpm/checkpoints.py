@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
-from .guards import weights_only, without_tokens
+from .guards import shortened, weights_only, without_tokens
 
 # Where training scripts keep the weights, best first: an average of them comes before the raw ones.
 _WRAPPERS: Final = (
@@ -183,16 +183,31 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
     return next((each for each in found if _has_statistics(each)), found[0])
 
 
-def _state_dicts(checkpoint: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """Returns the state dicts in a checkpoint, in the order of `_WRAPPERS`."""
+def _state_dicts(checkpoint: Mapping[str, Any], levels: int = 4) -> list[dict[str, Tensor]]:
+    """Returns the state dicts in a checkpoint, in the order of `_WRAPPERS`; one may hold itself, so few `levels` count.
+
+    Raises:
+        CheckpointError: tensors that are not plain values of their own.
+    """
     inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
     if inner:
-        return [found for each in inner for found in _state_dicts(each)]
+        return [found for each in inner for found in _state_dicts(each, levels - 1)] if levels else []
+    odd = [str(key) for key, value in checkpoint.items() if isinstance(value, Tensor) and not _is_plain(value)]
+    if odd:
+        raise CheckpointError(f"{shortened(', '.join(odd), 300)}: the tensors are sparse, quantised, or far larger "
+                              "than their values in the file. Save them as plain, contiguous tensors")
     state_dict = dict(checkpoint)
     if all(str(key).startswith("module.") for key in state_dict if key != "n_averaged"):
         state_dict.pop("n_averaged", None)  # torch's AveragedModel counts its updates there
     tensors = state_dict and all(isinstance(value, Tensor) for value in state_dict.values())
     return [state_dict] if tensors else []
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Returns whether a tensor holds its values one by one; a few that are expanded do no harm."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.nbytes <= max(tensor.untyped_storage().nbytes(), 2**20)
 
 
 def _has_statistics(state_dict: Mapping[str, Tensor]) -> bool:

@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .files import new_folder
+from .guards import last_words
 from .models.create import create_model
 from .models.saving import write_model
 
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"timm_hpm.convert: {error}")
+        sys.exit(last_words("timm_hpm.convert", error))

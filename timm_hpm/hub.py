@@ -27,7 +27,7 @@ from torch import nn
 
 from . import __version__, cards
 from .files import replacing, use_any_console, writable_folder, write_text
-from .guards import shortened, without_tokens
+from .guards import last_words, shortened, without_tokens
 from .head import HPMHead, find_head
 from .models.configs import read_config
 from .models.create import class_names, create_model
@@ -507,4 +507,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        sys.exit(f"timm_hpm.hub: {error}")
+        sys.exit(last_words("timm_hpm.hub", error))

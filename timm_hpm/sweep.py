@@ -1,6 +1,7 @@
 """One model in several inference modes and at several radii: a report for each, and a page for all."""
 
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
@@ -37,7 +38,7 @@ def parse_radii(text: str) -> list[float]:
     try:
         first, last, step = (_fraction(part) for part in text.split(":"))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"cannot read the radii {text!r}; expected FIRST:LAST:STEP such as 0:0.2:0.02 or "
+        raise ValueError(f"cannot read the radii {reprlib.repr(text)}; expected FIRST:LAST:STEP such as 0:0.2:0.02 or "
                          "0:8/255:2/255") from None
     if first < 0 or step <= 0 or last <= 0 or last < first or (last - first) / step >= _MOST_RADII:
         raise ValueError(f"the radii {text!r} go from {first} to {last} by {step}; expected from 0 or more upwards, "
@@ -214,5 +215,9 @@ def _mode_name(report: AttackReport) -> str:
 
 
 def _fraction(text: str) -> Fraction:
+    """Returns the exact number of a text; its float first, since a large exponent would take for ever."""
     numerator, _, denominator = text.partition("/")
-    return Fraction(numerator) / Fraction(denominator or "1")
+    parts = [numerator, denominator or "1"]
+    if any(part.strip("0.+- ") and not 1e-12 < abs(float(part)) < 1e12 for part in parts):
+        raise ValueError
+    return Fraction(parts[0]) / Fraction(parts[1])

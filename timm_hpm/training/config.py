@@ -3,17 +3,18 @@
 import argparse
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 from timm.utils import ParseKwargs
 
 from ..attacks.surrogates import SURROGATES
+from ..guards import shortened
 from .objectives import OBJECTIVES
 from .schedules import SCHEDULES
 from .trunk import BATCH_PROTOTYPES
@@ -23,6 +24,9 @@ FREE: typing.Final = ("workers", "data_dir", "dataset_download", "device", "log_
                       "checkpoint_hist")
 AMP_DTYPES: typing.Final = ("bfloat16", "float16")
 TRACKERS: typing.Final = ("tensorboard", "wandb")
+
+
+_MOST_BYTES: typing.Final = 2**20
 
 
 def _option(default: Any, group: str, about: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
@@ -145,6 +149,15 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases, by which few bytes stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{self.peek_event().anchor}; expected values without anchors and aliases")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Returns the options in a YAML file, checked by `TrainConfig`'s names only.
 
@@ -152,9 +165,14 @@ def read_yaml(path: str) -> dict[str, Any]:
         ValueError: no such file, no YAML, or a key that is no option; the message names the nearest ones.
     """
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        given = yaml.load(content.decode("utf-8"), _Loader)
+    # Some numbers and dates of YAML's are Python's errors.
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {shortened(' '.join(str(error).split()))}") from error
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise ValueError(f"{path} holds a {type(given).__name__}; expected lines such as `model: hpm_wrn10_2`")
@@ -169,7 +187,7 @@ def check_names(given: Mapping[Any, Any], where: str) -> None:
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]).replace("-", "_"), known, n=3, cutoff=0.5)
         advice = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(known)}"
-        raise ValueError(f"{where}: unknown option {', '.join(map(repr, unknown))}; {advice}")
+        raise ValueError(f"{where}: unknown option {shortened(', '.join(map(reprlib.repr, unknown)))}; {advice}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +234,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             return value
     expected = " or ".join("null" if one is type(None) else getattr(one, "__name__", str(one)) for one in _parts(kind))
     hint = ". YAML reads 1e-3 as a text; write 1.0e-3" if isinstance(value, str) and _is_number(value) else ""
-    raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; expected {expected}{hint}")
+    raise ValueError(f"{name} is {reprlib.repr(value)}, a {type(value).__name__}; expected {expected}{hint}")
 
 
 def _is_number(text: str) -> bool:

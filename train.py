@@ -3,8 +3,8 @@
 
 Run it as it is, under `accelerate launch`, or under `torchrun` (several CPU processes: Accelerate's launcher starts
 only one). Options come from --config, a YAML file, and from the command line, which goes first. Writes into --output:
-model.safetensors and config.json (the epoch of the best robust validation accuracy), args.yaml, metrics.csv, curve.png
-and checkpoints/. A run that was stopped goes on by `train.py --resume FOLDER`.
+model.safetensors and config.json (the epoch of the best robust validation accuracy), args.yaml, metrics.csv, curve.png,
+checkpoints/, and warnings.txt if something is wrong. A run that was stopped goes on by `train.py --resume FOLDER`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from timm_hpm.files import default_folder, use_any_console
 from timm_hpm.guards import last_words
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.config import add_arguments, read_yaml
-from timm_hpm.training.run_folder import saved_options
+from timm_hpm.training.run_folder import measuring_command, saved_options
 
 
 def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:
         print("kept: " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
-        print(f"written: {output}/model.safetensors; measure it with: python evaluate.py --model local-dir:{output} "
-              f"--dataset {config.dataset}" + (f" --data-dir {config.data_dir}" if config.data_dir else ""))
+        print(f"written: {output}/model.safetensors; measure it with: {measuring_command(output)}")
     return 0
 
 

@@ -43,7 +43,8 @@ def test_a_trained_model_is_what_evaluate_takes(tmp_path):
     done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "1", "--output", "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "batch" in done.stderr, "no progress bar"
-    assert "kept: epoch 0" in done.stdout and "--model local-dir:run --dataset digits" in done.stdout
+    assert "kept: epoch 0" in done.stdout
+    assert "--dataset digits --split test --num-images 100 --threat Linf:0.1 --device cpu" in done.stdout
     quick = ["--num-images", "8", "--batch-size", "4", "--surrogates", "fc,ste", "--attacks", "apgd-ce"]
     for name, model in (("a", ["--model", "local-dir:run"]), ("b", ["--checkpoint", "run/model.safetensors"])):
         done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *quick, *model, "--output", name],

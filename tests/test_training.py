@@ -17,15 +17,18 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 import timm_hpm
 from timm_hpm import ThreatModel, find_head
+from timm_hpm.attacks.judge import judge
 from timm_hpm.attacks.pgd import pgd
 from timm_hpm.attacks.progress import sealed, unsealed
 from timm_hpm.files import remove_unfinished
 from timm_hpm.head import head_name
-from timm_hpm.training import TrainConfig, train
+from timm_hpm.training import Run, TrainConfig, train
 from timm_hpm.training.config import read_yaml
+from timm_hpm.training.health import epoch_signs, kept_signs
 from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
 from timm_hpm.training.run_folder import saved_options
@@ -172,7 +175,9 @@ def test_a_run_leaves_a_model_its_options_and_its_numbers(tmp_path):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert float(max(rows, key=lambda row: float(row["val_robust"]))["val_robust"]) == kept["val_robust"]
     options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
-    assert TrainConfig(**options) == dataclasses.replace(TINY, hflip=0.1)
+    assert TrainConfig(**options) == dataclasses.replace(
+        TINY, hflip=0.1, num_classes=10, in_chans=1, img_size=8, mean=(0.3053,), std=(0.376,), threat="Linf:0.1",
+        attack_step_size=0.125, prototype_epoch=0, warmup_epochs=0.5)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert find_head(model).is_fitted() and model.pretrained_cfg["mean"] == [0.3053]
     assert model.pretrained_cfg.get("tag") is None
@@ -230,14 +235,28 @@ def test_a_frozen_backbone_stays_as_it_was(tmp_path):
     assert changed == {"fc.weight", "fc.bias", "fc.log_scale", "fc.prototypes", "fc.num_updates"}
 
 
-def test_the_average_does_not_average_prototypes_twice(tmp_path):
-    run(tmp_path, model_ema=True, model_ema_decay=0.9, epochs=1)
-    checkpoint = newest_checkpoint(tmp_path / "checkpoints")
-    for name in ("fc.prototypes", "fc.num_updates"):
-        assert torch.equal(checkpoint.average[name], checkpoint.model[name])
+@pytest.mark.parametrize("changes", [
+    {"pretrained": False, "epochs": 8, "lr": 0.1},
+    {"pretrained": True, "epochs": 2, "lr": 0.1, "prototype_features": "both"},
+    {"pretrained": True, "epochs": 1, "batch_size": 32, "threat": "L2:0.5", "model_ema_decay": 0.9},
+], ids=lambda changes: " ".join(changes))
+def test_the_average_learns_and_has_prototypes_of_its_own_features(changes, tmp_path):
+    """By default too, where a decay of 0.9998 would keep the initial weights of so short a run."""
+    changes = {"prototype_features": "both", **changes}
+    live = run(tmp_path / "live", **changes)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    kept = run(tmp_path / "average", model_ema=True, **changes)
+    assert kept["val_clean"] > live["val_clean"] - 0.03 and kept["val_robust"] > live["val_robust"] - 0.05
+    checkpoint = newest_checkpoint(tmp_path / "average" / "checkpoints")
     assert not torch.equal(checkpoint.average["conv1.weight"], checkpoint.model["conv1.weight"])
+    assert not torch.equal(checkpoint.average["fc.prototypes"], checkpoint.model["fc.prototypes"])
     # The average is what is kept.
-    assert all(torch.equal(tensor, checkpoint.average[name]) for name, tensor in weights(tmp_path).items())
+    model = timm.create_model(f"local-dir:{tmp_path / 'average'}", pretrained=True, inference="dataset").eval()
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    own = judge(model, images, labels, 360).float().mean()
+    timm_hpm.fit_prototypes(model, DataLoader(timm_hpm.load_split("digits", "train"), 256),
+                            ThreatModel.parse(saved_options(tmp_path / "average").threat), attack_steps=1)
+    assert own > judge(model, images, labels, 360).float().mean() - 0.03
 
 
 def test_accumulated_batches_move_prototypes_as_one(tmp_path):
@@ -263,10 +282,74 @@ def test_accumulated_batches_move_prototypes_as_one(tmp_path):
 
 def test_unfitted_heads_are_fitted_once(tmp_path):
     kept = run(tmp_path, pretrained=False, epochs=3, prototype_epoch=1)
-    assert kept["epoch"] >= 1
+    assert kept["epoch"] >= 1 and saved_options(tmp_path).prototype_epoch == 1
     state = weights(tmp_path)
     most = 1 + 8 * kept["epoch"]
     assert (state["fc.num_updates"] > 1).all() and (state["fc.num_updates"] <= most).all()
+
+
+FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
+
+
+@pytest.mark.parametrize("changes", [
+    {"epochs": 1}, {"epochs": 5}, {"epochs": 4, "objective": "trades"}, {"epochs": 4, "objective": "clean"},
+    {"epochs": 2, "batch_size": 1000},
+    {"epochs": 8, "batch_size": 32, "model_kwargs": {"inference": "sample"}},
+], ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()))
+def test_from_scratch_the_defaults_learn_as_the_fc_classifier_does(changes, tmp_path):
+    kept = run(tmp_path / "hpm", **FROM_SCRATCH | changes)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = run(tmp_path / "fc", **FROM_SCRATCH | changes | {"model_kwargs": {"inference": "fc"}})
+    for name in ("val_clean", "val_robust"):
+        assert kept[name] >= plain[name] - 0.03, (kept, plain)
+    assert find_head(timm.create_model(f"local-dir:{tmp_path / 'hpm'}", pretrained=True)).is_fitted()
+
+
+def test_the_epoch_of_the_prototypes_is_a_part_of_the_run(tmp_path):
+    plain = {name: tensor for name, tensor in embedded().items()
+             if name not in ("fc.prototypes", "fc.num_updates", "fc.log_scale")}
+    torch.save(plain, tmp_path / "plain.pt")
+    torch.save({name: tensor.roll(5, 0) if name.startswith("fc.") else tensor for name, tensor in plain.items()},
+               tmp_path / "other.pt")
+    files = {name: {"initial_checkpoint": str(tmp_path / f"{name}.pt")} for name in ("plain", "other")}
+    for changes, expected in (({"epochs": 60}, 36.0), ({"epochs": 1}, 1.0), ({"epochs": 3}, 20 / 8),
+                              ({"epochs": 5, "grad_accum_steps": 4}, 5.0), ({"epochs": 5, "batch_size": 1}, 3.0),
+                              ({"epochs": 60, "prototype_epoch": 0}, 0.0), ({"epochs": 60, "pretrained": True}, 0.0),
+                              ({"epochs": 60, **files["plain"]}, 0.0), ({"epochs": 60, **files["other"]}, 36.0)):
+        config = dataclasses.replace(TINY, **{"pretrained": False, "freeze_backbone": True} | changes)
+        found = Run(config, tmp_path / str(changes).replace("/", ""), log=lambda line: None)
+        assert found.config.prototype_epoch == expected, changes
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_that_does_not_learn_says_so_in_its_log_and_its_folder(tmp_path):
+    lines = []
+    config = dataclasses.replace(TINY, pretrained=False, lr=0.1, prototype_epoch=0)
+    train(config, tmp_path / "bad", log=lines.append)
+    found = (tmp_path / "bad" / "warnings.txt").read_text().splitlines()
+    assert [f"warning: {line}" for line in found] == [line for line in lines if line.startswith("warning")]
+    assert any("above ln 10 = 2.303" in line for line in found) and any("is at chance" in line for line in found)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(tmp_path / "good")
+    assert not (tmp_path / "good" / "warnings.txt").exists()
+
+
+def test_the_signs_of_a_run_that_does_not_learn():
+    row = {"epoch": 5, "loss": 0.69, "val_clean": 0.5}
+    assert not epoch_signs(row, 60, 2, 900.0) and not epoch_signs(row | {"epoch": 0, "loss": 9.0}, 1, 2, 1.0)
+    assert list(epoch_signs(row | {"loss": 0.7}, 17, 2, 1.0)) == ["loss"]
+    for change in (1e-4, 1e4, 0.0, math.inf, math.nan):
+        assert list(epoch_signs(row, 60, 2, change)) == ["scale"]
+    # 64 of 100 images are of one class: with a standard error of 4.8 %, chance ends at 73.6 %.
+    labels = torch.tensor([0] * 64 + [1] * 36)
+    assert not kept_signs(row | {"val_clean": 0.74}, labels)
+    assert "one class for all has 64.0 %" in kept_signs(row | {"val_clean": 0.73}, labels)["chance"]
+
+
+def test_of_epochs_that_are_as_good_the_last_is_kept(tmp_path):
+    kept = run(tmp_path, epochs=3, freeze_backbone=True, model_kwargs={"inference": "fc"}, lr=1e-12)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert len({row["val_robust"] for row in rows}) == 1 and kept["epoch"] == 2
 
 
 # Resuming
@@ -443,7 +526,7 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"epochs": 2, "prototype_epoch": 2}, "prototype_epoch is 2, of 2 epochs"),
+    ({"epochs": 2, "prototype_epoch": 2.5}, "prototype_epoch is 2.5, of 2 epochs"),
     ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs is 2.0, of 2 epochs"),
     ({"attack_through": "hard"}, "attack_through is 'hard'; expected one of fc, dataset, soft, ste, mixed"),
     ({"objective": "mart"}, "objective is 'mart'; expected one of pgd-at, trades, clean"),
@@ -472,6 +555,9 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"lr": math.inf}, "lr is inf; expected a finite number"),
     ({"clip_grad": -1.0}, "clip_grad is -1.0; expected above 0"),
     ({"attack_step_size": 0.0}, "attack_step_size is 0.0; expected above 0"),
+    ({"attack_step_size": 2}, "the ball of Linf:0.1 is 0.2 wide; expected no more than that. Did you mean 2/255?"),
+    ({"attack_step_size": "2/0"}, "attack_step_size is '2/0', a str; expected float"),
+    ({"threat": "L2 0.5"}, "cannot read the threat model 'L2 0.5'"),
     ({"layer_decay": 1.5}, "layer_decay is 1.5; expected at most 1"),
     ({"smoothing": 1.0}, "smoothing is 1.0; expected below 1"),
     ({"opt": "nosuch"}, "cannot make the optimizer 'nosuch'"),
@@ -488,6 +574,7 @@ def test_a_configuration_is_read_and_its_mistakes_named(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: hpm_wrn10_2\nlr: 0.05\nmodel_kwargs: {mix: 0.25}\nmean: [0.5]\n")
     config = TrainConfig(**read_yaml(str(file)))
+    assert TrainConfig(attack_step_size="2/255").attack_step_size == 2 / 255
     assert config.lr == 0.05 and config.model_kwargs == {"mix": 0.25} and config.mean == (0.5,)
     file.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"run.yaml: unknown option 'batchsize'; did you mean batch_size"):

@@ -73,11 +73,11 @@ class ThreatModel:
         Raises:
             ValueError: a text of another form, or values that `ThreatModel` refuses.
         """
-        match = re.fullmatch(r"([^:]+):\s*([^/]+?)\s*(?:/\s*([^/]+?)\s*)?", text.strip())
+        match = re.fullmatch(r"([^:]+):(.+)", text.strip())
         try:
             if match is None:
                 raise ValueError
-            eps = float(match[2]) / (float(match[3]) if match[3] else 1.0)
+            eps = parse_number(match[2])
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"cannot read the threat model {text!r}; expected NORM:EPS such as Linf:8/255 or L2:0.5, "
                              f"with a norm of {', '.join(NORMS)}") from None
@@ -142,6 +142,17 @@ class ThreatModel:
             return (clean + self.eps * (2 * torch.rand_like(clean) - 1)).clamp(0, 1)
         radius = self.eps * torch.rand_like(_norm(clean))
         return (clean + self.scaled(torch.randn_like(clean), radius)).clamp(0, 1)
+
+
+def parse_number(text: str) -> float:
+    """Returns the number of a text such as `"0.5"` or `"8/255"`.
+
+    Raises:
+        ValueError: the text is neither a number nor a fraction.
+        ZeroDivisionError: a fraction over 0.
+    """
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / (float(denominator) if slash else 1.0)
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

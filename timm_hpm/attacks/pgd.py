@@ -42,7 +42,7 @@ def pgd(
     if isinstance(logits_fn, nn.Module):
         check_weights(logits_fn)
     threat, labels = ThreatModel.of(threat), labels.long()
-    size = min(2.5 / steps, 1.25) * threat.eps if step_size is None else step_size
+    size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()
     for _ in range(steps):
@@ -51,6 +51,11 @@ def pgd(
             gradient, = torch.autograd.grad(loss(ask(logits_fn, x), labels), x)
         x = threat.project(x.detach() + threat.scaled(gradient, size), images)
     return x
+
+
+def default_step_size(threat: ThreatModel, steps: int) -> float:
+    """Returns the step size of `steps` PGD steps, in units of the pixel range: 2.5·eps/steps, at most 1.25·eps."""
+    return min(2.5 / steps, 1.25) * threat.eps
 
 
 def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 
 from ..attacks.surrogates import SURROGATES
 from ..guards import shortened
+from ..threat import ThreatModel, parse_number
 from .objectives import OBJECTIVES
 from .schedules import SCHEDULES
 from .trunk import BATCH_PROTOTYPES
@@ -70,11 +71,14 @@ class TrainConfig:
     objective: str = _option("pgd-at", "attack", "what is minimised", choices=OBJECTIVES)
     trades_beta: float = _option(6.0, "attack", "weight of TRADES' divergence")
     attack_steps: int = _option(10, "attack", "PGD steps; 1 is FGSM with random start")
-    attack_step_size: float | None = _option(None, "attack", "in pixels of [0, 1] (2.5·eps/steps)")
+    attack_step_size: float | None = _option(
+        None, "attack", "in units of pixels in [0, 1], such as 2/255 (2.5·eps/steps)")
     attack_through: str = _option("mixed", "attack", "surrogate to craft through", choices=tuple(SURROGATES))
     val_attack_steps: int = _option(20, "attack", "PGD steps for the choice of the best epoch")
 
-    prototype_epoch: int = _option(0, "prototypes", "epoch before which a head without any gets them fitted")
+    prototype_epoch: float | None = _option(
+        None, "prototypes", "epochs before the fit of a head without prototypes, such as 36 or 0.5 (0 if the FC "
+                            "classifier is trained; else 0.6 of all, and 20 updates at least)")
     prototype_features: str = _option("adversarial", "prototypes", "what updates them, as TRADES and clean have it",
                                       choices=("adversarial", "both"))
     batch_prototypes: str = _option("local", "prototypes", "the batch of the batch-level ones: each process's, or all",
@@ -116,6 +120,8 @@ class TrainConfig:
             choices = option.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{option.name} is {value!r}; expected one of {', '.join(choices)}")
+        if self.threat is not None:
+            ThreatModel.parse(self.threat)
         for name, least in (("epochs", 1), ("batch_size", 1), ("attack_steps", 1), ("val_attack_steps", 1),
                             ("grad_accum_steps", 1), ("checkpoint_hist", 1), ("prototype_epoch", 0), ("shift", 0),
                             ("workers", 0), ("recovery_interval", 0), ("hflip", 0), ("smoothing", 0),
@@ -136,9 +142,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value}; expected above 0")
         if self.smoothing >= 1:
             raise ValueError(f"smoothing is {self.smoothing}; expected below 1, or nothing is left of the label")
-        if self.prototype_epoch >= self.epochs:
-            raise ValueError(f"prototype_epoch is {self.prototype_epoch}, of {self.epochs} epochs; expected less, or "
-                             "the head would never have prototypes")
+        if self.prototype_epoch is not None and self.prototype_epoch > self.epochs:
+            raise ValueError(f"prototype_epoch is {self.prototype_epoch:g}, of {self.epochs} epochs; expected "
+                             "no more, or the head would never have prototypes")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}, of {self.epochs} epochs; expected less")
         if self.pretrained and self.initial_checkpoint:
@@ -207,12 +213,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif typing.get_origin(kind) is dict:
             details |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
         elif typing.get_origin(kind) is tuple:
-            details |= {"nargs": "+", "type": float, "metavar": "X"}
+            details |= {"nargs": "+", "type": _number, "metavar": "X"}
         else:
-            details |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+            number, metavar = {int: (int, "N"), float: (_number, "X"), str: (str, "TEXT")}[kind]
+            details |= {"type": number, "metavar": metavar}
         group = option.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
         groups[group].add_argument(*option.metadata["flags"], f"--{name.replace('_', '-')}", **details)
+
+
+def _number(text: str) -> float:
+    if not _is_number(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; expected one such as 0.03 or 8/255")
+    return parse_number(text)
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -225,6 +238,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     for one in _parts(kind):
         if one is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
+        if one is float and isinstance(value, str) and "/" in value and _is_number(value):
+            return parse_number(value)
         if typing.get_origin(one) is tuple and isinstance(value, list | tuple) \
                 and all(isinstance(part, int | float) and not isinstance(part, bool) for part in value):
             return tuple(float(part) for part in value)
@@ -239,7 +254,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
-    except ValueError:
+        parse_number(text)
+    except (ValueError, ZeroDivisionError):
         return False
     return True

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,6 @@ from accelerate.utils import (
     set_seed,
 )
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
@@ -35,13 +35,15 @@ from ..head import HPMHead, find_head
 from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
+from .average import AveragedModel
 from .config import FREE, TrainConfig
 from .distributed import average_, num_processes, process_index, reduced
+from .health import epoch_signs, kept_signs
 from .objectives import Answers, away_from, cross_entropy, trades
 from .recovery import Checkpoint
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
-from .setup import Data, create_trainable, open_data
+from .setup import Data, create_trainable, in_effect, open_data, size_argument
 from .signals import SIGNALS, Stopped, noted_signals, obey_parent, shielded_batches
 from .trunk import PixelTrunk, inputs_only
 
@@ -95,7 +97,10 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
 
 @dataclass
 class _Progress:
-    """Where a run stands: updates made, the epoch, its batches that are done, and what has been found so far."""
+    """Where a run stands: updates made, the epoch, its batches that are done, and what has been found so far.
+
+    `log_scale` is that of the head when its prototypes were fitted, or at the start if it came with some.
+    """
 
     updates: int = 0
     epoch: int = 0
@@ -103,6 +108,8 @@ class _Progress:
     loss: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    log_scale: float = 0.0
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
 class Run:
@@ -136,20 +143,22 @@ class Run:
             step_scheduler_with_optimizer=False,
         )
         self._check_machine()
-        self.folder = RunFolder(folder, config, resume, is_main=accelerator.is_main_process)
         set_seed(config.seed)
         self.model = create_trainable(config)
         with accelerator.local_main_process_first():  # it may download
             self.data: Data = open_data(config, self.model)
-        self.threat = ThreatModel.parse(config.threat or self.data.train.threat)
         self.model.to(accelerator.device)
+        self.config = broadcast_object_list([in_effect(config, self.model, self.data)])[0]
+        self.threat = ThreatModel.parse(str(self.config.threat))
+        self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process,
+                                model_args=size_argument(config))
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.head: HPMHead = find_head(self.model)
         self.trunk = PixelTrunk(self.model, config.batch_prototypes)
         self.frozen = self._freeze()
-        self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay) if config.model_ema else None
-        self.progress = _Progress()
+        self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None
+        self.progress = _Progress(log_scale=self.head.log_scale.item())
         self.stop_signal = 0
         #: Of the last epoch on all processes; None if nothing of it was left to train on.
         self.images_per_second: float | None = None
@@ -159,7 +168,7 @@ class Run:
             self._restore()
         self.folder.begin()
         if config.log_with:
-            accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in config.to_dict().items()})
+            accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
 
     def _check_machine(self) -> None:
         """Raises a ValueError where what Accelerate was told from outside is not what the options say."""
@@ -210,10 +219,7 @@ class Run:
                              f"the {len(self.data.train)} training images in all")
         self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
         total = config.epochs * self.updates_per_epoch
-        warmup = config.warmup_epochs
-        if warmup is None:
-            warmup = config.epochs / 4 if config.sched == "onecycle" else 0.0
-        factor, rising = SCHEDULES[config.sched], warmup / config.epochs
+        factor, rising = SCHEDULES[config.sched], (config.warmup_epochs or 0.0) / config.epochs
         # Not prepared: Accelerate would step it once for every process.
         self.schedule = LambdaLR(optimizer, lambda update: factor(min(update / total, 1.0), rising))
 
@@ -227,19 +233,20 @@ class Run:
         return self.progress.best
 
     def _train_epoch(self) -> None:
-        state, config = self.progress, self.config
+        state = self.progress
         start, images = time.perf_counter(), 0
         if state.batches == len(self.loader):  # stopped between the last update and the validation
             self.images_per_second = None  # nothing was trained on, so there is no rate
             return
-        if state.epoch >= config.prototype_epoch and not self.head.is_fitted() and self.head.inference != "fc":
-            self._fit_prototypes()
         loader = self.accelerator.skip_first_batches(self.loader, state.batches) if state.batches else self.loader
         for part in (self.loader, loader, self.data.train):
             part.set_epoch(state.epoch)
+        if self.ema is not None and not state.batches:
+            self.ema.begin_epoch()
         sums: list[tuple[Tensor, Tensor]] = []
         with self._bar(state) as bar:
             for images_, labels in shielded_batches(loader):
+                self._fit_if_due(state.epoch + state.batches / len(self.loader))
                 self._seed("batch", state.epoch, state.batches)
                 loss = self.learn(images_, labels, sums)
                 state.batches += 1
@@ -273,8 +280,12 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.head.is_fitted() and self.head.inference != "fc":
-            chosen = answers if config.prototype_features == "both" else answers[-1:]
-            sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in chosen]
+            first = 0 if config.prototype_features == "both" else -1
+            sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in answers[first:]]
+            if self.ema is not None:
+                with accelerator.autocast():
+                    for batch in batches[first:]:
+                        self.ema.see(batch, labels)
         return mean
 
     def _attacked(self, images: Tensor, labels: Tensor) -> list[Tensor]:
@@ -303,13 +314,9 @@ class Run:
         average_([buffer for buffer in self.trunk.backbone.buffers() if buffer.is_floating_point()])
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
-            head = find_head(self.ema.module)
-            # They are an average already; averaged twice they would lag behind the features.
-            head.prototypes.copy_(self.head.prototypes)
-            head.num_updates.copy_(self.head.num_updates)
         self.progress.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.progress.updates)
         interval = self.config.recovery_interval
         if self.stop_signal or (interval and self.progress.updates % interval == 0):
             self._save()
@@ -329,28 +336,33 @@ class Run:
                 "far are in the output folder")
         return mean
 
-    def _fit_prototypes(self) -> None:
+    def _fit_if_due(self, epochs: float) -> None:
+        """Fits the prototypes of a head without any after so many epochs of training, if `prototype_epoch` says so."""
+        if epochs < (self.config.prototype_epoch or 0.0) or self.head.is_fitted() or self.head.inference == "fc":
+            return
+        for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
+            self._fit_prototypes(model)
+        self.progress.log_scale = self.head.log_scale.item()
+
+    def _fit_prototypes(self, model: Any) -> None:
         config = self.config
         self._seed("fit", process_index())
         rows = range(process_index(), len(self.data.plain_train), num_processes())
         options: dict[str, Any] = {"batch_size": 256, "num_workers": config.workers, "worker_init_fn": obey_parent}
         loader = DataLoader(Subset(self.data.plain_train, rows), **options)
         held_out = DataLoader(self.data.val, **options)
-        fit_prototypes(PixelModel(self.model), self._until_asked(loader),
+        fit_prototypes(PixelModel(model), self._until_asked(loader),
                        self.threat if config.objective != "clean" else None, held_out=self._until_asked(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
-        for tensor in self.head.state_dict().values():
+        for tensor in find_head(model).state_dict().values():
             tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts
-        if self.ema is not None:
-            averaged = find_head(self.ema.module)
-            for name in ("prototypes", "num_updates", "log_scale"):
-                getattr(averaged, name).data.copy_(getattr(self.head, name))
 
     # The ends of epochs
 
     def _finish_epoch(self) -> None:
         state, config = self.progress, self.config
         self._check_weights()
+        self._fit_if_due(state.epoch + 1)
         row: dict[str, Any] = {
             "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
         kept = self.model if self.ema is None else self.ema.module
@@ -358,7 +370,8 @@ class Run:
         state.rows.append(row)
         # A head without prototypes is not what is trained for.
         complete = self.head.is_fitted() or self.head.inference == "fc"
-        is_best = complete and row["val_robust"] > state.best.get("val_robust", -1.0)
+        # Of epochs that are as good, the one that was trained longest.
+        is_best = complete and row["val_robust"] >= state.best.get("val_robust", -1.0)
         if is_best:
             state.best = row
         if self.accelerator.is_main_process:
@@ -367,12 +380,27 @@ class Run:
             if is_best:
                 self.folder.write_best(kept, row)
             self.folder.write_metrics(state.rows)
+        self._warn(row)
         if config.log_with:
             self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=state.epoch)
         state.epoch, state.batches, state.loss = state.epoch + 1, 0, 0.0
         self._save()
         if self.stop_signal and state.epoch < config.epochs:
             raise Stopped(self.stop_signal)
+
+    def _warn(self, row: dict[str, Any]) -> None:
+        """Says in the log and in the run's folder, once each, which signs there are that the run does not learn."""
+        state, config = self.progress, self.config
+        change = math.exp(self.head.log_scale.item() - state.log_scale)
+        signs = epoch_signs(row, config.epochs, self.model.num_classes, change)
+        if row["epoch"] == config.epochs - 1:
+            signs |= kept_signs(state.best, self.data.val.labels)
+        for sign, text in signs.items():
+            if sign not in state.warnings:
+                state.warnings[sign] = text
+                if self.accelerator.is_main_process:
+                    self.log(f"warning: {text}")
+                    self.folder.write_warnings(state.warnings.values())
 
     def _validate(self, model: Any) -> tuple[float, float]:
         """Returns the clean accuracy, and the robust one under PGD through the FC classifier and `attack_through`.
@@ -424,7 +452,9 @@ class Run:
             scaler = self.accelerator.scaler
             optimizer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
                          "scaler": {} if scaler is None else scaler.state_dict()}
-            average = None if self.ema is None else tensors_of(self.ema.module)
+            average = None
+            if self.ema is not None:
+                average, optimizer["average"] = tensors_of(self.ema.module), self.ema.class_sums()
             self.folder.write_checkpoint(Checkpoint(
                 tensors_of(self.model), average, optimizer, vars(self.progress) | {"processes": num_processes()},
                 self.config.to_dict(), self.folder.metadata(self.model)))
@@ -446,7 +476,7 @@ class Run:
         try:
             self.model.load_state_dict(checkpoint.model)
             if self.ema is not None and checkpoint.average is not None:
-                self.ema.module.load_state_dict(checkpoint.average)
+                self.ema.load(checkpoint.average, checkpoint.optimizer["average"])
             self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
             self.schedule.load_state_dict(checkpoint.optimizer["schedule"])
             if self.accelerator.scaler is not None:

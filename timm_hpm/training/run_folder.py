@@ -5,13 +5,17 @@ import filecmp
 import io
 import os
 import shutil
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from ..data import data_source, open_split
 from ..files import remove, remove_unfinished, replacing, write_text, writing
 from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
+from ..report.command import evaluate_command, shell_line
 from .config import FREE, TrainConfig, read_yaml
 from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
 
@@ -26,15 +30,18 @@ class RunFolder:
         config: the options of the run.
         resume: whether the folder is to hold a run of the same options already.
         is_main: whether this process is the one that writes.
+        model_args: arguments of timm.create_model that older versions of timm do not record.
 
     Raises:
         ValueError: another run in the folder, none to resume, or one of other options; the message says which.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
+    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool,
+                 model_args: dict[str, Any] | None = None):
         self.path = path
         self.config = config
         self.is_main = is_main
+        self.model_args = model_args or {}
         # Where the files of the best epoch are: in a checkpoint, or made for the next one.
         self._best: Path | None = None
         if resume:
@@ -99,10 +106,11 @@ class RunFolder:
 
     def _model_args(self, model: Any) -> dict[str, Any]:
         """Returns the arguments of `timm.create_model`, which older versions of timm do not record."""
-        args = {**(self.config.model_kwargs or {}), "num_classes": model.num_classes}
-        if model.pretrained_cfg.get("fixed_input_size") and self.config.img_size is not None:
-            args["img_size"] = self.config.img_size
-        return args
+        return {**(self.config.model_kwargs or {}), **self.model_args, "num_classes": model.num_classes}
+
+    def write_warnings(self, texts: Iterable[str]) -> None:
+        """Writes `warnings.txt`, a line each."""
+        write_text(self.path / "warnings.txt", "".join(f"{text}\n" for text in texts))
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint below `checkpoints/`, and then the files of a best epoch that is new."""
@@ -129,6 +137,25 @@ def saved_options(path: Path) -> TrainConfig:
     if not file.is_file():
         raise ValueError(f"{path} holds no run to resume ({OPTIONS} is missing); start one with --output {path}")
     return TrainConfig(**read_yaml(str(file)))
+
+
+def measuring_command(path: Path) -> str:
+    """Returns the command that measures the kept model of a run, under the threat that it was trained for.
+
+    On the first 100 test images, or as many as there are; on validation images if the data set has no test images.
+    """
+    config, split = saved_options(path), "test"
+    encoded = data_source(config.dataset).image_size is None
+    opened = partial(open_split, config.dataset, data_dir=config.data_dir, input_size=(3, 32, 32) if encoded else None)
+    try:
+        available = len(opened(split=split))
+    except (ValueError, OSError):
+        split = "val"
+        available = len(opened(split=split))
+    return shell_line(evaluate_command({
+        "model": f"local-dir:{path}", "dataset": config.dataset, "split": split, "threat": config.threat,
+        "num_images": min(100, available), "options": {"data_dir": config.data_dir}}
+        | ({"device": config.device} if config.device else {})))
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,17 +1,27 @@
 """What a training run starts from: its model and its data, checked against each other before anything is written."""
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-from ..data import ImageSplit, PixelModel, check_every_class
+from ..attacks.judge import judge
+from ..attacks.pgd import default_step_size
+from ..data import ImageSplit, PixelModel, check_every_class, first_images
 from ..head import UnfittedHeadWarning, find_head, inference_mode
 from ..models.create import class_names, create_model, open_split_for
 from ..models.saving import OF_TRAINING
+from ..threat import ThreatModel
 from .config import TrainConfig
+from .distributed import num_processes
+
+# Of a network that knows nothing prototypes hold nothing, its features soon leave them behind, and BatchNorm's running
+# statistics, by which they are fitted, are still its initial ones. Measured in docs/training.md.
+_LATE_PART: Final = 0.6
+_LATE_UPDATES: Final = 20
+_MOST_IMAGES: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,8 @@ def create_trainable(config: TrainConfig) -> Any:
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **own}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
-        if config.img_size is not None and create_model(
-                config.model, pretrained=False, num_classes=0).pretrained_cfg.get("fixed_input_size"):
-            given["img_size"] = config.img_size
-        model = create_model(config.model, pretrained=pretrained, new_head=True, **given, **(config.model_kwargs or {}))
+        model = create_model(config.model, pretrained=pretrained, new_head=True, **given, **size_argument(config),
+                             **(config.model_kwargs or {}))
     if find_head(model).inference == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
     model.pretrained_cfg["tag"] = None  # what comes of the training are nobody's published weights
@@ -61,6 +69,65 @@ def create_trainable(config: TrainConfig) -> Any:
         raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
                          "of one image; expected at least 2, or --freeze-backbone")
     return model
+
+
+def size_argument(config: TrainConfig) -> dict[str, Any]:
+    """Returns the `img_size` of timm.create_model that a network of a fixed size needs for images of another."""
+    if config.img_size is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfittedHeadWarning)
+        cfg = create_model(config.model, pretrained=False, num_classes=0).pretrained_cfg
+    same = all(side == config.img_size for side in cfg["input_size"][1:])
+    return {"img_size": config.img_size} if cfg.get("fixed_input_size") and not same else {}
+
+
+def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
+    """Returns the options with the defaults that hang on the model and the data, and none of them None.
+
+    Raises:
+        ValueError: a threat that cannot be read, or a PGD step that leaps over the whole ball.
+    """
+    threat = ThreatModel.parse(config.threat or data.train.threat)
+    step = config.attack_step_size
+    if step is not None and step > 2 * threat.eps:
+        raise ValueError(f"attack_step_size is {step:g}, in units of pixels in [0, 1], and the ball of {threat} is "
+                         f"{2 * threat.eps:g} wide; expected no more than that. Did you mean {step:g}/255?")
+    channels, height, width = model.pretrained_cfg["input_size"]
+    defaults = {
+        "threat": str(threat), "attack_step_size": default_step_size(threat, config.attack_steps),
+        "prototype_epoch": 0.0 if _is_trained(config, model, data) else _late(config, len(data.train)),
+        "warmup_epochs": config.epochs / 4 if config.sched == "onecycle" else 0.0,
+        "num_classes": model.num_classes, "in_chans": channels,
+        "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"])}
+    if height == width:
+        defaults["img_size"] = height
+    return replace(config, **{name: value for name, value in defaults.items()
+                              if getattr(config, name) is None and name not in (config.model_kwargs or {})})
+
+
+def _late(config: TrainConfig, num_images: int) -> float:
+    """Returns after how many epochs a network that starts without a trained classifier gets its prototypes."""
+    batches = max(1, num_images // (config.batch_size * num_processes()))
+    updates_per_epoch = -(-batches // config.grad_accum_steps)
+    return min(max(_LATE_PART * config.epochs, _LATE_UPDATES / updates_per_epoch), config.epochs)
+
+
+def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
+    """Returns whether the head has prototypes, or weights whose FC classifier knows the data: the first validation
+    images, and a quarter of what there is to know above the commonest class."""
+    head = find_head(model)
+    if head.is_fitted() or head.inference == "fc":
+        return True
+    if not config.pretrained and config.initial_checkpoint is None:
+        return False
+    images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
+    mode = model.training
+    with inference_mode(model, "fc"):
+        right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
+    model.train(mode)
+    share = labels.bincount().max().item() / len(labels)
+    return right.float().mean().item() > share + (1 - share) / 4
 
 
 def open_data(config: TrainConfig, model: Any) -> Data:

@@ -31,9 +31,9 @@ from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
 from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
 from timm_hpm.attacks.judge import saved_protocol
 from timm_hpm.attacks.protocols import as_budget
+from timm_hpm.console import run_command
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
 from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, use_any_console, writable_folder, write_text
-from timm_hpm.guards import last_words
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL
@@ -457,7 +457,4 @@ def _fractions(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(last_words("evaluate.py", error))
+    run_command("evaluate.py", main)

@@ -16,8 +16,8 @@ from typing import Any
 from accelerate import PartialState
 
 import timm_hpm  # noqa: F401  (registers the models)
-from timm_hpm.files import default_folder, use_any_console
-from timm_hpm.guards import last_words
+from timm_hpm.console import run_command
+from timm_hpm.files import default_folder
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.config import add_arguments, read_yaml
 from timm_hpm.training.run_folder import measuring_command, saved_options
@@ -36,7 +36,6 @@ def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the training; returns the exit code."""
-    use_any_console()
     given = parse_args(argv)
     file, output, resume = (given.pop(name) for name in ("config", "output", "resume"))
     options = (read_yaml(file) if file else {}) | given
@@ -61,7 +60,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        sys.exit(last_words("train.py", error))
+    run_command("train.py", main)

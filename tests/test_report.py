@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -16,14 +17,16 @@ import pytest
 import timm
 import torch
 from protocols import PROTOCOL
+from safetensors.torch import save_file
 
 from timm_hpm import AttackReport, cards
 from timm_hpm.attacks import PROTOCOLS
-from timm_hpm.files import replacing, writable_folder, write_text
+from timm_hpm.files import Parts, new_folder, replacing, save_parts, writable_folder, write_text
 from timm_hpm.report import FLAGS, SCHEMA_VERSION, Flag, command, data_digest, make_example, weights_digest
 from timm_hpm.report.flags import paragraph
 from timm_hpm.robustbench import model_info
 from timm_hpm.sweep import sweep_page
+from timm_hpm.training.recovery import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -436,6 +439,40 @@ def test_write_text_writes_utf_8(tmp_path):
     write_text(tmp_path / "a.md", "ℓ2 – ε")
     assert (tmp_path / "a.md").read_bytes() == "ℓ2 – ε".encode()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_text(path, "x" * 50_000),
+    lambda path: _replaced(path, lambda new: save_file({"a": torch.ones(50_000)}, new)),
+    lambda path: save_parts({"a": Parts(torch.ones(50_000), iter([torch.ones(50_000)]))}, path, {}),
+    lambda path: _in_new_folder(path, lambda new: save_file({"a": torch.ones(50_000)}, new / "a")),
+    lambda path: write_checkpoint(path, Checkpoint({"a": torch.ones(50_000)}, None, {}, PROGRESS, {}), 1),
+    lambda path: write_checkpoint(path, Checkpoint({}, None, {"a": torch.ones(50_000)}, PROGRESS, {}), 1),
+    lambda path: write_checkpoint(path, Checkpoint({}, None, {}, PROGRESS | {"rows": ["x" * 50_000]}, {}), 1),
+])
+def test_a_file_beyond_the_limit_of_the_system_is_named_and_leaves_nothing(write, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "file"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match=re.escape(f"cannot write {path}")):
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [found for found in tmp_path.rglob("*") if found != path] and not path.is_file()
+
+
+PROGRESS = {"epoch": 0, "batches": 0}
+
+
+def _replaced(path, write):
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+def _in_new_folder(path, write):
+    with new_folder(path) as temporary:
+        write(temporary)
 
 
 def test_writable_folder_makes_it_and_leaves_it_empty(tmp_path):

@@ -329,6 +329,33 @@ def test_a_default_output_folder_fits_every_file_system(model):
         assert set(folder.name) <= {*string.ascii_letters, *string.digits, *"-_.+="} and folder.name.startswith(prefix)
 
 
+EVALUATION = ["evaluate.py", "--num-images", "4", "--batch-size", "4", "--surrogates", "fc", "--attacks", "apgd-ce",
+              "--save-adversarial", "--output", "é–run"]
+TRAINING = ["train.py", "--device", "cpu", "--pretrained", "--epochs", "1", "--batch-size", "500",
+            "--attack-steps", "1", "--val-attack-steps", "1", "--output", "é–run"]
+
+
+@pytest.mark.parametrize(("command", "shell", "code", "message"), [
+    (EVALUATION, "exec \"$@\" 2>&-", 0, ""),
+    (EVALUATION, "PYTHONIOENCODING=ascii exec \"$@\"", 0, ""),
+    (EVALUATION, "exec \"$@\" >/dev/full", 1, "evaluate.py: cannot write standard output: "),
+    (EVALUATION, "ulimit -f 1; exec \"$@\"", 1, "evaluate.py: cannot write é–run/progress/batch00000-step"),
+    (TRAINING, "exec \"$@\" >&- 2>&-", 0, ""),
+    (TRAINING, "PYTHONIOENCODING=cp1252 exec \"$@\"", 0, ""),
+    (TRAINING, "ulimit -f 100; exec \"$@\"", 1, "train.py: cannot write é–run/model.safetensors"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_closed_narrow_and_full_outputs_are_no_traceback(command, shell, code, message, tmp_path):
+    done = subprocess.run(["bash", "-c", shell, "bash", sys.executable, str(ROOT / command[0]), *command[1:]],
+                          cwd=tmp_path, capture_output=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    errors = done.stderr.decode(errors="replace")
+    assert done.returncode == code, errors
+    assert message in errors and "Traceback" not in errors and "Exception ignored" not in errors
+    if code == 0:
+        assert (tmp_path / "é–run" / ("report.html" if command is EVALUATION else "model.safetensors")).exists()
+    else:
+        assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".lock"))
+
+
 @pytest.mark.slow
 def test_two_processes_sweep_as_one_does(tmp_path):
     options = [*QUICK, "--budget", "apgd-ce=5", "--inference", "batch,fc", "--eps-sweep", "0.1:0.2:0.1",

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..attacks.judge import judge
 from ..attacks.pgd import pgd
 from ..data import PixelModel, random_flip, random_shift
-from ..files import locked, writable_folder
+from ..files import locked, remove_unfinished, writable_folder
 from ..head import HPMHead, find_head
 from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
@@ -88,6 +88,8 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
         try:
             return run.train()
         finally:
+            if accelerator.is_main_process:
+                remove_unfinished(folder)
             # What still holds the process group keeps its threads, and a thread that wants Python while that ends
             # is aborted, and the process with it.
             del run

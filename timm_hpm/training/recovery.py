@@ -67,7 +67,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir()
-        with writing(temporary):
+        with writing(target):
             _write(temporary, checkpoint)
         remove(target)  # a damaged one: no run writes the same state twice
         os.replace(temporary, target)
@@ -87,8 +87,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
     except RuntimeError as error:
-        raise OSError(f"cannot write {folder / _OPTIMIZER}: {error}. Is its disk full, or a limit reached (ulimit -f)?"
-                      ) from error
+        raise OSError(f"cannot write {folder / _OPTIMIZER}: {error}. Free space on its disk, or raise the limits of "
+                      "disk use and of a file's size (ulimit -f)") from error
     if checkpoint.best is not None:
         (folder / BEST).mkdir()
         for path in checkpoint.best.iterdir():

@@ -71,7 +71,7 @@ class RunFolder:
         self._best = self.path / f".best.{os.getpid()}.tmp"
         remove(self._best)
         self._best.mkdir()
-        with writing(self._best):
+        with writing(self.path / WEIGHTS):
             write_model(model, self._best, training={"options": self.config.to_dict(), "kept": row},
                         **self._model_args(model))
 

@@ -424,6 +424,7 @@ def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(t
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert list(model.pretrained_cfg["label_names"]) == NAMES
+    assert f"--class-map {tmp_path / 'names.txt'}" in done.stdout  # in the command that measures it
 
     quick = ["--device", "cpu", "--num-images", "0", "--batch-size", "20", "--surrogates", "fc", "--attacks", "apgd-ce",
              "--budget", "apgd-ce=1", "--model", f"local-dir:{tmp_path / 'run'}", *images]

@@ -146,7 +146,8 @@ def measuring_command(path: Path) -> str:
     """
     config, split = saved_options(path), "test"
     encoded = data_source(config.dataset).image_size is None
-    opened = partial(open_split, config.dataset, data_dir=config.data_dir, input_size=(3, 32, 32) if encoded else None)
+    opened = partial(open_split, config.dataset, data_dir=config.data_dir, class_map=config.class_map,
+                     input_size=(3, 32, 32) if encoded else None)
     try:
         available = len(opened(split=split))
     except (ValueError, OSError):
@@ -154,7 +155,7 @@ def measuring_command(path: Path) -> str:
         available = len(opened(split=split))
     return shell_line(evaluate_command({
         "model": f"local-dir:{path}", "dataset": config.dataset, "split": split, "threat": config.threat,
-        "num_images": min(100, available), "options": {"data_dir": config.data_dir}}
+        "num_images": min(100, available), "options": {"data_dir": config.data_dir, "class_map": config.class_map}}
         | ({"device": config.device} if config.device else {})))
 
 

@@ -375,11 +375,14 @@ def load_model(args: argparse.Namespace, accelerator: Accelerator | None) -> Any
     """Returns the model of the command line, in eval mode, on this process's device."""
     device = usable_device(args.device)
     pretrained = args.checkpoint is None if args.pretrained is None else args.pretrained
-    given = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    given: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
     other = args.model_kwargs.get("num_classes", args.num_classes)
-    if given and other != args.num_classes:
+    if args.num_classes is not None and other != args.num_classes:
         raise ValueError(f"--num-classes is {args.num_classes} and --model-kwargs num_classes={other}; give one of "
                          "them")
+    normalised = {name: tuple(value) for name, value in (("mean", args.mean), ("std", args.std)) if value is not None}
+    if args.checkpoint and normalised:
+        given["pretrained_cfg_overlay"] = {**(args.model_kwargs.get("pretrained_cfg_overlay") or {}), **normalised}
     model = create_model(args.model, pretrained=pretrained, checkpoint=args.checkpoint, **args.model_kwargs | given)
     return model.to(device if accelerator is None else accelerator.device).eval()
 

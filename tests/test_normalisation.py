@@ -2,15 +2,17 @@
 
 import html
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, NormalisationWarning, PixelModel, ThreatModel, mixed_surrogate_attack
 from timm_hpm.attacks.flags import clean_flags
 from timm_hpm.sweep import sweep_markdown, sweep_page
 
@@ -173,3 +175,19 @@ def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
     report = mixed_surrogate_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
     assert {"labels-off-by-one", "clean-near-chance"} <= {flag.name for flag in report.flags} and report.unreliable
     assert "are answered with the class before their label" in report.to_markdown()
+
+
+def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path, evaluate_main, capsys):
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    mean, std = ([str(x) for x in model.pretrained_cfg[name]] for name in ("mean", "std"))
+    words = [*FEW, "--checkpoint", str(tmp_path / "w.safetensors"), "--output"]
+    with pytest.warns(NormalisationWarning, match="or --mean and --std to evaluate.py"):
+        assert evaluate_main([*words, str(tmp_path / "a")]) == 0
+    assert "w.safetensors does not say it" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NormalisationWarning)
+        assert evaluate_main([*words, str(tmp_path / "b"), "--mean", *mean, "--std", *std]) == 0
+    reports = [AttackReport.load(tmp_path / name / "report.json") for name in "ab"]
+    assert reports[0].correct == reports[1].correct
+    assert [report.protocol["normalisation"]["source"].partition(",")[0] for report in reports] == [
+        "assumed", "given as mean and std"]

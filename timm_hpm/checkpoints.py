@@ -236,8 +236,8 @@ def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
 
 def warn_of_normalisation(
         place: str, mean: Sequence[float], std: Sequence[float], given: Collection[str], state_dict: Collection[str],
-) -> None:
-    """Warns if neither the caller nor weights without a config say how the weights expect pixels normalised.
+) -> bool:
+    """Warns if neither the caller nor weights without a config say how pixels are normalised; returns whether it did.
 
     Arguments:
         place: of the weights.
@@ -245,10 +245,13 @@ def warn_of_normalisation(
         given: the names of the fields of its pretrained cfg that the caller gave.
         state_dict: the weights, or their names; some hold a module that normalises.
     """
-    if not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict):
+    silent = not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict)
+    if silent:
         warnings.warn(f"{place} do not say how they expect pixels normalised: mean {tuple(mean)} and std {tuple(std)} "
                       "are assumed, those of the network's name. Weights trained with others give wrong answers. Pass "
-                      "pretrained_cfg_overlay=dict(mean=..., std=...)", NormalisationWarning, stacklevel=2)
+                      "pretrained_cfg_overlay=dict(mean=..., std=...), or --mean and --std to evaluate.py",
+                      NormalisationWarning, stacklevel=2)
+    return silent
 
 
 def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:

@@ -44,8 +44,10 @@ class PixelModel(WholeLoading):
             values[name] = torch.tensor(tuple(given), dtype=torch.float32).view(-1, 1, 1)
         if not (values["std"] > 0).all():
             raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers")
-        named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"
-        named += f", tag {cfg['tag']}" if cfg.get("tag") else ""
+        named = getattr(unwrapped(model), "normalisation_source", None)
+        if named is None:
+            named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"
+            named += f", tag {cfg['tag']}" if cfg.get("tag") else ""
         both = {name: GIVEN if given is not None else named for name, given in (("mean", mean), ("std", std))}
         self.source = both["mean"] if both["mean"] == both["std"] else "; ".join(f"{k}: {v}" for k, v in both.items())
         self.model = model

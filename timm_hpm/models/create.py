@@ -113,8 +113,12 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
         with fitting(f"the checkpoint {path}", type(model).__name__, num_classes_of(state_dict, cfg.get("classifier"))):
             if config and str(cfg.get("architecture")).startswith("hpm_"):
                 check_architecture(config, cfg["architecture"])
-            if not config:
-                warn_of_normalisation(f"the weights in {path}", cfg["mean"], cfg["std"], given, state_dict)
+            network = f"the pretrained_cfg of {cfg.get('architecture') or type(model).__name__}"
+            # Not in the pretrained_cfg, whose fields timm knows all of; `PixelModel` reads it.
+            model.normalisation_source = f"the config in {path}" if config else network
+            if not config and warn_of_normalisation(
+                    f"the weights in {path}", cfg["mean"], cfg["std"], given, state_dict):
+                model.normalisation_source = f"assumed, {network}: {path} does not say it"
             model.load_state_dict(plain_state_dict(state_dict, cfg["mean"], cfg["std"]))
     cfg["num_classes"] = model.num_classes
 

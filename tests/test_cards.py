@@ -149,7 +149,7 @@ RUNS = {
     "folder": ["--dataset", "folder", "--data-dir", "my 'data' $x", "--checkpoint", "w `e`.safetensors",
                "--num-classes", "4", "--threat", "L2:0.5", "--attacks", "apgd-t,joint-rest", "--inference", "batch",
                "--budget", "apgd-t=3x2", "joint-rest=2x3", "--num-images", "0", "-b", "5", "--seed", "7",
-               "--co-batch", "4", "--co-batch-mix", "0.25,1"],
+               "--co-batch", "4", "--co-batch-mix", "0.25,1", "--mean", "-0.1", "--std", "0.7"],
 }
 
 
@@ -171,6 +171,10 @@ def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, 
         report.correct, report.baseline_correct, report.assembled, report.co_batch)
     model = evaluate.load_model(evaluate.parse_args([*options, "--device", "cpu"]), None)
     timm_hpm.find_head(model).inference = report.protocol["inference"]
+    if "--mean" in options:  # which other users of these weights must know, too
+        with pytest.raises(ValueError, match=r"the report was measured with normalisation .*, the model has"):
+            timm_hpm.hub.save(model, "a 'model'", report=report)
+        model.pretrained_cfg.update(mean=(-0.1,), std=(0.7,))
     timm_hpm.hub.save(model, "a 'model'", report=report)
     again = evaluated(Path("a 'model'/README.md").read_text(encoding="utf-8"))
     assert (again.correct, again.co_batch) == (report.correct, report.co_batch)

@@ -26,6 +26,7 @@ from timm.utils import ParseKwargs, unwrap_model
 from torch import nn
 
 from . import __version__, cards
+from .data import PixelModel, normalisation_of
 from .files import replacing, use_any_console, writable_folder, write_text
 from .guards import last_words, shortened, without_tokens
 from .head import HPMHead, find_head
@@ -234,6 +235,12 @@ def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
     architecture = model.pretrained_cfg.get("architecture")
     now = {"architecture": architecture, "num_classes": head.out_features, "prototypes_fitted": head.is_fitted(),
            "inference": head.inference, "mix": head.mix, "weights_digest": weights_digest(model)}
+    found = report.protocol.get("normalisation")
+    if found:
+        own = normalisation_of(PixelModel(model)) or {}
+        now["normalisation"] = found if own and all(
+            len(found[entry]) == len(own[entry]) and torch.allclose(
+                torch.tensor(found[entry]), torch.tensor(own[entry]), atol=1e-6) for entry in ("mean", "std")) else own
     for name, value in now.items():
         measured = report.protocol.get(name, value)
         if name == "architecture":

@@ -69,7 +69,8 @@ def _budget(value: Any) -> bool:
 
 
 def _normalisation(value: Any) -> bool:
-    return isinstance(value, dict) and all(_array(_number)(value.get(name)) for name in ("mean", "std"))
+    return (isinstance(value, dict) and all(_array(_number)(value.get(name)) for name in ("mean", "std"))
+            and isinstance(value.get("source", ""), str))
 
 
 # What `mixed_surrogate_attack` says of every evaluation: the check, and its words.

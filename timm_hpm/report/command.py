@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from ..data.pixels import GIVEN
 
 #: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
@@ -19,10 +21,10 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
 
     Arguments:
         protocol: a report's, or some of its entries: `model` (a name for timm.create_model), `dataset`, `split`,
-            `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and `attacks`, `seed`,
-            `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`. evaluate.py writes
-            `options`; with neither that nor `model` and `dataset` there is no command. Other missing entries are left
-            to the defaults of evaluate.py.
+            `normalisation`, `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and
+            `attacks`, `seed`, `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`,
+            which evaluate.py writes. Without `model`, `dataset` and `options` there is no command; other missing
+            entries are left to the defaults of evaluate.py.
     """
     if not {"model", "dataset", "options"} <= protocol.keys():
         return []
@@ -34,6 +36,8 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     normalisation = protocol.get("normalisation") or {}
     if normalisation.get("source") == GIVEN:
         options |= {name: normalisation[name] for name in ("mean", "std")}
+    options |= {name: [_shortest(number) for number in numbers]
+                for name, numbers in (protocol.get("normalisation") or {}).items() if name in ("mean", "std")}
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
     if protocol.get("inference", "none") != "none":
         options["inference"] = protocol["inference"]
@@ -59,6 +63,11 @@ def shell_lines(words: Sequence[str]) -> str:
             line = "   "
         line += f"{' ' if line else ''}{_quoted(word)}"
     return " \\\n".join([*lines, line])
+
+
+def _shortest(number: float) -> str:
+    """Returns the shortest text of a float32: 0.3053 for 0.3052999973297119."""
+    return str(np.float32(number))
 
 
 def _quoted(word: str) -> str:

@@ -16,6 +16,7 @@ import evaluate
 import timm_hpm
 from timm_hpm import CheckpointError, DroppedClassifierWarning, NormalisationWarning, add_hpm_head, find_head, hub
 from timm_hpm.models.create import create_model
+from timm_hpm.models.hpm_wrn import hpm_wrn10_2
 from timm_hpm.models.saving import saved_config
 from timm_hpm.training.config import TrainConfig
 from timm_hpm.training.setup import create_trainable
@@ -103,6 +104,10 @@ def test_a_config_of_other_classes_than_its_weights_is_refused(tmp_path, place, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"have 7 classes, and their config {number}"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    args, cfg = config["model_args"], config["pretrained_cfg"]
+    cfg |= {"num_classes": config["num_classes"], "source": "local-dir", "file": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=rf"have 7 classes, and their config {number}"):
+        hpm_wrn10_2(pretrained=True, pretrained_cfg=cfg, **args)  # as older versions of timm do
     with pytest.raises(hub.HubError, match=rf"have 7 classes, and their config {number}"):
         hub._load(tmp_path, "org/name")
 

@@ -37,9 +37,9 @@ from ..guards import check_size, weights_only
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from ..threat import ThreatModel
-from .configs import check_cfg
+from .configs import check_cfg, read_config
 from .preact import PreActNet
-from .saving import OF_TRAINING, WEIGHTS, config_args, config_fields, own_config, saved_config
+from .saving import CONFIG, OF_TRAINING, WEIGHTS, config_args, config_fields, own_config, saved_config
 
 # Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
@@ -262,13 +262,13 @@ def _resolved(
     state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
     foreign, place = _names_weights(kwargs), weights_place(cfg)
     with fitting(place, variant):
+        stated = _stated_args(cfg, args)
         config = _weights_config(cfg, kwargs.get("cache_dir"))
         if config:
             check_architecture(config, variant)
             fields = {name: value for name, value in config_fields(config).items()
                       if name not in overlay and json.dumps(value) != json.dumps(getattr(cfg, name, None))}
-            of_folder = {name: value for name, value in (args.get("pretrained_model_args") or {}).items()
-                         if args.get(name) == value}
+            of_folder = {name: value for name, value in stated.items() if args.get(name) == value}
             own = config_args(config)
             _warn_of_folder(place, cfg, fields, of_folder, own)
             cfg = dataclasses.replace(cfg, **fields)
@@ -277,8 +277,8 @@ def _resolved(
         if foreign and not config:
             warn_of_normalisation(place, cfg.mean, cfg.std, overlay, state_dict)
         state_dict = convert(state_dict, cfg.mean, cfg.std)
-        cfg = _with_classes(cfg, args, num_classes_of(state_dict, cfg.classifier),
-                            _is_whole(kwargs.get("pretrained_cfg")) and not foreign)
+        whole = _is_whole(kwargs.get("pretrained_cfg")) and not foreign
+        cfg = _with_classes(cfg, args, num_classes_of(state_dict, cfg.classifier), stated if whole else None)
     return cfg, {**tag, **args}, state_dict
 
 
@@ -298,6 +298,15 @@ def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[st
         raise CheckpointError(str(error)) from error
 
 
+def _stated_args(cfg: PretrainedCfg, args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the model arguments in the config of a saved model, which timm passes on like the caller's."""
+    stated = args.get("pretrained_model_args")  # newer versions of timm tell
+    path = Path(str(cfg.file)) / CONFIG
+    if stated is None and cfg.source == "local-dir" and path.is_file():
+        stated = read_config(path)["model_args"]
+    return stated or {}
+
+
 def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], of_folder: Mapping[str, Any],
                     own: Mapping[str, Any]) -> None:
     """Warns if the `config.json` of a folder is not that of the weights in it."""
@@ -311,23 +320,24 @@ def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], o
                       "arguments that you want to timm.create_model", stacklevel=2)
 
 
-def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None, whole: bool) -> PretrainedCfg:
+def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None,
+                  stated: Mapping[str, Any] | None) -> PretrainedCfg:
     """Returns a pretrained cfg with its weights' number of classes, by which timm keeps or drops their classifier.
 
     Arguments:
         cfg: the weights'; a negative number of classes asks for a new classifier, and stays.
         args: the network's arguments, of which `num_classes` counts: without it the weights must fit those of `cfg`.
         found: the weights' number of classes; None if they hold no classifier.
-        whole: whether `cfg` was saved with these very weights.
+        stated: the model arguments of their config, if `cfg` was saved with these very weights; else None.
 
     Raises:
         CheckpointError: another number of classes than the config of the weights says.
     """
     if found is None or cfg.num_classes < 0:
         return cfg
-    if whole:
-        of_args = (args.get("pretrained_model_args") or {}).get("num_classes", found)
-        wrong = next((number for number in (cfg.num_classes, of_args) if number != found), None)
+    if stated is not None:
+        numbers = (cfg.num_classes, stated.get("num_classes", found))
+        wrong = next((number for number in numbers if number != found), None)
         if wrong is not None:
             raise CheckpointError(f"size mismatch for {cfg.classifier}.weight: the weights have {found} classes, and "
                                   f"their config {wrong}; it is of other weights, or damaged")

@@ -764,6 +764,7 @@ def test_a_converted_checkpoint_says_nothing_of_the_tag_s_authors(tmp_path):
     config = (tmp_path / "out" / "config.json").read_text()
     assert not re.search("wzekai99|2302.04638|92.44|Better Diffusion", config)
     assert json.loads(config)["model_args"]["layout"] == "deepmind"
+    assert "tag" not in json.loads(config)["pretrained_cfg"]
 
 
 # The functions

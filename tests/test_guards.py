@@ -2,8 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import hub_server
 import pytest
 import timm
 import torch
@@ -266,3 +270,25 @@ def test_radii_of_any_size_are_read_or_refused_at_once(text):
     assert len(str(caught.value)) < 1000
     assert parse_radii("0:8/255:2/255") == [0, 2 / 255, 4 / 255, 6 / 255, 8 / 255]
     assert parse_radii("0.00:1e-1:.05") == [0, 0.05, 0.1]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("command", [
+    ["evaluate.py", "--model", "hf-hub:org/x"],
+    ["-m", "timm_hpm.hub", "push", "org/y", "--model", "hf-hub:org/x"],
+    ["-c", "import timm_hpm.models.create as c; c.create_model('hf-hub:org/x', pretrained=True)"],
+])
+def test_no_command_prints_a_token_that_a_server_repeats(tmp_path, command):
+    token = "hf_Secret0123456789abcdefghijklmnopqr"
+    with hub_server.running() as server:
+        server.tokens[token] = "someone"
+        server.faults.echo_token, server.faults.answer = True, {"/.*": (401, "a teapot")}
+        environ = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path),
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        root = Path(timm_hpm.__file__).parents[1]
+        words = [str(root / word) if word.endswith(".py") else word for word in command]
+        run = subprocess.run([sys.executable, *words], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and "teapot" in run.stderr and token not in run.stdout + run.stderr
+    assert command[0] == "-c" or "Traceback" not in run.stderr

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,6 +53,30 @@ def test_a_trained_model_is_what_evaluate_takes(tmp_path):
         assert done.returncode == 0, done.stderr
     one, other = (AttackReport.load(tmp_path / name / "report.json") for name in ("a", "b"))
     assert one.correct == other.correct and one.protocol["prototypes_fitted"] is True
+
+
+def test_the_next_command_measures_under_the_threat_and_on_as_many_images_as_there_are(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "my images"
+    for part, number in (("train", 24), ("test", 6)):
+        for i in range(number):
+            place = folder / part / ("bright" if i % 2 else "dark")
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (100 + 100 * (i % 2), 8 * i, 90)).save(place / f"{i}.png")
+    done = script("--device", "cpu", "--dataset", "folder", "--data-dir", "my images", "--img-size", "16",
+                  "--num-classes", "2", "--in-chans", "3", "--threat", "L2:64/255", "--attack-step-size", "16/255",
+                  "--batch-size", "8", "--epochs", "2", "--attack-steps", "1", "--val-attack-steps", "1",
+                  "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.partition("measure it with: ")[2])
+    assert words[:2] == ["python", "evaluate.py"]
+    quick = ["--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", "report"]
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *words[2:], *quick], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=900, env=ENVIRON)
+    assert done.returncode == 0, done.stderr
+    report = AttackReport.load(tmp_path / "report" / "report.json")
+    assert report.protocol["num_images"] == 6 and report.protocol["threat"] == "L2:64/255"
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -168,7 +168,7 @@ def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.Thr
     correct = {"clean": as_row(timm_hpm.judge(model, images, labels, batch_size))}
     for surrogate in split.default_surrogates():
         seen: list[Tensor] = []
-        with timm_hpm.inference_mode(model, "fc"), head.register_forward_pre_hook(
+        with timm_hpm.head_mode(model, "fc"), head.register_forward_pre_hook(
                 lambda _, inputs, seen=seen: seen.append(inputs[0])):
             def logits(x: Tensor, surrogate: str = surrogate, seen: list[Tensor] = seen) -> Tensor:
                 seen.clear()

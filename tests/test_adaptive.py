@@ -185,7 +185,7 @@ def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digi
 
 @pytest.mark.parametrize(("mode", "attacks"), [("sample", ["joint"]), ("fc", ["joint", "apgd-chain"])])
 def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits, mode, attacks):
-    with timm_hpm.inference_mode(model, mode):
+    with timm_hpm.head_mode(model, mode):
         report = mixed_surrogate_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks],
                                         budgets={"apgd-ce": Budget(1)})
         assert list(report.protocol["attacks"]) == ["apgd-ce"] and not report.assembled
@@ -270,7 +270,7 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
         mixed_surrogate_attack(model, images, labels, THREAT, **options)
     assert mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked) == report
     del options["finished"]
-    with timm_hpm.inference_mode(model, "sample"):
+    with timm_hpm.head_mode(model, "sample"):
         assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,)).co_batch
 
 
@@ -280,7 +280,7 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     ("sample", (10,), "this model's answers depend on none; expected one with a fitted HPM head in batch mode"),
 ])
 def test_what_has_no_neighbours_is_refused(model, digits, mode, sizes, message):
-    with timm_hpm.inference_mode(model, mode), pytest.raises(ValueError, match=message):
+    with timm_hpm.head_mode(model, mode), pytest.raises(ValueError, match=message):
         co_batch_attack(model, *digits, THREAT, batch_sizes=sizes)
 
 

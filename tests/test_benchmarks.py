@@ -48,7 +48,7 @@ def digits_model(**kwargs) -> nn.Module:
 def forged_report(model: nn.Module, inference: str = "batch") -> AttackReport:
     """A report of 8 digits in two batches, all robust, though the ball is so large that each can be broken."""
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
-    with timm_hpm.inference_mode(model, inference):
+    with timm_hpm.head_mode(model, inference):
         report = mixed_surrogate_attack(model, images, labels, THREAT, batch_size=4, surrogates=["fc"],
                                         attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)})
     assert report.correct["clean"] == "1" * 8

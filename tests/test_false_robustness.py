@@ -379,7 +379,7 @@ def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits):
     assert texts and all("of 6 candidates with logits that are not finite, 5 have them only because of" in text
                          for text in texts) and report.unreliable
     for mode in ("sample", "dataset"):
-        with timm_hpm.inference_mode(model, mode):
+        with timm_hpm.head_mode(model, mode):
             flags = mixed_surrogate_attack(model, images, labels, THREAT, **options | {"surrogates": None}).flags
         assert "batch-not-finite" not in [flag.name for flag in flags]
     images[5, 0, 0, 0] = 0.95
@@ -453,7 +453,7 @@ def test_without_gradients_only_square_is_run(net, digits):
 @pytest.mark.parametrize("mode", timm_hpm.INFERENCE_MODES)
 def test_an_honest_model_raises_no_flag(mode, digits):
     model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-    with timm_hpm.inference_mode(model, mode):
+    with timm_hpm.head_mode(model, mode):
         assert check_model(timm_hpm.PixelModel(model), *digits, 100) == []
         half = timm_hpm.PixelModel(model.bfloat16())
         assert check_model(half, *digits, 100) == []

@@ -87,7 +87,7 @@ def test_the_attacked_copy_is_folded_and_the_model_is_not():
     split = SplitModel(pixel_model, images)
     count = [sum(isinstance(m, nn.BatchNorm2d) for m in part.modules()) for part in (model, split.backbone)]
     assert count[1] == count[0] - 4
-    with timm_hpm.inference_mode(model, "fc"):
+    with timm_hpm.head_mode(model, "fc"):
         expected = pixel_model(images)
     torch.testing.assert_close(split.logits("fc", split.features(images)), expected, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_hpm
-from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
+from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from timm_hpm.attacks.surrogates import SURROGATES
 
 HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
@@ -131,7 +131,7 @@ def test_soft_surrogate_equals_its_closed_form():
 def test_a_batch_of_one_in_batch_mode_equals_sample_mode():
     head, features = fitted(mix=0.4), torch.randn(20, 16)
     alone = torch.cat([head(image) for image in features.split(1)])
-    with inference_mode(head, "sample"):
+    with head_mode(head, "sample"):
         torch.testing.assert_close(alone, head(features), rtol=1e-4, atol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_sample_mode_depends_on_no_neighbour_and_batch_mode_does():
     head, features = fitted(inference="sample"), torch.randn(20, 16)
     other = torch.cat([features[:1], torch.randn(7, 16)])
     torch.testing.assert_close(head(features)[0], head(other)[0])
-    with inference_mode(head, "batch"):
+    with head_mode(head, "batch"):
         assert (head(features)[0] - head(other)[0]).abs().max() > 0.1
 
 
@@ -153,7 +153,7 @@ def test_a_permuted_batch_has_permuted_logits(inference):
 def test_without_mixing_every_mode_is_the_dataset_mode(inference):
     head, features = fitted(mix=0.0, inference="dataset"), torch.randn(30, 16)
     expected = head(features)
-    with inference_mode(head, inference):
+    with head_mode(head, inference):
         torch.testing.assert_close(head(features), expected)
 
 
@@ -428,23 +428,24 @@ def test_find_head_refuses_none_and_several():
         find_head(nn.Sequential(HPMHead(3, 3), nn.Sequential(HPMHead(3, 2))))
 
 
-def test_inference_mode_switches_and_restores_also_after_an_exception():
+def test_head_mode_switches_and_restores_also_after_an_exception():
+    assert timm_hpm.inference_mode is head_mode  # its old name
     model = nn.Sequential(nn.Flatten(), HPMHead(3, 2, inference="sample"))
-    with inference_mode(model, "fc") as head:
+    with head_mode(model, "fc") as head:
         assert head is model[1] and head.inference == "fc"
-        with inference_mode(model, "dataset"):
+        with head_mode(model, "dataset"):
             assert head.inference == "dataset"
         assert head.inference == "fc"
     assert head.inference == "sample"
-    with pytest.raises(KeyError), inference_mode(model, "fc"):
+    with pytest.raises(KeyError), head_mode(model, "fc"):
         raise KeyError
     assert head.inference == "sample"
 
 
-def test_inference_mode_refuses_an_unknown_mode_and_leaves_the_head():
+def test_head_mode_refuses_an_unknown_mode_and_leaves_the_head():
     head = HPMHead(3, 2, inference="sample")
     with pytest.raises(ValueError, match="'soft'; expected one of batch, sample, dataset, fc"), \
-            inference_mode(head, "soft"):
+            head_mode(head, "soft"):
         pass
     assert head.inference == "sample"
 

@@ -385,7 +385,7 @@ def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
     report = attacked.report
     names = ["clean", *[f"fc/{attack}" for attack in COMPONENTS]]
     assert list(report.baseline_correct) == names
-    with timm_hpm.inference_mode(attacked.model, "fc"):
+    with timm_hpm.head_mode(attacked.model, "fc"):
         for name in names:
             assert report.baseline_correct[name] == verdicts(attacked.model, attacked.candidates[name],
                                                              attacked.labels, 25)
@@ -424,7 +424,7 @@ def test_worst_cases_are_counted_image_by_image(attacked):
 def test_a_surrogates_candidates_fool_it_as_its_closed_form_says_however_many_run_at_once(attacked, surrogate):
     # These two are linear classifiers of the pixels, whatever the head's mode and whatever runs beside them.
     distances_of = linear_distances if surrogate == "fc" else prototype_distances
-    with timm_hpm.inference_mode(attacked.model, surrogate):
+    with timm_hpm.head_mode(attacked.model, surrogate):
         distances = distances_of(attacked.model, attacked.images, attacked.labels, "Linf")
         rows = {attack: verdicts(attacked.model, attacked.candidates[f"{surrogate}/{attack}"], attacked.labels, 60)
                 for attack in COMPONENTS}
@@ -458,7 +458,7 @@ def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, 
 
 @pytest.mark.parametrize("mode", ["sample", "dataset", "fc"])
 def test_in_the_other_modes_the_verdicts_are_the_same_in_batches_of_any_size(attacked, mode):
-    with timm_hpm.inference_mode(attacked.model, mode):
+    with timm_hpm.head_mode(attacked.model, mode):
         for points in attacked.candidates.values():
             assert len({verdicts(attacked.model, points, attacked.labels, size) for size in (1, 7, 25, 60)}) == 1
 
@@ -472,7 +472,7 @@ def test_in_the_other_modes_the_verdicts_are_the_same_in_batches_of_any_size(att
 def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again_in_it(tmp_path, mode, surrogates):
     model, images, labels = prototype_problem("batch")
     path = tmp_path / "adversarial.safetensors"
-    with timm_hpm.inference_mode(model, mode):
+    with timm_hpm.head_mode(model, mode):
         # The FC classifier is right about few of these labels.
         labels = model(images).argmax(dim=1)
         labels[7] = (labels[7] + 1) % 5
@@ -486,7 +486,7 @@ def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again
     assert model[1].inference == "batch"
     others = [timm_hpm.INFERENCE_MODES[i] for i in range(4) if timm_hpm.INFERENCE_MODES[i] != mode]
     for other in others:
-        with timm_hpm.inference_mode(model, other):
+        with timm_hpm.head_mode(model, other):
             points = load_file(path)
             assert any(verdicts(model, points[name], labels, 25) != row for name, row in judged.items()), other
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_hpm import HPMHead, PixelModel, ThreatModel, find_head, fit_prototypes, inference_mode, load_split, pgd
+from timm_hpm import HPMHead, PixelModel, ThreatModel, find_head, fit_prototypes, head_mode, load_split, pgd
 from timm_hpm.prototypes import fit_log_scale
 
 LINF = ThreatModel("Linf", 0.1)
@@ -81,7 +81,7 @@ def test_with_a_threat_prototypes_are_the_means_of_clean_and_adversarial_feature
     fit = fit_prototypes(model, loader, threat, attack_steps=3)
 
     torch.manual_seed(5)
-    with inference_mode(before, "fc"):
+    with head_mode(before, "fc"):
         attacked = torch.cat([pgd(before, images, labels, threat, steps=3) for images, labels in loader])
     z = torch.cat([features(before, digits[0]), features(before, attacked)])
     expected = class_means(z, torch.cat([digits[1], digits[1]]))
@@ -97,7 +97,7 @@ def test_a_timm_model_is_attacked_in_pixels(digits):
     torch.manual_seed(5)
     fit_prototypes(model, [digits], LINF, attack_steps=2)
     torch.manual_seed(5)
-    with inference_mode(before, "fc"):
+    with head_mode(before, "fc"):
         attacked = pgd(PixelModel(before), *digits, LINF, steps=2)
     z = torch.cat([features(before, digits[0]), features(before, attacked)])
     expected = class_means(z, torch.cat([digits[1], digits[1]]))
@@ -190,7 +190,7 @@ def test_held_out_images_choose_the_scale_under_the_same_threat(digits, other_di
 
     variants = []
     torch.manual_seed(5)
-    with inference_mode(before, "fc"):
+    with head_mode(before, "fc"):
         if threat is not None:
             pgd(before, *digits, threat, steps=2)
         for images, labels in batches(other_digits, 50):

@@ -19,7 +19,7 @@ from timm_hpm import (
     UnsupportedHeadError,
     add_hpm_head,
     find_head,
-    inference_mode,
+    head_mode,
     remove_hpm_head,
 )
 from timm_hpm.head import HPMConvHead, head_name
@@ -150,7 +150,7 @@ def test_training_sees_what_the_head_sees(kind):
     fit(add_hpm_head(model))
     pixels = x.sigmoid()
     expected = [PixelModel(model)(pixels)]
-    with inference_mode(model, "fc"):
+    with head_mode(model, "fc"):
         expected.append(PixelModel(model)(pixels))
     trunk = PixelTrunk(model)
     calls = []

@@ -54,7 +54,7 @@ def reports(model, digits) -> list[AttackReport]:
 def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
     assert [(report.protocol["inference"], report.protocol["threat"]) for report in reports] == [
         ("batch", "Linf:0.1"), ("batch", "Linf:0.3"), ("dataset", "Linf:0.1"), ("dataset", "Linf:0.3")]
-    with timm_hpm.inference_mode(model, "dataset"):
+    with timm_hpm.head_mode(model, "dataset"):
         alone = mixed_surrogate_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
     assert alone.same_results(reports[3])
     assert timm_hpm.find_head(model).inference == "batch"

@@ -264,7 +264,7 @@ def test_weights_of_a_head_load_into_the_plain_base(base, source):
     keys = plain.load_state_dict(source.state_dict(), strict=False)
     assert not keys.missing_keys
     assert set(keys.unexpected_keys) == {f"{head_name(source)}.{entry}" for entry in _HEAD_ENTRIES}
-    with timm_hpm.inference_mode(source, "fc"):
+    with timm_hpm.head_mode(source, "fc"):
         assert torch.equal(plain(x), source(x))
 
 

@@ -12,12 +12,15 @@ from . import models  # registers the models
 from .attacks import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
 from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
-from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, inference_mode
+from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
+
+#: The old name of `head_mode`, for one release.
+inference_mode = head_mode
 
 __all__ = [
     "INFERENCE_MODES",
@@ -37,6 +40,7 @@ __all__ = [
     "cards",
     "find_head",
     "fit_prototypes",
+    "head_mode",
     "hub",
     "inference_mode",
     "judge",

@@ -348,7 +348,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def inference_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
+def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
     """Switches the HPM head of `model` (a model or a head) to an inference mode, and back at the end of the block.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from .attacks.pgd import pgd
 from .data import as_pixel_model, ask, check_pixels, check_weights
-from .head import HPMHead, find_head, inference_mode
+from .head import HPMHead, find_head, head_mode
 from .threat import ThreatModel
 
 # Features kept in memory to choose the scale by: one number is fitted, and a large data set would not fit.
@@ -146,7 +146,7 @@ class _FeatureSample:
         if not self.batches:
             raise ValueError("held_out yields no image; the scale needs some")
         # The FC mode has no distances; its scale is the one of the mode that a head has by default.
-        with inference_mode(head, "batch" if head.inference == "fc" else head.inference):
+        with head_mode(head, "batch" if head.inference == "fc" else head.inference):
             distances = torch.cat([-head(features) / head.scale() for features, _ in self.batches])
         return distances, torch.cat([labels for _, labels in self.batches])
 
@@ -168,7 +168,7 @@ def _labelled_features(
             images, labels = images.to(head.weight.device), labels.to(head.weight.device).long()
             variants = [images]
             if threat is not None:
-                with inference_mode(head, "fc"):
+                with head_mode(head, "fc"):
                     variants.append(pgd(pixel_model, images, labels, threat, steps=attack_steps,
                                         step_size=attack_step_size))
             for variant in variants:

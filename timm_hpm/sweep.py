@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attacks import mixed_surrogate_attack
 from .attacks.progress import remove_progress
 from .files import remove_unfinished, write_text
-from .head import check_inference, find_head, head_name, inference_mode
+from .head import check_inference, find_head, head_mode, head_name
 from .report import AttackReport, Flag, svg
 from .report.html import flag_section, page, table, unreliable_banner
 from .report.tables import INTERVAL, UNRELIABLE, pixels_note
@@ -93,7 +93,7 @@ def sweep(
 
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = places.get((mode, threat))
-        with nullcontext() if mode == "none" else inference_mode(model, mode):
+        with nullcontext() if mode == "none" else head_mode(model, mode):
             report = mixed_surrogate_attack(
                 model, images, labels, threat, accelerator=accelerator,
                 resume=place and place / "progress", finished=place and place / "report.json",

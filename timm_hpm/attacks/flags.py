@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ask
-from ..head import head_name, inference_mode
+from ..head import head_mode, head_name
 from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
 from ..surgery import HPMMixin
@@ -121,7 +121,7 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
 
     An HPM head's batch mode is meant to, and attacked as what it is: there the network below it is checked.
     """
-    with inference_mode(model, "fc") if head_name(model) is not None else nullcontext():
+    with head_mode(model, "fc") if head_name(model) is not None else nullcontext():
         alone = ask(model, images)
         if _difference(model, alone, ask(model, images)):
             return None  # a random answer says nothing of the batch

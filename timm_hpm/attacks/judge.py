@@ -20,7 +20,7 @@ from ..data import (
     checked_integer,
     normalisation_of,
 )
-from ..head import HPMHead, find_head, head_name, inference_mode
+from ..head import HPMHead, find_head, head_mode, head_name
 from ..report import data_digest
 from ..threat import ThreatModel
 from .components import check_finite, predicted_classes
@@ -88,7 +88,7 @@ def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
     """
     if logits.isfinite().all() or head_name(model) is None or find_head(model).inference != "batch":
         return logits
-    with inference_mode(model, "sample"):
+    with head_mode(model, "sample"):
         alone = ask(model, images)
     return logits if alone.isfinite().all() else alone
 
@@ -211,5 +211,5 @@ def _mode_of(model: nn.Module, mode: str) -> Iterator[HPMHead | None]:
     if mode == "none":
         yield None
     else:
-        with inference_mode(model, mode) as head:
+        with head_mode(model, mode) as head:
             yield head

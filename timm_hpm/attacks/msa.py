@@ -32,7 +32,7 @@ from ..data import (
 )
 from ..files import Parts, locked, save_parts, writable_folder
 from ..functional import in_autocast
-from ..head import find_head, head_name, inference_mode
+from ..head import find_head, head_mode, head_name
 from ..report import (
     ASSEMBLED,
     NUM_EXAMPLES,
@@ -563,7 +563,7 @@ class _Run:
                              for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
             if self.with_baseline and (name == "clean" or (
                     name.startswith("fc/") and attack in PROTOCOLS["autoattack"].attacks)):
-                with inference_mode(self.subject.model, "fc"):
+                with head_mode(self.subject.model, "fc"):
                     baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
                                                   allow_non_finite=True))
         kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and name != "clean"}

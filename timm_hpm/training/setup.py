@@ -10,7 +10,7 @@ from torch import nn
 from ..attacks.judge import judge
 from ..attacks.pgd import default_step_size
 from ..data import ImageSplit, PixelModel, check_every_class, first_images
-from ..head import UnfittedHeadWarning, find_head, inference_mode
+from ..head import UnfittedHeadWarning, find_head, head_mode
 from ..models.create import class_names, create_model, open_split_for
 from ..models.saving import OF_TRAINING
 from ..threat import ThreatModel
@@ -123,7 +123,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
     mode = model.training
-    with inference_mode(model, "fc"):
+    with head_mode(model, "fc"):
         right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
     model.train(mode)
     share = labels.bincount().max().item() / len(labels)
@@ -167,7 +167,7 @@ def open_data(config: TrainConfig, model: Any) -> Data:
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
     mode = model.training
     try:
-        with torch.no_grad(), inference_mode(model, "fc"):
+        with torch.no_grad(), head_mode(model, "fc"):
             PixelModel(model.eval())(pixels)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(map(str, pixels.shape[1:]))

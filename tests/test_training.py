@@ -219,6 +219,7 @@ def test_options_train(changes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile's own
 def test_a_compiled_backbone_trains_alike(tmp_path):
     # Not bit by bit: the compiler fuses, and rounds otherwise.
     plain = run(tmp_path / "plain", epochs=1, batch_size=350)

@@ -27,20 +27,21 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ParseKwargs
 
 import timm_hpm
-from timm_hpm.attacks import ATTACKS, PROTOCOLS, SURROGATES, Budget
-from timm_hpm.attacks.cobatch import BATCH_SIZES, check_co_batch
-from timm_hpm.attacks.judge import saved_protocol
-from timm_hpm.attacks.protocols import as_budget
 from timm_hpm.console import run_command
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
+from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Budget
+from timm_hpm.evaluation.judge import saved_protocol
+from timm_hpm.evaluation.neighbours import BATCH_SIZES, check_co_batch
+from timm_hpm.evaluation.protocols import as_budget
+from timm_hpm.evaluation.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
+from timm_hpm.evaluation.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
 from timm_hpm.files import LOCK, default_folder, locked, remove_unfinished, use_any_console, writable_folder, write_text
 from timm_hpm.head import check_inference
 from timm_hpm.models.create import class_names, create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL
 from timm_hpm.report.command import DATA_OPTIONS, MODEL_OPTIONS, shell_line
 from timm_hpm.report.tables import pixels_note
-from timm_hpm.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
-from timm_hpm.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
+from timm_hpm.surrogates import SURROGATES
 
 
 def make_parser() -> argparse.ArgumentParser:

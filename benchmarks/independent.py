@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_hpm
-from timm_hpm.attacks.components import margin_loss
-from timm_hpm.attacks.judge import as_row, device_of, judge, pixel_model_for
-from timm_hpm.attacks.surrogates import SplitModel
+from timm_hpm.attacks import margin_loss
 from timm_hpm.data import first_images
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL, data_digest, weights_digest
@@ -224,7 +224,7 @@ def find_missed(
     robust = torch.tensor(right_in_all(report.verdicts.values()))
     pixel_model = pixel_model_for(model, images).requires_grad_(False)
     device = device_of(pixel_model, images)
-    split = SplitModel(pixel_model, images[:size].to(device))
+    split = AttackedModel(pixel_model, images[:size].to(device))
     targets: dict[str, Logits] = {TRUE_MODEL: pixel_model} | {
         name: lambda x, name=name: split.logits(name, split.features(x)) for name in split.default_surrogates()
         if name != split.twin()}

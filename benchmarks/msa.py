@@ -41,10 +41,10 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm.attacks import ATTACKS, PROTOCOLS, Protocol
-from timm_hpm.attacks.judge import as_row
-from timm_hpm.attacks.surrogates import SplitModel
 from timm_hpm.data import first_images
+from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Protocol
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.judge import as_row
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.report import weights_digest
@@ -53,7 +53,7 @@ from timm_hpm.report.verdicts import right_in_all
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 
 
-def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]]) -> None:
+def passes(split: AttackedModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]]) -> None:
     """Makes the passes that were counted, in their order, to the logits of each of the surrogates side by side.
 
     Arguments:
@@ -77,10 +77,10 @@ def passes(split: SplitModel, images: Tensor, surrogates: Sequence[str], sizes: 
 def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
     """Yields what is filled, for each attack made meanwhile, with the sizes of the passes it makes; see `passes`."""
     sizes: dict[str, list[tuple[int, bool]]] = {}
-    features, attacks = SplitModel.features, dict(ATTACKS)
+    features, attacks = AttackedModel.features, dict(ATTACKS)
     now: list[str] = []
 
-    def counting(split: SplitModel, pixels: Tensor) -> Tensor:
+    def counting(split: AttackedModel, pixels: Tensor) -> Tensor:
         if now:
             sizes[now[-1]].append((len(pixels), torch.is_grad_enabled() and pixels.requires_grad))
         return features(split, pixels)
@@ -93,12 +93,12 @@ def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
         finally:
             now.pop()
 
-    SplitModel.features = counting  # type: ignore[method-assign]
+    AttackedModel.features = counting  # type: ignore[method-assign]
     ATTACKS.update({name: replace(attack, run=partial(named, name)) for name, attack in attacks.items()})
     try:
         yield sizes
     finally:
-        SplitModel.features = features  # type: ignore[method-assign]
+        AttackedModel.features = features  # type: ignore[method-assign]
         ATTACKS.update(attacks)
 
 
@@ -109,7 +109,7 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
     The passes alone are timed before and after each evaluation, as the machine's speed drifts.
     """
     pixel_model = timm_hpm.PixelModel(model)
-    split = SplitModel(pixel_model, images)
+    split = AttackedModel(pixel_model, images)
 
     def evaluated() -> dict[str, dict[str, float]]:
         return timm_hpm.mixed_surrogate_attack(
@@ -161,7 +161,7 @@ def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.Thr
           scale: float) -> dict[str, str]:
     """Runs AutoAttack once per surrogate, as its users would, and returns the verdicts on what each handed back."""
     pixel_model = timm_hpm.PixelModel(model)
-    split = SplitModel(pixel_model, images[:batch_size])
+    split = AttackedModel(pixel_model, images[:batch_size])
     # The plain network: what makes the attacked copy fast is ours.
     backbone = pixel_model
     head = timm_hpm.find_head(model)

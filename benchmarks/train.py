@@ -24,7 +24,7 @@ from _timing import seconds
 from torch import Tensor
 
 import timm_hpm
-from timm_hpm.attacks.pgd import pgd
+from timm_hpm.attacks import pgd
 from timm_hpm.training.config import TrainConfig
 from timm_hpm.training.loop import Run
 from timm_hpm.training.trunk import PixelTrunk, inputs_only

@@ -10,11 +10,12 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import ATTACKS, Budget, joint
-from timm_hpm.attacks.cobatch import co_batch_attack
-from timm_hpm.attacks.components import AttackBatch, Notes
-from timm_hpm.attacks.surrogates import SURROGATES, SplitModel, soft_logits, ste_logits
-from timm_hpm.sweep import sweep
+from timm_hpm.evaluation import ATTACKS, Budget, joint
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.batch import AttackBatch, Notes
+from timm_hpm.evaluation.neighbours import co_batch_attack
+from timm_hpm.evaluation.sweep import sweep
+from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
 
 THREAT = ThreatModel("Linf", 0.15)
 
@@ -31,7 +32,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def errors(split: SplitModel, points: torch.Tensor, labels: torch.Tensor) -> int:
+def errors(split: AttackedModel, points: torch.Tensor, labels: torch.Tensor) -> int:
     return int((split.logits("ste", split.features(points)).argmax(dim=1) != labels).sum())
 
 
@@ -39,7 +40,7 @@ def errors(split: SplitModel, points: torch.Tensor, labels: torch.Tensor) -> int
 def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, digits, norm):
     threat = ThreatModel(norm, 0.15 if norm == "Linf" else 0.7)
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
     start = threat.random_start(images)
     batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start)
     found = ATTACKS["joint"].run(batch, threat, Budget(20), Notes())
@@ -51,7 +52,7 @@ def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, di
 
 def test_the_joint_attack_never_ends_with_a_worse_batch_than_it_began_with(model, digits):
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
     strong = ATTACKS["apgd-ce"].run(AttackBatch(split, ["ste"], images, labels), THREAT, Budget(20), Notes())
     batch = AttackBatch(split, ["soft", "ste"], images, labels, start=strong)
     for points in ATTACKS["joint"].run(batch, THREAT, Budget(1), Notes()).split(40):
@@ -60,7 +61,7 @@ def test_the_joint_attack_never_ends_with_a_worse_batch_than_it_began_with(model
 
 def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits):
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
 
     def wrong(points: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -84,7 +85,7 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
 def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model, digits):
     # So what one protocol found by other candidates than another one does not make their rounds differ.
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
     sought = torch.arange(40) % 4 > 0
 
     def found(start: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,7 @@ def test_an_ascent_does_not_depend_on_the_scale_of_the_logits(model, digits, fac
     images, labels = digits
     ends = []
     for some in (1.0, factor):
-        split = SplitModel(timm_hpm.PixelModel(model), images)
+        split = AttackedModel(timm_hpm.PixelModel(model), images)
         split.head.log_scale.add_(math.log(some))
         batch = AttackBatch(split, ["soft", "ste"], images, labels)
         ends.append(ATTACKS["joint"].run(batch, THREAT, Budget(10), Notes()))
@@ -116,7 +117,7 @@ def test_an_ascent_does_not_depend_on_the_scale_of_the_logits(model, digits, fac
 
 def test_surrogates_side_by_side_ascend_as_each_does_alone(model, digits):
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
 
     def found(*surrogates: str) -> torch.Tensor:
         return ATTACKS["joint"].run(AttackBatch(split, surrogates, images, labels), THREAT, Budget(10), Notes())
@@ -157,7 +158,7 @@ def test_a_round_is_for_a_few_of_those_that_are_nearest_to_an_error():
 
 
 def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):
-    split = SplitModel(timm_hpm.PixelModel(model), digits[0])
+    split = AttackedModel(timm_hpm.PixelModel(model), digits[0])
     with torch.no_grad():
         features = split.features(digits[0])
         own = ste_logits(split.head, features)
@@ -168,7 +169,7 @@ def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):
 
 def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digits):
     images, labels = digits
-    split = SplitModel(timm_hpm.PixelModel(model), images)
+    split = AttackedModel(timm_hpm.PixelModel(model), images)
     batch = AttackBatch(split, ["fc", "dataset"], images, labels)
     torch.manual_seed(3)
     found = ATTACKS["apgd-chain"].run(batch, THREAT, Budget(5), Notes()).split(40)

@@ -6,7 +6,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 from timm_hpm import ThreatModel
-from timm_hpm.attacks.apgd import apgd, cross_entropy, targeted_loss
+from timm_hpm.attacks import apgd, cross_entropy, targeted_loss
 
 
 @pytest.fixture

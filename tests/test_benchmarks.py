@@ -14,7 +14,8 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import PROTOCOLS, SURROGATES, Budget
+from timm_hpm.evaluation import PROTOCOLS, Budget
+from timm_hpm.surrogates import SURROGATES
 
 ROOT = Path(__file__).parent.parent
 THREAT = ThreatModel("Linf", 0.3)

@@ -13,8 +13,8 @@ import pytest
 from scipy.stats import binomtest
 
 from timm_hpm import AttackReport
+from timm_hpm.evaluation.robustbench import model_info, parse_known, save_model_info
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
-from timm_hpm.robustbench import model_info, parse_known, save_model_info
 
 PROTOCOL = protocols.PROTOCOL | {"dataset": "digits"}
 

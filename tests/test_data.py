@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from timm_hpm import PixelModel, ThreatModel, find_head, fit_prototypes, load_split, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
-from timm_hpm.attacks.judge import judge
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, check_pixels, data_source, random_shift
+from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.judge import judge
 
 
 @pytest.fixture(scope="module")

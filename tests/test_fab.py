@@ -7,7 +7,8 @@ from pyautoattack.fab_pt import FABAttack_PT
 from torch import Tensor, nn
 
 from timm_hpm import ThreatModel
-from timm_hpm.attacks.fab import fab, step_to_plane
+from timm_hpm.attacks import fab
+from timm_hpm.attacks.fab import step_to_plane
 
 EPS = {"Linf": 0.12, "L2": 0.8}
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
-from timm_hpm.attacks import ATTACKS, PROTOCOLS, Budget
-from timm_hpm.attacks.components import AttackBatch, Notes
-from timm_hpm.attacks.flags import batch_flag, check_model, gradient_flag, random_flag, rough_flag, verdict_flag
-from timm_hpm.attacks.judge import predictions
-from timm_hpm.attacks.surrogates import SplitModel
+from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Budget
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.batch import AttackBatch, Notes
+from timm_hpm.evaluation.checks import batch_flag, check_model, gradient_flag, random_flag, rough_flag, verdict_flag
+from timm_hpm.evaluation.judge import predictions
 from timm_hpm.report import FLAGS
 from timm_hpm.report.html import report_page
 
@@ -219,7 +219,7 @@ class TiedAtZero(Defence):
 def test_a_tie_without_a_gradient_makes_no_pixels_of_nan(norm, net, digits):
     images, labels = digits
     threat = ThreatModel(norm, {"Linf": 0.1, "L2": 0.5}[norm])
-    batch = AttackBatch(SplitModel(TiedAtZero(net).eval(), images), ["model"], images, labels)
+    batch = AttackBatch(AttackedModel(TiedAtZero(net).eval(), images), ["model"], images, labels)
     found = ATTACKS["fab-t"].run(batch, threat, BUDGETS["fab-t"], Notes())
     assert found.isfinite().all() and not batch.not_finite
     assert (threat.distance(found, images) <= threat.eps + 1e-5).all()
@@ -264,7 +264,7 @@ def test_images_that_meet_nan_keep_it_and_the_others_attack_goes_on(name, norm, 
     threat = ThreatModel(norm, {"Linf": 0.1, "L2": 0.5}[norm])
 
     def found_on(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = AttackBatch(SplitModel(model.eval(), images), ["model"], images, labels)
+        batch = AttackBatch(AttackedModel(model.eval(), images), ["model"], images, labels)
         torch.manual_seed(0)
         points = ATTACKS[name].run(batch, threat, BUDGETS[name], Notes())
         return points, sorted(batch.not_finite)

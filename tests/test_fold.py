@@ -9,8 +9,8 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import PixelModel
-from timm_hpm.attacks.fold import fold_batch_norms
-from timm_hpm.attacks.surrogates import SplitModel
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.fold import fold_batch_norms
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -84,7 +84,7 @@ def test_the_attacked_copy_is_folded_and_the_model_is_not():
     model = with_statistics(timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True))
     before = copy.deepcopy(model.state_dict())
     pixel_model, images = PixelModel(model), torch.rand(4, 1, 8, 8)
-    split = SplitModel(pixel_model, images)
+    split = AttackedModel(pixel_model, images)
     count = [sum(isinstance(m, nn.BatchNorm2d) for m in part.modules()) for part in (model, split.backbone)]
     assert count[1] == count[0] - 4
     with timm_hpm.head_mode(model, "fc"):

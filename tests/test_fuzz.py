@@ -28,14 +28,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import timm_hpm
-from timm_hpm.attacks import Budget
-from timm_hpm.attacks.progress import ProgressFolder, Step
 from timm_hpm.cards import model_card
 from timm_hpm.checkpoints import CheckpointError, plain_state_dict
+from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.resume import ProgressFolder, Step
+from timm_hpm.evaluation.robustbench import model_info
+from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.models.create import create_model
 from timm_hpm.models.saving import write_model
-from timm_hpm.robustbench import model_info
-from timm_hpm.sweep import parse_radii
 from timm_hpm.training.config import TrainConfig, read_yaml
 from timm_hpm.training.recovery import Checkpoint, newest_checkpoint, write_checkpoint
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import timm_hpm
 from timm_hpm.checkpoints import unwrap
+from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.guards import TooLargeError, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
-from timm_hpm.sweep import parse_radii
 from timm_hpm.training.config import TrainConfig, read_yaml
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_hpm
 from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
-from timm_hpm.attacks.surrogates import SURROGATES
+from timm_hpm.surrogates import SURROGATES
 
 HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
 

@@ -545,7 +545,7 @@ def test_a_public_checkpoint_that_cannot_be_had(server, loader, tmp_path):
 CHOICES = """
 import torch, timm, timm_hpm
 from torch.utils.data import DataLoader, TensorDataset
-from timm_hpm.attacks import PROTOCOLS, Budget
+from timm_hpm.evaluation import PROTOCOLS, Budget
 
 name = "hpm_wrn10_2.digits_linf"
 repo_id = "org/released"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import timm_hpm
 from timm_hpm import ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
+from timm_hpm.evaluation import Budget
 from timm_hpm.files import Parts, save_parts
 
 # Files, part by part
@@ -135,7 +135,7 @@ import sys
 import torch
 import timm_hpm
 from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
+from timm_hpm.evaluation import Budget
 
 
 class Net(torch.nn.Module):

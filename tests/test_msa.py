@@ -20,10 +20,12 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, PixelModel, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import ATTACKS, PROTOCOLS
-from timm_hpm.attacks.components import AttackBatch, Budget, Notes
-from timm_hpm.attacks.judge import predictions
-from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
+from timm_hpm.evaluation import ATTACKS, PROTOCOLS
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.batch import AttackBatch, Notes
+from timm_hpm.evaluation.budget import Budget
+from timm_hpm.evaluation.judge import predictions
+from timm_hpm.surrogates import SURROGATES
 
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
@@ -150,7 +152,7 @@ def test_no_attack_breaks_more_than_the_closed_form_allows_under_any_surrogate(m
 def run(attack: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ThreatModel,
         budget: Budget) -> torch.Tensor:
     """Returns the candidates of one component on a model without an HPM head, all images in one batch."""
-    batch = AttackBatch(SplitModel(model, images), ["model"], images, labels)
+    batch = AttackBatch(AttackedModel(model, images), ["model"], images, labels)
     return ATTACKS[attack].run(batch, threat, budget, Notes())
 
 
@@ -244,7 +246,7 @@ THREAT = ThreatModel("Linf", 0.2)
 def test_components_find_what_autoattack_finds(digits_model, norm, eps):
     # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
     images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
-    split = SplitModel(timm_hpm.PixelModel(digits_model), images)
+    split = AttackedModel(timm_hpm.PixelModel(digits_model), images)
 
     def logits(pixels):
         return split.logits("fc", split.features(pixels))
@@ -277,7 +279,7 @@ def test_components_find_what_autoattack_finds(digits_model, norm, eps):
 
 def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
     model, images, labels = prototype_problem("batch")
-    split = SplitModel(model, images)
+    split = AttackedModel(model, images)
     batch = AttackBatch(split, ["fc", "ste"], images[:20], labels[:20])
     threat = ThreatModel("Linf", 0.06)
     points = ATTACKS["square"].run(batch, threat, Budget(60), Notes())
@@ -539,7 +541,7 @@ def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
 def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surrogate):
     pixel_model = timm_hpm.PixelModel(digits_model)
-    split = SplitModel(pixel_model, digits[0])
+    split = AttackedModel(pixel_model, digits[0])
     batch = AttackBatch(split, ["fc", surrogate], *digits)
     moved = (digits[0] + 0.2 * torch.rand_like(digits[0])).clamp(0, 1)
     # Rows 24 and up belong to the second surrogate; row 3 stands at its new point when the others are asked.
@@ -559,7 +561,7 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
 
 
 def test_clean_logits_answer_the_start_whenever_they_are_asked_for(digits_model, digits):
-    split = SplitModel(timm_hpm.PixelModel(digits_model), digits[0])
+    split = AttackedModel(timm_hpm.PixelModel(digits_model), digits[0])
     images, rows = digits[0][:6], torch.arange(6, 12)
     early, late = (AttackBatch(split, ["fc", "soft"], images, digits[1][:6]) for _ in range(2))
     expected = early.clean_logits.clone()
@@ -572,7 +574,7 @@ def test_clean_logits_answer_the_start_whenever_they_are_asked_for(digits_model,
 def test_passes_of_an_unbreakable_point_are_what_the_components_cost():
     model, images, labels = linear_problem(5, num_images=4)
     labels = model(images).argmax(dim=1)
-    split = SplitModel(model, images)
+    split = AttackedModel(model, images)
     costs = {}
     for name in COMPONENTS:
         before = split.forward_passes, split.backward_passes

@@ -13,8 +13,8 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, NormalisationWarning, PixelModel, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks.flags import clean_flags
-from timm_hpm.sweep import sweep_markdown, sweep_page
+from timm_hpm.evaluation.checks import clean_flags
+from timm_hpm.evaluation.sweep import sweep_markdown, sweep_page
 
 THREAT = ThreatModel("Linf", 0.1)
 QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 2}, "batch_size": 16}

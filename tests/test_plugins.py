@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import timm_hpm
-from timm_hpm.attacks import ATTACKS, SURROGATES, Attack, Budget, Surrogate
-from timm_hpm.attacks.surrogates import soft_logits
+from timm_hpm.evaluation import ATTACKS, Attack, Budget
 from timm_hpm.functional import l2_logits
+from timm_hpm.surrogates import SURROGATES, Surrogate, soft_logits
 
 THREAT = timm_hpm.ThreatModel("Linf", 0.05)
 

@@ -23,8 +23,8 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import PROTOCOLS, Budget, Protocol
-from timm_hpm.attacks.progress import ProgressFolder, sealed, unsealed
+from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
+from timm_hpm.evaluation.resume import ProgressFolder, sealed, unsealed
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
@@ -586,15 +586,15 @@ def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
 
 
 def test_what_changes_a_protocol_makes_it_a_custom_one():
-    standard = timm_hpm.attacks.PROTOCOLS["standard"]
+    standard = timm_hpm.evaluation.PROTOCOLS["standard"]
     assert standard.changed() is standard
     assert standard.changed(budgets={"apgd-ce": Budget(100)}, attacks=list(standard.attacks)) is standard
     custom = standard.changed(["fc"], ["square", "apgd-t"], {"square": Budget(7)})
     assert custom == Protocol("custom", {"square": Budget(7), "apgd-t": Budget(100, 9)}, ("fc",))
-    digests = {protocol.digest() for protocol in (*timm_hpm.attacks.PROTOCOLS.values(), custom,
+    digests = {protocol.digest() for protocol in (*timm_hpm.evaluation.PROTOCOLS.values(), custom,
                                                   standard.changed(budgets={"square": Budget(5001)}),
                                                   standard.changed(surrogates=["fc"]))}
-    assert len(digests) == len(timm_hpm.attacks.PROTOCOLS) + 3
+    assert len(digests) == len(timm_hpm.evaluation.PROTOCOLS) + 3
     assert standard.digest() == Protocol(**vars(standard)).digest()
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
 from timm_hpm.data import as_pixel_model
+from timm_hpm.evaluation import Budget
 from timm_hpm.training.trunk import PixelTrunk
 
 THREAT = ThreatModel("Linf", 0.2)
@@ -432,7 +432,7 @@ MEMORY = """
 import resource, sys, torch
 from torch import nn
 from timm_hpm import ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
+from timm_hpm.evaluation import Budget
 
 torch.set_num_threads(1)
 model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10)).eval()

@@ -20,12 +20,12 @@ from protocols import PROTOCOL
 from safetensors.torch import save_file
 
 from timm_hpm import AttackReport, cards
-from timm_hpm.attacks import PROTOCOLS
+from timm_hpm.evaluation import PROTOCOLS
+from timm_hpm.evaluation.robustbench import model_info
+from timm_hpm.evaluation.sweep import sweep_page
 from timm_hpm.files import Parts, new_folder, replacing, save_parts, writable_folder, write_text
 from timm_hpm.report import FLAGS, Flag, command, data_digest, make_example, weights_digest
 from timm_hpm.report.flags import paragraph
-from timm_hpm.robustbench import model_info
-from timm_hpm.sweep import sweep_page
 from timm_hpm.training.recovery import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_hpm
 from timm_hpm import AttackReport
-from timm_hpm.attacks.judge import saved_protocol
+from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
 

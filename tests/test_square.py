@@ -8,8 +8,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from timm_hpm import ThreatModel
-from timm_hpm.attacks.components import margin_loss
-from timm_hpm.attacks.square import square_search
+from timm_hpm.attacks import margin_loss, square_search
 
 EPS = {"Linf": 0.12, "L2": 0.8}
 

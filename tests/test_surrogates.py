@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_hpm import INFERENCE_MODES, HPMHead
-from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.surrogates import SURROGATES
 
 CLASSES, SIZE, IMAGES, MIX = 4, 6, 7, 0.4
 
@@ -93,7 +94,7 @@ def test_the_surrogates_of_a_mixing_mode_all_differ():
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answer(surrogate, mode):
     head, features = problem(mode)
-    split = SplitModel(nn.Sequential(nn.Flatten(), head).eval(), features)
+    split = AttackedModel(nn.Sequential(nn.Flatten(), head).eval(), features)
     moved = features.clone()
     moved[1:] += 1.0
     changed = (split.logits(surrogate, features)[0] - split.logits(surrogate, moved)[0]).abs().max() > 1e-3
@@ -104,6 +105,6 @@ def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answ
 def test_the_twin_answers_as_the_true_model(mode):
     head, features = problem(mode)
     model = nn.Sequential(nn.Flatten(), head).eval()
-    split = SplitModel(model, features)
+    split = AttackedModel(model, features)
     torch.testing.assert_close(split.logits(split.twin(), split.features(features)), model(features),
                                rtol=1e-5, atol=1e-5)

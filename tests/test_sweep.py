@@ -9,9 +9,9 @@ from html_page import Page
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
+from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.sweep import curves, parse_radii, sweep, sweep_markdown, sweep_page
 from timm_hpm.report import Flag
-from timm_hpm.sweep import curves, parse_radii, sweep, sweep_markdown, sweep_page
 
 
 @pytest.mark.parametrize(("text", "radii"), [

@@ -210,7 +210,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_hpm
-from timm_hpm.attacks.pgd import pgd
+from timm_hpm.attacks import pgd
 from timm_hpm.training.distributed import reduced
 from timm_hpm.training.objectives import cross_entropy
 from timm_hpm.training.trunk import PixelTrunk, inputs_only
@@ -249,7 +249,7 @@ def test_batch_prototypes_and_fits_across_processes_are_those_of_one(tmp_path):
     from torch import nn
 
     import timm_hpm
-    from timm_hpm.attacks.pgd import pgd
+    from timm_hpm.attacks import pgd
     from timm_hpm.training.objectives import cross_entropy
     from timm_hpm.training.trunk import PixelTrunk
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 import timm_hpm
 from timm_hpm import ThreatModel, find_head
-from timm_hpm.attacks.judge import judge
-from timm_hpm.attacks.pgd import pgd
-from timm_hpm.attacks.progress import sealed, unsealed
+from timm_hpm.attacks import pgd
+from timm_hpm.evaluation.judge import judge
+from timm_hpm.evaluation.resume import sealed, unsealed
 from timm_hpm.files import remove_unfinished
 from timm_hpm.head import head_name
 from timm_hpm.training import Run, TrainConfig, train

@@ -296,7 +296,7 @@ def test_a_quantised_module_is_measured():
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
     report = timm_hpm.mixed_surrogate_attack(
         quantised, images, labels, timm_hpm.ThreatModel("Linf", 0.1), batch_size=4, attacks=["square"],
-        budgets={"square": timm_hpm.attacks.Budget(2)}, progress=False)
+        budgets={"square": timm_hpm.evaluation.Budget(2)}, progress=False)
     assert len(report.protocol["weights_digest"]) == 16
 
 

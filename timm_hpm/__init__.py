@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import Any
 
 from . import models  # registers the models
-from .attacks import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, pgd, rejudge
+from .attacks import pgd
 from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
+from .evaluation import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, rejudge
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes

@@ -1,24 +1,19 @@
-"""Attacks: functions on logits, of pixels in [0, 1]."""
+"""Attacks: pure functions on logits, of pixels in [0, 1]."""
 
-from .components import Budget, NonFiniteLogitsError
-from .judge import judge, rejudge
-from .msa import mixed_surrogate_attack
+from .apgd import Ascent, apgd
+from .fab import fab
+from .losses import cross_entropy, margin_loss, predicted_classes, targeted_loss
 from .pgd import pgd
-from .protocols import PROTOCOLS, Protocol
-from .surrogates import SURROGATES, Surrogate
-from .table import ATTACKS, Attack
+from .square import square_search
 
 __all__ = [
-    "ATTACKS",
-    "PROTOCOLS",
-    "SURROGATES",
-    "Attack",
-    "Budget",
-    "NonFiniteLogitsError",
-    "Protocol",
-    "Surrogate",
-    "judge",
-    "mixed_surrogate_attack",
+    "Ascent",
+    "apgd",
+    "cross_entropy",
+    "fab",
+    "margin_loss",
     "pgd",
-    "rejudge",
+    "predicted_classes",
+    "square_search",
+    "targeted_loss",
 ]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..threat import ThreatModel, per_image
@@ -96,26 +95,6 @@ def apgd(
             best_loss_then, halved_then, last_check = best_loss, halved, i + 1
             checkpoint = max(checkpoint - shorter, shortest)
     return Ascent(best, best_loss, fooling, fooled, without_gradient)
-
-
-def cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the cross-entropy (R,) of logits (R, C) with `labels` (R,), as a function of the logits."""
-    return lambda logits: F.cross_entropy(logits, labels, reduction="none")
-
-
-def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the targeted DLR loss (R,) of logits (R, C), which needs 4 classes, as a function of the logits.
-
-    With fewer classes it is minus the cross-entropy of the `targets` (R,).
-    """
-    def loss(logits: Tensor) -> Tensor:
-        if logits.shape[1] < 4:
-            return -F.cross_entropy(logits, targets, reduction="none")
-        largest = logits.topk(4, dim=1).values
-        lead = logits.gather(1, labels.unsqueeze(1)) - logits.gather(1, targets.unsqueeze(1))
-        return -lead.squeeze(1) / (largest[:, 0] - 0.5 * (largest[:, 2] + largest[:, 3]) + 1e-12)
-
-    return loss
 
 
 def _put(into: Tensor, where: Tensor, values: Tensor) -> None:

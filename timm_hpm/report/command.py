@@ -78,7 +78,7 @@ def _quoted(word: str) -> str:
 
 
 def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    from ..attacks.protocols import PROTOCOLS  # which imports the reports
+    from ..evaluation.protocols import PROTOCOLS  # which imports the reports
 
     options: dict[str, Any] = {}
     named = PROTOCOLS.get(protocol.get("protocol", ""))

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
-from ..attacks.surrogates import SURROGATES
 from ..guards import shortened
+from ..surrogates import SURROGATES
 from ..threat import ThreatModel, parse_number
 from .objectives import OBJECTIVES
 from .schedules import SCHEDULES

@@ -27,9 +27,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..attacks.judge import judge
-from ..attacks.pgd import pgd
+from ..attacks import pgd
 from ..data import PixelModel, random_flip, random_shift
+from ..evaluation.judge import judge
 from ..files import locked, remove_unfinished, writable_folder
 from ..head import HPMHead, find_head
 from ..models.saving import tensors_of

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..attacks.progress import sealed, unsealed
+from ..evaluation.resume import sealed, unsealed
 from ..files import remove, writing
 
 _STATE: Final = "state.json"

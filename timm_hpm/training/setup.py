@@ -7,9 +7,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ..attacks.judge import judge
 from ..attacks.pgd import default_step_size
 from ..data import ImageSplit, PixelModel, check_every_class, first_images
+from ..evaluation.judge import judge
 from ..head import UnfittedHeadWarning, find_head, head_mode
 from ..models.create import class_names, create_model, open_split_for
 from ..models.saving import OF_TRAINING

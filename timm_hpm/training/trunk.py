@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from ..attacks.surrogates import SURROGATES, ste_logits
 from ..data import PixelModel
 from ..head import find_head, without_head
+from ..surrogates import SURROGATES, ste_logits
 from .distributed import gather_with_gradient, num_processes, process_index
 
 #: What "the batch" of the batch-level prototypes is on several processes: each one's own, or all of them together.

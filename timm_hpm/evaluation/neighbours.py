@@ -12,14 +12,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..attacks import margin_loss
 from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
 from ..head import HPMHead
+from ..surrogates import soft_logits
 from ..threat import ThreatModel
-from .components import margin_loss
-from .flags import restored
+from .attacked import AttackedModel
+from .checks import restored
 from .judge import device_of, pixel_model_for, predictions
 from .seeding import seeded
-from .surrogates import SplitModel, soft_logits
 
 #: From a few strangers' images in a batch to many.
 BATCH_SIZES: Final = (10, 50, 250)
@@ -79,7 +80,7 @@ def co_batch_attack(
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     device = device_of(pixel_model, images)
     with seeded(device, seed, "split"):
-        split = SplitModel(pixel_model, images[:max(batch_sizes)].to(device))
+        split = AttackedModel(pixel_model, images[:max(batch_sizes)].to(device))
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
         raise ValueError("co_batch_attack asks what neighbours in a batch do, and this model's answers depend on none; "
                          "expected one with a fitted HPM head in batch mode")
@@ -123,7 +124,7 @@ def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, nu
 class _Search:
     """Neighbours for targets, in batches of one size."""
 
-    def __init__(self, pixel_model: nn.Module, split: SplitModel, images: Tensor, labels: Tensor, features: Tensor,
+    def __init__(self, pixel_model: nn.Module, split: AttackedModel, images: Tensor, labels: Tensor, features: Tensor,
                  size: int):
         assert split.head is not None
         self.pixel_model, self.split, self.head, self.size = pixel_model, split, split.head, size

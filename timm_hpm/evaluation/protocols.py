@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Final
 
-from .components import Budget
-from .surrogates import check_names
+from ..surrogates import check_names
+from .budget import Budget
 from .table import ATTACKS
 
 

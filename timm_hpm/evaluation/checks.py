@@ -11,14 +11,14 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..attacks import margin_loss
 from ..data import ask
 from ..head import head_mode, head_name
 from ..report import TRUE_MODEL, Flag
 from ..report.verdicts import attack_of
 from ..surgery import HPMMixin
 from ..threat import ThreatModel
-from .components import margin_loss
-from .surrogates import differs
+from .attacked import differs
 from .table import ATTACKS
 
 # That a batch of another size, or the same one again, may cause; see `differs`.

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attacks import margin_loss, predicted_classes
+from ..surrogates import SURROGATES
 from ..threat import ThreatModel
-from .components import AttackBatch, Budget, Notes, apgd_points, margin_loss, predicted_classes
-from .surrogates import SURROGATES
+from .batch import AttackBatch, Notes
+from .budget import Budget
+from .components import apgd_points
 
 # Of the soft assignment at the end, where it is nearly the head's own; at the beginning 1.
 _LAST_TEMPERATURE: Final = 0.05

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from .attacks import PROTOCOLS
-from .attacks.surrogates import exact_surrogate
-from .files import write_text
-from .report import TRUE_MODEL, AttackReport
-from .report.verdicts import worst_accuracy
-from .threat import ThreatModel
+from ..files import write_text
+from ..report import TRUE_MODEL, AttackReport
+from ..report.verdicts import worst_accuracy
+from ..surrogates import exact_surrogate
+from ..threat import ThreatModel
+from .protocols import PROTOCOLS
 
 #: What a report cannot know and its author may: the title, its authors, ...
 AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", "architecture", "dataset", "reported",

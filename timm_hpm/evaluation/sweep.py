@@ -12,15 +12,15 @@ from typing import Any, Final
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .attacks import mixed_surrogate_attack
-from .attacks.progress import remove_progress
-from .files import remove_unfinished, write_text
-from .head import check_inference, find_head, head_mode, head_name
-from .report import AttackReport, Flag, svg
-from .report.html import flag_section, page, table, unreliable_banner
-from .report.tables import INTERVAL, UNRELIABLE, pixels_note
-from .report.verdicts import wilson_interval
-from .threat import ThreatModel
+from ..files import remove_unfinished, write_text
+from ..head import check_inference, find_head, head_mode, head_name
+from ..report import AttackReport, Flag, svg
+from ..report.html import flag_section, page, table, unreliable_banner
+from ..report.tables import INTERVAL, UNRELIABLE, pixels_note
+from ..report.verdicts import wilson_interval
+from ..threat import ThreatModel
+from .msa import mixed_surrogate_attack
+from .resume import remove_progress
 
 #: The page of all reports.
 SWEEP: Final = "sweep.html"

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..attacks import margin_loss
 from ..data import (
     PixelModel,
     as_pixel_model,
@@ -46,9 +47,10 @@ from ..report import (
 )
 from ..report.verdicts import attack_of, right_in_all
 from ..threat import ThreatModel
-from .cobatch import check_co_batch, co_batch_attack
-from .components import AttackBatch, Budget, Notes, check_finite, margin_loss
-from .flags import (
+from .attacked import AttackedModel
+from .batch import AttackBatch, Notes
+from .budget import Budget
+from .checks import (
     change_flag,
     check_model,
     clean_flags,
@@ -58,11 +60,11 @@ from .flags import (
     rough_flag,
     verdict_flag,
 )
-from .judge import as_row, device_of, image_name, judge, own_logits, pixel_model_for, predictions
-from .progress import ProgressFolder, Step, check_same_run
+from .judge import as_row, check_finite, device_of, image_name, judge, own_logits, pixel_model_for, predictions
+from .neighbours import check_co_batch, co_batch_attack
 from .protocols import PROTOCOLS, Protocol, find_protocol
+from .resume import ProgressFolder, Step, check_same_run
 from .seeding import seeded
-from .surrogates import SplitModel
 from .table import ATTACKS
 
 
@@ -105,9 +107,8 @@ def mixed_surrogate_attack(
 
     Arguments:
         model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1]; in eval mode. It is
-            not changed: attacks work on a frozen copy, in float32 (`SplitModel` says where not), and its parameters and
-            buffers are put back where answering changes them. It is judged in its own precision, and in the caller's
-            autocast.
+            not changed: attacks search a frozen copy (`AttackedModel`), and its parameters and buffers are restored if
+            a forward pass changes them. It is judged in its own precision and in the caller's autocast.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: what the adversary may do, or a text such as `"Linf:8/255"`.
@@ -278,7 +279,7 @@ class _Subject:
 
     model: nn.Module
     pixel_model: nn.Module
-    split: SplitModel
+    split: AttackedModel
     device: torch.device
     example: Tensor
     answer: Tensor
@@ -296,7 +297,7 @@ class _Subject:
             answer = _first_answer(pixel_model, example)
         check_pixels(images, labels, answer.shape[1])
         with seeded(device, seed, "split"), _without_autocast(example):
-            split = SplitModel(pixel_model, example)
+            split = AttackedModel(pixel_model, example)
         return cls(model, pixel_model, split, device, example, answer, batch_size, seed)
 
     @property
@@ -392,7 +393,7 @@ def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
     return usable
 
 
-def _applicable(attacks: tuple[str, ...], split: SplitModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
+def _applicable(attacks: tuple[str, ...], split: AttackedModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns those of the attacks that this model has surrogates for."""
     usable = tuple(attack for attack in attacks if ATTACKS[attack].surrogates(split, surrogates))
     if not usable:
@@ -408,7 +409,7 @@ def named(group: tuple[str, ...], attack: str) -> list[str]:
 
 
 def _plan(
-        split: SplitModel,
+        split: AttackedModel,
         surrogates: tuple[str, ...],
         attacks: tuple[str, ...],
         at_once: int,

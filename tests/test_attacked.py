@@ -1,4 +1,4 @@
-"""`SplitModel`, the frozen copy that attacks work on: what it takes, and that it leaves gradients to attack by."""
+"""`AttackedModel`, the frozen copy that attacks work on: what it takes, and that it leaves gradients to attack by."""
 
 import copy
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import timm_hpm
 from timm_hpm import HPMHead, PixelModel, ThreatModel, mixed_surrogate_attack
-from timm_hpm.attacks import Budget
-from timm_hpm.attacks.surrogates import SURROGATES, SplitModel
+from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.surrogates import SURROGATES
 from timm_hpm.training.trunk import PixelTrunk
 
 THREAT = ThreatModel("Linf", 0.15)
@@ -43,7 +44,7 @@ class Flattening(nn.Module):
 
 def test_a_network_that_flattens_by_a_view_is_attacked_in_its_own_memory_format(digits):
     classifier = Flattening().eval()
-    answers = SplitModel(classifier, digits[0]).features(digits[0])
+    answers = AttackedModel(classifier, digits[0]).features(digits[0])
     torch.testing.assert_close(answers, classifier(digits[0]))
     report = mixed_surrogate_attack(classifier, digits[0], classifier(digits[0]).argmax(dim=1), THREAT, budgets=SMALL)
     assert report.clean_accuracy == 1 and report.robust_accuracy < 1
@@ -86,7 +87,7 @@ def test_a_huge_scale_makes_nothing_look_robust(model, digits, inference):
 def test_a_sane_scale_is_attacked_as_it_is(model, digits):
     head = timm_hpm.find_head(model)
     nn.init.constant_(head.log_scale, -3.0)
-    assert torch.equal(SplitModel(PixelModel(model), digits[0]).head.log_scale, head.log_scale)
+    assert torch.equal(AttackedModel(PixelModel(model), digits[0]).head.log_scale, head.log_scale)
 
 
 def reads(what: str, x: Tensor, conv: nn.Module, norm: nn.Module, head: nn.Module) -> Tensor:
@@ -161,7 +162,7 @@ def test_answers_without_a_gradient_are_counted_in_a_warning(digits):
 
 def test_nothing_done_to_the_copy_reaches_the_model(model, digits):
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    split = SplitModel(PixelModel(model), digits[0])
+    split = AttackedModel(PixelModel(model), digits[0])
     split.head.set_prototypes(torch.zeros_like(split.head.prototypes))
     split.head.log_scale.fill_(5.0)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -6,10 +6,13 @@ from typing import Final
 
 from torch import Tensor
 
+from ..surrogates import SURROGATES
 from ..threat import ThreatModel
-from .components import AttackBatch, Budget, Notes, apgd_ce, apgd_t, fab_t, square
+from .attacked import AttackedModel
+from .batch import AttackBatch, Notes
+from .budget import Budget
+from .components import apgd_ce, apgd_t, fab_t, square
 from .joint import apgd_chain, joint, joint_rest
-from .surrogates import SURROGATES, SplitModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Attack:
         """Returns the names of the attack's candidate sets: one for each round if it is run in rounds."""
         return [f"{self.name}#{i + 1}" for i in range(rounds)] if self.budget.rounds else [self.name]
 
-    def surrogates(self, model: SplitModel, names: tuple[str, ...]) -> tuple[str, ...]:
+    def surrogates(self, model: AttackedModel, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the surrogates among `names` that the attack uses; none if it does not apply to the model."""
         if self.whole_batch:
             return tuple(name for name in names if model.couples(name) and SURROGATES[name].joint)

@@ -1,124 +1,17 @@
-"""The differentiable surrogates through which the Mixed Surrogate Attack sees an HPM model.
-
-A surrogate turns the features of a whole batch (B, d) into logits (B, C). The head itself is discontinuous in the
-batch mode (its assignment is one-hot) and its straight-through gradient is not the gradient of what it computes, so
-no single one of them is enough (arXiv 2606.01746; docs/method.md).
-"""
+"""`AttackedModel`: the frozen copy of a classifier that attacks search, made fast."""
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
 from ..data import ask, unwrapped
 from ..head import HPMHead, find_head, head_name, without_head
+from ..surrogates import PLAIN, SURROGATES, check_names, dataset_logits, exact_surrogate
 from .fold import fold_batch_norms
-
-# The one surrogate of a classifier without an HPM head: the classifier.
-PLAIN: Final = "model"
-
-
-def fc_logits(head: HPMHead, features: Tensor) -> Tensor:
-    """Returns the logits (B, C) of the FC classifier alone."""
-    return head.fc_logits(features).float()
-
-
-def dataset_logits(head: HPMHead, features: Tensor) -> Tensor:
-    """Returns the ℓ2 logits (B, C) on the dataset-level prototypes alone."""
-    return functional.l2_logits(features.float(), head.prototypes.float(), head.scale())
-
-
-def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns the head's logits (B, C) with the softmax at some `temperature` in the place of the one-hot assignment.
-
-    In the modes that assign nothing (`dataset`, `fc`) these are that mode's own logits.
-    """
-    if head.inference in ("dataset", "fc"):
-        return ste_logits(head, features)
-    fc = fc_logits(head, features) / temperature
-    if head.inference == "sample":
-        return functional.sample_logits(features.float(), F.softmax(fc, dim=1), head.prototypes.float(), head.scale(),
-                                        head.mix)
-    assignment = F.softmax(fc, dim=1)
-    return functional.batch_logits(features.float(), assignment, functional.soft_presence(assignment),
-                                   head.prototypes.float(), head.scale(), head.mix)
-
-
-def ste_logits(head: HPMHead, features: Tensor) -> Tensor:
-    """Returns the head's own logits (B, C), with the straight-through gradient of its assignment."""
-    # A hook of the head may write into its input.
-    return head(features.clone()).float()
-
-
-def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
-    """Returns the mean (B, C) of the log-softmax of fc, dataset and soft."""
-    parts = [logits(head, features) for logits in (fc_logits, dataset_logits, soft_logits)]
-    return torch.stack([F.log_softmax(part, dim=1) for part in parts]).mean(dim=0)
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """A differentiable stand-in for an HPM model.
-
-    Arguments:
-        name: the surrogate's name in protocols and reports.
-        logits: an HPM head and features (B, d) of a whole batch to logits (B, C).
-        batch_dependent: whether the logits of an image depend on the other images of its batch if the head is in the
-            mode `"batch"`.
-        exact_in: inference modes in which the logits are the head's own.
-        annealed: the logits at a temperature from 1 to nearly 0, its third argument, for attacks that anneal.
-        in_joint: whether attacks on a whole batch use it; None means if it is batch-dependent.
-    """
-
-    name: str
-    logits: Callable[[HPMHead, Tensor], Tensor]
-    batch_dependent: bool = False
-    exact_in: tuple[str, ...] = ()
-    annealed: Callable[[HPMHead, Tensor, float], Tensor] | None = None
-    in_joint: bool | None = None
-
-    @property
-    def joint(self) -> bool:
-        """Returns whether attacks on a whole batch use this surrogate."""
-        return self.batch_dependent and self.in_joint is not False
-
-    def at(self, temperature: float, head: HPMHead, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) at a temperature, or as they are if the surrogate is not annealed."""
-        return self.logits(head, features) if self.annealed is None else self.annealed(head, features, temperature)
-
-
-#: The surrogates by name. A surrogate of one's own is one more entry.
-SURROGATES: Final = {
-    surrogate.name: surrogate
-    for surrogate in (
-        Surrogate("fc", fc_logits, exact_in=("fc",)),
-        Surrogate("dataset", dataset_logits, exact_in=("dataset",)),
-        Surrogate("soft", soft_logits, batch_dependent=True, annealed=soft_logits),
-        Surrogate("ste", ste_logits, batch_dependent=True, exact_in=("batch", "sample")),
-        # Its batch-dependent part is `soft`, which the attacks on a whole batch use already.
-        Surrogate("mixed", mixed_logits, batch_dependent=True, in_joint=False),
-    )
-}
-
-
-def exact_surrogate(inference: str, fitted: bool = True) -> str:
-    """Returns the surrogate that computes the true model's own logits.
-
-    Arguments:
-        inference: the head's inference mode, or `"none"` for a classifier without an HPM head.
-        fitted: whether the head has prototypes; without them it predicts by its FC classifier.
-    """
-    if inference == "none":
-        return PLAIN
-    mode = inference if fitted else "fc"
-    return next(surrogate.name for surrogate in SURROGATES.values() if mode in surrogate.exact_in)
-
 
 # Enough to see whether a faster network is the same, and how far rounding may take its answers: the same products in
 # another order, also in TF32, and folded BatchNorms.
@@ -140,17 +33,6 @@ def moderate_scale(head: HPMHead, features: Tensor) -> None:
     lead = float((best[:, 0] - best[:, 1]).quantile(0.95))
     if lead > _LARGEST_LEAD:
         head.log_scale.sub_(math.log(lead / _LARGEST_LEAD))
-
-
-def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Returns `names` without repetitions, or raises a ValueError that lists the `known` ones of their kind."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ValueError(f"{kind}s is {names!r}; expected a list of names, such as {list(known[:1])}")
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown)) or '(none given)'}; "
-                         f"expected some of {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
 
 
 def differs(one: Tensor, other: Tensor, rounding: float) -> Tensor:
@@ -246,7 +128,7 @@ def _if_alike(change: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module
         return model
 
 
-class SplitModel:
+class AttackedModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
     It answers in eval mode and in float32, its parameters gather no gradient, and nothing done to it reaches the model

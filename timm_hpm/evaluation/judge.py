@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..attacks import predicted_classes
 from ..data import (
     PixelModel,
     as_pixel_model,
@@ -23,7 +24,20 @@ from ..data import (
 from ..head import HPMHead, find_head, head_mode, head_name
 from ..report import data_digest
 from ..threat import ThreatModel
-from .components import check_finite, predicted_classes
+
+
+class NonFiniteLogitsError(ValueError):
+    """A classifier answered NaN or infinity, which is no class, to images that are not under attack."""
+
+
+def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
+    """Raises a NonFiniteLogitsError that names the first row of `logits` (B, C) with NaN or infinity."""
+    if not logits.isfinite().all():
+        first = int((~logits.isfinite()).any(dim=1).nonzero()[0])
+        raise NonFiniteLogitsError(
+            f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
+            "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model "
+            "(docs/flags.md#non-finite-logits)")
 
 
 def judge(

@@ -1,0 +1,40 @@
+"""Losses of logits that attacks maximise, one value an image, and the classes that logits predict."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the cross-entropy (R,) of logits (R, C) with `labels` (R,), as a function of the logits."""
+    return lambda logits: F.cross_entropy(logits, labels, reduction="none")
+
+
+def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the targeted DLR loss (R,) of logits (R, C), which needs 4 classes, as a function of the logits.
+
+    With fewer classes it is minus the cross-entropy of the `targets` (R,).
+    """
+    def loss(logits: Tensor) -> Tensor:
+        if logits.shape[1] < 4:
+            return -F.cross_entropy(logits, targets, reduction="none")
+        largest = logits.topk(4, dim=1).values
+        lead = logits.gather(1, labels.unsqueeze(1)) - logits.gather(1, targets.unsqueeze(1))
+        return -lead.squeeze(1) / (largest[:, 0] - 0.5 * (largest[:, 2] + largest[:, 3]) + 1e-12)
+
+    return loss
+
+
+def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns max_{c≠y} z_c − z_y (B,) for `logits` (B, C): positive where the classifier is wrong."""
+    others = logits.scatter(1, labels.unsqueeze(1), -math.inf)
+    return others.amax(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Returns the classes (B,) of the largest of `logits` (B, C), and −1 where one of them is NaN or infinite."""
+    # The arg-max of such an answer is an accident, and may be the right class.
+    return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)

@@ -1,0 +1,131 @@
+"""AutoAttack's components, each run by itself on one fixed batch under one or more surrogates.
+
+Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
+here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
+largest loss where none does, never the clean image. The batch stays whole meanwhile: images that are not queried
+keep their latest candidate, of which only the features are needed, so whole batches cost one more pass a candidate.
+Where a surrogate's answers depend on the batch, what fooled it among one search's neighbours may not do so among all
+final candidates: only the judge's verdict counts.
+
+Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenko et al., arXiv 1912.00049 (Square).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, pgd, square_search, targeted_loss
+from ..threat import ThreatModel
+from .batch import AttackBatch, Notes
+from .budget import Budget
+
+
+def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
+    rows = batch.active
+    wrong = F.softmax(batch.clean_logits[rows], dim=1).scatter(1, batch.labels[rows].unsqueeze(1), 0.0).sum(dim=1)
+    notes.count("saturated-softmax", "the softmax of {} of {} clean answers is one-hot in float32, and the gradient of "
+                "the cross-entropy 0: the candidates of this attack prove little", int((wrong == 0).sum()), len(wrong))
+    return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget))
+
+
+def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of targeted APGD: on the targeted DLR loss, which needs 4 classes.
+
+    With fewer classes it is the cross-entropy of the target.
+    """
+    targets = _targets(batch, budget)
+    best_loss = torch.full_like(batch.clean_logits[:, 0], -math.inf)
+    rows = batch.active
+    for target in targets.t():
+        labels = batch.labels[rows]
+        found = apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
+                     targeted_loss(labels, target[rows]))
+        notes.count("zero-loss-gradient", "the targeted loss has no gradient at {} of {} starts",
+                    found.without_gradient, len(rows))
+        better = found.fooled | (found.loss > best_loss[rows])
+        batch.place(rows[better], _candidates(found)[better])
+        best_loss[rows[better]] = found.loss[better]
+        rows = batch.not_fooled()
+        if not len(rows):
+            break
+    return batch.points
+
+
+def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of targeted FAB, which looks for the nearest boundary of each target.
+
+    A boundary point is moved to the surface of the ball, out or in, where that has the larger loss. Where FAB finds
+    no boundary the candidate is one gradient step from a random start.
+    """
+    targets = _targets(batch, budget)
+    rows = batch.active
+    batch.place(rows, pgd(_rows_model(batch, rows), batch.clean[rows], batch.labels[rows], threat, steps=1))
+    loss = margin_loss(batch.current_logits(), batch.labels)
+    for target in targets.t():
+        rows = batch.not_fooled()
+        if not len(rows):
+            break
+        clean = batch.clean[rows]
+        boundary = fab(_rows_model(batch, rows), clean, batch.labels[rows], target[rows], threat, budget.iterations)
+        distance = threat.distance(boundary, clean)
+        usable = (distance > 0) & boundary.flatten(1).isfinite().all(dim=1)
+        rows, boundary, clean, distance = rows[usable], boundary[usable], clean[usable], distance[usable]
+        surface = threat.project(clean + (boundary - clean) * (threat.eps / distance).view(-1, 1, 1, 1), clean)
+        inside = distance <= threat.eps
+        nearest = torch.where(inside.view(-1, 1, 1, 1), boundary, surface)
+        for some, points in ((rows, nearest), (rows[inside], surface[inside])):
+            with torch.no_grad():
+                new_loss = margin_loss(batch.query(some, points), batch.labels[some])
+            better = new_loss > loss[some]
+            batch.place(some[better], points[better])
+            loss[some[better]] = new_loss[better]
+    return batch.points
+
+
+def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
+    keeps_whole_batches = batch.couples()
+    active = labelled = batch.active
+    labels = batch.labels[active]
+
+    def margin(rows: Tensor, pixels: Tensor) -> Tensor:
+        nonlocal labelled, labels
+        # The search asks for the same rows until one of them is fooled.
+        if rows is not labelled:
+            labelled, labels = rows, batch.labels[rows]
+        loss = margin_loss(batch.query(rows, pixels), labels)
+        if keeps_whole_batches:
+            # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
+            fooled = loss >= 0
+            if fooled.any():
+                batch.place(rows[fooled], pixels[fooled])
+        return loss
+
+    found = square_search(margin, active, batch.clean[active], threat, budget.iterations)
+    return batch.points.index_copy(0, active, found)
+
+
+def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda pixels: batch.query(rows, pixels)
+
+
+def _targets(batch: AttackBatch, budget: Budget) -> Tensor:
+    """Returns the wrong classes (S·B, targets) of largest clean logit, in AutoAttack's order."""
+    wrong = batch.clean_logits.scatter(1, batch.labels.unsqueeze(1), -math.inf)
+    return wrong.argsort(dim=1, descending=True)[:, :budget.targets]
+
+
+def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: Budget,
+                start: Tensor | None = None) -> Tensor:
+    """Returns the candidates (R, ...) of APGD on the cross-entropy for `rows`, from `start` (R, ...) or at random."""
+    labels = batch.labels[rows]
+    return _candidates(apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
+                            cross_entropy(labels), start))
+
+
+def _candidates(found: Ascent) -> Tensor:
+    return torch.where(found.fooled.view(-1, 1, 1, 1), found.fooling, found.largest)

@@ -29,7 +29,6 @@ VARIANTS = [f"hpm_{base}" for base in hpm_timm._BASES]
 for _base in ("test_resnet", "test_convnext", "test_vit", "dla46x_c"):
     register_hpm(_base)
 SIZE = {"test_resnet": 64, "test_convnext": 64, "test_vit": 160, "dla46x_c": 64}
-bases = pytest.mark.parametrize("base", SIZE)
 
 
 def fit(model: nn.Module) -> nn.Module:
@@ -143,7 +142,7 @@ def test_model_arguments_pass_through():
         timm.create_model("hpm_test_vit", global_pool="")
 
 
-@bases
+@pytest.mark.parametrize("base", SIZE)
 def test_without_classes(base):
     model = timm.create_model(f"hpm_{base}", num_classes=0, global_pool="", mix=0.2).eval()
     plain = timm.create_model(base, num_classes=0, global_pool="").eval()
@@ -176,7 +175,11 @@ def test_the_same_seed_gives_the_base_s_weights():
 # Loading
 
 
-@pytest.fixture(params=SIZE)
+# A native network of one channel beside timm's of three.
+INPUT = {"wrn10_2": (1, 8), **{base: (3, size) for base, size in SIZE.items()}}
+
+
+@pytest.fixture(params=INPUT)
 def base(request) -> str:
     return request.param
 
@@ -199,8 +202,9 @@ def load(base, source, tmp_path):
     return create
 
 
-def images(base, in_chans=3, size=None):
-    return torch.randn(3, in_chans, size or SIZE[base], size or SIZE[base])
+def images(base, in_chans=None):
+    channels, size = INPUT[base]
+    return torch.randn(3, in_chans or channels, size, size)
 
 
 def assert_same_body(model, source, except_for=()):
@@ -215,15 +219,18 @@ def test_pretrained_is_bit_equal(base, source, load):
     model, x = load(), images(base)
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(x), source(x)) and find_head(model).is_fitted()
+    assert model.state_dict().keys() == source.state_dict().keys()
     assert model.pretrained_cfg is model.default_cfg and "state_dict" not in model.pretrained_cfg
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("num_classes", [5, 0])
-def test_other_classes_have_a_fresh_head(base, source, load, num_classes):
-    with pytest.warns(DroppedClassifierWarning) if num_classes else nullcontext():
-        model = load(num_classes=num_classes, in_chans=1)
+def test_other_classes_have_a_fresh_head(base, source, load, num_classes, in_chans):
+    dropped = "have 10 classes, and num_classes is 5: their classifier"
+    with pytest.warns(DroppedClassifierWarning, match=dropped) if num_classes else nullcontext():
+        model = load(num_classes=num_classes, in_chans=in_chans)
     assert_same_body(model, source, (source.default_cfg["first_conv"],))
-    assert model(images(base, 1)).shape == (3, num_classes or source.head_hidden_size)
+    assert model(images(base, in_chans)).shape == (3, num_classes or source.head_hidden_size)
     if num_classes:
         head = find_head(model)
         assert not head.is_fitted() and not head.prototypes.any() and not head.log_scale.any()
@@ -233,10 +240,26 @@ def test_other_classes_have_a_fresh_head(base, source, load, num_classes):
 
 
 def test_other_channels_keep_the_head(base, source, load):
-    model = load(in_chans=1)
+    model = load(in_chans=4 - INPUT[base][0])
     assert_same_body(model, source, (source.default_cfg["first_conv"],))
     ours, theirs = find_head(model).state_dict(), find_head(source).state_dict()
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    if base == "wrn10_2":  # timm spreads the one channel over three, so that a grey image looks the same
+        x = images(base)
+        assert torch.allclose(model(x.repeat(1, 3, 1, 1)), source(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "getter"])
+def test_pretrained_features_only(base, source, load, feature_cls):
+    x = images(base)
+    if base == "wrn10_2":
+        options, levels = {}, {}
+    else:
+        options, levels = {"out_indices": (-1,)}, {"indices": 1}
+        feature_cls = "getter"
+    expected = source.forward_intermediates(x, intermediates_only=True, **levels)
+    for features, theirs in zip(load(features_only=True, feature_cls=feature_cls, **options)(x), expected, strict=True):
+        assert torch.equal(features, theirs)
 
 
 def test_a_forced_new_head_keeps_no_stale_prototypes(source, load):
@@ -247,18 +270,24 @@ def test_a_forced_new_head_keeps_no_stale_prototypes(source, load):
     assert not head.is_fitted() and not head.prototypes.any() and not head.log_scale.any()
 
 
-def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, load, tmp_path):
-    plain = timm.create_model(base, num_classes=10).eval()
-    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
-    with pytest.warns(UnfittedHeadWarning, match=rf"of hpm_{base}\.untrained hold no prototypes"):
+def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, source, load, tmp_path):
+    own = {f"{head_name(source)}.{entry}" for entry in _HEAD_ENTRIES}
+    plain = {key: value for key, value in source.state_dict().items() if key not in own}
+    save_file(plain, tmp_path / "plain.safetensors")
+    with pytest.warns(UnfittedHeadWarning, match=rf"of hpm_{base}(\.untrained)? hold no prototypes.*fit_prototypes"):
         model, x = load({"file": str(tmp_path / "plain.safetensors")}), images(base)
     assert not find_head(model).is_fitted()
-    assert torch.equal(model(x), plain(x))
-    keys = model.load_state_dict(plain.state_dict(), strict=False)
-    assert set(keys.missing_keys) == {f"{head_name(model)}.{entry}" for entry in _HEAD_ENTRIES}
-    assert not keys.unexpected_keys
+    with timm_hpm.head_mode(source, "fc"):
+        assert torch.equal(model(x), source(x))
+    keys = model.load_state_dict(plain, strict=False)
+    assert set(keys.missing_keys) == own and not keys.unexpected_keys
+    damaged = {key: value for key, value in source.state_dict().items() if not key.endswith("num_updates")}
+    save_file(damaged, tmp_path / "damaged.safetensors")
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"(fc\.)?num_updates\""):
+        load({"file": str(tmp_path / "damaged.safetensors")})
 
 
+@pytest.mark.parametrize("base", SIZE)
 def test_weights_of_a_head_load_into_the_plain_base(base, source):
     plain, x = timm.create_model(base, num_classes=10).eval(), images(base)
     keys = plain.load_state_dict(source.state_dict(), strict=False)
@@ -266,15 +295,6 @@ def test_weights_of_a_head_load_into_the_plain_base(base, source):
     assert set(keys.unexpected_keys) == {f"{head_name(source)}.{entry}" for entry in _HEAD_ENTRIES}
     with timm_hpm.head_mode(source, "fc"):
         assert torch.equal(plain(x), source(x))
-
-
-def test_pretrained_features_only(base, source, load):
-    maps = load(features_only=True, feature_cls="getter")(images(base))
-    torch.manual_seed(0)
-    assert all(features.isfinite().all() for features in maps)
-    x = images(base)
-    ours = load(features_only=True, feature_cls="getter", out_indices=(-1,))(x)
-    assert torch.equal(ours[0], source.forward_intermediates(x, indices=1, intermediates_only=True)[0])
 
 
 def test_checkpoint_path_and_a_folder(base, source, tmp_path):
@@ -292,14 +312,6 @@ def test_checkpoint_path_and_a_folder(base, source, tmp_path):
     with pytest.warns(DroppedClassifierWarning):
         model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=4).eval()
     assert model(x).shape == (3, 4) and not find_head(model).is_fitted()
-
-
-def test_a_damaged_head_does_not_load(source, load, tmp_path):
-    name = head_name(source)
-    damaged = {key: value for key, value in source.state_dict().items() if key != f"{name}.num_updates"}
-    save_file(damaged, tmp_path / "damaged.safetensors")
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"num_updates\""):
-        load({"file": str(tmp_path / "damaged.safetensors")})
 
 
 def test_positions_of_another_image_size_are_resized_while_loading(tmp_path):
@@ -331,11 +343,13 @@ def test_a_foreign_format_of_the_base_is_converted(tmp_path):
     assert torch.equal(model(x), plain(x))
 
 
-def test_a_tag_without_weights_says_so():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for hpm_resnet34"):
-        timm.create_model("hpm_resnet34", pretrained=True)
-    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
-        timm.create_model("hpm_resnet18.a1_in1k", pretrained=True)
+def test_a_tag_without_weights_and_an_unknown_one_are_refused():
+    for name in ("hpm_resnet34", "hpm_wrn10_2.untrained"):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+            timm.create_model(name, pretrained=True)
+    for name in ("hpm_resnet18.a1_in1k", "hpm_wrn10_2.digits_l7"):
+        with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+            timm.create_model(name, pretrained="a1" in name)
 
 
 def test_convolution_variants_have_a_convolution_s_head():

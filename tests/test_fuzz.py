@@ -209,9 +209,10 @@ def test_options_of_evaluations(tmp_path, counts):
 
 
 def test_states_of_training_runs(tmp_path, counts):
+    row = {"epoch": 0, "loss": 1.0, "val_clean": 0.5, "val_robust": 0.25}
     write_checkpoint(tmp_path, Checkpoint({"w": torch.ones(3)}, None, {"lr": 0.1}, {
-        "epoch": 1, "batches": 0, "updates": 7, "loss": 0.5, "rows": [{"epoch": 0, "loss": 1.0, "val_clean": 0.5}],
-        "best": {"epoch": 0, "val_robust": 0.25}}, {"model": "hpm_wrn10_2"}), keep=1)
+        "epoch": 1, "batches": 0, "updates": 7, "processes": 1, "loss": 0.5, "rows": [row], "best": row},
+        {"model": "hpm_wrn10_2"}), keep=1)
     file = next(tmp_path.glob("epoch-*")) / "state.json"
     content = file.read_bytes()
     expected = newest_checkpoint(tmp_path)

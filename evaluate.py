@@ -27,6 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ParseKwargs
 
 import timm_hpm
+from timm_hpm import compare, comparison_markdown, report_markdown
 from timm_hpm.console import run_command
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Budget
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.compare:
         first, second = (timm_hpm.AttackReport.load(report_file(path)) for path in args.compare)
-        print(first.compare(second).to_markdown())
+        print(comparison_markdown(compare(first, second)))
         return 0
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
@@ -269,7 +270,7 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
             save_sweep(reports, output)
             print(sweep_markdown(reports))
         else:
-            print(reports[0].to_markdown())
+            print(report_markdown(reports[0]))
         if args.robustbench_json:
             save_model_info(reports[0], args.robustbench_json, authors)
         print(f"{output} holds a finished run" if finished else

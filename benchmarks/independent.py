@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_hpm
+from timm_hpm import write_report
 from timm_hpm.attacks import margin_loss
 from timm_hpm.data import first_images
 from timm_hpm.evaluation.attacked import AttackedModel
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             model, images, labels, timm_hpm.ThreatModel.parse(args.threat or split.threat),
             batch_size=100 if args.batch_size is None else args.batch_size, surrogates_at_once=5, seed=args.seed,
             progress=True, about={"model": args.model, "dataset": args.dataset, "split": args.split})
-        report.write(args.output)
+        write_report(report, args.output)
     missed = find_missed(model, images, labels, report, budgets, seed=args.seed, progress=True)
     write_text(args.output / "independent.json", json.dumps({
         "missed": missed,

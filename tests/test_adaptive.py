@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import timm_hpm
-from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
+from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack, report_markdown
 from timm_hpm.evaluation import ATTACKS, Budget, joint
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Notes
@@ -261,8 +261,8 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     report.save(tmp_path / "report.json")
     assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
     row = report.co_batch[1]
-    assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report.to_markdown()
-    assert "Neighbours in the batch" not in plain.to_markdown()
+    assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
+    assert "Neighbours in the batch" not in report_markdown(plain)
     asked = {"co_batch": (4,), "co_batch_mixes": (0.9,)}
     options["finished"] = tmp_path / "report.json"
     with pytest.raises(ValueError, match=r"report of another run \(co_batch: \[4\] there, \[6\] now\)"):

@@ -10,14 +10,22 @@ from safetensors import safe_open
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, ThreatModel, mixed_surrogate_attack, pgd
+from timm_hpm import (
+    AttackReport,
+    HPMHead,
+    NonFiniteLogitsError,
+    ThreatModel,
+    mixed_surrogate_attack,
+    pgd,
+    report_markdown,
+    report_page,
+)
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Notes
 from timm_hpm.evaluation.checks import batch_flag, check_model, gradient_flag, random_flag, rough_flag, verdict_flag
 from timm_hpm.evaluation.judge import predictions
 from timm_hpm.report import FLAGS
-from timm_hpm.report.html import report_page
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
@@ -198,7 +206,7 @@ def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flag, net, di
     assert report.unreliable or report.robust_accuracy <= undefended.robust_accuracy + 0.02
     if flag is not None:
         assert flag in [found.name for found in report.flags] and report.unreliable and FLAGS[flag]
-        assert f"docs/flags.md#{flag}" in report.to_markdown()
+        assert f"docs/flags.md#{flag}" in report_markdown(report)
 
 
 def test_small_batches_hide_no_rough_gradient(net, digits):

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import timm_hpm
+from timm_hpm import report_markdown, report_page
 from timm_hpm.cards import model_card
 from timm_hpm.checkpoints import CheckpointError, plain_state_dict
 from timm_hpm.evaluation import Budget
@@ -158,9 +159,9 @@ def test_reports(tmp_path, model, counts):
 
         def rendered() -> None:
             report = timm_hpm.AttackReport.load(tmp_path / "report.json")
-            lines = report.to_markdown().splitlines()
+            lines = report_markdown(report).splitlines()
             assert not any(re.match(r"\s*<script", line) for line in lines)
-            Page(report.to_html())
+            Page(report_page(report))
             model_card("org/name", "hf-hub:org/name", model.pretrained_cfg, report=report)
             json.dumps(model_info(report))
         return outcome(rendered)

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import timm_hpm
-from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack, report_markdown, report_page
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.sweep import sweep_page
 from timm_hpm.report import FLAGS, Flag, make_example, svg
@@ -41,7 +41,7 @@ def report() -> AttackReport:
 
 
 def test_the_page_holds_the_report_s_numbers(report):
-    page = Page(report.to_html())
+    page = Page(report_page(report))
     assert "Mixed Surrogate Attack: hpm_wrn10_2" in page.text
     for value, name in ((report.clean_accuracy, "clean"), (report.robust_accuracy, "robust, worst case"),
                         (report.realised_robust_accuracy, "robust, in the judged batches with most errors"),
@@ -55,13 +55,14 @@ def test_the_page_holds_the_report_s_numbers(report):
 
 
 def test_the_page_s_tables_are_those_of_the_markdown(report):
-    table = re.search(r"## Neighbours in the batch\n\n(.+)\n\n(.+)\n\|[-:|]+\n(.+)\n(.+)\n\n## ", report.to_markdown())
-    text = Page(report.to_html()).text
+    table = re.search(r"## Neighbours in the batch\n\n(.+)\n\n(.+)\n\|[-:|]+\n(.+)\n(.+)\n\n## ",
+                      report_markdown(report))
+    text = Page(report_page(report)).text
     assert table[1] in text
     for line in table.groups()[1:]:
         assert line.replace(" | ", "").strip("| ") in text
     assert "reshuffled2.4485.0" in text and "adversarial314864.6" in text
-    names = re.findall(r"^\| ([^|]+) \| \d+\.\d \| \d+\.\d to \d+\.\d \|$", report.to_markdown(), re.MULTILINE)
+    names = re.findall(r"^\| ([^|]+) \| \d+\.\d \| \d+\.\d to \d+\.\d \|$", report_markdown(report), re.MULTILINE)
     assert len(names) == 6 and all(name.strip("*") in text for name in names)
 
 
@@ -74,7 +75,7 @@ def test_progress_is_over_the_seconds_of_the_attacks_in_the_order_in_which_they_
         # By surrogate, as a report has them; APGD ran on both before Square did.
         {"clean": "1111111110", "a/apgd-ce": "0111111111", "a/square": "1110001111", "b/apgd-ce": "1011111111"},
         cost={"apgd-ce": cost(1.5), "square": cost(20.25), "all": cost(30)})
-    html = report.to_html()
+    html = report_page(report)
     assert [unescape(title) for title in re.findall(r"<title>(after .*?) % \(", html)] == [
         "after apgd-ce, at 1.5: 70.0", "after square, at 21.8: 40.0"]
     plot = re.search(r"over time'.*?</svg>", html)[0]
@@ -85,11 +86,11 @@ def test_progress_is_over_the_seconds_of_the_attacks_in_the_order_in_which_they_
     # A horizontal line, and down by 20 points and then by 30.
     assert y[0] == y[1] and y[2] == y[3] and (y[2] - y[1]) / (y[4] - y[3]) == pytest.approx(2 / 3, abs=0.01)
     for unknown in ({}, {"square": cost(20)}):
-        assert "over time" not in dataclasses.replace(report, cost=unknown).to_html()
+        assert "over time" not in report_page(dataclasses.replace(report, cost=unknown))
 
 
 def test_the_names_of_a_plot_have_colours_of_their_own(report):
-    plot = re.search(r"<svg.*?</svg>", report.to_html(), re.DOTALL)[0]
+    plot = re.search(r"<svg.*?</svg>", report_page(report), re.DOTALL)[0]
     legend = re.findall(r"<circle cx='\d+' cy='12' r='5' fill='(.+?)'/>", plot)
     assert len(legend) == len({*report.by_surrogate["ste"], *report.by_surrogate["fc"]}) == len(set(legend))
 
@@ -114,7 +115,7 @@ def test_ticks_are_round_and_not_too_many():
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(report):
-    html = report.to_html()
+    html = report_page(report)
     page = Page(html)
     assert not page.all("script") and "http" not in html and "url(" not in html
     assert all(tag["src"].startswith("data:image/png;base64,") for tag in page.all("img"))
@@ -123,7 +124,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(report):
 
 
 def test_every_warning_leads_to_its_paragraph(report):
-    page = Page(report.to_html())
+    page = Page(report_page(report))
     links = [tag["href"] for tag in page.all("a")]
     assert links == [f"#{flag.name}" for flag in report.flags]
     assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
@@ -133,7 +134,7 @@ def test_every_warning_leads_to_its_paragraph(report):
 
 
 def test_a_bare_report_is_a_whole_page():
-    page = Page(AttackReport({"architecture": "<b>Linear</b>"}, {"clean": "10"}).to_html())
+    page = Page(report_page(AttackReport({"architecture": "<b>Linear</b>"}, {"clean": "10"})))
     assert "<b>Linear</b>" in page.text and "50.0 % (9.5 to 90.5)" in page.text and "Warnings" not in page.text
     assert not page.all("img")
 
@@ -205,7 +206,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look
 
 @needs_browser
 def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
-    assert browse(report.to_html(), tmp_path) == [12, 12, 3, [], True, []]
+    assert browse(report_page(report), tmp_path) == [12, 12, 3, [], True, []]
 
 
 @needs_browser
@@ -230,6 +231,6 @@ def test_an_evaluation_shows_images_that_were_broken():
         clean, adversarial = picture(example.clean) / 255, picture(example.adversarial) / 255
         assert (clean - images[example.image]).abs().max() <= 0.5001 / 255
         assert 0 < (adversarial - clean).abs().max() <= 0.3 + 1.01 / 255
-    assert Page(report.to_html()).text.count("found by") == 8
+    assert Page(report_page(report)).text.count("found by") == 8
     alone = mixed_surrogate_attack(model, images[:3], labels[:3], ThreatModel("Linf", 0.3), batch_size=1, **options)
     assert len(alone.examples) == sum(map(int, alone.correct["clean"])) - round(3 * alone.robust_accuracy)

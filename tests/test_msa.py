@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, HPMHead, NonFiniteLogitsError, PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm import (
+    AttackReport,
+    HPMHead,
+    NonFiniteLogitsError,
+    PixelModel,
+    ThreatModel,
+    mixed_surrogate_attack,
+    report_markdown,
+)
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Notes
@@ -827,7 +835,7 @@ def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
     report = mixed_surrogate_attack(digits_model, images, labels, THREAT, attacks=["joint-rest"],
                                     budgets={"joint-rest": Budget(3, rounds=2)})
     assert report.protocol["attacks"] == {"joint-rest": {"iterations": 3, "rounds": 2}}
-    assert "joint-rest iterations 3, rounds 2" in report.to_markdown()
+    assert "joint-rest iterations 3, rounds 2" in report_markdown(report)
     fast = PROTOCOLS["fast"].changed(budgets={"joint-rest": Budget(3)})
     assert fast.attacks["joint-rest"] == Budget(3, rounds=30), "none given are those of the protocol"
     with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-rest is run in rounds"):

@@ -12,7 +12,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, NormalisationWarning, PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm import (
+    AttackReport,
+    NormalisationWarning,
+    PixelModel,
+    ThreatModel,
+    compare,
+    comparison_markdown,
+    mixed_surrogate_attack,
+    report_markdown,
+    report_page,
+)
 from timm_hpm.evaluation.checks import clean_flags
 from timm_hpm.evaluation.sweep import sweep_markdown, sweep_page
 
@@ -62,7 +72,7 @@ def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_th
 
 
 def escaped_lines(report: AttackReport) -> list[str]:
-    return html.unescape(report.to_markdown()).splitlines()
+    return html.unescape(report_markdown(report)).splitlines()
 
 
 def test_mean_and_std_of_a_module_of_its_own(model, digits):
@@ -96,12 +106,12 @@ def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, dig
     note = next(i for i, line in enumerate(lines) if line.startswith("Pixels in [0, 1] are normalised by"))
     said = "by mean (-3) and std (0.05); source: the pretrained_cfg of hpm_wrn10_2, tag digits_linf."
     assert said in lines[note] and note < lines.index("| surrogate | apgd-ce | worst |")
-    page = report.to_html()
+    page = report_page(report)
     assert page.index("Unreliable") < page.index(said) < page.index("class='large'")
     swept = sweep_markdown([report]).splitlines()
     assert swept[0].startswith("**Unreliable**") and "batch, Linf:0.1: clean-near-chance" in swept[2]
     assert any(said in line for line in swept[:7]) and said in sweep_page([report]).partition("<svg")[0]
-    assert report.compare(report).to_markdown().startswith("**Report a is unreliable**")
+    assert comparison_markdown(compare(report, report)).startswith("**Report a is unreliable**")
 
 
 def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, evaluate_main, capsys):
@@ -112,7 +122,7 @@ def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, evalu
     said = "by mean (-3) and std (0.05); source: given as mean and std."
     assert said in printed.err and said in "\n".join(printed.out.splitlines()[:12])
     report = AttackReport.load(run / "report.json")
-    assert report.clean_accuracy < 0.3 and "--mean=-3.0 --std 0.05" in " ".join(report.to_markdown().split())
+    assert report.clean_accuracy < 0.3 and "--mean=-3.0 --std 0.05" in " ".join(report_markdown(report).split())
     assert evaluate_main(["--rejudge", str(run)]) == 0 and evaluate_main(["--resume", str(run)]) == 0
     with pytest.raises(ValueError, match=r"the model normalises pixels by mean and std \(\[0.5\], "):
         evaluate_main(["--rejudge", str(run), "--mean", "0.5"])
@@ -174,7 +184,7 @@ def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
     images, labels = digits
     report = mixed_surrogate_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
     assert {"labels-off-by-one", "clean-near-chance"} <= {flag.name for flag in report.flags} and report.unreliable
-    assert "are answered with the class before their label" in report.to_markdown()
+    assert "are answered with the class before their label" in report_markdown(report)
 
 
 def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path, evaluate_main, capsys):

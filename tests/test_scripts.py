@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
-from timm_hpm import AttackReport
+from timm_hpm import AttackReport, report_markdown, report_page
 from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
@@ -53,9 +53,9 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
         "report.json", "report.md", "report.html", "adversarial.safetensors", "options.json"}
     report = AttackReport.load(folder / "report.json")
     assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
-    assert (folder / "report.md").read_text() == report.to_markdown()
-    assert (folder / "report.html").read_text() == report.to_html()
-    assert report.to_markdown() in done.stdout
+    assert (folder / "report.md").read_text() == report_markdown(report)
+    assert (folder / "report.html").read_text() == report_page(report)
+    assert report_markdown(report) in done.stdout
 
     assert evaluate_main(["--rejudge", str(folder)]) == 0
     said = capsys.readouterr().out

@@ -16,7 +16,10 @@ from .evaluation import Budget, NonFiniteLogitsError, judge, mixed_surrogate_att
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes
-from .report import AttackReport
+from .report import AttackReport, compare
+from .report.html import report_page
+from .report.markdown import comparison_markdown, report_markdown
+from .report.write import write_report
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
 
@@ -39,6 +42,8 @@ __all__ = [
     "UnsupportedHeadError",
     "add_hpm_head",
     "cards",
+    "compare",
+    "comparison_markdown",
     "find_head",
     "fit_prototypes",
     "head_mode",
@@ -52,6 +57,9 @@ __all__ = [
     "register_hpm",
     "rejudge",
     "remove_hpm_head",
+    "report_markdown",
+    "report_page",
+    "write_report",
 ]
 
 

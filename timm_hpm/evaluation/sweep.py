@@ -18,6 +18,7 @@ from ..report import AttackReport, Flag, svg
 from ..report.html import flag_section, page, table, unreliable_banner
 from ..report.tables import INTERVAL, UNRELIABLE, pixels_note
 from ..report.verdicts import wilson_interval
+from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import mixed_surrogate_attack
 from .resume import remove_progress
@@ -100,7 +101,7 @@ def sweep(
                 save_adversarial=place / "adversarial.safetensors" if place and save_adversarial else None, **options)
         if place is not None and (accelerator is None or accelerator.is_main_process):
             if not (place / "report.json").exists():
-                report.write(place)
+                write_report(report, place)
             # A run may have been stopped between the two.
             remove_progress(place / "progress", report.protocol)
             remove_unfinished(place)

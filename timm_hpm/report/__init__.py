@@ -1,6 +1,6 @@
-"""`AttackReport` and what is made of it: digests, flags, comparison, Markdown, HTML."""
+"""The data of a report. Its renderers are modules of their own, which import the data: markdown, html, write."""
 
-from .compare import Comparison, PairedRow, mcnemar_p_value
+from .compare import Comparison, PairedRow, compare, mcnemar_p_value
 from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
 from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
@@ -16,6 +16,7 @@ __all__ = [
     "Example",
     "Flag",
     "PairedRow",
+    "compare",
     "data_digest",
     "make_example",
     "mcnemar_p_value",

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..data.pixels import GIVEN
+from ..evaluation.protocols import PROTOCOLS
 
 #: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
 MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
@@ -33,9 +33,6 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     if given.get("pretrained") is False and "checkpoint" not in opened:
         return []  # random weights
     options: dict[str, Any] = {"model": protocol["model"], "dataset": protocol["dataset"]} | opened
-    normalisation = protocol.get("normalisation") or {}
-    if normalisation.get("source") == GIVEN:
-        options |= {name: normalisation[name] for name in ("mean", "std")}
     options |= {name: [_shortest(number) for number in numbers]
                 for name, numbers in (protocol.get("normalisation") or {}).items() if name in ("mean", "std")}
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
@@ -78,8 +75,6 @@ def _quoted(word: str) -> str:
 
 
 def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    from ..evaluation.protocols import PROTOCOLS  # which imports the reports
-
     options: dict[str, Any] = {}
     named = PROTOCOLS.get(protocol.get("protocol", ""))
     if named is not None and protocol.get("protocol_digest", named.digest()) == named.digest():

@@ -3,14 +3,10 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .markdown import table
-from .tables import INTERVAL, cell, interval_text
+from .schema import AttackReport
 from .verdicts import right_in_all, wilson_interval, worst_accuracy
-
-if TYPE_CHECKING:
-    from .schema import AttackReport
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class PairedRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `AttackReport.compare` returns.
+    """The paired accuracies of two reports, and the differences of their protocols.
 
     Arguments:
         rows: clean accuracy, robust accuracy and, where both reports have it, that of the FC classifier.
@@ -81,23 +77,6 @@ class Comparison:
     rows: list[PairedRow]
     differing: dict[str, tuple[Any, Any]]
     unreliable: list[str]
-
-    def to_markdown(self) -> str:
-        """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
-        lines = [f"**Report {name} is unreliable**: see its warnings.\n" for name in self.unreliable]
-        lines += table(
-            ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",
-             "McNemar p"],
-            ([row.name, *(f"{100 * value:.1f} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
-              f"{100 * row.difference:+.1f} ({100 * row.difference_interval[0]:+.1f} to "
-              f"{100 * row.difference_interval[1]:+.1f})", row.only_a, row.only_b, f"{row.p_value:.2g}"]
-             for row in self.rows))
-        lines += ["", f"The same {self.rows[0].num_images} images, paired; in brackets the {INTERVAL}, of the "
-                      "difference Newcombe's paired one; p is that of McNemar's exact two-sided test."]
-        if self.differing:
-            lines += ["", *table(["protocol", "a", "b"], (
-                [name, cell(a), cell(b)] for name, (a, b) in self.differing.items()), numbers_from=3)]
-        return "\n".join(lines) + "\n"
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
@@ -114,8 +93,12 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2 ** total)
 
 
-def compare(a: "AttackReport", b: "AttackReport") -> Comparison:
-    """Returns the comparison of two reports; see `AttackReport.compare`."""
+def compare(a: AttackReport, b: AttackReport) -> Comparison:
+    """Returns two reports on the same images side by side, with paired significance.
+
+    Raises:
+        ValueError: if the reports are of different images, or one does not name its images.
+    """
     for name, report in (("first", a), ("second", b)):
         if "data_digest" not in report.protocol:
             raise ValueError(f"the {name} report does not say which images it is of (no data_digest in its protocol); "
@@ -140,7 +123,7 @@ def paired(name: str, a: Collection[str], b: Collection[str]) -> PairedRow:
                      pairs.count((False, True)))
 
 
-def _images(report: "AttackReport") -> str:
+def _images(report: AttackReport) -> str:
     protocol = report.protocol
     return (f"{report.num_images} images of {protocol.get('dataset', 'an unnamed data set')} "
             f"(data_digest {protocol['data_digest']})")

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from . import svg
 from .command import evaluate_command, shell_lines
 from .flags import Flag, paragraph
+from .schema import AttackReport
 from .tables import (
     CO_BATCH_NOTE,
     CO_BATCH_TITLE,
@@ -20,9 +21,6 @@ from .tables import (
     pixels_note,
 )
 from .verdicts import attack_of, wilson_interval, worst_accuracy
-
-if TYPE_CHECKING:
-    from .schema import AttackReport
 
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 2em auto;
@@ -53,7 +51,7 @@ def page(title: str, body: Iterable[str]) -> str:
             + "\n</body>\n</html>\n")
 
 
-def report_page(report: "AttackReport") -> str:
+def report_page(report: AttackReport) -> str:
     """Returns a report as a whole HTML file."""
     return page(f"Mixed Surrogate Attack: {report.name}", [
         *unreliable_banner(report.flags),
@@ -98,23 +96,23 @@ def _from_markdown(text: str) -> str:
     return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))
 
 
-def _point(accuracy: float, report: "AttackReport", x: float = 0.0) -> svg.Point:
+def _point(accuracy: float, report: AttackReport, x: float = 0.0) -> svg.Point:
     return svg.Point(x, accuracy, *wilson_interval(accuracy, report.num_images))
 
 
-def _summary(report: "AttackReport") -> str:
+def _summary(report: AttackReport) -> str:
     shown = "".join(f"<div><b>{100 * value:.1f} %</b> ({interval_text(value, report.num_images)})<br>"
                     f"{escape(name)}</div>" for name, value in accuracies(report).items())
     return (f"<div class='large'>{shown}</div><p>Accuracies on {report.num_images} images, "
             f"{escape(str(report.protocol.get('threat', '')))}; in brackets the {INTERVAL}.</p>")
 
 
-def _command(report: "AttackReport") -> list[str]:
+def _command(report: AttackReport) -> list[str]:
     command = evaluate_command(report.protocol)
     return ["<h2>Command</h2>", f"<pre>{escape(shell_lines(command))}</pre>"] if command else []
 
 
-def _by_surrogate(report: "AttackReport") -> list[str]:
+def _by_surrogate(report: AttackReport) -> list[str]:
     if not report.by_surrogate:
         return ["<p>No attack was run.</p>"]
     groups = {surrogate: {attack: _point(value, report) for attack, value in row.items()}
@@ -136,7 +134,7 @@ def _by_surrogate(report: "AttackReport") -> list[str]:
             table(["surrogate, %", *attacks], rows)]
 
 
-def _progress(report: "AttackReport") -> list[str]:
+def _progress(report: AttackReport) -> list[str]:
     by_attack: dict[str, list[str]] = {}
     for name, row in report.correct.items():
         by_attack.setdefault(attack_of(name), []).append(row)
@@ -158,13 +156,13 @@ def _progress(report: "AttackReport") -> list[str]:
             "attacked side by side.</p>"]
 
 
-def _co_batch(report: "AttackReport") -> list[str]:
+def _co_batch(report: AttackReport) -> list[str]:
     if not report.co_batch:
         return []
     return [f"<h2>{CO_BATCH_TITLE}</h2>", f"<p>{CO_BATCH_NOTE}</p>", table(*co_batch_table(report), numbers_from=0)]
 
 
-def _examples(report: "AttackReport") -> list[str]:
+def _examples(report: AttackReport) -> list[str]:
     if not report.examples:
         return []
     parts = ["<h2>Images that were broken</h2>", "<div class='examples'>"]
@@ -183,7 +181,7 @@ def _examples(report: "AttackReport") -> list[str]:
                     "perturbation is amplified as written, around a mid grey.</p>"]
 
 
-def _cost(report: "AttackReport") -> list[str]:
+def _cost(report: AttackReport) -> list[str]:
     seconds = {name: row["seconds"] for name, row in report.cost.items() if name != "all"}
     rows = [[name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
             for name, row in report.cost.items()]

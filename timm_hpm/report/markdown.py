@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from .command import evaluate_command, shell_lines
+from .compare import Comparison
 from .flags import paragraph
+from .schema import AttackReport
 from .tables import (
     CO_BATCH_NOTE,
     CO_BATCH_TITLE,
@@ -18,9 +20,6 @@ from .tables import (
     interval_text,
     pixels_note,
 )
-
-if TYPE_CHECKING:
-    from .schema import AttackReport
 
 # A bracket makes a link by what follows it, and an underscore between letters begins no emphasis.
 _MARKUP: Final = re.compile(r"[&<>|`*\\~$]|\](?=[\[(:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -49,7 +48,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers_from: int 
             *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)]
 
 
-def accuracy_table(report: "AttackReport") -> list[str]:
+def accuracy_table(report: AttackReport) -> list[str]:
     """Returns the lines of the table of the accuracies with their intervals."""
     lines = table(["accuracy", "%", INTERVAL], (
         [name, f"{100 * value:.1f}", interval_text(value, report.num_images)]
@@ -57,7 +56,7 @@ def accuracy_table(report: "AttackReport") -> list[str]:
     return [line.replace(f"| {ROBUST} |", f"| **{ROBUST}** |") for line in lines]
 
 
-def results(report: "AttackReport") -> list[str]:
+def results(report: AttackReport) -> list[str]:
     """Returns the lines of the tables: accuracy by surrogate and attack, what that comes to, neighbours."""
     by_surrogate = report.by_surrogate
     attacks = list(dict.fromkeys(attack for row in by_surrogate.values() for attack in row if attack != "worst"))
@@ -71,7 +70,7 @@ def results(report: "AttackReport") -> list[str]:
     return lines
 
 
-def report_markdown(report: "AttackReport") -> str:
+def report_markdown(report: AttackReport) -> str:
     """Returns a report as Markdown: accuracies, the command that repeats them, the protocol and cost.
 
     Flags and normalisation come first: they say how far the numbers can be trusted.
@@ -95,4 +94,22 @@ def report_markdown(report: "AttackReport") -> str:
         lines += ["", "## Warnings"]
         for name in dict.fromkeys(flag.name for flag in report.flags):
             lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
+    lines = [f"**Report {name} is unreliable**: see its warnings.\n" for name in comparison.unreliable]
+    lines += table(
+        ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",
+         "McNemar p"],
+        ([row.name, *(f"{100 * value:.1f} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
+          f"{100 * row.difference:+.1f} ({100 * row.difference_interval[0]:+.1f} to "
+          f"{100 * row.difference_interval[1]:+.1f})", row.only_a, row.only_b, f"{row.p_value:.2g}"]
+         for row in comparison.rows))
+    lines += ["", f"The same {comparison.rows[0].num_images} images, paired; in brackets the {INTERVAL}, of the "
+                  "difference Newcombe's paired one; p is that of McNemar's exact two-sided test."]
+    if comparison.differing:
+        lines += ["", *table(["protocol", "a", "b"], (
+            [name, cell(a), cell(b)] for name, (a, b) in comparison.differing.items()), numbers_from=3)]
     return "\n".join(lines) + "\n"

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
 from .checks import check_report
-from .compare import Comparison, compare
 from .examples import Example
 from .flags import Flag
-from .html import report_page
-from .markdown import report_markdown
 from .verdicts import attack_of, most_errors_accuracy, standard_error, wilson_interval, worst_accuracy
 
 #: Written and read.
@@ -164,14 +161,6 @@ class AttackReport:
         """Whether a flag says that the robust accuracy may be far too high."""
         return any(flag.unreliable for flag in self.flags)
 
-    def compare(self, other: "AttackReport") -> Comparison:
-        """Returns this report and another on the same images side by side, with paired significance.
-
-        Raises:
-            ValueError: reports of different images, or one that does not say which images it is of.
-        """
-        return compare(self, other)
-
     def same_results(self, other: "AttackReport") -> bool:
         """Returns whether protocol, verdicts, passes and flags are equal: all but the time they took."""
         return _without_time(self) == _without_time(other)
@@ -197,16 +186,6 @@ class AttackReport:
         writable_folder(Path(path).parent)
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
-    def write(self, folder: str | os.PathLike) -> None:
-        """Writes report.md, report.html and, as the last, report.json, each whole or not at all.
-
-        Makes the folder if it is missing.
-        """
-        place = writable_folder(folder)
-        write_text(place / "report.md", self.to_markdown())
-        write_text(place / "report.html", self.to_html())
-        self.save(place / "report.json")
-
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
         """Returns the report that `save` wrote.
@@ -227,14 +206,6 @@ class AttackReport:
                              "expected the report.json that evaluate.py wrote") from error
         raise ValueError(f"{path} has the schema version {version!r}; this timm_hpm reads {SCHEMA_VERSION}. "
                          "Evaluate again, or install the version that wrote it")
-
-    def to_markdown(self) -> str:
-        """Returns the report as Markdown: accuracies, their command, the protocol, cost and warnings."""
-        return report_markdown(self)
-
-    def to_html(self) -> str:
-        """Returns the report as one HTML file with its plots and pictures, which opens offline."""
-        return report_page(self)
 
 
 def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:

@@ -1,12 +1,10 @@
 """What a report says in Markdown and in HTML alike."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from .schema import AttackReport
 from .verdicts import wilson_interval
-
-if TYPE_CHECKING:
-    from .schema import AttackReport
 
 #: The name of the robust accuracy among the `accuracies`.
 ROBUST: Final = "robust, worst case over all rows"
@@ -23,7 +21,7 @@ CO_BATCH_NOTE: Final = (
     "the answers that change where all images are reshuffled. None of this enters the accuracies above.")
 
 
-def accuracies(report: "AttackReport") -> dict[str, float]:
+def accuracies(report: AttackReport) -> dict[str, float]:
     """Returns what the verdicts come to: fractions in [0, 1], by what they are of."""
     found = {"clean": report.clean_accuracy, ROBUST: report.robust_accuracy}
     if report.assembled:
@@ -49,7 +47,7 @@ def pixels_note(protocol: Mapping[str, Any]) -> str:
             f"{normalisation.get('source', 'the report does not say')}.")
 
 
-def co_batch_table(report: "AttackReport") -> tuple[list[str], list[list[str]]]:
+def co_batch_table(report: AttackReport) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the rows of the table of what neighbours in a batch do."""
     return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
         [str(row["batch_size"]), str(row["mix"]), str(row["neighbours"]), str(row["flipped"]), str(row["targets"]),

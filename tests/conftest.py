@@ -4,7 +4,10 @@ import json
 import signal
 
 import pytest
+import timm
 import torch
+
+import timm_hpm
 
 # Tiny nets: a second thread costs more than it brings, and half of that again where the machine has other work.
 torch.set_num_threads(1)
@@ -16,6 +19,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """The embedded network, a small real model."""
+    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits(request) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images and labels of the digits, NUM_DIGITS of the test's module."""
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    return images[:request.module.NUM_DIGITS], labels[:request.module.NUM_DIGITS]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,18 +17,9 @@ from timm_hpm.evaluation.neighbours import co_batch_attack
 from timm_hpm.evaluation.sweep import sweep
 from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
 
+NUM_DIGITS = 40
+
 THREAT = ThreatModel("Linf", 0.15)
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:40], labels[:40]
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +13,11 @@ from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.surrogates import SURROGATES
 from timm_hpm.training.trunk import PixelTrunk
 
+NUM_DIGITS = 40
+
 THREAT = ThreatModel("Linf", 0.15)
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
          "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2, rounds=2)}
-
-
-@pytest.fixture
-def digits() -> tuple[Tensor, Tensor]:
-    return tuple(part[:40] for part in timm_hpm.load_split("digits", "val").tensors)
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
 
 
 class Flattening(nn.Module):

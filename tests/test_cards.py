@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 
+import evaluate
 import timm_hpm
 from timm_hpm import cards
 from timm_hpm.models.saving import write_model
@@ -117,8 +118,6 @@ def test_no_name_leaves_its_place_in_a_card(name):
 
 def evaluated(text: str) -> timm_hpm.AttackReport:
     """Returns the report of a card's or a report's command, in the words that a shell makes of it."""
-    import evaluate
-
     command, = re.findall(r"```+sh\n(.*?)\n```", text, re.DOTALL)
     words = subprocess.run(["sh", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
     python, script, *options = words.split("\0")[:-1]
@@ -156,9 +155,6 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(FOLDER.parent))
-    import evaluate
-
     images_in(tmp_path / "my 'data' $x")
     torch.manual_seed(0)
     model = timm.create_model("hpm_wrn10_2", num_classes=4)

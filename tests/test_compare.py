@@ -6,12 +6,12 @@ import io
 import json
 import math
 import sys
-from pathlib import Path
 
 import protocols
 import pytest
 from scipy.stats import binomtest
 
+import evaluate
 from timm_hpm import AttackReport, compare, comparison_markdown
 from timm_hpm.evaluation.robustbench import model_info, parse_known, save_model_info
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
@@ -105,9 +105,6 @@ def test_other_images_are_not_paired(a, b):
 
 
 def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent), *sys.path])
-    import evaluate
-
     a.save(tmp_path / "a.json")
     b.save(tmp_path / "b.json")
     assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0

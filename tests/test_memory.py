@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import timm_hpm
 from timm_hpm import ThreatModel, mixed_surrogate_attack
 from timm_hpm.evaluation import Budget
 from timm_hpm.files import Parts, save_parts
+
+NUM_DIGITS = 8
 
 # Files, part by part
 
@@ -70,17 +70,6 @@ def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error
 OPTIONS = {"attacks": ["apgd-ce", "joint"], "surrogates": ["fc", "ste"], "batch_size": 3,
            "budgets": {"apgd-ce": Budget(2), "joint": Budget(2), "joint-rest": Budget(2)}}
 THREAT = ThreatModel("Linf", 0.15)
-
-
-@pytest.fixture
-def model() -> torch.nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:8], labels[:8]
 
 
 def test_candidates_are_the_same_with_a_folder_and_without(model, digits, tmp_path):

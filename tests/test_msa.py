@@ -35,6 +35,8 @@ from timm_hpm.evaluation.budget import Budget
 from timm_hpm.evaluation.judge import predictions
 from timm_hpm.surrogates import SURROGATES
 
+NUM_DIGITS = 24
+
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
@@ -238,12 +240,6 @@ def test_the_candidate_of_apgd_fools_even_where_the_loss_is_larger_elsewhere():
 def digits_model() -> nn.Module:
     """The embedded network, in batch mode: a small real model."""
     return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:24], labels[:24]
 
 
 # Every row of the embedded network then has images that are right and images that are not.

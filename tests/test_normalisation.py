@@ -1,16 +1,14 @@
 """How pixels are normalised, where that comes from, and the flags of clean accuracies that say it was wrong."""
 
 import html
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import evaluate
 import timm_hpm
 from timm_hpm import (
     AttackReport,
@@ -26,29 +24,12 @@ from timm_hpm import (
 from timm_hpm.evaluation.checks import clean_flags
 from timm_hpm.evaluation.sweep import sweep_markdown, sweep_page
 
+NUM_DIGITS = 16
+
 THREAT = ThreatModel("Linf", 0.1)
 QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 2}, "batch_size": 16}
 FEW = ["--num-images", "16", "--batch-size", "16",
        "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=2"]
-
-
-@pytest.fixture
-def model():
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:16], labels[:16]
-
-
-@pytest.fixture
-def evaluate_main(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent), *sys.path])
-    import evaluate
-
-    return evaluate.main
 
 
 def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_they_are(model, digits):
@@ -114,22 +95,22 @@ def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, dig
     assert comparison_markdown(compare(report, report)).startswith("**Report a is unreliable**")
 
 
-def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, evaluate_main, capsys):
+def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, capsys):
     run = tmp_path / "run"
     options = [*FEW, "--mean", "-3", "--std", "0.05", "--save-adversarial", "--output", str(run)]
-    assert evaluate_main(options) == 0
+    assert evaluate.main(options) == 0
     printed = capsys.readouterr()
     said = "by mean (-3) and std (0.05); source: given as mean and std."
     assert said in printed.err and said in "\n".join(printed.out.splitlines()[:12])
     report = AttackReport.load(run / "report.json")
     assert report.clean_accuracy < 0.3 and "--mean=-3.0 --std 0.05" in " ".join(report_markdown(report).split())
-    assert evaluate_main(["--rejudge", str(run)]) == 0 and evaluate_main(["--resume", str(run)]) == 0
+    assert evaluate.main(["--rejudge", str(run)]) == 0 and evaluate.main(["--resume", str(run)]) == 0
     with pytest.raises(ValueError, match=r"the model normalises pixels by mean and std \(\[0.5\], "):
-        evaluate_main(["--rejudge", str(run), "--mean", "0.5"])
+        evaluate.main(["--rejudge", str(run), "--mean", "0.5"])
     with pytest.raises(ValueError, match="normalises pixels by mean and std"):
         timm_hpm.rejudge(model, run / "adversarial.safetensors")
     with pytest.raises(ValueError, match=r"options: --mean \[0.5\] \(there: \[-3.0\]\)"):
-        evaluate_main(["--resume", str(run), "--mean", "0.5"])
+        evaluate.main(["--resume", str(run), "--mean", "0.5"])
 
 
 def names(answers, labels, num_classes):
@@ -187,16 +168,16 @@ def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
     assert "are answered with the class before their label" in report_markdown(report)
 
 
-def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path, evaluate_main, capsys):
+def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path, capsys):
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     mean, std = ([str(x) for x in model.pretrained_cfg[name]] for name in ("mean", "std"))
     words = [*FEW, "--checkpoint", str(tmp_path / "w.safetensors"), "--output"]
     with pytest.warns(NormalisationWarning, match="or --mean and --std to evaluate.py"):
-        assert evaluate_main([*words, str(tmp_path / "a")]) == 0
+        assert evaluate.main([*words, str(tmp_path / "a")]) == 0
     assert "w.safetensors does not say it" in capsys.readouterr().err
     with warnings.catch_warnings():
         warnings.simplefilter("error", NormalisationWarning)
-        assert evaluate_main([*words, str(tmp_path / "b"), "--mean", *mean, "--std", *std]) == 0
+        assert evaluate.main([*words, str(tmp_path / "b"), "--mean", *mean, "--std", *std]) == 0
     reports = [AttackReport.load(tmp_path / name / "report.json") for name in "ab"]
     assert reports[0].correct == reports[1].correct
     assert [report.protocol["normalisation"]["source"].partition(",")[0] for report in reports] == [

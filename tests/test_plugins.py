@@ -10,19 +10,9 @@ from timm_hpm.evaluation import ATTACKS, Attack, Budget
 from timm_hpm.functional import l2_logits
 from timm_hpm.surrogates import SURROGATES, Surrogate, soft_logits
 
+NUM_DIGITS = 16
+
 THREAT = timm_hpm.ThreatModel("Linf", 0.05)
-
-
-@pytest.fixture(scope="module")
-def model():
-    import timm
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-
-
-@pytest.fixture
-def images_and_labels():
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:16], labels[:16]
 
 
 @pytest.fixture
@@ -45,16 +35,16 @@ def plugins(monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_registered_surrogate_is_attacked_alone_and_side_by_side_and_in_joint_if_it_depends_on_the_batch(
-        model, images_and_labels, plugins, at_once):
+        model, digits, plugins, at_once):
     report = timm_hpm.mixed_surrogate_attack(
-        model, *images_and_labels, THREAT, batch_size=16, surrogates=["ste", "shrunken", "lukewarm"],
+        model, *digits, THREAT, batch_size=16, surrogates=["ste", "shrunken", "lukewarm"],
         attacks=["apgd-ce", "joint"], budgets={"apgd-ce": Budget(3), "joint": Budget(2)}, surrogates_at_once=at_once)
     assert set(report.correct) == {"clean", "ste/apgd-ce", "shrunken/apgd-ce", "lukewarm/apgd-ce", "ste/joint",
                                    "lukewarm/joint"}
 
 
-def test_a_registered_attack_finds_the_points_that_it_says(model, images_and_labels, plugins, tmp_path):
-    images, labels = images_and_labels
+def test_a_registered_attack_finds_the_points_that_it_says(model, digits, plugins, tmp_path):
+    images, labels = digits
     report = timm_hpm.mixed_surrogate_attack(model, images, labels, THREAT, batch_size=16, surrogates=["fc"],
                                              attacks=["corner"], save_adversarial=tmp_path / "candidates.safetensors")
     expected = (images + 0.05).clamp(max=1)

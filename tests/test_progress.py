@@ -21,10 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
 from timm_hpm.evaluation.resume import ProgressFolder, sealed, unsealed
+
+NUM_DIGITS = 8
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
@@ -33,15 +36,6 @@ SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
 # what is assembled of all of them.
 STEPS = 4 * (2 * 4 + 2 + 3 + 1)
-
-
-@pytest.fixture
-def evaluate(monkeypatch):
-    """evaluate.py, in this process."""
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    import evaluate
-
-    return evaluate
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +109,7 @@ def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.
     return stopped
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_report(uninterrupted, tmp_path, evaluate, capsys):
+def test_a_killed_evaluation_goes_on_to_the_same_report(uninterrupted, tmp_path, capsys):
     # On a busy machine a run may end before this process gets to kill it.
     run = next(folder for folder in (tmp_path / f"run{number}" for number in range(5))
                if kill_and_resume(folder, [signal.SIGINT, signal.SIGKILL], random.Random(0)) == 2)
@@ -190,7 +184,7 @@ def test_a_plain_timm_model_is_measured_resumed_and_shared(tmp_path):
     assert report.protocol["inference"] == "none" and report.clean_accuracy > 0
 
 
-def test_options_of_another_run_are_refused(evaluate, tmp_path):
+def test_options_of_another_run_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
     evaluate.begin(evaluate.parse_args(SMALL), tmp_path / "run")
     with pytest.raises(ValueError, match=r"options: --threat Linf:0.2 \(there: Linf:0.15\). Leave them out"):
@@ -199,7 +193,7 @@ def test_options_of_another_run_are_refused(evaluate, tmp_path):
         evaluate.main([*SMALL, "--output", str(tmp_path / "run")])
 
 
-def test_a_second_evaluation_in_a_folder_touches_nothing(evaluate, tmp_path):
+def test_a_second_evaluation_in_a_folder_touches_nothing(tmp_path):
     run = tmp_path / "run"
     first = start(*SMALL, "--output", str(run))
     try:
@@ -229,7 +223,7 @@ FEW = ["--num-images", "6", "--batch-size", "3", "--attacks", "apgd-ce", "--surr
        "--threat", "Linf:0.1"]
 
 
-def test_a_finished_run_is_gone_on_with_by_its_own_options_only(evaluate, tmp_path, capsys):
+def test_a_finished_run_is_gone_on_with_by_its_own_options_only(tmp_path, capsys):
     run = tmp_path / "run"
     assert evaluate.main([*FEW, "--output", str(run)]) == 0
     files = {path: path.read_bytes() for path in run.iterdir()}
@@ -251,7 +245,7 @@ def test_a_finished_run_is_gone_on_with_by_its_own_options_only(evaluate, tmp_pa
         evaluate.main([*FEW, "--resume", str(run)])
 
 
-def test_reports_of_other_weights_are_refused_before_anything_is_attacked(evaluate, tmp_path, model):
+def test_reports_of_other_weights_are_refused_before_anything_is_attacked(tmp_path, model):
     weights = model.state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     options = [*FEW, "--checkpoint", str(tmp_path / "w.safetensors"), "--inference", "dataset,fc"]
@@ -266,7 +260,7 @@ def test_reports_of_other_weights_are_refused_before_anything_is_attacked(evalua
     assert not (run / "dataset-Linf-0.1" / "progress").exists()
 
 
-def test_only_the_run_s_own_progress_is_removed(evaluate, tmp_path):
+def test_only_the_run_s_own_progress_is_removed(tmp_path):
     thesis = tmp_path / "run" / "progress" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("x")
@@ -293,7 +287,7 @@ def test_only_the_run_s_own_progress_is_removed(evaluate, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"colour": "red"}'])
-def test_options_of_another_program_are_refused_and_stay(evaluate, tmp_path, text):
+def test_options_of_another_program_are_refused_and_stay(tmp_path, text):
     (tmp_path / "options.json").write_text(text)
     for option, message in (("--resume", "is not what this evaluate.py was called with"),
                             ("--output", r"holds the options\.json of an earlier run")):
@@ -312,7 +306,7 @@ def test_options_of_another_program_are_refused_and_stay(evaluate, tmp_path, tex
     ("co_batch", 5), ("co_batch", ["5"]), ("co_batch_mix", [None]), ("inference", [[]]), ("threat", 0.1),
     ("model_kwargs", {"a=b": "c=d"}), ("device", {}), ("num_images", 1e400),
 ])
-def test_a_saved_option_of_another_type_is_named(evaluate, tmp_path, name, value):
+def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
     good = evaluate._options(evaluate.parse_args(SMALL))
     assert name in good
     (tmp_path / "options.json").write_text(json.dumps(good | {name: value}))
@@ -321,7 +315,7 @@ def test_a_saved_option_of_another_type_is_named(evaluate, tmp_path, name, value
             evaluate.parse_args([option, str(tmp_path)])
 
 
-def test_the_options_of_a_run_are_read_back_as_they_were(evaluate, tmp_path):
+def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
     words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
              "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square", "--budget", "square=5",
              "apgd-t=3x2", "--survivors-only", "--co-batch", "none", "--co-batch-mix", "0.5,1",
@@ -332,7 +326,7 @@ def test_the_options_of_a_run_are_read_back_as_they_were(evaluate, tmp_path):
     assert evaluate._options(evaluate.parse_args([*words, "--resume", str(tmp_path)])) == given
 
 
-def test_a_saved_run_writes_nowhere_else(evaluate, tmp_path, capsys):
+def test_a_saved_run_writes_nowhere_else(tmp_path, capsys):
     mine, run = tmp_path / "mine.json", tmp_path / "run"
     mine.write_text("mine")
     assert evaluate.main([*FEW, "--output", str(run), "--robustbench-json", str(tmp_path / "info.json")]) == 0
@@ -346,7 +340,7 @@ def test_a_saved_run_writes_nowhere_else(evaluate, tmp_path, capsys):
     assert mine.read_text() == "mine" and not (tmp_path / "else").exists()
 
 
-def test_a_symlinked_progress_folder_does_not_end_a_finished_run(evaluate, tmp_path):
+def test_a_symlinked_progress_folder_does_not_end_a_finished_run(tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "thesis.tex").touch()
@@ -376,12 +370,6 @@ QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Bu
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:8], labels[:8]
 
 
 @pytest.mark.parametrize(("change", "message"), [

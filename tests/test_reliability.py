@@ -21,20 +21,11 @@ from timm_hpm.data import as_pixel_model
 from timm_hpm.evaluation import Budget
 from timm_hpm.training.trunk import PixelTrunk
 
+NUM_DIGITS = 16
+
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
          "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3, rounds=2)}
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    return images[:16], labels[:16]
 
 
 class Colours(nn.Module):

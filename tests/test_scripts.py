@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, report_markdown, report_page
 from timm_hpm.evaluation.judge import saved_protocol
@@ -30,20 +31,11 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess:
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture
-def evaluate_main(monkeypatch):
-    """evaluate.py's `main`, in this process."""
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    import evaluate
-
-    return evaluate.main
-
-
 def script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
     return run(str(ROOT / name), *arguments, folder=folder)
 
 
-def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main, capsys):
+def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, capsys):
     done = script("evaluate.py", *QUICK, "--save-adversarial", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "query" in done.stderr, "no progress bar"
@@ -57,12 +49,12 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     assert (folder / "report.html").read_text() == report_page(report)
     assert report_markdown(report) in done.stdout
 
-    assert evaluate_main(["--rejudge", str(folder)]) == 0
+    assert evaluate.main(["--rejudge", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "the images are the run's, every candidate is within Linf:0.1 of them, and every verdict as in" in said
 
     with pytest.raises(ValueError, match=r"the model's mix is 0.0, that of .* is 0.5"):
-        evaluate_main(["--rejudge", str(folder), "--model-kwargs", "mix=0.0"])
+        evaluate.main(["--rejudge", str(folder), "--model-kwargs", "mix=0.0"])
 
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     done = run(*launcher, str(ROOT / "evaluate.py"), *QUICK, "--output", "launched", folder=tmp_path)
@@ -72,17 +64,17 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, evaluate_main
     data = json.loads((folder / "report.json").read_text())
     data["correct"]["fc/apgd-ce"] = data["correct"]["fc/apgd-ce"].translate(str.maketrans("01", "10"))
     (folder / "report.json").write_text(json.dumps(data))
-    assert evaluate_main(["--rejudge", str(folder)]) == 1
+    assert evaluate.main(["--rejudge", str(folder)]) == 1
     assert "judged otherwise than in the report: fc/apgd-ce" in capsys.readouterr().out
 
     data["protocol"]["seed"] = 7
     (folder / "report.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="are of different runs"):
-        evaluate_main(["--rejudge", str(folder)])
+        evaluate.main(["--rejudge", str(folder)])
     candidates = folder / "adversarial.safetensors"
     candidates.write_bytes(candidates.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged"):
-        evaluate_main(["--rejudge", str(folder)])
+        evaluate.main(["--rejudge", str(folder)])
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +128,7 @@ def _fewer(x):
     (lambda x: x.pop("fc/apgd-ce"), None),
     (lambda x: x.update({"fc/square": x["clean"].clone()}), None),
 ])
-def test_rejudging_refuses_what_the_attack_could_not_have_found(saved_run, tmp_path, evaluate_main, capsys, change,
+def test_rejudging_refuses_what_the_attack_could_not_have_found(saved_run, tmp_path, capsys, change,
                                                                 message):
     shutil.copytree(saved_run, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adversarial.safetensors"
@@ -146,11 +138,11 @@ def test_rejudging_refuses_what_the_attack_could_not_have_found(saved_run, tmp_p
     change(tensors)
     save_file(tensors, path, metadata)
     if message is None:
-        assert evaluate_main(["--rejudge", str(tmp_path)]) == 1
+        assert evaluate.main(["--rejudge", str(tmp_path)]) == 1
         assert "1 of " in capsys.readouterr().out
     else:
         with pytest.raises(ValueError, match=message):
-            evaluate_main(["--rejudge", str(tmp_path)])
+            evaluate.main(["--rejudge", str(tmp_path)])
 
 
 @pytest.mark.parametrize("protocol", ["[1]", "{", '{"threat": 3}', "[" * 100_000, '{"threat": "Linf:0.1"}',
@@ -161,14 +153,14 @@ def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
         saved_protocol(tmp_path / "x.safetensors")
 
 
-def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
+def test_rejudging_takes_the_model_of_the_run(tmp_path, capsys):
     for name, mix in (("a", "0.25"), ("b", "0.75")):
-        assert evaluate_main([*QUICK, "--budget", "apgd-ce=2", "--inference", "sample", "--model-kwargs", f"mix={mix}",
+        assert evaluate.main([*QUICK, "--budget", "apgd-ce=2", "--inference", "sample", "--model-kwargs", f"mix={mix}",
                               "--save-adversarial", "--output", str(tmp_path / name)]) == 0
     capsys.readouterr()
-    assert evaluate_main(["--rejudge", str(tmp_path / "a")]) == 0
+    assert evaluate.main(["--rejudge", str(tmp_path / "a")]) == 0
     assert "every verdict as in the report" in capsys.readouterr().out
-    assert evaluate_main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")]) == 0
+    assert evaluate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")]) == 0
     assert "| mix | 0.25 | 0.75 |" in capsys.readouterr().out
 
 
@@ -210,14 +202,13 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, evaluate_main, capsys):
      "--num-classes is 10 and --model-kwargs num_classes=5; give one of them"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
-def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys,
-                                                        evaluate_main):
+def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "adversarial.safetensors").touch()
     with pytest.raises((ValueError, OSError)) as error:
-        evaluate_main(arguments)
+        evaluate.main(arguments)
     assert message in str(error.value)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.rglob("report.json"))
@@ -225,10 +216,10 @@ def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_
     assert not list(tmp_path.rglob("options.json"))
 
 
-def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypatch, capsys):
+def test_evaluate_sweeps_over_modes_and_radii(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", "out"]
-    assert evaluate_main([*options, "--inference", "sample,fc", "--eps-sweep", "0:0.2:0.1"]) == 0
+    assert evaluate.main([*options, "--inference", "sample,fc", "--eps-sweep", "0:0.2:0.1"]) == 0
     printed = capsys.readouterr().out
     assert "| eps | sample | fc |" in printed and "written: out/sweep.html" in printed
     folders = {f"{mode}-Linf-{eps}" for mode in ("sample", "fc") for eps in ("0.1", "0.2")}
@@ -238,61 +229,59 @@ def test_evaluate_sweeps_over_modes_and_radii(tmp_path, evaluate_main, monkeypat
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert all(f"href='{folder}/report.html'" in page for folder in folders)
     with pytest.raises(ValueError, match=r"out holds the sweep\.html of an earlier run"):
-        evaluate_main([*options, "--inference", "fc"])
+        evaluate.main([*options, "--inference", "fc"])
 
 
-def test_a_sweep_of_one_radius_has_its_curve(tmp_path, evaluate_main, capsys):
+def test_a_sweep_of_one_radius_has_its_curve(tmp_path, capsys):
     folder = tmp_path / "out"
-    assert evaluate_main([*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", str(folder),
+    assert evaluate.main([*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", str(folder),
                           "--eps-sweep", "0:0.1:0.1"]) == 0
     assert "| eps | batch | FC alone |" in capsys.readouterr().out
     assert "href='report.html'" in (folder / "sweep.html").read_text() and (folder / "report.html").exists()
 
 
-def test_a_folder_of_several_reports_is_compared_with_nothing(tmp_path, evaluate_main):
+def test_a_folder_of_several_reports_is_compared_with_nothing(tmp_path):
     for name in ("batch-Linf-0.1", "fc-Linf-0.1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").touch()
     (tmp_path / "sweep.html").touch()
     with pytest.raises(ValueError, match=r"holds several reports, batch-Linf-0.1, fc-Linf-0.1; give the folder of one"):
-        evaluate_main(["--compare", str(tmp_path), str(tmp_path)])
+        evaluate.main(["--compare", str(tmp_path), str(tmp_path)])
 
 
-def test_classes_may_be_given_twice(evaluate_main, tmp_path, capsys):
-    assert evaluate_main([*QUICK, "--budget", "apgd-ce=1", "--num-classes", "10", "--model-kwargs", "num_classes=10",
+def test_classes_may_be_given_twice(tmp_path, capsys):
+    assert evaluate.main([*QUICK, "--budget", "apgd-ce=1", "--num-classes", "10", "--model-kwargs", "num_classes=10",
                           "--output", str(tmp_path / "run")]) == 0
 
 
-def test_processes_without_a_batch_are_counted(evaluate_main):
-    import evaluate
-
+def test_processes_without_a_batch_are_counted():
     assert evaluate.idle_note(100, 50, 2) == evaluate.idle_note(101, 50, 3) == ""
     assert evaluate.idle_note(100, 100, 3).startswith("100 images in batches of 100 make 1 to attack, so 2 of the 3 ")
 
 
-def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, evaluate_main, capsys):
+def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, capsys):
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=1", "--inference", "fc,batch"]
     with pytest.raises(ValueError, match="a batch size is 9; expected 2 to the number of images, 8"):
-        evaluate_main([*options, "--co-batch", "9", "--output", str(tmp_path / "run")])
+        evaluate.main([*options, "--co-batch", "9", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-    assert evaluate_main([*options, "--co-batch", "4", "--output", str(tmp_path / "run")]) == 0
+    assert evaluate.main([*options, "--co-batch", "4", "--output", str(tmp_path / "run")]) == 0
     assert "--co-batch is asked in batch mode only, not in fc\n" in capsys.readouterr().err
     asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").co_batch
              for mode in ("fc", "batch")}
     assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}
 
 
-def test_a_stopped_sweep_goes_on(tmp_path, evaluate_main, monkeypatch, capsys):
+def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--inference", "fc,dataset"]
-    assert evaluate_main([*options, "--output", "whole"]) == 0
-    assert evaluate_main([*options, "--output", "part"]) == 0
+    assert evaluate.main([*options, "--output", "whole"]) == 0
+    assert evaluate.main([*options, "--output", "part"]) == 0
     # As it is when the first report was there and the second begun.
     first, second = (tmp_path / "part" / f"{mode}-Linf-0.1" / "report.json" for mode in ("fc", "dataset"))
     (tmp_path / "part" / "sweep.html").unlink()
     second.unlink()
     written = first.stat().st_mtime_ns
-    assert evaluate_main([*options, "--resume", "part"]) == 0
+    assert evaluate.main([*options, "--resume", "part"]) == 0
     assert first.stat().st_mtime_ns == written
     for path in (first, second):
         other = tmp_path / "whole" / path.relative_to(tmp_path / "part")
@@ -308,9 +297,9 @@ def test_evaluate_prints_an_error_without_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--eps", "0.1:0.2:0.1"], ["--num-image", "5"], ["--surrogates-at", "1"]])
-def test_an_option_is_not_abbreviated(words, evaluate_main, capsys):
+def test_an_option_is_not_abbreviated(words, capsys):
     with pytest.raises(SystemExit):
-        evaluate_main(words)
+        evaluate.main(words)
     assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
 
 
@@ -413,7 +402,7 @@ def write_digits(folder: Path, split: str, each: int) -> None:
             Image.fromarray((255 * image[0]).round().byte().numpy()).save(folder / name / f"{i}.png")
 
 
-def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(tmp_path, evaluate_main):
+def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(tmp_path):
     write_digits(tmp_path / "images" / "train", "train", 8)
     write_digits(tmp_path / "images" / "test", "test", 2)
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
@@ -428,10 +417,10 @@ def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(t
 
     quick = ["--device", "cpu", "--num-images", "0", "--batch-size", "20", "--surrogates", "fc", "--attacks", "apgd-ce",
              "--budget", "apgd-ce=1", "--model", f"local-dir:{tmp_path / 'run'}", *images]
-    evaluate_main([*quick, *ordered, "--output", str(tmp_path / "ordered")])
+    evaluate.main([*quick, *ordered, "--output", str(tmp_path / "ordered")])
     with pytest.warns(UserWarning, match="folder names 9 of the 10 classes otherwise than the model does: 'eight' is "
                                          "'zero' there"):
-        evaluate_main([*quick, "--output", str(tmp_path / "sorted")])
+        evaluate.main([*quick, "--output", str(tmp_path / "sorted")])
     ordered, unordered = (AttackReport.load(tmp_path / name / "report.json") for name in ("ordered", "sorted"))
     assert ordered.protocol["class_names"] == NAMES and ordered.clean_accuracy > 0.9
     assert unordered.protocol["class_names"] == sorted(NAMES) and unordered.clean_accuracy < 0.4

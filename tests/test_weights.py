@@ -72,6 +72,14 @@ def test_the_classifier_of_the_classes_asked_for_is_kept(name, source, tmp_path)
     assert timm.create_model(name, num_classes=0, **options).num_classes == 0
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_own_weights_go_before_the_repository_of_the_tag(source, tmp_path):
+    shape = {"num_classes": 7, "depths": (1, 1, 1), "channels": (4, 4, 4)}
+    theirs = fitted("hpm_wrn28_10.wang2023_cifar10_linf", **shape)
+    assert_same(timm.create_model("hpm_wrn28_10.wang2023_cifar10_linf", pretrained=True, **shape,
+                                  pretrained_cfg_overlay=overlay(source, theirs.state_dict(), tmp_path)), theirs)
+
+
 def test_plain_weights_keep_their_classifier_and_a_missing_one_is_no_silent_random_one(tmp_path):
     plain = timm.create_model("resnet18", num_classes=10)
     options = {"pretrained": True, "num_classes": 10}
@@ -167,11 +175,16 @@ def by_file(path, **kwargs):
                              pretrained_cfg_overlay={"file": str(path)}, **kwargs).eval()
 
 
+def by_url(path, **kwargs):
+    return timm.create_model("hpm_wrn10_2.untrained", pretrained=True, num_classes=7,
+                             pretrained_cfg_overlay={"url": f"file://{path}"}, **kwargs).eval()
+
+
 def by_checkpoint(path, **kwargs):
     return create_model("hpm_wrn10_2.untrained", pretrained=False, checkpoint=str(path), num_classes=7, **kwargs).eval()
 
 
-@pytest.mark.parametrize("load", [by_file, by_checkpoint])
+@pytest.mark.parametrize("load", [by_file, by_url, by_checkpoint])
 def test_a_renamed_file_is_used_as_it_was_saved(saved, load, tmp_path):
     folder, source = saved
     path = shutil.copy(folder / "model.safetensors", tmp_path / "renamed.safetensors")

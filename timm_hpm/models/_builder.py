@@ -8,7 +8,9 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.models import (
     PretrainedCfg,
@@ -55,7 +57,7 @@ _OF_WEIGHTS = (
     "label_names", "label_descriptions", "description", "paper_name", "notes",
 )
 # Where weights of the caller's come from; `source` says that they are a folder's or a repository's.
-_PLACES = ("source", "state_dict", "file", "url")
+_PLACES = ("source", "state_dict", "file", "url", "hf_hub_id")
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def published_of(cfg: PretrainedCfg) -> str | None:
 
 def _names_weights(kwargs: Mapping[str, Any]) -> bool:
     """Returns whether an entrypoint was given weights, in the place of its tag's or its folder's."""
-    return bool((kwargs.get("pretrained_cfg_overlay") or {}).keys() & {*_PLACES, "hf_hub_id"})
+    return bool((kwargs.get("pretrained_cfg_overlay") or {}).keys() & {*_PLACES})
 
 
 def _is_whole(cfg: Any) -> bool:
@@ -124,7 +126,7 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     if not foreign and (pretrained or _is_whole(asked)):
         return cfg
     if foreign:  # the places of other weights would go first
-        others: dict[str, Any] = {name: None for name in _PLACES if name not in (overlay or {})}
+        others: dict[str, Any] = {name: None for name in (*_PLACES, "hf_hub_filename") if name not in (overlay or {})}
         cfg = dataclasses.replace(cfg, **others)
     registered = get_pretrained_cfg(f"{variant}.{cfg.tag}") if cfg.tag else None
     if registered is not None and not registered.has_weights:
@@ -290,10 +292,12 @@ def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[st
             return own_config(Path(str(cfg.file)) / WEIGHTS)
         if cfg.source != "hf-hub" and (cfg.state_dict or cfg.file):
             return saved_config(str(cfg.file)) if not cfg.state_dict else {}
-        # It has just been read.
-        cached = repository and try_to_load_from_cache(
-            repository, cfg.hf_hub_filename or WEIGHTS, cache_dir, revision or None)
-        return own_config(cached) if isinstance(cached, str) else {}
+        # It has just been read, into a cache.
+        downloads = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
+        cached: Any = downloads / Path(urlsplit(str(cfg.url)).path).name
+        if repository:
+            cached = try_to_load_from_cache(repository, cfg.hf_hub_filename or WEIGHTS, cache_dir, revision or None)
+        return own_config(cached) if isinstance(cached, str | Path) else {}
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

@@ -606,10 +606,6 @@ def test_a_head_on_the_meta_device_says_the_shape(inference):
 compilers = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def script(head: HPMHead) -> nn.Module:
-    return torch.jit.script(head)
-
-
 def symbolic_trace(head: HPMHead) -> nn.Module:
     return torch.fx.symbolic_trace(head)
 
@@ -621,7 +617,7 @@ def export(head: HPMHead) -> nn.Module:
 
 @compilers
 @pytest.mark.parametrize("inference", INFERENCE_MODES)
-@pytest.mark.parametrize("translate", [script, symbolic_trace, export])
+@pytest.mark.parametrize("translate", [symbolic_trace, export])
 def test_a_translated_head_answers_the_same_at_any_batch_size(translate, inference):
     head = fitted(inference=inference).eval()
     translated = translate(head)
@@ -631,7 +627,7 @@ def test_a_translated_head_answers_the_same_at_any_batch_size(translate, inferen
 
 
 @compilers
-@pytest.mark.parametrize("translate", [script, symbolic_trace, export])
+@pytest.mark.parametrize("translate", [symbolic_trace, export])
 def test_a_translated_head_without_prototypes_is_its_fc_classifier(translate):
     head = HPMHead(16, 4).eval()
     features = torch.randn(3, 16)

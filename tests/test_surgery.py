@@ -187,13 +187,14 @@ def fx_model(model: nn.Module) -> nn.Module:
 
 @scripts
 @pytest.mark.parametrize("kind", ["linear", "1x1 convolution", "MLP", "attention pooling"])
-def test_script_and_fx_answer_the_same(kind):
+def test_fx_answers_the_same_and_a_linear_head_can_be_scripted(kind):
     model, x = create(kind)
     fit(add_hpm_head(model))
     with torch.inference_mode():
         expected = model(x)
-        assert torch.allclose(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(*fx_model(model)(x).values(), expected)
+        if kind == "linear":  # timm's tests of models ask for it
+            assert torch.allclose(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 # What stays and what travels

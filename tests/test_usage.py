@@ -109,12 +109,6 @@ def test_onnx_of_a_head_in_every_mode(inference, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_script(name):
-    model = build(name)
-    assert_same_answers(name, torch.jit.script(model), model, 1, 4, 9)
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_trace_with_another_batch_than_the_traced_one(name):
     model = build(name)
     assert_same_answers(name, torch.jit.trace(model, images(name, 4)), model, 1, 4, 9)

@@ -131,10 +131,8 @@ def mixed_squared_distances(
     """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; the arguments of `batch_logits`."""
     num_classes, width = prototypes.shape
     # Where they are small it is the number of operations that counts.
-    choose = num_classes * width > 50_000
-    if not torch.jit.is_scripting():
-        # A traced graph shall serve any batch size.
-        choose = not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and choose
+    # An exported graph serves any batch size.
+    choose = num_classes * width > 50_000 and not torch.compiler.is_compiling()
     if choose and features.shape[-2] * (num_classes + width) < num_classes * width:
         return mixed_squared_distances_by_products(features, assignment, presence, prototypes, mix)
     mixed = mix_prototypes(prototypes, batch_prototypes(features, assignment), presence, mix)

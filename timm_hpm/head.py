@@ -245,10 +245,9 @@ class HPMHead(WholeLoading, nn.Linear):
 @torch.fx.wrap
 def conv_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns the convolution of `x` (B, d, 1, 1), like `functional.linear_without_autocast`."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile a joint condition)
-        if functional.in_autocast(x):
-            with torch.autocast(x.device.type, enabled=False):
-                return F.conv2d(x, weight, bias)
+    if functional.in_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight, bias)
     return F.conv2d(x, weight, bias)
 
 

@@ -7,10 +7,8 @@ an HPM head again. No key of its state dict changes, and it is still an instance
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import FunctionType
 from typing import Any
 
-import torch
 from timm.layers import AttentionPool2d, RotAttentionPool2d, SelectAdaptivePool2d
 from timm.layers import Linear as ScriptableLinear
 from timm.models import register_notrace_module
@@ -61,7 +59,6 @@ class HPMMixin(WholeLoading):
                     fresh.to(parameter.device, parameter.dtype)
                 _put_head(self, self.head_config)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that weight decay would spoil: the model's own, and the scale of the head."""
         inherited: Any = getattr(super(), "no_weight_decay", set)()
@@ -96,29 +93,18 @@ class _ProjectPooled(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns the logits (B, C) of a map `x` (B, channels, H, W), or the head's input (B, d) if `pre_logits`."""
-        x = self.attend(x, pre_logits=True)  # type: ignore[operator]
+        x = super().forward(x, pre_logits=True)  # type: ignore[misc]
         return x if pre_logits else self.proj(x)  # type: ignore[operator]
-
-
-def _named_attend(forward: Any) -> Any:
-    """Returns a copy of a pooling's forward under the name `attend`: TorchScript knows no super()."""
-    attend = FunctionType(forward.__code__, forward.__globals__, "attend", forward.__defaults__)
-    attend.__annotations__ = forward.__annotations__
-    return attend
 
 
 @register_notrace_module  # as timm's own are
 class HPMAttentionPool2d(_ProjectPooled, AttentionPool2d):
     """timm's `AttentionPool2d` with an HPM head as its projection."""
 
-    attend = _named_attend(AttentionPool2d.forward)
-
 
 @register_notrace_module
 class HPMRotAttentionPool2d(_ProjectPooled, RotAttentionPool2d):
     """timm's `RotAttentionPool2d` with an HPM head as its projection."""
-
-    attend = _named_attend(RotAttentionPool2d.forward)
 
 
 _ATTENTION_POOLS: dict[type, Any] = {

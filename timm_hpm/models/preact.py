@@ -179,7 +179,7 @@ class PreActNet(WholeLoading):
         self.head_drop = nn.Dropout(drop_rate)
         # What makes another head of the same kind, also after a time without one.
         head_config: dict[str, Any] = {"mix": mix, "ema_decay": ema_decay, "inference": inference}
-        self.head_config = head_config  # annotated in place, TorchScript would warn
+        self.head_config = head_config  # TorchScript warns of an annotated attribute
         self._set_head(num_classes, global_pool, **factory)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -218,12 +218,10 @@ class PreActNet(WholeLoading):
         self.num_classes, self.head_hidden_size = num_classes, hidden_size
         self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Returns the `HPMHead`, or an identity where the model has none."""
         return self.fc
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
 
@@ -242,19 +240,16 @@ class PreActNet(WholeLoading):
         weight = self.conv1.weight
         self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns the regular expressions by which timm groups parameters, by stage if `coarse`, else by block."""
         if coarse:
             return {"stem": r"^conv1", "blocks": r"^stages\.(\d+)"}
         return {"stem": r"^conv1", "blocks": [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that weight decay would spoil: it pulls the head's scale towards 1."""
         return {"fc.log_scale"}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Sets whether a backward pass computes the blocks anew, instead of keeping their activations.
 
@@ -305,19 +300,14 @@ class PreActNet(WholeLoading):
             AssertionError: an index out of range (by timm).
         """
         if output_fmt != "NCHW":
-            raise ValueError("output_fmt of a convolutional network: expected NCHW, got " + output_fmt)
+            raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         intermediates: list[Tensor] = []
         x = self.conv1(x)
         if 0 in take:
             intermediates.append(x)
-        # TorchScript can slice no modules, nor choose between them in an expression.
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.stages
-        else:
-            stages = self.stages[:last]
-        for level, stage in enumerate(stages, start=1):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+        for level, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
+            if self.grad_checkpointing:
                 x = checkpoint_seq(stage, x)
             else:
                 x = stage(x)

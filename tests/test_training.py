@@ -373,7 +373,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
         (part / "checkpoints" / ".epoch-00099-batch-00000000.99.tmp").mkdir()  # what a killed process leaves
         (part / ".best.99.tmp").mkdir()
         AcceleratorState._reset_state(reset_partial_state=True)
-        train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
+        train(saved_options(part), part, resume=True, log=lambda line: None)
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
         for name, tensor in whole.model.items():
             assert torch.equal(tensor, resumed.model[name]), (index, name)

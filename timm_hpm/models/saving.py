@@ -89,6 +89,8 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
             raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with "
                              "arguments that JSON can hold") from error
         config = json.loads(path.read_text(encoding="utf-8"))
+    # A resumed run gives arguments that its first part found out: equal models, equal files.
+    config["model_args"] = dict(sorted(config["model_args"].items()))
     # The published accuracies of the tag's own weights need not hold for these. A licence and an origin that are the
     # network's, or that timm gave to weights of which nobody knows whether they are here, are not those of the weights.
     others = not architecture.startswith("hpm_") or cfg.get("origin_url") == _network_origin(architecture)

@@ -3,7 +3,7 @@
 
 Run it as it is, under `accelerate launch`, or under `torchrun` (several CPU processes: Accelerate's launcher starts
 only one). Options come from --config, a YAML file, and from the command line, which goes first. Writes into --output:
-model.safetensors and config.json (the epoch of the best robust validation accuracy), args.yaml, metrics.csv, curve.png,
+model.safetensors and config.json (the epoch of the best robust validation accuracy), args.yaml, metrics.csv, curve.svg,
 checkpoints/, and warnings.txt if something is wrong. A run that was stopped goes on by `train.py --resume FOLDER`.
 """
 

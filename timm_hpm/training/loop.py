@@ -65,7 +65,7 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
     Arguments:
         config: the options.
         output: the run's folder: `model.safetensors` and `config.json` (timm's `local-dir:`), `args.yaml`,
-            `metrics.csv`, `curve.png`, `checkpoints/`.
+            `metrics.csv`, `curve.svg`, `checkpoints/`.
         resume: goes on from the newest undamaged checkpoint in `output`.
         log: takes a line for each epoch.
         progress: shows a progress bar on standard error.

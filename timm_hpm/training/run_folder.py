@@ -5,7 +5,7 @@ import filecmp
 import io
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ import yaml
 from ..data import data_source, open_split
 from ..files import remove, remove_unfinished, replacing, write_text, writing
 from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
+from ..report import svg
 from ..report.command import evaluate_command, shell_line
 from .config import FREE, TrainConfig, read_yaml
 from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
@@ -92,13 +93,13 @@ class RunFolder:
                     shutil.copyfile(kept, target)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Writes `metrics.csv`, and `curve.png` where matplotlib is installed."""
+        """Writes `metrics.csv` and `curve.svg`."""
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path / "metrics.csv", text.getvalue())
-        _draw(rows, self.path / "curve.png")
+        write_text(self.path / "curve.svg", _curve(rows))
 
     def metadata(self, model: Any) -> dict[str, str]:
         """Returns the metadata of the weights in a checkpoint of `model`."""
@@ -159,23 +160,12 @@ def measuring_command(path: Path) -> str:
         | ({"device": config.device} if config.device else {})))
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the loss and the validation accuracies over the epochs, where matplotlib is installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    accuracy = figure.subplots()
-    loss = accuracy.twinx()
-    lines = [*accuracy.plot(epochs, [100 * row["val_clean"] for row in rows], "C0", label="clean, validation"),
-             *accuracy.plot(epochs, [100 * row["val_robust"] for row in rows], "C3", label="robust (PGD), validation"),
-             *loss.plot(epochs, [row["loss"] for row in rows], "C7:", label="training loss")]
-    accuracy.set(xlabel="epoch", ylabel="accuracy in %", ylim=(0, 100))
-    loss.set(ylabel="loss in nats", ylim=(0, None))
-    accuracy.legend(handles=lines, loc="lower center")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the validation accuracies and the training loss over the epochs as an SVG file."""
+    highest = max([*(row["loss"] for row in rows), 1e-9])
+    names = {"val_clean": "clean, validation", "val_robust": "robust (PGD), validation",
+             "loss": f"training loss, % of {highest:.3g} nats"}
+    plot = svg.curves({
+        name: [svg.Point(row["epoch"], row[key] / (highest if key == "loss" else 1)) for row in rows]
+        for key, name in names.items()}, "epoch", "validation accuracies and training loss over the epochs")
+    return plot.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1)

@@ -75,42 +75,25 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # Against the reference
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(("arguments", "batch"), [
+    ({"mix": 0.0}, 40), ({"mix": 0.25}, 40), ({"mix": 1.0}, 40), ({"bias": False}, 12), ({}, 1),
+    ({"num_classes": 50}, 5),  # absent classes and a shared one
+    ({"mean": 50.0}, 40),
+])
 @pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_logits_equal_the_reference(inference, mix):
-    assert_equals_reference(fitted(mix=mix, inference=inference), torch.randn(40, 16))
-
-
-@pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_logits_equal_the_reference_without_a_bias(inference):
-    assert_equals_reference(fitted(bias=False, inference=inference), torch.randn(12, 16))
-
-
-@pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_logits_equal_the_reference_with_absent_classes_and_a_shared_one(inference):
-    head, features = fitted(num_classes=50, inference=inference), torch.randn(5, 16)
-    features[3] = features[0] + 0.01 * torch.randn(16)
-    predicted = head.fc_logits(features).argmax(dim=1)
-    assert predicted[0] == predicted[3] and len(predicted.unique()) < 5
+def test_logits_equal_the_reference(inference, arguments, batch):
+    head, features = fitted(**arguments, inference=inference), torch.randn(batch, 16)
+    if "num_classes" in arguments:
+        features[3] = features[0] + 0.01 * torch.randn(16)
+        predicted = head.fc_logits(features).argmax(dim=1)
+        assert predicted[0] == predicted[3] and len(predicted.unique()) < 5
+    if "mean" in arguments:
+        nn.init.zeros_(head.weight[:, 0])
+        features = (50 + features).relu()
     assert_equals_reference(head, features)
-
-
-@pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_logits_equal_the_reference_for_a_batch_of_one(inference):
-    assert_equals_reference(fitted(inference=inference), torch.randn(1, 16))
-
-
-@pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_logits_equal_the_reference_for_features_with_a_large_common_mean(inference):
-    head = fitted(mean=50.0, inference=inference)
-    nn.init.zeros_(head.weight[:, 0])
-    features = (50 + torch.randn(40, 16)).relu()
-    assert_equals_reference(head, features)
-
-
-def test_an_empty_batch_has_no_logits():
-    for mode in INFERENCE_MODES:
-        assert fitted(inference=mode)(torch.zeros(0, 16)).shape == (0, 10)
+    assert head(torch.zeros(0, 16)).shape == (0, head.out_features)
+    meta = HPMHead(16, 10, inference=inference, device="meta")
+    assert meta(torch.randn(batch, 16, device="meta")).shape == (batch, 10)
 
 
 def test_soft_surrogate_equals_its_closed_form():
@@ -174,7 +157,7 @@ def test_the_dataset_mode_decides_as_one_linear_layer():
     assert torch.equal(head(features).argmax(dim=1), linear.argmax(dim=1))
 
 
-@pytest.mark.parametrize("mix", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("mix", [0.1, 0.25, 0.5, 1.0])
 def test_sample_mode_answers_as_the_fc_where_its_class_is_near_enough(mix):
     head, z = fitted(inference="sample", mix=mix), torch.randn(500, 16)
     predicted = head.fc_logits(z).argmax(dim=1)
@@ -183,12 +166,7 @@ def test_sample_mode_answers_as_the_fc_where_its_class_is_near_enough(mix):
     others = distances.scatter(1, predicted[:, None], float("inf")).amin(dim=1)
     agrees = head(z).argmax(dim=1) == predicted
     assert torch.equal(agrees, own * (1 - mix) ** 2 <= others)
-    assert agrees.any() and not agrees.all()
-
-
-def test_sample_mode_with_full_mixing_answers_as_the_fc():
-    head, features = fitted(inference="sample", mix=1.0), torch.randn(500, 16)
-    assert torch.equal(head(features).argmax(dim=1), head.fc_logits(features).argmax(dim=1))
+    assert agrees.any() and agrees.all() == (mix == 1)
 
 
 @pytest.mark.parametrize("inference", INFERENCE_MODES)
@@ -290,15 +268,16 @@ def test_weights_without_prototypes_leave_none_of_other_weights():
 # Prototypes
 
 
-def test_update_prototypes_sets_first_then_averages_in_closed_form():
-    head = HPMHead(3, 4, ema_decay=0.9)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9, 1.0])
+def test_update_prototypes_sets_first_then_averages_in_closed_form(ema_decay):
+    head = HPMHead(3, 4, ema_decay=ema_decay)
     batches = [(torch.randn(12, 3), torch.arange(12) % 3) for _ in range(4)]
     expected = torch.zeros(4, 3, dtype=torch.float64)
     for step, (z, labels) in enumerate(batches):
         head.update_prototypes(z, labels)
         for c in range(3):
             mean = z[labels == c].double().mean(dim=0)
-            expected[c] = mean if step == 0 else 0.9 * expected[c] + 0.1 * mean
+            expected[c] = mean if step == 0 else ema_decay * expected[c] + (1 - ema_decay) * mean
         torch.testing.assert_close(head.prototypes.double(), expected, rtol=1e-6, atol=1e-6)
     assert head.num_updates.tolist() == [4, 4, 4, 0]
     assert torch.equal(head.prototypes[3], torch.zeros(3))
@@ -313,14 +292,6 @@ def test_a_class_that_comes_late_is_set_and_the_others_stay():
     assert torch.equal(head.prototypes[0], before)
     torch.testing.assert_close(head.prototypes, torch.stack([early.mean(dim=0), late.mean(dim=0)]))
     assert head.num_updates.tolist() == [1, 1]
-
-
-@pytest.mark.parametrize(("ema_decay", "expected"), [(0.0, [5.0, 5.0]), (1.0, [1.0, 1.0])])
-def test_the_ends_of_ema_decay(ema_decay, expected):
-    head = HPMHead(2, 1, ema_decay=ema_decay)
-    for value in (1.0, 5.0):
-        head.update_prototypes(torch.full((1, 2), value), torch.tensor([0]))
-    assert head.prototypes[0].tolist() == expected
 
 
 def test_sums_of_two_half_batches_update_as_the_whole_batch():
@@ -400,13 +371,6 @@ def test_bad_arguments_are_refused(kwargs, message):
         HPMHead(**{"in_features": 3, "num_classes": 2, **kwargs})
 
 
-def test_a_mode_set_by_hand_is_checked_when_it_is_used():
-    head = fitted()
-    head.inference = "bach"
-    with pytest.raises(ValueError, match="expected one of batch, sample, dataset, fc"):
-        head(torch.randn(2, 16))
-
-
 def test_config_makes_another_head_of_the_kind():
     head = HPMHead(3, 2, mix=0.3, ema_decay=0.8, inference="sample")
     assert HPMHead(3, 2, **head.config()).config() == head.config()
@@ -419,9 +383,6 @@ def test_find_head_finds_the_one_head():
     assert find_head(nn.Sequential(nn.Flatten(), nn.Sequential(head))) is head
     # One head in two places is one head.
     assert find_head(nn.ModuleDict({"a": head, "b": head})) is head
-
-
-def test_find_head_refuses_none_and_several():
     with pytest.raises(ValueError, match="Linear has no HPM head"):
         find_head(nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"2 HPM heads, at 0, 1\.0"):
@@ -440,14 +401,13 @@ def test_head_mode_switches_and_restores_also_after_an_exception():
     with pytest.raises(KeyError), head_mode(model, "fc"):
         raise KeyError
     assert head.inference == "sample"
-
-
-def test_head_mode_refuses_an_unknown_mode_and_leaves_the_head():
-    head = HPMHead(3, 2, inference="sample")
     with pytest.raises(ValueError, match="'soft'; expected one of batch, sample, dataset, fc"), \
-            head_mode(head, "soft"):
+            head_mode(model, "soft"):
         pass
     assert head.inference == "sample"
+    head.inference = "bach"  # by hand
+    with pytest.raises(ValueError, match="expected one of batch, sample, dataset, fc"):
+        head(torch.randn(2, 3))
 
 
 # Copies, files, precision and compilers
@@ -596,11 +556,6 @@ def test_the_head_forms_nothing_larger_than_its_prototypes_and_logits():
         with LargestTensor() as largest:
             head(features).sum().backward()
         assert largest.numel <= max(batch * num_classes, num_classes * width, batch * width)
-
-
-@pytest.mark.parametrize("inference", INFERENCE_MODES)
-def test_a_head_on_the_meta_device_says_the_shape(inference):
-    assert HPMHead(16, 10, inference=inference, device="meta")(torch.randn(4, 16, device="meta")).shape == (4, 10)
 
 
 compilers = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -71,37 +71,27 @@ def test_prototypes_are_the_class_means_at_any_batch_size(digits, batch_size):
 
 @pytest.mark.parametrize("fitted_before", [False, True])
 @pytest.mark.parametrize("threat", [LINF, ThreatModel("L2", 0.5)], ids=str)
-def test_with_a_threat_prototypes_are_the_means_of_clean_and_adversarial_features(digits, threat, fitted_before):
-    model, loader = pixel_net(), batches(digits, 100)
+@pytest.mark.parametrize("make", [lambda: pixel_net(), lambda: timm.create_model("hpm_wrn10_2", num_classes=10).eval()],
+                         ids=["pixels", "timm"])
+def test_with_a_threat_prototypes_are_the_means_of_clean_and_adversarial_features(digits, make, threat, fitted_before):
+    model, loader = make(), batches(digits, 100)
     if fitted_before:
         # The attack goes through the FC classifier all the same.
-        find_head(model).set_prototypes(torch.randn(10, 24))
+        find_head(model).set_prototypes(torch.randn(10, find_head(model).in_features))
     before = copy.deepcopy(model)
     torch.manual_seed(5)
     fit = fit_prototypes(model, loader, threat, attack_steps=3)
 
     torch.manual_seed(5)
+    pixel_model = before if isinstance(before, nn.Sequential) else PixelModel(before)
     with head_mode(before, "fc"):
-        attacked = torch.cat([pgd(before, images, labels, threat, steps=3) for images, labels in loader])
+        attacked = torch.cat([pgd(pixel_model, images, labels, threat, steps=3) for images, labels in loader])
     z = torch.cat([features(before, digits[0]), features(before, attacked)])
     expected = class_means(z, torch.cat([digits[1], digits[1]]))
     assert (find_head(model).prototypes - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert torch.equal(fit.counts, 2 * digits[1].bincount(minlength=10))
     clean = class_means(features(before, digits[0]), digits[1])
     assert (expected - clean).abs().max() > 1e-3
-
-
-def test_a_timm_model_is_attacked_in_pixels(digits):
-    model = timm.create_model("hpm_wrn10_2", num_classes=10).eval()
-    before = copy.deepcopy(model)
-    torch.manual_seed(5)
-    fit_prototypes(model, [digits], LINF, attack_steps=2)
-    torch.manual_seed(5)
-    with head_mode(before, "fc"):
-        attacked = pgd(PixelModel(before), *digits, LINF, steps=2)
-    z = torch.cat([features(before, digits[0]), features(before, attacked)])
-    expected = class_means(z, torch.cat([digits[1], digits[1]]))
-    assert (find_head(model).prototypes - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("log_scale", [-120.0, 3.0, 100.0, float("nan")])
@@ -283,10 +273,13 @@ def nothing(images: Tensor, labels: Tensor):
     (labels_too_few, r"labels have the shape \(239,\)"),
     (classes_missing, r"no image of 2 of the 10 classes \(\[3, 7\] first\)"),
     (nothing, "no image of 10 of the 10 classes"),
+    (lambda *tensors: [tensors], "features are not finite"),
 ])
 def test_a_bad_loader_is_refused_and_leaves_the_model_as_it_was(digits, loader, message, fitted_before):
     model = pixel_net(inference="dataset").train()
-    if fitted_before:
+    if message == "features are not finite":
+        nn.init.constant_(model[1].bias, float("inf"))
+    elif fitted_before:
         fit_prototypes(model, [(digits[0].flip(0), digits[1])])
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -306,20 +299,6 @@ def test_a_bad_held_out_loader_is_refused_and_leaves_the_model_as_it_was(digits,
     with pytest.raises(ValueError, match=message):
         fit_prototypes(model, [digits], held_out=held_out(*digits))
     assert same_tensors(model.state_dict(), before) and not find_head(model)._forward_pre_hooks
-
-
-def test_features_that_are_not_finite_are_refused(digits):
-    model = pixel_net()
-    nn.init.constant_(model[1].bias, float("inf"))
-    before = copy.deepcopy(find_head(model).state_dict())
-    with pytest.raises(ValueError, match="features are not finite"):
-        fit_prototypes(model, [digits])
-    assert same_tensors(find_head(model).state_dict(), before)
-
-
-def test_a_model_without_an_hpm_head_is_refused(digits):
-    with pytest.raises(ValueError, match="Sequential has no HPM head"):
-        fit_prototypes(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [digits])
 
 
 def test_a_batchnorm_that_was_frozen_in_train_mode_stays_frozen(digits):

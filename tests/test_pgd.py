@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_hpm import ThreatModel, pgd
+from timm_hpm.attacks import apgd, cross_entropy, fab, margin_loss, square_search
 
 LINF, L2 = ThreatModel("Linf", 0.1), ThreatModel("L2", 0.3)
 both = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
@@ -163,3 +164,28 @@ def test_labels_may_be_of_any_integer_dtype_and_the_threat_a_text(dtype):
     found = [pgd(model, images, of_some_dtype, threat, random_start=False)
              for of_some_dtype, threat in ((labels, LINF), (labels.to(dtype), str(LINF)))]
     assert torch.equal(*found) and not torch.equal(found[0], images)
+
+
+@pytest.mark.parametrize("labels", [torch.ones(20, dtype=torch.bool), torch.ones(20), torch.ones(20, 2).long(),
+                                    torch.ones(1).long()])
+def test_labels_that_are_no_class_indices_are_refused(labels):
+    with pytest.raises(ValueError, match=r"labels have the shape .*; expected \(20,\) class indices"):
+        pgd(linear(), interior_images(), labels, LINF)
+
+
+@both
+def test_every_attack_reads_the_text_of_a_threat(threat):
+    model, clean, labels = linear(3), interior_images(), torch.arange(20) % 3
+
+    def margin(rows, x):
+        return margin_loss(model(x), labels[rows])
+
+    for attack in (
+            lambda threat: apgd(model, clean, labels, threat, 3, cross_entropy(labels)).largest,
+            lambda threat: fab(model, clean, labels, (labels + 1) % 3, threat, 3),
+            lambda threat: square_search(margin, torch.arange(20), clean, threat, 3)):
+        found = []
+        for given in (threat, str(threat)):
+            torch.manual_seed(0)
+            found.append(attack(given))
+        assert torch.equal(*found) and not torch.equal(found[0], clean)

@@ -40,7 +40,7 @@ def apgd(
         logits_fn: Callable[[Tensor], Tensor],
         clean: Tensor,
         labels: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         iterations: int,
         loss_fn: Callable[[Tensor], Tensor],
         start: Tensor | None = None,
@@ -51,11 +51,12 @@ def apgd(
         logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
         clean: (R, ...), pixels in [0, 1].
         labels: (R,), class indices.
-        threat: what the adversary may do.
+        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
         iterations: number of steps, at least 1.
         loss_fn: logits (R, C) to what is to grow, (R,).
         start: (R, ...), where to start; None means at a random point on the surface of the ball.
     """
+    threat = ThreatModel.of(threat)
     ball = _Ball(clean, threat)
     x = (ball.random_start() if start is None else start.clone()).clamp_(0, 1)
     loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels)

@@ -29,7 +29,7 @@ def fab(
         clean: Tensor,
         labels: Tensor,
         targets: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         iterations: int,
 ) -> Tensor:
     """Returns the nearest points found (R, ...) that are misclassified, the clean image where none was.
@@ -41,9 +41,10 @@ def fab(
         clean: (R, ...), pixels in [0, 1].
         labels: (R,), class indices.
         targets: (R,), the classes towards whose boundary to go; a point of any wrong class counts.
-        threat: gives the norm; how large its ball is makes no difference.
+        threat: a threat model or its text; gives the norm; how large its ball is makes no difference.
         iterations: number of steps, at least 1.
     """
+    threat = ThreatModel.of(threat)
     found, x = clean, clean
     nearest = torch.full_like(labels, math.inf, dtype=clean.dtype)
     both = torch.stack([clean, clean])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import ask, check_weights, checked_integer
+from ..data import ask, check_weights, checked_integer, class_indices
 from ..threat import ThreatModel
 
 
@@ -29,7 +29,7 @@ def pgd(
     Arguments:
         logits_fn: pixels (B, ...) in [0, 1] to logits (B, C).
         images: clean pixels (B, ...) in [0, 1].
-        labels: (B,), class indices.
+        labels: (B,), class indices, of any integer dtype.
         threat: what the adversary may do, or a text such as `"Linf:8/255"`.
         steps: number of steps, at least 1.
         step_size: in units of the pixel range; None means 2.5·eps/steps, at most 1.25·eps.
@@ -41,7 +41,7 @@ def pgd(
     checked_integer("steps", steps, 1)
     if isinstance(logits_fn, nn.Module):
         check_weights(logits_fn)
-    threat, labels = ThreatModel.of(threat), labels.long()
+    threat, labels = ThreatModel.of(threat), class_indices(labels, len(images))
     size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()

@@ -24,7 +24,7 @@ def square_search(
         margin_fn: Callable[[Tensor, Tensor], Tensor],
         rows: Tensor,
         clean: Tensor,
-        threat: ThreatModel,
+        threat: ThreatModel | str,
         queries: int,
 ) -> Tensor:
     """Returns the points (R, ...) of largest margin that random changes find; an image that is fooled is left alone.
@@ -34,9 +34,10 @@ def square_search(
             fooled where that is not negative.
         rows: (R,), what `margin_fn` knows the images by.
         clean: (R, channels, H, W), pixels in [0, 1].
-        threat: what the adversary may do.
+        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
         queries: changes to try on each image; the start costs one more.
     """
+    threat = ThreatModel.of(threat)
     search: _Search = (_LinfSearch if threat.norm == "Linf" else _L2Search)(clean, threat.eps)
     found = search.points.clone()
     margin = margin_fn(rows, found)

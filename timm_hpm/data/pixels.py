@@ -200,11 +200,8 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
                              "one of an array)")
     if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
-                         "(N, channels, height, width) in floating point, each above 0")
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
-                         f"({len(images)},) class indices, one an image")
-    labels = labels.long()  # few operations know the unsigned types
+                         "(N, channels, height, width) in floating point, each above 0; bytes divided by 255")
+    labels = class_indices(labels, len(images))
     lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
     excess = torch.maximum(-lowest, highest - 1)
     bad = ~(excess <= max(1e-6, 2 * torch.finfo(images.dtype).eps))  # NaN is neither below nor above
@@ -220,6 +217,14 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
             raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
                              f"the model has the classes 0 to {num_classes - 1}")
     return images.clamp(0, 1) if (excess > 0).any() else images
+
+
+def class_indices(labels: Tensor, images: int) -> Tensor:
+    """Returns `labels` as int64, which all operations know; raises a ValueError unless they are (images,) integers."""
+    if labels.shape != (images,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({images},) "
+                         "class indices, one an image")
+    return labels.long()
 
 
 def checked_integer(name: str, value: int, least: int) -> int:

@@ -1,7 +1,12 @@
-"""A surrogate and an attack of a user's own, from outside the package, run by the entry point like ours."""
+"""A surrogate, an attack and a training objective of a user's own, from outside the package, run like ours."""
+
+import argparse
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -9,6 +14,8 @@ import timm_hpm
 from timm_hpm.evaluation import ATTACKS, Attack, Budget
 from timm_hpm.functional import l2_logits
 from timm_hpm.surrogates import SURROGATES, Surrogate, soft_logits
+from timm_hpm.training import OBJECTIVES, Objective, TrainConfig, train
+from timm_hpm.training.config import add_arguments
 
 NUM_DIGITS = 16
 
@@ -53,3 +60,43 @@ def test_a_registered_attack_finds_the_points_that_it_says(model, digits, plugin
     right = timm_hpm.judge(model, found["fc/corner"], labels, 16)
     assert report.correct["fc/corner"] == "".join("1" if one else "0" for one in right)
     assert set(report.correct) == {"clean", "fc/corner", "true/corner"}
+
+
+@pytest.mark.parametrize("prototype_features", ["adversarial", "both"])
+def test_a_registered_objective_trains_by_its_own_attack_and_loss(prototype_features, tmp_path, monkeypatch):
+    crafted, answered = [], []
+
+    def corner(attack, images, labels):
+        """The corner of the ball of largest pixels, and the step size as the options give it."""
+        crafted.append((images, attack.threat.project(images + attack.threat.eps, images), attack.step_size))
+        return crafted[-1][1]
+
+    def squared_error(answers, labels, options):
+        answered.append(len(answers))
+        return sum(F.mse_loss(hpm.softmax(dim=1), F.one_hot(labels, hpm.shape[1]).float()) for _, hpm, _ in answers)
+
+    monkeypatch.setitem(OBJECTIVES, "corner", Objective("corner", squared_error, corner, uses_clean=True))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    config = TrainConfig(**vars(parser.parse_args(
+        ["--objective", "corner", "--device", "cpu", "--pretrained", "--epochs", "1", "--val-attack-steps", "1",
+         "--batch-size", "350", "--lr", "0.01", "--prototype-features", prototype_features])))
+    kept = train(config, tmp_path / "run", log=lambda line: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert answered == [2] * len(crafted) == [2] * 3 and 0 < kept["loss"] < 0.2
+    for clean, adversarial, step_size in crafted:
+        assert step_size == 2.5 * 0.1 / 10 and torch.equal(adversarial, (clean + 0.1).clamp(max=1))
+    trained = load_file(tmp_path / "run" / "model.safetensors")["conv1.weight"]
+    assert not torch.equal(trained, timm.create_model("hpm_wrn10_2", pretrained=True).conv1.weight)
+
+
+def test_a_registered_objective_without_an_attack_trains_and_fits_on_clean_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "error", Objective(
+        "error", lambda answers, labels, options: F.multi_margin_loss(answers[0][2], labels), craft=None))
+    options = {"device": "cpu", "epochs": 1, "val_attack_steps": 1, "batch_size": 350, "prototype_epoch": 0}
+    kept = {}
+    for name in ("error", "clean"):
+        kept[name] = train(TrainConfig(objective=name, lr=1e-9, **options), tmp_path / name, log=lambda line: None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    heads = [load_file(tmp_path / name / "model.safetensors")["fc.prototypes"] for name in kept]
+    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-3)

@@ -30,7 +30,7 @@ from timm_hpm.head import head_name
 from timm_hpm.training import Run, TrainConfig, train
 from timm_hpm.training.config import read_yaml
 from timm_hpm.training.health import epoch_signs, kept_signs
-from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
+from timm_hpm.training.objectives import LossOptions, away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
 from timm_hpm.training.run_folder import saved_options
 from timm_hpm.training.schedules import constant, cosine, one_cycle
@@ -80,23 +80,24 @@ def test_the_objectives_in_closed_form():
         return math.log(1 + math.exp(-a))
 
     mean = (softplus(2) + 0.5 * softplus(1)) / 1.5
-    assert cross_entropy(answers(2.0, 1.0), labels, 0.5).item() == pytest.approx(mean)
-    assert cross_entropy(answers(2.0, 1.0), labels, 0.0).item() == pytest.approx(softplus(2))
+    assert cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.5)).item() == pytest.approx(mean)
+    assert cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.0)).item() == pytest.approx(softplus(2))
     smoothed = 0.9 * softplus(2) + 0.1 * (softplus(2) + softplus(-2)) / 2
-    assert cross_entropy(answers(2.0, 1.0), labels, 0.0, 0.1).item() == pytest.approx(0.95 * softplus(2)
-                                                                                      + 0.05 * softplus(-2))
+    assert cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.0, 0.1)).item() == pytest.approx(
+        0.95 * softplus(2) + 0.05 * softplus(-2))
     assert smoothed == pytest.approx(0.95 * softplus(2) + 0.05 * softplus(-2))
     p, q = (1 / (1 + math.exp(-a)) for a in (2.0, -1.0))
     divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     clean, adversarial = answers(2.0, 0.0), answers(-1.0, 0.0)
     assert kl_divergence(adversarial[1], clean[1]).item() == pytest.approx(2 * divergence, rel=1e-5)
     assert away_from(clean[1])(adversarial[1], labels).item() == pytest.approx(2 * divergence, rel=1e-5)
-    assert trades(clean, adversarial, labels, 6.0, 0.0).item() == pytest.approx(softplus(2) + 6 * divergence, rel=1e-5)
+    assert trades([clean, adversarial], labels, LossOptions(0.0, 0.0, 6.0)).item() == pytest.approx(
+        softplus(2) + 6 * divergence, rel=1e-5)
     # The FC classifier's two answers are alike: its divergence is 0.
-    assert trades(clean, adversarial, labels, 6.0, 0.5).item() == pytest.approx(
+    assert trades([clean, adversarial], labels, LossOptions(0.5, 0.0, 6.0)).item() == pytest.approx(
         (softplus(2) + 6 * divergence + 0.5 * softplus(0)) / 1.5, rel=1e-5)
     # A head that answers as its FC classifier has that classifier's loss, whatever the weight.
-    assert cross_entropy(answers(2.0, 2.0), labels, 0.7).item() == pytest.approx(softplus(2))
+    assert cross_entropy([answers(2.0, 2.0)], labels, LossOptions(0.7)).item() == pytest.approx(softplus(2))
 
 
 def test_pgd_climbs_the_loss_that_it_is_given():

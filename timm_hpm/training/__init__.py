@@ -2,6 +2,7 @@
 
 from .config import TrainConfig
 from .loop import Run, train
+from .objectives import OBJECTIVES, LossOptions, Objective, TrainingAttack
 from .signals import Stopped
 
-__all__ = ["Run", "Stopped", "TrainConfig", "train"]
+__all__ = ["OBJECTIVES", "LossOptions", "Objective", "Run", "Stopped", "TrainConfig", "TrainingAttack", "train"]

@@ -6,7 +6,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -30,7 +30,7 @@ TRACKERS: typing.Final = ("tensorboard", "wandb")
 _MOST_BYTES: typing.Final = 2**20
 
 
-def _option(default: Any, group: str, about: str, *flags: str, choices: tuple[str, ...] = ()) -> Any:
+def _option(default: Any, group: str, about: str, *flags: str, choices: Collection[str] = ()) -> Any:
     """Returns a dataclass field that also says how the command line shows it."""
     return field(default=default, metadata={"group": group, "about": about, "flags": flags, "choices": choices})
 

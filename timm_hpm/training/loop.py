@@ -39,7 +39,7 @@ from .average import AveragedModel
 from .config import FREE, TrainConfig
 from .distributed import average_, num_processes, process_index, reduced
 from .health import epoch_signs, kept_signs
-from .objectives import Answers, away_from, cross_entropy, trades
+from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
 from .recovery import Checkpoint
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
@@ -152,6 +152,8 @@ class Run:
         self.model.to(accelerator.device)
         self.config = broadcast_object_list([in_effect(config, self.model, self.data)])[0]
         self.threat = ThreatModel.parse(str(self.config.threat))
+        self.objective = OBJECTIVES[config.objective]
+        self.loss_options = LossOptions(config.fc_loss_weight, config.smoothing, config.trades_beta)
         self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process,
                                 model_args=size_argument(config))
         if config.channels_last:
@@ -270,11 +272,7 @@ class Run:
         self._set_mode(training=True)
         with accelerator.accumulate(self.trained):
             answers: list[Answers] = self.trained(*batches)
-            if config.objective == "trades":
-                loss = trades(answers[0], answers[1], labels, config.trades_beta, config.fc_loss_weight,
-                              config.smoothing)
-            else:
-                loss = cross_entropy(answers[-1], labels, config.fc_loss_weight, config.smoothing)
+            loss = self.objective.loss(answers, labels, self.loss_options)
             mean = self._checked(loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.clip_grad is not None:
@@ -291,20 +289,16 @@ class Run:
         return mean
 
     def _attacked(self, images: Tensor, labels: Tensor) -> list[Tensor]:
-        """Returns what is learned from: clean images (B, ...), adversarial ones, or the clean and the adversarial."""
-        config = self.config
-        if config.objective == "clean":
+        """Returns the batches to learn from: clean images (B, ...), adversarial ones, or clean and adversarial ones."""
+        config, craft = self.config, self.objective.craft
+        if craft is None:
             return [images]
         self._set_mode(training=False)
-        logits = partial(self.trunk.surrogate_logits, self._surrogate())
-        loss = None
+        attack = TrainingAttack(partial(self.trunk.surrogate_logits, self._surrogate()), self.threat,
+                                config.attack_steps, config.attack_step_size)
         with self.accelerator.autocast(), inputs_only(self.trunk):
-            if config.objective == "trades":
-                with torch.no_grad():
-                    loss = away_from(logits(images))
-            adversarial = pgd(logits, images, labels, self.threat, steps=config.attack_steps,
-                              step_size=config.attack_step_size, loss=loss)
-        return [images, adversarial] if config.objective == "trades" or config.prototype_features == "both" \
+            adversarial = craft(attack, images, labels)
+        return [images, adversarial] if self.objective.uses_clean or config.prototype_features == "both" \
             else [adversarial]
 
     def after_update(self, sums: list[tuple[Tensor, Tensor]]) -> None:
@@ -354,7 +348,7 @@ class Run:
         loader = DataLoader(Subset(self.data.plain_train, rows), **options)
         held_out = DataLoader(self.data.val, **options)
         fit_prototypes(PixelModel(model), self._until_asked(loader),
-                       self.threat if config.objective != "clean" else None, held_out=self._until_asked(held_out),
+                       self.threat if self.objective.craft is not None else None, held_out=self._until_asked(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
         for tensor in find_head(model).state_dict().values():
             tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts

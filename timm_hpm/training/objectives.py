@@ -1,36 +1,102 @@
-"""What adversarial training minimises, and what its attack maximises.
+"""Training objectives: each one object, with the attack that crafts its images and the loss that it minimises.
 
-Every objective is a weighted mean over the HPM head's logits and its FC classifier's: the head's assignment is the FC
-classifier's prediction, which must not be forgotten. Of a head that answers as its FC classifier it is that
-classifier's own loss.
+The losses here are weighted means over the HPM head's logits and its FC classifier's: the head assigns images to
+prototypes by the FC classifier's prediction, so that classifier must keep learning. If the head predicts by its FC
+classifier alone, both parts are that classifier's loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..attacks import pgd
+from ..threat import ThreatModel
 
 Answers = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), FC logits (B, C)
 
 
-def cross_entropy(answers: Answers, labels: Tensor, fc_weight: float, smoothing: float = 0.0) -> Tensor:
-    """Returns the mean cross-entropy of the HPM logits (weight 1) and the FC logits (weight `fc_weight`), in nats.
+@dataclass(frozen=True)
+class TrainingAttack:
+    """The attack of a training step: a surrogate of the model in eval mode, and the options of PGD.
 
-    `labels` (B,) are class indices; `smoothing` in [0, 1) gives that much of their weight to all classes alike.
+    Arguments:
+        logits: pixels (B, channels, H, W) in [0, 1] to the surrogate's logits (B, C).
+        threat: the threat model to train for.
+        steps: PGD steps, at least 1.
+        step_size: in units of pixels in [0, 1]; None means PGD's default.
     """
-    return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=smoothing), answers, fc_weight)
+
+    logits: Callable[[Tensor], Tensor]
+    threat: ThreatModel
+    steps: int
+    step_size: float | None = None
+
+    def pgd(self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Returns adversarial images (B, ...) by PGD on a `loss` of logits and labels; None means cross-entropy."""
+        return pgd(self.logits, images, labels, self.threat, steps=self.steps, step_size=self.step_size, loss=loss)
 
 
-def trades(clean: Answers, adversarial: Answers, labels: Tensor, beta: float, fc_weight: float,
-           smoothing: float = 0.0) -> Tensor:
-    """Returns the clean cross-entropy plus `beta` times the KL divergence of the adversarial answers from the clean.
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of the losses.
 
-    Source: Zhang et al., arXiv 1901.08573; with both of the head's classifiers, see `cross_entropy`.
+    Arguments:
+        fc_weight: weight of the FC classifier's loss; the HPM head's is 1.
+        smoothing: label smoothing in [0, 1), the weight that all classes share equally.
+        trades_beta: weight of the divergence in `trades`.
     """
+
+    fc_weight: float = 1.0
+    smoothing: float = 0.0
+    trades_beta: float = 6.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training objective.
+
+    Arguments:
+        name: the value of the option `objective`.
+        loss: returns the scalar to minimise, of the answers to each batch that is learned from (clean images, if the
+            objective or the prototypes use them; then adversarial images, if there is an attack), the labels (B,), and
+            the options.
+        craft: returns adversarial images (B, ...) for an attack, clean images (B, ...) and labels (B,); None trains on
+            clean images alone.
+        uses_clean: whether the loss uses the answers to the clean images.
+    """
+
+    name: str
+    loss: Callable[[Sequence[Answers], Tensor, LossOptions], Tensor]
+    craft: Callable[[TrainingAttack, Tensor, Tensor], Tensor] | None = TrainingAttack.pgd
+    uses_clean: bool = False
+
+
+def cross_entropy(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+    """Returns the mean cross-entropy (nats) of the last batch: of the HPM logits, and of the FC logits."""
+    return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=options.smoothing), answers[-1],
+                      options.fc_weight)
+
+
+def trades(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+    """Returns the clean cross-entropy plus β times the KL divergence of the adversarial answers from the clean ones.
+
+    Source: Zhang et al., arXiv 1901.08573; for both of the head's classifiers.
+    """
+    clean, adversarial = answers
     divergence = _over_both(lambda logits, reference: kl_divergence(logits, reference) / len(labels), adversarial,
-                            fc_weight, clean)
-    return cross_entropy(clean, labels, fc_weight, smoothing) + beta * divergence
+                            options.fc_weight, clean)
+    return cross_entropy([clean], labels, options) + options.trades_beta * divergence
+
+
+def craft_trades(attack: TrainingAttack, images: Tensor, labels: Tensor) -> Tensor:
+    """Returns images (B, ...) that maximise the divergence from the clean logits, by one forward pass more than PGD."""
+    with torch.no_grad():
+        reference = attack.logits(images)
+    return attack.pgd(images, labels, away_from(reference))
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -51,4 +117,12 @@ def _over_both(loss: Callable[..., Tensor], answers: Answers, fc_weight: float, 
     return total / (1 + fc_weight)
 
 
-OBJECTIVES: Final = ("pgd-at", "trades", "clean")
+#: The objectives by name. An objective of one's own is one more entry.
+OBJECTIVES: Final = {
+    objective.name: objective
+    for objective in (
+        Objective("pgd-at", cross_entropy),
+        Objective("trades", trades, craft_trades, uses_clean=True),
+        Objective("clean", cross_entropy, craft=None),
+    )
+}

@@ -12,7 +12,8 @@ from . import models  # registers the models
 from .attacks import pgd
 from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
-from .evaluation import Budget, NonFiniteLogitsError, judge, mixed_surrogate_attack, rejudge
+from .evaluation import PROTOCOLS, Budget, NonFiniteLogitsError, Protocol, judge, mixed_surrogate_attack, rejudge
+from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
 from .prototypes import PrototypeFit, fit_prototypes
@@ -28,6 +29,7 @@ inference_mode = head_mode
 
 __all__ = [
     "INFERENCE_MODES",
+    "PROTOCOLS",
     "AttackReport",
     "Budget",
     "CheckpointError",
@@ -36,8 +38,10 @@ __all__ = [
     "NonFiniteLogitsError",
     "NormalisationWarning",
     "PixelModel",
+    "Protocol",
     "PrototypeFit",
     "ThreatModel",
+    "TooLargeError",
     "UnfittedHeadWarning",
     "UnsupportedHeadError",
     "add_hpm_head",
@@ -64,7 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only those who push, pull or write cards pay for the import of what that needs.
+    # Imported on first use: both need huggingface_hub's slow imports.
     if name in ("cards", "hub"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from timm_hpm.console import run_command
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, first_images, normalisation_of
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Budget
 from timm_hpm.evaluation.judge import saved_protocol
-from timm_hpm.evaluation.neighbours import BATCH_SIZES, check_co_batch
+from timm_hpm.evaluation.neighbours import BATCH_SIZES, check_neighbours
 from timm_hpm.evaluation.protocols import as_budget
 from timm_hpm.evaluation.robustbench import AUTHORS_FIELDS, parse_known, save_model_info
 from timm_hpm.evaluation.sweep import SWEEP, own_mode, parse_radii, save_sweep, sweep, sweep_markdown
@@ -91,15 +91,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--attacks", type=_names, help=f"comma-separated, of {', '.join(ATTACKS)} (the protocol's)")
     group.add_argument("--budget", nargs="+", default=[], metavar="ATTACK=N",
                        help="iterations, and with an x the number of targets, or of rounds: apgd-ce=50 apgd-t=50x4 "
-                            "joint-rest=25x40 (the protocol's)")
+                            "joint-subset=25x40 (the protocol's)")
     group.add_argument("--survivors-only", action="store_true",
                        help="attack an image no more once it is broken: faster where much is, and the rows of single "
                             "attacks become those of a cascade, as AutoAttack's are")
-    group.add_argument("--co-batch", type=_sizes, metavar="N,N",
+    group.add_argument("--neighbours", type=_sizes, metavar="N,N",
                        help="also ask what neighbours in batches of these sizes do, in batch mode, to an image that is "
                             f"left untouched; none: do not ask (by standard and fast: those of "
                             f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep do not ask)")
-    group.add_argument("--co-batch-mix", type=_fractions, metavar="X,X",
+    group.add_argument("--neighbours-mix", type=_fractions, metavar="X,X",
                        help="do that for these values of the head's mix (its own)")
     group.add_argument("--surrogates-at-once", type=int, metavar="N",
                        help="surrogates attacked side by side: N times the memory, faster for small nets (5 for images "
@@ -219,13 +219,13 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
     names = split.class_names or class_names(model)
     if args.inference:
         timm_hpm.find_head(model)
-    co_batch = args.co_batch
-    if co_batch is None:
+    neighbours = args.neighbours
+    if neighbours is None:
         changed = args.protocol == "custom" or args.surrogates or args.attacks or args.budget or args.survivors_only
-        co_batch = [] if changed or radii else [
+        neighbours = [] if changed or radii else [
             size for size in BATCH_SIZES if size <= min(len(images), args.batch_size)]
-    if args.co_batch or args.co_batch_mix:
-        check_co_batch(co_batch, args.co_batch_mix, len(images))
+    if args.neighbours or args.neighbours_mix:
+        check_neighbours(neighbours, args.neighbours_mix, len(images))
         check_asks_batches(model, args.inference or [own_mode(model)])
     at_once = args.surrogates_at_once
     if at_once is None:
@@ -244,8 +244,8 @@ def evaluate(args: argparse.Namespace, budgets: dict[str, Budget], output: Path,
             protocol="standard" if args.protocol == "custom" else args.protocol, batch_size=args.batch_size,
             surrogates=args.surrogates, attacks=args.attacks, budgets=budgets,
             survivors_only=args.survivors_only, mean=args.mean, std=args.std,
-            surrogates_at_once=at_once, seed=args.seed, progress=True, co_batch=co_batch,
-            co_batch_mixes=args.co_batch_mix,
+            surrogates_at_once=at_once, seed=args.seed, progress=True, neighbours=neighbours,
+            neighbours_mixes=args.neighbours_mix,
             about={"model": args.model, "weights": weights_of(model, args), "dataset": args.dataset,
                    "split": args.split, "options": {
                        name: value for name, value in _options(args).items()
@@ -289,20 +289,20 @@ def idle_note(num_images: int, batch_size: int, processes: int) -> str:
 
 
 def check_asks_batches(model: torch.nn.Module, modes: list[str]) -> None:
-    """Raises a ValueError where --co-batch has nothing to ask in any of the modes; names those where it has not."""
+    """Raises a ValueError where --neighbours has nothing to ask in any of the modes; names those where it has not."""
     others = [mode for mode in modes if mode != "batch"]
     if others == modes or not timm_hpm.find_head(model).is_fitted():
-        raise ValueError("--co-batch asks what neighbours in a batch do, and here they do nothing (inference mode "
+        raise ValueError("--neighbours asks what neighbours in a batch do, and here they do nothing (inference mode "
                          f"{', '.join(modes)}); it needs a fitted HPM head and --inference batch")
     if others:
-        print(f"--co-batch is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
+        print(f"--neighbours is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
 
 # What a run was called with; and what only the command line says: an options.json may be a stranger's, and these name
 # other folders and files, some of them to write.
 _OPTIONS = "options.json"
 _NOT_SAVED = ("resume", "rejudge", "output", "compare", "robustbench_json", "robustbench_info", "dataset_download")
-_COMMA_SEPARATED = ("inference", "surrogates", "attacks", "co_batch", "co_batch_mix")
+_COMMA_SEPARATED = ("inference", "surrogates", "attacks", "neighbours", "neighbours_mix")
 
 
 def begin(args: argparse.Namespace, output: Path) -> bool:
@@ -367,7 +367,7 @@ def _as_arguments(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         value = [f"{key}={part!r}" for key, part in value.items()]
     elif isinstance(value, list) and name in _COMMA_SEPARATED:
-        value = ",".join(map(str, value)) or ("none" if name == "co_batch" else "")
+        value = ",".join(map(str, value)) or ("none" if name == "neighbours" else "")
     if isinstance(value, list):
         return [option, *map(str, value)] if value else []
     return [f"{option}={value}"]

@@ -45,7 +45,7 @@ from timm_hpm.evaluation.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, open_split_for, usable_device
 from timm_hpm.report import TRUE_MODEL, data_digest, weights_digest
-from timm_hpm.report.verdicts import right_in_all
+from timm_hpm.report.metrics import right_in_all
 
 Logits = Callable[[Tensor], Tensor]
 NORMS = {"Linf": math.inf, "L2": 2}
@@ -228,7 +228,7 @@ def find_missed(
     split = AttackedModel(pixel_model, images[:size].to(device))
     targets: dict[str, Logits] = {TRUE_MODEL: pixel_model} | {
         name: lambda x, name=name: split.logits(name, split.features(x)) for name in split.default_surrogates()
-        if name != split.twin()}
+        if name != split.exact_surrogate()}
     runs = attackers(threat, protocol["num_classes"], budgets)
     missed: dict[str, dict[str, list[int]]] = {target: {attacker: [] for attacker in runs} for target in targets}
 

@@ -48,7 +48,7 @@ from timm_hpm.evaluation.judge import as_row
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.report import weights_digest
-from timm_hpm.report.verdicts import right_in_all
+from timm_hpm.report.metrics import right_in_all
 
 NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
 

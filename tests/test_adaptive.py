@@ -13,7 +13,7 @@ from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack, report_markdo
 from timm_hpm.evaluation import ATTACKS, Budget, joint
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Notes
-from timm_hpm.evaluation.neighbours import co_batch_attack
+from timm_hpm.evaluation.neighbours import measure_neighbours
 from timm_hpm.evaluation.sweep import sweep
 from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
 
@@ -59,34 +59,34 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
             return split.logits("ste", split.features(points)).argmax(dim=1) != labels
 
     first = ATTACKS["joint"].run(AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20), Notes())
-    sought = ~torch.stack([wrong(points) for points in first.split(40)]).any(dim=0)
+    victims = ~torch.stack([wrong(points) for points in first.split(40)]).any(dim=0)
     start = 0.9 * images
-    batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
+    batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, victims=victims)
     torch.manual_seed(0)
-    found = ATTACKS["joint-rest"].run(batch, THREAT, Budget(40), Notes())
-    assert sought.sum() > 10 and any((wrong(points) & sought).any() for points in found.split(40))
+    found = ATTACKS["joint-subset"].run(batch, THREAT, Budget(40), Notes())
+    assert victims.sum() > 10 and any((wrong(points) & victims).any() for points in found.split(40))
     for points in found.split(40):
         assert (THREAT.distance(points, images) <= THREAT.eps + 1e-6).all()
         assert points.min() >= 0 and points.max() <= 1
         assert (points != images).flatten(1).any(dim=1).all(), "the others move for their sake"
-    nothing = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=torch.zeros_like(sought))
-    assert torch.equal(ATTACKS["joint-rest"].run(nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
+    nothing = AttackBatch(split, ["soft", "ste"], images, labels, start=start, victims=torch.zeros_like(victims))
+    assert torch.equal(ATTACKS["joint-subset"].run(nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
 
 
 def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model, digits):
     # So what one protocol found by other candidates than another one does not make their rounds differ.
     images, labels = digits
     split = AttackedModel(timm_hpm.PixelModel(model), images)
-    sought = torch.arange(40) % 4 > 0
+    victims = torch.arange(40) % 4 > 0
 
-    def found(start: torch.Tensor, sought: torch.Tensor) -> torch.Tensor:
-        batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, sought=sought)
+    def found(start: torch.Tensor, victims: torch.Tensor) -> torch.Tensor:
+        batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, victims=victims)
         torch.manual_seed(0)
-        return ATTACKS["joint-rest"].run(batch, THREAT, Budget(5), Notes())
+        return ATTACKS["joint-subset"].run(batch, THREAT, Budget(5), Notes())
 
-    first = found(images, sought)
-    assert torch.equal(first, found(0.9 * images, sought))
-    assert not torch.equal(first, found(images, ~sought))
+    first = found(images, victims)
+    assert torch.equal(first, found(0.9 * images, victims))
+    assert not torch.equal(first, found(images, ~victims))
 
 
 def moved_otherwise(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -119,9 +119,9 @@ def test_surrogates_side_by_side_ascend_as_each_does_alone(model, digits):
 
 
 def test_softened_errors_are_those_of_the_sigmoid_and_keep_a_gradient_far_away():
-    margins, sought = torch.tensor([[-2.0, 0.5, 3.0], [1.0, -1.0, 0.0]]), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
-    number = (margins.sigmoid() * sought).sum(dim=1)
-    assert torch.allclose(joint.softened_errors(margins, sought), number.log())
+    margins, victims = torch.tensor([[-2.0, 0.5, 3.0], [1.0, -1.0, 0.0]]), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
+    number = (margins.sigmoid() * victims).sum(dim=1)
+    assert torch.allclose(joint.softened_errors(margins, victims), number.log())
     far = torch.tensor([[-900.0, -901.0, 5.0]], requires_grad=True)
     joint.softened_errors(far, torch.tensor([[True, True, False]])).sum().backward()
     assert torch.allclose(far.grad, torch.tensor([[math.e, 1.0, 0.0]]) / (math.e + 1), atol=1e-3)
@@ -132,20 +132,20 @@ def test_who_is_drawn_hangs_little_on_who_else_is_left():
     left, fewer = torch.ones(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)
     fewer[0] = False
     drawn = []
-    for sought in (left, fewer):
+    for victims in (left, fewer):
         torch.manual_seed(0)
-        drawn.append(joint.a_few(sought, margin))
+        drawn.append(joint.choose_victims(victims, margin))
     assert drawn[0].sum() == drawn[1].sum() == 20 and (drawn[0] & drawn[1]).sum() >= 18
 
 
 def test_a_round_is_for_a_few_of_those_that_are_nearest_to_an_error():
-    sought, margin = torch.arange(50) % 5 > 0, -torch.arange(50.0)
-    nearest = set(sought.nonzero().squeeze(1)[:20].tolist())
-    drawn = [set(joint.a_few(sought, margin).nonzero().squeeze(1).tolist()) for _ in range(50)]
+    victims, margin = torch.arange(50) % 5 > 0, -torch.arange(50.0)
+    nearest = set(victims.nonzero().squeeze(1)[:20].tolist())
+    drawn = [set(joint.choose_victims(victims, margin).nonzero().squeeze(1).tolist()) for _ in range(50)]
     assert all(len(some) == 4 and some <= nearest for some in drawn)
     assert set.union(*drawn) == nearest, "in the long run each of them"
     one = torch.zeros(50, dtype=torch.bool).index_fill(0, torch.tensor([7]), True)
-    assert torch.equal(joint.a_few(one, margin), one)
+    assert torch.equal(joint.choose_victims(one, margin), one)
 
 
 def test_the_soft_assignment_becomes_the_head_s_own_as_it_cools(model, digits):
@@ -205,29 +205,29 @@ def test_neighbours_flip_what_the_closed_form_says_they_can():
     # the other's is 0.55. Mixed half and half with 0.2 and 0.8: 0.11 + 0.22/n and 0.675, and 0.45 is nearer to the
     # second.
     model, images, labels = two_classes(0.5)
-    rows = co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), num_targets=0)
-    assert [row["neighbours"] for row in rows] == ["reshuffled", "chosen", "adversarial"]
+    rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), num_targets=0)
+    assert [row["kind"] for row in rows] == ["reshuffled", "chosen", "adversarial"]
     assert rows[0]["targets"] == 24 and rows[1]["targets"] >= 16 and 8 <= rows[1]["flipped"] <= rows[2]["flipped"]
     # Without the batch's means nobody has a say.
     for mix in (0.0, 0.5):
         model, images, labels = two_classes(mix)
-        rows = co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,))
+        rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,))
         assert all(row["flipped"] == 0 and row["mix"] == 0.0 for row in rows) and model[1].mix == mix
 
 
 def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, digits):
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    rows = co_batch_attack(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
+    rows = measure_neighbours(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(rows) == 2 * 2 * 3 and {row["batch_size"] for row in rows} == {10, 40}
     assert all(0 <= row["flipped"] <= row["targets"] for row in rows)
-    few, many = (sum(row["flipped"] for row in rows if row["mix"] == mix and row["neighbours"] == "adversarial")
+    few, many = (sum(row["flipped"] for row in rows if row["mix"] == mix and row["kind"] == "adversarial")
                  for mix in (0.25, 0.9))
     assert few < many
     assert timm_hpm.find_head(model).mix == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    again = co_batch_attack(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
+    again = measure_neighbours(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
     assert rows == again
 
 
@@ -237,7 +237,7 @@ def test_neighbours_of_a_model_that_draws_leave_the_random_state_alone(digits):
     images, labels = (part[:10] for part in digits)
     state, found = torch.get_rng_state(), []
     for _ in range(2):
-        found.append(co_batch_attack(model, images, labels, THREAT, batch_sizes=[5], num_targets=4))
+        found.append(measure_neighbours(model, images, labels, THREAT, batch_sizes=[5], num_targets=4))
         assert torch.equal(torch.get_rng_state(), state)
     assert found[0] == found[1]
 
@@ -246,52 +246,52 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     images, labels = digits[0][:12], digits[1][:12]
     plain = mixed_surrogate_attack(model, images, labels, THREAT, **options)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,), co_batch_mixes=(0.9,))
-    assert [row["neighbours"] for row in report.co_batch] == ["reshuffled", "chosen", "adversarial"]
-    assert report.correct == plain.correct and not plain.co_batch
+    report = mixed_surrogate_attack(model, images, labels, THREAT, **options, neighbours=(4,), neighbours_mixes=(0.9,))
+    assert [row["kind"] for row in report.neighbours] == ["reshuffled", "chosen", "adversarial"]
+    assert report.correct == plain.correct and not plain.neighbours
     report.save(tmp_path / "report.json")
     assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
-    row = report.co_batch[1]
+    row = report.neighbours[1]
     assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
     assert "Neighbours in the batch" not in report_markdown(plain)
-    asked = {"co_batch": (4,), "co_batch_mixes": (0.9,)}
+    asked = {"neighbours": (4,), "neighbours_mixes": (0.9,)}
     options["finished"] = tmp_path / "report.json"
-    with pytest.raises(ValueError, match=r"report of another run \(co_batch: \[4\] there, \[6\] now\)"):
-        mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked | {"co_batch": (6,)})
-    with pytest.raises(ValueError, match=r"co_batch_mixes: \[0.9\] there, None now"):
+    with pytest.raises(ValueError, match=r"report of another run \(neighbours: \[4\] there, \[6\] now\)"):
+        mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked | {"neighbours": (6,)})
+    with pytest.raises(ValueError, match=r"neighbours_mixes: \[0.9\] there, None now"):
         mixed_surrogate_attack(model, images, labels, THREAT, **options)
     assert mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked) == report
     del options["finished"]
     with timm_hpm.head_mode(model, "sample"):
-        assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, co_batch=(4,)).co_batch
+        assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, neighbours=(4,)).neighbours
 
 
 @pytest.mark.parametrize(("mode", "sizes", "message"), [
     ("batch", (1,), "a batch size is 1; expected 2 to the number of images, 40"),
     ("batch", (41,), "a batch size is 41; expected 2 to the number of images, 40"),
-    ("sample", (10,), "this model's answers depend on none; expected one with a fitted HPM head in batch mode"),
+    ("sample", (10,), "expected a fitted HPM head in batch mode"),
 ])
 def test_what_has_no_neighbours_is_refused(model, digits, mode, sizes, message):
     with timm_hpm.head_mode(model, mode), pytest.raises(ValueError, match=message):
-        co_batch_attack(model, *digits, THREAT, batch_sizes=sizes)
+        measure_neighbours(model, *digits, THREAT, batch_sizes=sizes)
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"mixes": (2.0,)}, r"a mix is 2\.0; expected a number in \[0, 1\]"),
     ({"mixes": (0.5, -3.0)}, r"a mix is -3\.0; expected a number in \[0, 1\]"),
     ({"mixes": (float("nan"),)}, "a mix is nan"),
-    ({"mixes": ()}, "a co-batch attack is given no mixes; expected at least one"),
-    ({"batch_sizes": ()}, "a co-batch attack is given no batch sizes; expected at least one"),
+    ({"mixes": ()}, "neighbours: no mixes are given; expected at least one"),
+    ({"batch_sizes": ()}, "neighbours: no batch sizes are given; expected at least one"),
     ({"num_targets": -1}, "num_targets is -1; expected at least 0"),
 ])
-def test_arguments_that_make_no_co_batch_attack_are_refused(options, message):
+def test_arguments_that_make_no_measure_neighbours_are_refused(options, message):
     model, images, labels = two_classes(0.5)
     with pytest.raises(ValueError, match=message):
-        co_batch_attack(model, images, labels, ThreatModel("Linf", 0.01), **{"batch_sizes": (6,)} | options)
+        measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), **{"batch_sizes": (6,)} | options)
 
 
-@pytest.mark.parametrize("options", [{"co_batch": (41,)}, {"co_batch": (10,), "co_batch_mixes": (2.0,)},
-                                     {"co_batch_mixes": (0.5,)}])
+@pytest.mark.parametrize("options", [{"neighbours": (41,)}, {"neighbours": (10,), "neighbours_mixes": (2.0,)},
+                                     {"neighbours_mixes": (0.5,)}])
 def test_neighbours_that_cannot_be_are_refused_in_every_mode_before_anything_is_attacked(model, digits, options,
                                                                                          tmp_path):
     with pytest.raises(ValueError, match=r"a batch size is 41|a mix is 2\.0|no batch sizes"):

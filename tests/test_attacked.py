@@ -17,7 +17,7 @@ NUM_DIGITS = 40
 
 THREAT = ThreatModel("Linf", 0.15)
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
-         "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2, rounds=2)}
+         "apgd-chain": Budget(2), "joint": Budget(2), "joint-subset": Budget(2, rounds=2)}
 
 
 class Flattening(nn.Module):

@@ -146,9 +146,9 @@ RUNS = {
               "apgd-ce=3", "--survivors-only", "--surrogates-at-once", "1", "--model-kwargs", "mix=0.3",
               "--inference", "sample"],
     "folder": ["--dataset", "folder", "--data-dir", "my 'data' $x", "--checkpoint", "w `e`.safetensors",
-               "--num-classes", "4", "--threat", "L2:0.5", "--attacks", "apgd-t,joint-rest", "--inference", "batch",
-               "--budget", "apgd-t=3x2", "joint-rest=2x3", "--num-images", "0", "-b", "5", "--seed", "7",
-               "--co-batch", "4", "--co-batch-mix", "0.25,1", "--mean", "-0.1", "--std", "0.7"],
+               "--num-classes", "4", "--threat", "L2:0.5", "--attacks", "apgd-t,joint-subset", "--inference", "batch",
+               "--budget", "apgd-t=3x2", "joint-subset=2x3", "--num-images", "0", "-b", "5", "--seed", "7",
+               "--neighbours", "4", "--neighbours-mix", "0.25,1", "--mean", "-0.1", "--std", "0.7"],
 }
 
 
@@ -163,8 +163,8 @@ def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, 
     assert evaluate.main([*options, "--device", "cpu", "--output", "run"]) == 0
     report = timm_hpm.AttackReport.load("run/report.json")
     again = evaluated(Path("run/report.md").read_text(encoding="utf-8"))
-    assert (again.correct, again.baseline_correct, again.assembled, again.co_batch) == (
-        report.correct, report.baseline_correct, report.assembled, report.co_batch)
+    assert (again.correct, again.baseline_correct, again.assembled, again.neighbours) == (
+        report.correct, report.baseline_correct, report.assembled, report.neighbours)
     model = evaluate.load_model(evaluate.parse_args([*options, "--device", "cpu"]), None)
     timm_hpm.find_head(model).inference = report.protocol["inference"]
     if "--mean" in options:  # which other users of these weights must know, too
@@ -174,7 +174,7 @@ def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, 
         model.pretrained_cfg.update(mean=(-0.1,))
     timm_hpm.hub.save(model, "a 'model'", report=report)
     again = evaluated(Path("a 'model'/README.md").read_text(encoding="utf-8"))
-    assert (again.correct, again.co_batch) == (report.correct, report.co_batch)
+    assert (again.correct, again.neighbours) == (report.correct, report.neighbours)
 
 
 def test_training_settings_and_class_names_stay_with_weights_and_nobody_else_s_licence_does(tmp_path):

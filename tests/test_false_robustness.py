@@ -29,7 +29,7 @@ from timm_hpm.report import FLAGS
 
 THREAT = ThreatModel("Linf", 0.1)
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
-           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-rest": Budget(5, rounds=2)}
+           "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-subset": Budget(5, rounds=2)}
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def guarded(lost: str, mode: str, images: torch.Tensor) -> nn.Module:
 
 
 TINY = {"apgd-ce": Budget(3), "apgd-t": Budget(2, targets=2), "fab-t": Budget(2, targets=2), "square": Budget(5),
-        "apgd-chain": Budget(2), "joint": Budget(2), "joint-rest": Budget(2, rounds=2)}
+        "apgd-chain": Budget(2), "joint": Budget(2), "joint-subset": Budget(2, rounds=2)}
 
 
 @pytest.mark.parametrize(("lost", "survivors_only"), [("answers", False), ("features", False), ("features", True)])
@@ -343,7 +343,7 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
     few = tuple(part[:7] for part in digits)
     model = guarded(lost, "batch", few[0])
     arguments = {"survivors_only": survivors_only, "batch_size": 4, "budgets": TINY, "attacks": list(TINY),
-                 "co_batch": [4], "save_adversarial": tmp_path / "x.safetensors", "resume": tmp_path / "progress"}
+                 "neighbours": [4], "save_adversarial": tmp_path / "x.safetensors", "resume": tmp_path / "progress"}
     report = mixed_surrogate_attack(model, *few, THREAT, **arguments)
     assert report.clean_accuracy > 0.7 and report.robust_accuracy == 0 == report.assembled_robust_accuracy
     assert {flag.name for flag in report.flags} - {"zero-loss-gradient"} == {"non-finite-logits"} and report.unreliable
@@ -353,7 +353,7 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
     assert survivors_only or "ste/apgd-ce: in the search, the surrogate's logits are not finite for 7 " in texts
     assert timm_hpm.rejudge(model, tmp_path / "x.safetensors").items() <= report.verdicts.items()
     # What adversarial neighbours do to an image that is not touched.
-    flipped = {row["neighbours"]: (row["flipped"], row["targets"]) for row in report.co_batch}["adversarial"]
+    flipped = {row["kind"]: (row["flipped"], row["targets"]) for row in report.neighbours}["adversarial"]
     assert lost == "answers" or flipped[0] == flipped[1] > 0
     assert {example.predicted for example in report.examples} == {-1}
     assert "answered not finite; found by" in report_page(report)
@@ -588,7 +588,7 @@ def test_what_square_alone_broke_is_counted():
     assert "(on fc) broke 3 of the 86 images that the attacks with gradients left" in flag.text
     assert verdict_flag(rows | {"ste/apgd-t": "1" * 12 + "0" + "1" * 87}) is None
     # In these rows an image may stand where Square has brought it.
-    for ours in ("ste/joint", "ste/joint-rest#2"):
+    for ours in ("ste/joint", "ste/joint-subset#2"):
         assert verdict_flag(rows | {ours: "0" * 100}) == flag
     chain = rows | {"ste/apgd-chain": "0" * 100}
     assert verdict_flag(chain) is None and verdict_flag(chain, survivors_only=True) == flag

@@ -283,7 +283,7 @@ def test_configurations_of_training(tmp_path, counts):
 def test_arguments_of_the_attack(model, counts):
     images, labels = timm_hpm.load_split("digits", "val").tensors
     arguments = st.sampled_from(["threat", "protocol", "batch_size", "surrogates", "attacks", "budgets", "seed",
-                                 "about", "surrogates_at_once", "co_batch", "co_batch_mixes"])
+                                 "about", "surrogates_at_once", "neighbours", "neighbours_mixes"])
 
     def check(drawn: tuple[str, Any]) -> str:
         name, value = drawn

@@ -35,9 +35,9 @@ def report() -> AttackReport:
                 for i, clean in enumerate([torch.rand(1, 8, 8), torch.rand(3, 32, 32), torch.rand(3, 300, 200),
                                            torch.rand(5, 9, 9)])]
     flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
-    neighbours = [{"batch_size": 10, "mix": 0.9, "neighbours": kind, "targets": 48, "flipped": flipped}
+    neighbours = [{"batch_size": 10, "mix": 0.9, "kind": kind, "targets": 48, "flipped": flipped}
                   for kind, flipped in (("reshuffled", 2.4), ("adversarial", 31))]
-    return dataclasses.replace(committed, examples=examples, flags=flags, co_batch=neighbours)
+    return dataclasses.replace(committed, examples=examples, flags=flags, neighbours=neighbours)
 
 
 def test_the_page_holds_the_report_s_numbers(report):

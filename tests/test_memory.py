@@ -68,7 +68,7 @@ def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error
 
 
 OPTIONS = {"attacks": ["apgd-ce", "joint"], "surrogates": ["fc", "ste"], "batch_size": 3,
-           "budgets": {"apgd-ce": Budget(2), "joint": Budget(2), "joint-rest": Budget(2)}}
+           "budgets": {"apgd-ce": Budget(2), "joint": Budget(2), "joint-subset": Budget(2)}}
 THREAT = ThreatModel("Linf", 0.15)
 
 
@@ -156,7 +156,7 @@ def evaluate(num_images, folder=None, **options):
 
 
 BUDGETS = {"apgd-ce": Budget(1), "apgd-t": Budget(1, 1), "fab-t": Budget(1, 1), "square": Budget(1),
-           "apgd-chain": Budget(1), "joint": Budget(1), "joint-rest": Budget(1, rounds=2)}
+           "apgd-chain": Budget(1), "joint": Budget(1), "joint-subset": Budget(1, rounds=2)}
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = Net().eval()

@@ -40,7 +40,7 @@ NUM_DIGITS = 24
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3, rounds=12)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, rounds=12)}
 
 
 def linear_problem(num_classes: int, num_images: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -316,9 +316,9 @@ class Run:
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
 COMPONENTS = tuple(PROTOCOLS["autoattack"].attacks)
 ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
-    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-rest"].rows(12))}
+    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(12))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
-          "apgd-chain": Budget(10), "joint": Budget(20), "joint-rest": Budget(20, rounds=12)}
+          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, rounds=12)}
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda at_once: f"{at_once} at once")
@@ -376,7 +376,7 @@ def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
     order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
              for surrogate in names[i:i + at_once]]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
-    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-rest"].rows(12))
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(12))
               for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
@@ -678,9 +678,9 @@ def test_infinite_logits_are_an_error(digits):
     ({"protocol": None}, r"unknown protocol None; expected some of standard, fast"),
     ({"protocol": 5}, r"unknown protocol 5"),
     ({"surrogates": 5}, r"surrogates is 5; expected a list of names"),
-    ({"co_batch": 10}, r"the batch sizes 10; expected a list"),
-    ({"co_batch": [2.5]}, r"a batch size is 2.5, of the type float"),
-    ({"co_batch": [10], "co_batch_mixes": [None]}, r"a mix is None"),
+    ({"neighbours": 10}, r"the batch sizes are 10; expected a list"),
+    ({"neighbours": [2.5]}, r"a batch size is 2.5, of the type float"),
+    ({"neighbours": [10], "neighbours_mixes": [None]}, r"a mix is None"),
     ({"resume": 5}, r"resume is 5, of the type int; expected a path"),
     ({"accelerator": 2}, r"accelerator is 2, of the type int; expected an Accelerator"),
     ({"about": 5}, r"about is a int; expected a dictionary"),
@@ -828,11 +828,11 @@ def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
 
 def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
     images, labels = (part[:4] for part in digits)
-    report = mixed_surrogate_attack(digits_model, images, labels, THREAT, attacks=["joint-rest"],
-                                    budgets={"joint-rest": Budget(3, rounds=2)})
-    assert report.protocol["attacks"] == {"joint-rest": {"iterations": 3, "rounds": 2}}
-    assert "joint-rest iterations 3, rounds 2" in report_markdown(report)
-    fast = PROTOCOLS["fast"].changed(budgets={"joint-rest": Budget(3)})
-    assert fast.attacks["joint-rest"] == Budget(3, rounds=30), "none given are those of the protocol"
-    with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-rest is run in rounds"):
+    report = mixed_surrogate_attack(digits_model, images, labels, THREAT, attacks=["joint-subset"],
+                                    budgets={"joint-subset": Budget(3, rounds=2)})
+    assert report.protocol["attacks"] == {"joint-subset": {"iterations": 3, "rounds": 2}}
+    assert "joint-subset iterations 3, rounds 2" in report_markdown(report)
+    fast = PROTOCOLS["fast"].changed(budgets={"joint-subset": Budget(3)})
+    assert fast.attacks["joint-subset"] == Budget(3, rounds=30), "none given are those of the protocol"
+    with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-subset is run in rounds"):
         mixed_surrogate_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})

@@ -32,7 +32,7 @@ NUM_DIGITS = 8
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
-         "joint-rest=6x3", "--co-batch", "5"]
+         "joint-subset=6x3", "--neighbours", "5"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
 # what is assembled of all of them.
 STEPS = 4 * (2 * 4 + 2 + 3 + 1)
@@ -69,7 +69,7 @@ def check_same(folder: Path, other: Path) -> None:
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
     assert candidates[0].keys() == candidates[1].keys()
     assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + 3) + 1
-    assert [row["neighbours"] for row in reports[0].co_batch] == ["reshuffled", "chosen", "adversarial"]
+    assert [row["kind"] for row in reports[0].neighbours] == ["reshuffled", "chosen", "adversarial"]
     assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
                                                         "adversarial.safetensors", "options.json"}
@@ -303,7 +303,7 @@ def test_options_of_another_program_are_refused_and_stay(tmp_path, text):
     ("survivors_only", "yes"), ("save_adversarial", 1), ("pretrained", "false"), ("protocol", "quick"),
     ("surrogates", "fc"), ("surrogates", [1]), ("attacks", {"apgd-ce": 1}), ("budget", "apgd-ce=1"),
     ("budget", [["a"]]),
-    ("co_batch", 5), ("co_batch", ["5"]), ("co_batch_mix", [None]), ("inference", [[]]), ("threat", 0.1),
+    ("neighbours", 5), ("neighbours", ["5"]), ("neighbours_mix", [None]), ("inference", [[]]), ("threat", 0.1),
     ("model_kwargs", {"a=b": "c=d"}), ("device", {}), ("num_images", 1e400),
 ])
 def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
@@ -318,7 +318,7 @@ def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
 def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
     words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
              "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square", "--budget", "square=5",
-             "apgd-t=3x2", "--survivors-only", "--co-batch", "none", "--co-batch-mix", "0.5,1",
+             "apgd-t=3x2", "--survivors-only", "--neighbours", "none", "--neighbours-mix", "0.5,1",
              "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "-3", "--device", "cpu", "--save-adversarial"]
     given = evaluate._options(evaluate.parse_args(words))
     (tmp_path / "options.json").write_text(json.dumps(given))
@@ -428,7 +428,7 @@ def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, 
 def kept_run(model, digits, tmp_path_factory) -> Path:
     """A folder of progress with candidates and neighbours: two batches, two steps and what is assembled of them."""
     folder = tmp_path_factory.mktemp("kept")
-    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1, "co_batch": [4]}
+    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1, "neighbours": [4]}
     mixed_surrogate_attack(model, *digits, THREAT, **options, save_adversarial=folder / "adversarial.safetensors",
                            resume=folder / "kept")
     return folder / "kept"
@@ -436,7 +436,7 @@ def kept_run(model, digits, tmp_path_factory) -> Path:
 
 def read_all(folder: Path, run: dict) -> None:
     progress = ProgressFolder(folder, run)
-    progress.load_co_batch(0)
+    progress.load_neighbours(0)
     for batch in range(2):
         for step, names in enumerate((["fc/apgd-ce"], ["ste/apgd-ce"], ["assembled"])):
             progress.load(batch, step, names)
@@ -470,14 +470,14 @@ def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):
     ("batch00001-step00", "batch00001-step02", "step 0 instead of 2, names "),
     ("seed/batch00000-step00", "batch00000-step00", "run [0-9a-f]+ instead of [0-9a-f]+"),
     ("eps/batch00001-step00", "batch00001-step00", "run [0-9a-f]+ instead of "),
-    ("eps/co-batch00", "co-batch00", "run [0-9a-f]+ instead of "),
+    ("eps/neighbours00", "neighbours00", "run [0-9a-f]+ instead of "),
 ])
 def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path, source, target, what):
-    options = QUICK | {"co_batch": [4], "batch_size": 4}
+    options = QUICK | {"neighbours": [4], "batch_size": 4}
     if "/" in source:
         threat = ThreatModel("Linf", 0.05) if source.startswith("eps/") else THREAT
         mixed_surrogate_attack(model, *digits, threat, **options, seed=1, resume=tmp_path / source.partition("/")[0])
-    ending = ".json" if "co-batch" in source else ".safetensors"
+    ending = ".json" if "neighbours" in source else ".safetensors"
     (tmp_path / "kept").mkdir()
     for path in kept_run.iterdir():
         shutil.copy(path, tmp_path / "kept")
@@ -541,15 +541,15 @@ def test_two_runs_do_not_work_in_one_folder(model, digits, tmp_path):
 
 
 def test_what_neighbours_do_is_asked_once(model, digits, tmp_path):
-    options = QUICK | {"co_batch": [4], "resume": tmp_path}
+    options = QUICK | {"neighbours": [4], "resume": tmp_path}
     report = mixed_surrogate_attack(model, *digits, THREAT, **options)
-    kept = tmp_path / "co-batch00.json"
+    kept = tmp_path / "neighbours00.json"
     record = unsealed(kept.read_text())
-    assert record["rows"] == report.co_batch
-    kept.write_text(sealed(record | {"rows": report.co_batch[:1]}))
-    assert mixed_surrogate_attack(model, *digits, THREAT, **options).co_batch == report.co_batch[:1]
+    assert record["rows"] == report.neighbours
+    kept.write_text(sealed(record | {"rows": report.neighbours[:1]}))
+    assert mixed_surrogate_attack(model, *digits, THREAT, **options).neighbours == report.neighbours[:1]
     kept.write_text("[")
-    with pytest.raises(ValueError, match=r"co-batch00.json is damaged .*remove it, and it is made again"):
+    with pytest.raises(ValueError, match=r"neighbours00.json is damaged .*remove it, and it is made again"):
         mixed_surrogate_attack(model, *digits, THREAT, **options)
 
 
@@ -568,8 +568,8 @@ def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
     report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
     standard = PROTOCOLS["standard"]
     assert standard.changed(["fc"], QUICK["attacks"], QUICK["budgets"]).digest() == report.protocol["protocol_digest"]
-    assert standard.summary()["attacks"]["joint-rest"] == {"iterations": 25, "rounds": 30}
-    more = replace(standard, attacks={**standard.attacks, "joint-rest": Budget(25, rounds=31)})
+    assert standard.summary()["attacks"]["joint-subset"] == {"iterations": 25, "rounds": 30}
+    more = replace(standard, attacks={**standard.attacks, "joint-subset": Budget(25, rounds=31)})
     assert more.digest() != standard.digest()
 
 
@@ -594,8 +594,8 @@ def test_a_budget_is_read(text, budget):
 
 @pytest.mark.parametrize("budget", [3, "3", np.int64(3), Budget(3)])
 def test_a_budget_may_be_given_as_a_number_or_a_text(budget):
-    chosen = PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget, "apgd-t": "3x2", "joint-rest": "3x2"})
-    assert [chosen.attacks[name] for name in ("apgd-ce", "apgd-t", "joint-rest")] == [
+    chosen = PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget, "apgd-t": "3x2", "joint-subset": "3x2"})
+    assert [chosen.attacks[name] for name in ("apgd-ce", "apgd-t", "joint-subset")] == [
         Budget(3), Budget(3, targets=2), Budget(3, rounds=2)]
     assert Protocol("p", {"apgd-ce": budget, "fab-t": "9x1"}).attacks == {"apgd-ce": Budget(3), "fab-t": Budget(9, 1)}
     assert timm_hpm.Budget is Budget

@@ -25,7 +25,7 @@ NUM_DIGITS = 16
 
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-rest": Budget(3, rounds=2)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, rounds=2)}
 
 
 class Colours(nn.Module):
@@ -81,7 +81,7 @@ class Casting(nn.Module):
 def test_an_hpm_model_that_casts_by_itself_is_attacked_through_every_surrogate(model, digits, dtype):
     images, casting = digits[0], Casting(model, dtype).eval()
     report = mixed_surrogate_attack(casting, images, casting(images).argmax(dim=1), THREAT, budgets=SMALL)
-    assert {"soft/joint", "ste/joint-rest#2", "ste/apgd-chain"} <= report.correct.keys()
+    assert {"soft/joint", "ste/joint-subset#2", "ste/apgd-chain"} <= report.correct.keys()
     assert report.clean_accuracy == 1 and report.robust_accuracy < 1 and not report.unreliable
 
 
@@ -156,7 +156,7 @@ def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, wri
     digits = tuple(part[:8] for part in digits)
     before = digits[0].clone()
     options = {"budgets": SMALL} if place == "module" else {
-        "budgets": TINY, "attacks": ["apgd-ce", "fab-t", "joint"], "surrogates": ["soft", "ste"], "co_batch": [4]}
+        "budgets": TINY, "attacks": ["apgd-ce", "fab-t", "joint"], "surrogates": ["soft", "ste"], "neighbours": [4]}
     found = []
     for name, model in zip(("in", "out"), pair_of(write, place), strict=True):
         file = tmp_path / f"{name}.safetensors"
@@ -350,14 +350,14 @@ def test_an_hpm_head_of_few_classes_has_all_attacks_and_neighbours(num_classes):
     model.fc.set_prototypes(torch.randn(num_classes, 8 * 36))
     images = torch.rand(8, 3, 8, 8)
     labels = model.eval()(images).argmax(dim=1)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL, co_batch=[4])
+    report = mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL, neighbours=[4])
     assert report.by_surrogate["ste"].keys() == {*SMALL, "worst"} and report.clean_accuracy == 1
-    assert {row["neighbours"] for row in report.co_batch} == {"reshuffled", "chosen", "adversarial"}
+    assert {row["kind"] for row in report.neighbours} == {"reshuffled", "chosen", "adversarial"}
 
 
 def test_a_caller_in_inference_mode_gets_the_same_report(model, digits):
     images, labels = digits
-    options = {"budgets": SMALL, "batch_size": 16, "co_batch": (4,)}
+    options = {"budgets": SMALL, "batch_size": 16, "neighbours": (4,)}
     expected = mixed_surrogate_attack(model, images, labels, THREAT, **options)
     with torch.inference_mode():
         found = mixed_surrogate_attack(model, images.clone(), labels.clone(), THREAT, **options)
@@ -373,7 +373,7 @@ def test_a_default_dtype_of_the_caller_s_does_not_matter(model, digits, norm):
         report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, 0.1), budgets=SMALL)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {"fab-t", "square", "joint", "joint-rest"} <= report.by_surrogate["ste"].keys()
+    assert {"fab-t", "square", "joint", "joint-subset"} <= report.by_surrogate["ste"].keys()
 
 
 def test_what_is_no_tensor_is_named(model, digits):

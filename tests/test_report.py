@@ -185,7 +185,7 @@ def test_a_binary_file_is_not_loaded(tmp_path):
         AttackReport.load(tmp_path / "weights.bin")
 
 
-CO_BATCH = {"batch_size": 4, "mix": 0.9, "neighbours": "chosen", "targets": 8, "flipped": 2}
+NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flipped": 2}
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
@@ -212,11 +212,11 @@ CO_BATCH = {"batch_size": 4, "mix": 0.9, "neighbours": "chosen", "targets": 8, "
     ("cost", [1], "cost is .*, expected an object"),
     ("cost", {"square": 3}, "the cost of square is 3, expected an object with seconds, forw"),
     ("cost", {"square": {"seconds": 1.5}}, "the cost of square: its forward_passes is None, .*; it is missing"),
-    ("co_batch", None, "co_batch is None, expected an array"),
-    ("co_batch", [3], "row 0 of co_batch is 3"),
-    ("co_batch", [CO_BATCH, {"a": 1}], "row 1 of co_batch: its batch_size is None"),
-    ("co_batch", [CO_BATCH | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
-    ("co_batch", [{name: CO_BATCH[name] for name in CO_BATCH if name != "neighbours"}], "its neighbours is None"),
+    ("neighbours", None, "neighbours is None, expected an array"),
+    ("neighbours", [3], "row 0 of neighbours is 3"),
+    ("neighbours", [NEIGHBOURS, {"a": 1}], "row 1 of neighbours: its batch_size is None"),
+    ("neighbours", [NEIGHBOURS | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
+    ("neighbours", [{name: NEIGHBOURS[name] for name in NEIGHBOURS if name != "neighbours"}], "its neighbours is None"),
 ])
 def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")
@@ -239,8 +239,8 @@ def test_a_report_with_a_damaged_entry_is_refused_by_name_or_can_be_shown_and_pu
     file = tmp_path / "report.json"
     whole = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
     whole["flags"], whole["examples"] = [{"name": "rough-gradient", "text": "at 3"}], whole["examples"][:1]
-    whole["co_batch"] = whole["co_batch"][:1]
-    whole["correct"] = {name: whole["correct"][name] for name in ("clean", "ste/apgd-ce", "ste/joint-rest#1")}
+    whole["neighbours"] = whole["neighbours"][:1]
+    whole["correct"] = {name: whole["correct"][name] for name in ("clean", "ste/apgd-ce", "ste/joint-subset#1")}
     rng, cfg, loaded, refused = random.Random(0), timm.get_pretrained_cfg("hpm_wrn10_2").to_dict(), 0, 0
     file.write_text(json.dumps(whole), encoding="utf-8")
     other = AttackReport.load(file)

@@ -192,9 +192,9 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, capsys):
     (["--inference", "fc,batch", "--robustbench-json", "info.json"], "--robustbench-json is of one evaluation"),
     (["--eps-sweep", "0.1"], "cannot read the radii '0.1'; expected FIRST:LAST:STEP"),
     (["--eps-sweep", "0:2:0.5"], "eps is 1.5 for Linf"),
-    (["--co-batch", "10", "--co-batch-mix", "2"], "a mix is 2.0; expected a number in [0, 1]"),
-    (["--co-batch", "none", "--co-batch-mix", "0.5"], "a co-batch attack is given no batch sizes"),
-    (["--co-batch", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
+    (["--neighbours", "10", "--neighbours-mix", "2"], "a mix is 2.0; expected a number in [0, 1]"),
+    (["--neighbours", "none", "--neighbours-mix", "0.5"], "neighbours: no batch sizes are given"),
+    (["--neighbours", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
     (["--surrogates-at-once", "0", "--output", "mended"], "surrogates_at_once is 0; expected at least 1"),
     (["--surrogates", "nope", "--save-adversarial", "--eps-sweep", "0.1:0.2:0.1"], "unknown surrogate 'nope'"),
@@ -262,11 +262,11 @@ def test_processes_without_a_batch_are_counted():
 def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, capsys):
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=1", "--inference", "fc,batch"]
     with pytest.raises(ValueError, match="a batch size is 9; expected 2 to the number of images, 8"):
-        evaluate.main([*options, "--co-batch", "9", "--output", str(tmp_path / "run")])
+        evaluate.main([*options, "--neighbours", "9", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-    assert evaluate.main([*options, "--co-batch", "4", "--output", str(tmp_path / "run")]) == 0
-    assert "--co-batch is asked in batch mode only, not in fc\n" in capsys.readouterr().err
-    asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").co_batch
+    assert evaluate.main([*options, "--neighbours", "4", "--output", str(tmp_path / "run")]) == 0
+    assert "--neighbours is asked in batch mode only, not in fc\n" in capsys.readouterr().err
+    asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").neighbours
              for mode in ("fc", "batch")}
     assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}
 
@@ -371,7 +371,7 @@ def test_the_readme_s_first_command(tmp_path):
         "apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
         "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000},
         "apgd-chain": {"iterations": 50}, "joint": {"iterations": 100},
-        "joint-rest": {"iterations": 25, "rounds": 30}}
+        "joint-subset": {"iterations": 25, "rounds": 30}}
     assert list(report.by_surrogate) == ["fc", "dataset", "soft", "ste", "mixed", "true"]
     assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
     assert report.robust_accuracy <= report.clean_accuracy

@@ -98,7 +98,7 @@ def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answ
     moved = features.clone()
     moved[1:] += 1.0
     changed = (split.logits(surrogate, features)[0] - split.logits(surrogate, moved)[0]).abs().max() > 1e-3
-    assert split.couples(surrogate) == changed
+    assert split.batch_dependent(surrogate) == changed
 
 
 @pytest.mark.parametrize("mode", INFERENCE_MODES)
@@ -106,5 +106,5 @@ def test_the_twin_answers_as_the_true_model(mode):
     head, features = problem(mode)
     model = nn.Sequential(nn.Flatten(), head).eval()
     split = AttackedModel(model, features)
-    torch.testing.assert_close(split.logits(split.twin(), split.features(features)), model(features),
+    torch.testing.assert_close(split.logits(split.exact_surrogate(), split.features(features)), model(features),
                                rtol=1e-5, atol=1e-5)

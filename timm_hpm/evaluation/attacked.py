@@ -64,26 +64,26 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     It is in float32, or in the model's own precision where it answers in no other, as one that casts in its forward.
     """
     try:
-        twin = _all_unwrapped(copy.deepcopy(model))
+        frozen = _all_unwrapped(copy.deepcopy(model))
     except torch.cuda.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied ({error}), and attacks work on a copy; keep what "
                          "has no copy, such as locks and random generators, out of the module") from error
-    for parameter in twin.eval().parameters():
+    for parameter in frozen.eval().parameters():
         # Those of a copied ScriptModule are computed.
         parameter.detach_().requires_grad_(False)
-    if all(p.dtype == torch.float32 for p in twin.parameters()):
-        return twin
-    own = copy.deepcopy(twin)
+    if all(p.dtype == torch.float32 for p in frozen.parameters()):
+        return frozen
+    own = copy.deepcopy(frozen)
     try:
         with torch.no_grad():
-            ask(twin.float(), example)
+            ask(frozen.float(), example)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception:  # of whatever operation met two precisions
         return own
-    return twin
+    return frozen
 
 
 class _HeadInput(nn.Module):
@@ -171,7 +171,7 @@ class AttackedModel:
             return features.float()
         return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
 
-    def couples(self, surrogate: str) -> bool:
+    def batch_dependent(self, surrogate: str) -> bool:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""
         return self.head is not None and self.head.inference == "batch" and SURROGATES[surrogate].batch_dependent
 
@@ -185,7 +185,7 @@ class AttackedModel:
             return ("fc", "dataset", "mixed")
         return tuple(SURROGATES)
 
-    def twin(self) -> str:
+    def exact_surrogate(self) -> str:
         """Returns the surrogate that computes the true model's own logits: without gradients the two are the same."""
         return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
 

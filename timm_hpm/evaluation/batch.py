@@ -22,8 +22,8 @@ class AttackBatch:
     its `points` row: the clean image at first, then its latest candidate. `clean_logits` (S·B, C) answer the first.
 
     Logits that are not finite tell a search nothing, and `not_finite` keeps the rows that had any. Where the surrogate
-    answers as the true model does they count as an error, for which nothing more need be sought; through another one
-    the search is to go round them, and they count as right beyond all doubt.
+    is exact they count as an error, and the image needs no further search; through another one they count as right
+    beyond all doubt, so that the search avoids them.
 
     Arguments:
         model: the split copy of the classifier.
@@ -32,7 +32,7 @@ class AttackBatch:
         labels: (B,), class indices.
         start: (B, channels, H, W), where the images stand at first; None means clean.
         active: (B,), the images to attack, which must start clean; None means all. The others stay at their start.
-        sought: (B,), the images that no attack has broken yet; None means all.
+        victims: (B,), the images that no attack has broken yet; None means all.
         on_query: called after each query, for a progress bar.
     """
 
@@ -45,7 +45,7 @@ class AttackBatch:
             *,
             start: Tensor | None = None,
             active: Tensor | None = None,
-            sought: Tensor | None = None,
+            victims: Tensor | None = None,
             on_query: Callable[[], None] = lambda: None,
     ):
         self.model = model
@@ -57,7 +57,7 @@ class AttackBatch:
         self.labels = labels.repeat(copies)
         self.rows = torch.arange(len(self.clean), device=images.device)
         self.active = self.rows if active is None else self.rows[active.repeat(copies)]
-        self.sought = torch.ones_like(labels, dtype=torch.bool) if sought is None else sought
+        self.victims = torch.ones_like(labels, dtype=torch.bool) if victims is None else victims
         self._start = images if start is None else start
         self.points = self._start.repeat(copies, 1, 1, 1)
         self.not_finite: set[int] = set()
@@ -106,10 +106,10 @@ class AttackBatch:
             return logits
         lost = ~logits.isfinite().all(dim=1)
         self.not_finite.update(rows[lost].tolist())
-        is_twin = torch.tensor([name == self.model.twin() for name in self.surrogates], device=rows.device)
-        is_twin, labels = is_twin[rows // self.size], self.labels[rows]
-        one_hot = F.one_hot(torch.where(is_twin, (labels + 1) % logits.shape[1], labels), logits.shape[1])
-        others = one_hot * torch.where(is_twin, 1.0, _BEYOND_DOUBT).unsqueeze(1)
+        is_exact = torch.tensor([name == self.model.exact_surrogate() for name in self.surrogates], device=rows.device)
+        is_exact, labels = is_exact[rows // self.size], self.labels[rows]
+        one_hot = F.one_hot(torch.where(is_exact, (labels + 1) % logits.shape[1], labels), logits.shape[1])
+        others = one_hot * torch.where(is_exact, 1.0, _BEYOND_DOUBT).unsqueeze(1)
         # A gradient there is, even if the model answers a constant.
         return torch.where(lost.unsqueeze(1), others, logits) + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
 
@@ -135,9 +135,9 @@ class AttackBatch:
         right = self.current_logits().argmax(dim=1) == self.labels
         return self.active[right[self.active]]
 
-    def couples(self) -> bool:
+    def batch_dependent(self) -> bool:
         """Returns whether some surrogate's answers depend on the rest of its batch."""
-        return any(map(self.model.couples, self.surrogates))
+        return any(map(self.model.batch_dependent, self.surrogates))
 
     def _parts(self, rows: Tensor) -> list["_Part"]:
         """Returns the parts of the ascending `rows` (R,), one for each surrogate that has some."""
@@ -145,7 +145,7 @@ class AttackBatch:
         parts = []
         for s, surrogate in enumerate(self.surrogates):
             count = ends[s + 1] - ends[s]
-            needs_others = self.model.couples(surrogate) and count < self.size
+            needs_others = self.model.batch_dependent(surrogate) and count < self.size
             if count:
                 parts.append(_Part(surrogate, count, s * self.size,
                                    rows[ends[s]:ends[s + 1]] - s * self.size if needs_others else None))

@@ -15,7 +15,7 @@ from ..attacks import margin_loss
 from ..data import ask
 from ..head import head_mode, head_name
 from ..report import TRUE_MODEL, Flag
-from ..report.verdicts import attack_of
+from ..report.metrics import attack_of
 from ..surgery import HPMMixin
 from ..threat import ThreatModel
 from .attacked import differs

@@ -88,7 +88,7 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
 
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
-    keeps_whole_batches = batch.couples()
+    keeps_whole_batches = batch.batch_dependent()
     active = labelled = batch.active
     labels = batch.labels[active]
 

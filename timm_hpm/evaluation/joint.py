@@ -55,35 +55,34 @@ def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
                             partial(torch.ones_like, dtype=torch.bool))
 
 
-def joint_rest(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
-    """Returns the candidates (S·B, ...) of the same for a few of the images that are sought: one round of it.
+def joint_subset(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+    """Returns the candidates (S·B, ...) of one round of the same ascent for a few victims.
 
-    All others move for their sake. It begins at random points of the ball, and the few are drawn from those that are
-    nearest to an error there. Where nothing is left the images stay where they stand.
+    All other images are optimised to flip the victims. The round starts at random points of the ball, and draws its
+    victims from the images that are nearest to an error there. If every image is broken, none moves.
     """
-    if not batch.sought.any():
+    if not batch.victims.any():
         return batch.points
     return _ascend_together(batch, threat, budget.iterations, threat.random_start(batch.clean),
-                            partial(a_few, batch.sought))
+                            partial(choose_victims, batch.victims))
 
 
-def a_few(sought: Tensor, margin: Tensor) -> Tensor:
-    """Returns which (B,) of the `sought` images (B,) a round is for, at least one, by their margins (B,)."""
-    # Every image draws a number, so that who is picked hangs little on who is left, and two protocols that leave the
-    # same images go on in the same way.
-    order = torch.rand(len(sought), device=sought.device)
-    rows = sought.nonzero().squeeze(1)
+def choose_victims(victims: Tensor, margin: Tensor) -> Tensor:
+    """Returns the victims (B,) of one round, at least one of `victims` (B,), by their margins (B,)."""
+    # Every image draws a number, broken or not, so that the draw depends little on the images that are left.
+    order = torch.rand(len(victims), device=victims.device)
+    rows = victims.nonzero().squeeze(1)
     nearest = rows[margin[rows].argsort(descending=True)][:math.ceil(_NEAREST * len(rows))]
     few = nearest[order[nearest].argsort()[:math.ceil(_SERVED * len(rows))]]
-    return torch.zeros_like(sought).index_fill(0, few, True)
+    return torch.zeros_like(victims).index_fill(0, few, True)
 
 
-def softened_errors(margins: Tensor, sought: Tensor) -> Tensor:
-    """Returns the logarithm (S,) of how many of the `sought` (S, B) are errors, each a sigmoid of its margin (S, B).
+def softened_errors(margins: Tensor, victims: Tensor) -> Tensor:
+    """Returns the logarithm (S,) of how many of the `victims` (S, B) are errors, each a sigmoid of its margin (S, B).
 
     Its gradient is that of the number, but for a factor that keeps it from vanishing where all are far from an error.
     """
-    return F.logsigmoid(margins).masked_fill(~sought, -math.inf).logsumexp(dim=1)
+    return F.logsigmoid(margins).masked_fill(~victims, -math.inf).logsumexp(dim=1)
 
 
 def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x: Tensor,
@@ -105,15 +104,15 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
             logits = batch.finite(batch.rows, x, torch.cat(answers))
             margins = margin_loss(logits, batch.labels).view(len(most), batch.size)
             if i == 0:
-                sought = torch.stack([choose(part) for part in margins.detach()])
+                victims = torch.stack([choose(part) for part in margins.detach()])
                 unit = margins.detach().abs().median(dim=1, keepdim=True).values.clamp(min=_SMALLEST)
-            loss = softened_errors(_STEEPNESS / unit * margins, sought).sum()
+            loss = softened_errors(_STEEPNESS / unit * margins, victims).sum()
         with torch.no_grad():
             # The head's own answer, which one of the surrogates has given already.
-            own = torch.cat([answer if name == model.twin() else model.logits(model.twin(), part)
+            own = torch.cat([answer if name == model.exact_surrogate() else model.logits(model.exact_surrogate(), part)
                              for name, part, answer in zip(batch.surrogates, features, answers, strict=True)])
-            wrong = (predicted_classes(own) != batch.labels).view_as(sought)
-            errors = (wrong & sought).sum(dim=1)
+            wrong = (predicted_classes(own) != batch.labels).view_as(victims)
+            errors = (wrong & victims).sum(dim=1)
             # The later of two: it was found nearer to the head's own assignment.
             better = (errors >= most).repeat_interleave(batch.size).view(-1, 1, 1, 1)
             best, most = torch.where(better, x, best), errors.maximum(most)

@@ -45,7 +45,7 @@ from ..report import (
     make_example,
     weights_digest,
 )
-from ..report.verdicts import attack_of, right_in_all
+from ..report.metrics import attack_of, right_in_all
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .batch import AttackBatch, Notes
@@ -61,7 +61,7 @@ from .checks import (
     verdict_flag,
 )
 from .judge import as_row, check_finite, device_of, image_name, judge, own_logits, pixel_model_for, predictions
-from .neighbours import check_co_batch, co_batch_attack
+from .neighbours import check_neighbours, measure_neighbours
 from .protocols import PROTOCOLS, Protocol, find_protocol
 from .resume import ProgressFolder, Step, check_same_run
 from .seeding import seeded
@@ -86,8 +86,8 @@ def mixed_surrogate_attack(
         std: Sequence[float] | None = None,
         surrogates_at_once: int = 1,
         seed: int = 0,
-        co_batch: Sequence[int] = (),
-        co_batch_mixes: Sequence[float] | None = None,
+        neighbours: Sequence[int] = (),
+        neighbours_mixes: Sequence[float] | None = None,
         progress: bool = False,
         save_adversarial: str | os.PathLike | None = None,
         resume: str | os.PathLike | None = None,
@@ -122,8 +122,8 @@ def mixed_surrogate_attack(
             report says which, and where they come from.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets.
         seed: of the attacks' random starts and searches; the caller's random state is left as it was.
-        co_batch: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
-            co_batch_mixes: values of its `mix` to ask for; see `co_batch_attack`. None of it enters an accuracy.
+        neighbours: batch sizes for which a head in batch mode is asked what neighbours do to an untouched image, and
+            neighbours_mixes: values of its `mix` to ask for; see `measure_neighbours`. None of it enters an accuracy.
         progress: shows a progress bar on standard error.
         save_adversarial: path of a safetensors file for images, labels, every candidate, the assembled batches and the
             protocol; `rejudge` reads it. Until it is written, the candidates lie in `resume`, or without that in a
@@ -141,9 +141,9 @@ def mixed_surrogate_attack(
         The report, with a verdict for each image and candidate.
 
     Raises:
-        ValueError: no module, bad images, labels, threat, protocol, batch size, seed, `about`, co-batch sizes or mixes,
-            names of surrogates or attacks, a model in train mode, or a `resume` folder or `finished` report of another
-            run.
+        ValueError: no module, bad images, labels, threat, protocol, batch size, seed, `about`, sizes or mixes of
+            neighbours, names of surrogates or attacks, a model in train mode, or a `resume` folder or `finished`
+            report of another run.
         NonFiniteLogitsError: the classifier answered NaN or infinity to a clean image, which the message names. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
@@ -164,8 +164,8 @@ def mixed_surrogate_attack(
     if mean is not None or std is not None:
         model = as_pixel_model(model, mean, std)
     images = check_pixels(images, labels)
-    if co_batch or co_batch_mixes is not None:
-        check_co_batch(co_batch, co_batch_mixes, len(images))
+    if neighbours or neighbours_mixes is not None:
+        check_neighbours(neighbours, neighbours_mixes, len(images))
     if save_adversarial is not None:
         writable_folder(Path(save_adversarial).parent)
     start = time.perf_counter()
@@ -183,14 +183,15 @@ def mixed_surrogate_attack(
             usable = _without_gradients(usable)
         plan = _plan(split, names, usable, surrogates_at_once, chosen)
         budget_of = {attack: chosen.attacks[attack].for_classes(subject.num_classes) for attack in usable}
-        asks_neighbours = bool(co_batch) and split.couples(split.twin())
+        asks_neighbours = bool(neighbours) and split.batch_dependent(split.exact_surrogate())
         summary = replace(chosen, surrogates=names, attacks=budget_of).summary()
         described = subject.described(images, labels, {flag.name for flag in flags}) | {
             "threat": str(threat), "batch_size": batch_size, "protocol_digest": chosen.digest(), **summary,
             "surrogates_at_once": surrogates_at_once, "seed": seed,
         }
         if asks_neighbours:
-            described |= {"co_batch": list(co_batch), "co_batch_mixes": co_batch_mixes and list(co_batch_mixes)}
+            described |= {"neighbours": list(neighbours),
+                          "neighbours_mixes": neighbours_mixes and list(neighbours_mixes)}
         whole_protocol = about | described
         if finished is not None and Path(finished).exists():
             report = AttackReport.load(finished)
@@ -198,10 +199,10 @@ def mixed_surrogate_attack(
             return report
 
         with _progress_folder(resume, save_adversarial, described, accelerator) as folder:
-            asked = [(size, mix) for mix in co_batch_mixes or [find_head(model).mix] for size in co_batch
+            asked = [(size, mix) for mix in neighbours_mixes or [find_head(model).mix] for size in neighbours
                      ] if asks_neighbours else []
-            neighbours = [(number, subject.neighbours(images, labels, threat, number, *asked[number], folder))
-                          for number in range(rank, len(asked), processes)]
+            neighbour_rows = [(number, subject.neighbours(images, labels, threat, number, *asked[number], folder))
+                              for number in range(rank, len(asked), processes)]
             run = _Run(subject, threat, plan, budget_of,
                        survivors_only=chosen.survivors_only,
                        with_baseline=split.head is not None and "fc" in names and not chosen.survivors_only,
@@ -214,7 +215,7 @@ def mixed_surrogate_attack(
             earlier = [run.earlier_seconds]
             if accelerator is not None:
                 steps = sorted(gather_object(steps), key=lambda batch: batch[0])
-                neighbours = sorted(gather_object(neighbours), key=lambda one: one[0])
+                neighbour_rows = sorted(gather_object(neighbour_rows), key=lambda one: one[0])
                 earlier = gather_object(earlier)
             if save_adversarial is not None and rank == 0:
                 run.save_candidates(save_adversarial, images, labels, whole_protocol)
@@ -224,8 +225,8 @@ def mixed_surrogate_attack(
         correct = _in_order(judged, names)
         if split.head is not None:
             # Without gradients an attack on the surrogate that computes the true model's logits is one on that model.
-            correct |= {f"{TRUE_MODEL}/{attack}": correct[f"{split.twin()}/{attack}"] for attack in usable
-                        if not ATTACKS[attack].needs_gradient and f"{split.twin()}/{attack}" in correct}
+            correct |= {f"{TRUE_MODEL}/{attack}": correct[f"{split.exact_surrogate()}/{attack}"] for attack in usable
+                        if not ATTACKS[attack].needs_gradient and f"{split.exact_surrogate()}/{attack}" in correct}
         answers = torch.tensor([answer for step in found for answer in step.answers])
         flags = [*clean_flags(answers, labels.cpu(), subject.num_classes), *flags]
         flags += [*_noted_flags(found), *_not_finite_flags(found)]
@@ -236,7 +237,7 @@ def mixed_surrogate_attack(
         return AttackReport(
             protocol=whole_protocol,
             correct=correct,
-            co_batch=[row for _, rows in neighbours for row in rows],
+            neighbours=[row for _, rows in neighbour_rows for row in rows],
             assembled=judged.get(ASSEMBLED, ""),
             baseline_correct=_in_order(_joined(step.baseline_correct for step in found), names),
             cost=cost,
@@ -342,13 +343,13 @@ class _Subject:
 
     def neighbours(self, images: Tensor, labels: Tensor, threat: ThreatModel, number: int, batch_size: int, mix: float,
                    folder: ProgressFolder | None) -> list[dict[str, Any]]:
-        """Returns the rows of `co_batch_attack` for one batch size and mix, which the folder keeps by `number`."""
-        rows = None if folder is None else folder.load_co_batch(number)
+        """Returns the rows of `measure_neighbours` for one batch size and mix, which the folder keeps by `number`."""
+        rows = None if folder is None else folder.load_neighbours(number)
         if rows is None:
-            rows = co_batch_attack(self.model, images, labels, threat, batch_sizes=[batch_size], mixes=[mix],
+            rows = measure_neighbours(self.model, images, labels, threat, batch_sizes=[batch_size], mixes=[mix],
                                    seed=self.seed)
             if folder is not None:
-                folder.save_co_batch(number, rows)
+                folder.save_neighbours(number, rows)
         return rows
 
     def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
@@ -415,7 +416,7 @@ def _plan(
         at_once: int,
         protocol: Protocol,
 ) -> list[tuple[tuple[str, ...], str]]:
-    """Returns the (surrogates side by side, attack) of one batch, in order; rounds of an attack as `"joint-rest#1"`."""
+    """Returns the (surrogates side by side, attack) of one batch, in order; a round is named `"joint-subset#1"`."""
     def grouped(names: tuple[str, ...]) -> list[tuple[str, ...]]:
         return [names[i:i + at_once] for i in range(0, len(names), at_once)]
 
@@ -432,7 +433,7 @@ def _plan(
         attacks = tuple(sorted(attacks, key=lambda attack: not ATTACKS[attack].needs_gradient))
     plan = [(group, attack) for attack in attacks for group in groups] if protocol.survivors_only else [
         (group, attack) for group in groups for attack in attacks]
-    if split.twin() not in surrogates:
+    if split.exact_surrogate() not in surrogates:
         plan += [((TRUE_MODEL,), attack) for attack in attacks if not ATTACKS[attack].needs_gradient]
     return plan + together
 
@@ -483,7 +484,7 @@ class _Run:
             steps.append(replace(step.without_pixels(),
                                  examples=step.examples if self.num_examples < NUM_EXAMPLES else []))
         self.num_examples += sum(len(step.examples) for step in steps)
-        if self.subject.split.couples(self.subject.split.twin()):
+        if self.subject.split.batch_dependent(self.subject.split.exact_surrogate()):
             everything = {ASSEMBLED: standing}
             with seeded(self.subject.device, self.subject.seed, "judge", ASSEMBLED, first):
                 assembled = self._judged(ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
@@ -503,7 +504,7 @@ class _Run:
             for name in named(group, attack):
                 tensors[name] = Parts(images, map(partial(self.folder.candidates, name, named(group, attack), number),
                                                   batches))
-        if self.subject.split.couples(self.subject.split.twin()):
+        if self.subject.split.batch_dependent(self.subject.split.exact_surrogate()):
             tensors[ASSEMBLED] = Parts(images, map(
                 partial(self.folder.candidates, ASSEMBLED, [ASSEMBLED], len(self.plan)), batches))
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
@@ -513,15 +514,16 @@ class _Run:
         """Returns what one attack on one batch finds through a group of surrogates."""
         split, seed, device = self.subject.split, self.subject.seed, self.subject.device
         notes = Notes(f"{attack} on {', '.join(group)}: ")
-        surrogates = [split.twin() if name == TRUE_MODEL else name for name in group]
+        surrogates = [split.exact_surrogate() if name == TRUE_MODEL else name for name in group]
         before = time.perf_counter(), split.forward_passes, split.backward_passes
-        with seeded(device, seed, attack, group, first), _without_autocast(images):
-            # `joint` begins at the batch as it has become, `joint-rest` at random; both move every image of it.
-            record = ATTACKS[attack_of(attack)]
+        record = ATTACKS[attack_of(attack)]
+        with seeded(device, seed, record.seed_name(attack), group, first), _without_autocast(images):
+            # `joint` starts at the batch that earlier attacks left, `joint-subset` at random points; both move every
+            # image of it.
             together = record.whole_batch
             start = standing if self.survivors_only or together else None
             active = ~broken if self.survivors_only and not together else None
-            batch = AttackBatch(split, surrogates, images, labels, start=start, active=active, sought=~broken,
+            batch = AttackBatch(split, surrogates, images, labels, start=start, active=active, victims=~broken,
                                 on_query=on_query)
             found = batch.points
             if len(batch.active):
@@ -530,7 +532,7 @@ class _Run:
             found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
         seconds = time.perf_counter() - before[0]
         candidates = dict(zip(named(group, attack), found.split(len(images)), strict=True))
-        with seeded(device, seed, "judge", attack, group, first):
+        with seeded(device, seed, "judge", record.seed_name(attack), group, first):
             step = self._judged(attack, candidates, images, labels, first, broken)
         not_finite: dict[str, list[int]] = {}
         for row in sorted(batch.not_finite):

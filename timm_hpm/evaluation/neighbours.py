@@ -1,4 +1,4 @@
-"""`co_batch_attack`: what an adversary does to an image by its neighbours in the batch, without touching the image.
+"""`measure_neighbours`: what an adversary does to an image by its neighbours in the batch, without touching the image.
 
 Only an HPM head in batch mode answers so. It is the hole of that mode: a service that batches strangers' images
 together lets one of them choose the neighbours of another's image.
@@ -34,7 +34,7 @@ _STEPS: Final = 10
 
 
 @torch.inference_mode(False)
-def co_batch_attack(
+def measure_neighbours(
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
@@ -65,7 +65,7 @@ def co_batch_attack(
         seed: of the random orders, and of what the model draws; the caller's random states are left alone.
 
     Returns:
-        Rows with batch_size, mix, neighbours (the kind), targets and flipped.
+        Rows with batch_size, mix, kind, targets and flipped.
 
     Raises:
         ValueError: bad images or labels, a batch size, a mix or a number of targets that does not fit, or a head that
@@ -74,7 +74,7 @@ def co_batch_attack(
     """
     check_answers_alike(model)
     images = check_pixels(images, labels)
-    check_co_batch(batch_sizes, mixes, len(images), num_targets)
+    check_neighbours(batch_sizes, mixes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
     pixel_model = pixel_model_for(model, images)
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
@@ -82,8 +82,8 @@ def co_batch_attack(
     with seeded(device, seed, "split"):
         split = AttackedModel(pixel_model, images[:max(batch_sizes)].to(device))
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
-        raise ValueError("co_batch_attack asks what neighbours in a batch do, and this model's answers depend on none; "
-                         "expected one with a fitted HPM head in batch mode")
+        raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
+                         "batch mode")
     head = next(module for module in pixel_model.modules() if isinstance(module, HPMHead))
     with torch.no_grad(), seeded(device, seed, "features"):
         features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
@@ -94,7 +94,7 @@ def co_batch_attack(
             for mix in (before,) if mixes is None else mixes:
                 head.mix = split.head.mix = mix
                 for size in batch_sizes:
-                    with seeded(device, seed, "co-batch", size, mix):
+                    with seeded(device, seed, "neighbours", size, mix):
                         search = _Search(pixel_model, split, images, labels, features, size)
                         rows += [{"batch_size": size, "mix": mix} | row
                                  for row in search.rows(threat, num_targets, perturbed, seed)]
@@ -103,14 +103,14 @@ def co_batch_attack(
     return rows
 
 
-def check_co_batch(batch_sizes: Sequence[int], mixes: Sequence[float] | None, num_images: int,
+def check_neighbours(batch_sizes: Sequence[int], mixes: Sequence[float] | None, num_images: int,
                    num_targets: int = 0) -> None:
-    """Raises a ValueError unless `co_batch_attack` takes these arguments for so many images."""
+    """Raises a ValueError unless `measure_neighbours` takes these arguments for so many images."""
     for name, values in (("batch sizes", batch_sizes), ("mixes", mixes)):
         if values is not None and not isinstance(values, Sequence):
-            raise ValueError(f"a co-batch attack is given the {name} {values!r}; expected a list")
+            raise ValueError(f"neighbours: the {name} are {values!r}; expected a list")
         if values is not None and not values:
-            raise ValueError(f"a co-batch attack is given no {name}; expected at least one")
+            raise ValueError(f"neighbours: no {name} are given; expected at least one")
     for size in batch_sizes:
         checked_integer("a batch size", size, 0)
         if not 2 <= size <= num_images:
@@ -139,16 +139,16 @@ class _Search:
         for _ in range(_SHUFFLES):
             order = torch.randperm(len(self.images), generator=generator)
             changed += int((self.answers_to(self.images[order]) != self.answers[order]).sum())
-        yield {"neighbours": "reshuffled", "targets": len(self.images), "flipped": changed / _SHUFFLES}
+        yield {"kind": "reshuffled", "targets": len(self.images), "flipped": changed / _SHUFFLES}
         right = (self.answers == self.labels.cpu()).nonzero().squeeze(1).tolist()
         if not right:
             return
         targets = right[:num_targets or len(right)]
         chosen = {target: self.choose(target) for target in targets}
         flipped = {target: self.flips(target, self.images[neighbours]) for target, neighbours in chosen.items()}
-        yield {"neighbours": "chosen", "targets": len(targets), "flipped": sum(flipped.values())}
+        yield {"kind": "chosen", "targets": len(targets), "flipped": sum(flipped.values())}
         if perturbed:
-            yield {"neighbours": "adversarial", "targets": len(targets), "flipped": sum(
+            yield {"kind": "adversarial", "targets": len(targets), "flipped": sum(
                 flipped[target] or self.flips(target, self.move(target, self.images[neighbours], threat))
                 for target, neighbours in chosen.items())}
 

@@ -114,7 +114,7 @@ PROTOCOLS: Final = {
     for protocol in (
         Protocol("standard", {name: attack.budget for name, attack in ATTACKS.items()}),
         Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-rest": Budget(25, rounds=30)}),
+                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, rounds=30)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),
     )
 }

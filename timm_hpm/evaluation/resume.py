@@ -103,9 +103,9 @@ class ProgressFolder:
         check_same_run(f"{self.folder} holds the progress", found, run)
         self._run = _digest(json.dumps(found).encode())
 
-    def load_co_batch(self, number: int) -> list[dict[str, Any]] | None:
-        """Returns the rows of a `co_batch_attack`, or None if they are still to be made."""
-        path = self._co_batch_path(number)
+    def load_neighbours(self, number: int) -> list[dict[str, Any]] | None:
+        """Returns the rows of a `measure_neighbours`, or None if they are still to be made."""
+        path = self._neighbours_path(number)
         if not path.exists():
             return None
         with _named(path):
@@ -113,9 +113,9 @@ class ProgressFolder:
             self._check_place(record, number=number)
             return record["rows"]
 
-    def save_co_batch(self, number: int, rows: list[dict[str, Any]]) -> None:
-        """Writes the rows of a `co_batch_attack`, whole or not at all."""
-        write_text(self._co_batch_path(number), sealed({"run": self._run, "number": number, "rows": rows}))
+    def save_neighbours(self, number: int, rows: list[dict[str, Any]]) -> None:
+        """Writes the rows of a `measure_neighbours`, whole or not at all."""
+        write_text(self._neighbours_path(number), sealed({"run": self._run, "number": number, "rows": rows}))
 
     def load(self, batch: int, step: int, names: Sequence[str]) -> Step | None:
         """Returns the step of a batch that judged the candidates `names`, or None if it is still to be made."""
@@ -159,8 +159,8 @@ class ProgressFolder:
         if different:
             raise ValueError(f"it is of another place: {', '.join(different)}")
 
-    def _co_batch_path(self, number: int) -> Path:
-        return self.folder / f"co-batch{number:02d}.json"
+    def _neighbours_path(self, number: int) -> Path:
+        return self.folder / f"neighbours{number:02d}.json"
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"

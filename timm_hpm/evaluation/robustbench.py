@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..files import write_text
 from ..report import TRUE_MODEL, AttackReport
-from ..report.verdicts import worst_accuracy
+from ..report.metrics import worst_accuracy
 from ..surrogates import exact_surrogate
 from ..threat import ThreatModel
 from .protocols import PROTOCOLS

@@ -16,8 +16,8 @@ from ..files import remove_unfinished, write_text
 from ..head import check_inference, find_head, head_mode, head_name
 from ..report import AttackReport, Flag, svg
 from ..report.html import flag_section, page, table, unreliable_banner
+from ..report.metrics import wilson_interval
 from ..report.tables import INTERVAL, UNRELIABLE, pixels_note
-from ..report.verdicts import wilson_interval
 from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import mixed_surrogate_attack

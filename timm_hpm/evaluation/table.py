@@ -12,7 +12,7 @@ from .attacked import AttackedModel
 from .batch import AttackBatch, Notes
 from .budget import Budget
 from .components import apgd_ce, apgd_t, fab_t, square
-from .joint import apgd_chain, joint, joint_rest
+from .joint import apgd_chain, joint, joint_subset
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Attack:
         whole_batch: whether the attack moves all images of a batch for a common loss; it applies to batch-dependent
             surrogates, and begins at the batch as earlier attacks have left it.
         chained: whether the attack goes from one surrogate to the next; it needs two or more.
+        seeded_as: the name that seeds the attack's random numbers; None means its own. A renamed attack keeps its
+            results by it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Attack:
     needs_gradient: bool = True
     whole_batch: bool = False
     chained: bool = False
+    seeded_as: str | None = None
 
     @property
     def by_image(self) -> bool:
@@ -45,10 +48,14 @@ class Attack:
         """Returns the names of the attack's candidate sets: one for each round if it is run in rounds."""
         return [f"{self.name}#{i + 1}" for i in range(rounds)] if self.budget.rounds else [self.name]
 
+    def seed_name(self, row: str) -> str:
+        """Returns the name that seeds a row of this attack, such as `"joint-subset#1"`."""
+        return row if self.seeded_as is None else row.replace(self.name, self.seeded_as, 1)
+
     def surrogates(self, model: AttackedModel, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the surrogates among `names` that the attack uses; none if it does not apply to the model."""
         if self.whole_batch:
-            return tuple(name for name in names if model.couples(name) and SURROGATES[name].joint)
+            return tuple(name for name in names if model.batch_dependent(name) and SURROGATES[name].joint)
         return () if self.chained and len(names) == 1 else names
 
 
@@ -62,6 +69,6 @@ ATTACKS: Final = {
         Attack("square", square, Budget(5_000), needs_gradient=False),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),
-        Attack("joint-rest", joint_rest, Budget(25, rounds=30), whole_batch=True),
+        Attack("joint-subset", joint_subset, Budget(25, rounds=30), whole_batch=True, seeded_as="joint-subset"),
     )
 }

@@ -99,8 +99,8 @@ _OPTIONAL: Final = dict.fromkeys(_TEXTS, (_text, "a text")) | {
     "attacked_scale": (_or_none(_number), "a number or null"),
     "survivors_only": (_truth, "true or false"),
     "surrogates_at_once": (_count, "a whole number above 0"),
-    "co_batch": (_or_none(_array(_count)), "an array of whole numbers above 0"),
-    "co_batch_mixes": (_or_none(_array(_number)), "an array of numbers, or null"),
+    "neighbours": (_or_none(_array(_count)), "an array of whole numbers above 0"),
+    "neighbours_mixes": (_or_none(_array(_number)), "an array of numbers, or null"),
     "class_names": (_or_none(_array(lambda value: isinstance(value, str))), "an array of texts, or null"),
     "options": (_or_none(lambda value: isinstance(value, dict)), "an object"),
 }
@@ -109,8 +109,8 @@ _EXAMPLE: Final = {
     "found_by": (_text, "a text"), "amplification": (_amount, "a number"),
     "clean": (_picture, "base64"), "perturbation": (_picture, "base64"), "adversarial": (_picture, "base64"),
 }
-_CO_BATCH: Final = {
-    "batch_size": (_count, "a whole number above 0"), "mix": (_number, "a number"), "neighbours": (_text, "a text"),
+_NEIGHBOURS: Final = {
+    "batch_size": (_count, "a whole number above 0"), "mix": (_number, "a number"), "kind": (_text, "a text"),
     "targets": (_count, "a whole number above 0"), "flipped": (_amount, "a number"),
 }
 _COST: Final = dict.fromkeys(("seconds", "forward_passes", "backward_passes"), (_amount, "a number of 0 or more"))
@@ -129,7 +129,7 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
     """
     for name in ("protocol", "correct", "baseline_correct", "cost"):
         _expect(isinstance(values[name], dict), name, values[name], "an object")
-    for name in ("flags", "examples", "co_batch"):
+    for name in ("flags", "examples", "neighbours"):
         _expect(isinstance(values[name], list), name, values[name], "an array")
     correct, total = values["correct"], _check_rows(values)
     protocol = values["protocol"]
@@ -141,7 +141,7 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
         _expect(_is_shallow(value, _DEEPEST), f"the protocol's {name}", value, f"at most {_DEEPEST} levels")
     for name, row in values["cost"].items():
         _check_row(f"the cost of {name}", row, _COST)
-    for name, rules in (("flags", _FLAG), ("examples", _EXAMPLE), ("co_batch", _CO_BATCH)):
+    for name, rules in (("flags", _FLAG), ("examples", _EXAMPLE), ("neighbours", _NEIGHBOURS)):
         for i, row in enumerate(values[name]):
             _check_row(f"row {i} of {name}", row, rules)
     _expect(all(example["image"] < total for example in values["examples"]), "examples",

@@ -90,8 +90,8 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
             "survivors_only": protocol.get("survivors_only", False),
         }
     if options:
-        options["co_batch"] = ",".join(map(str, protocol.get("co_batch") or ["none"]))
-        options["co_batch_mix"] = ",".join(map(str, protocol.get("co_batch_mixes") or []))
+        options["neighbours"] = ",".join(map(str, protocol.get("neighbours") or ["none"]))
+        options["neighbours_mix"] = ",".join(map(str, protocol.get("neighbours_mixes") or []))
     return options
 
 

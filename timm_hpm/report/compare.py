@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from .metrics import right_in_all, wilson_interval, worst_accuracy
 from .schema import AttackReport
-from .verdicts import right_in_all, wilson_interval, worst_accuracy
 
 
 @dataclass(frozen=True)

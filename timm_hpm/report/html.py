@@ -8,19 +8,19 @@ from typing import Final
 from . import svg
 from .command import evaluate_command, shell_lines
 from .flags import Flag, paragraph
+from .metrics import attack_of, wilson_interval, worst_accuracy
 from .schema import AttackReport
 from .tables import (
-    CO_BATCH_NOTE,
-    CO_BATCH_TITLE,
     INTERVAL,
+    NEIGHBOURS_NOTE,
+    NEIGHBOURS_TITLE,
     UNRELIABLE,
     accuracies,
     cell,
-    co_batch_table,
     interval_text,
+    neighbours_table,
     pixels_note,
 )
-from .verdicts import attack_of, wilson_interval, worst_accuracy
 
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 2em auto;
@@ -59,7 +59,7 @@ def report_page(report: AttackReport) -> str:
         _summary(report),
         *flag_section(report.flags),
         "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
-        *_co_batch(report),
+        *_neighbours(report),
         *_progress(report),
         *_examples(report),
         *_command(report),
@@ -156,10 +156,11 @@ def _progress(report: AttackReport) -> list[str]:
             "attacked side by side.</p>"]
 
 
-def _co_batch(report: AttackReport) -> list[str]:
-    if not report.co_batch:
+def _neighbours(report: AttackReport) -> list[str]:
+    if not report.neighbours:
         return []
-    return [f"<h2>{CO_BATCH_TITLE}</h2>", f"<p>{CO_BATCH_NOTE}</p>", table(*co_batch_table(report), numbers_from=0)]
+    return [f"<h2>{NEIGHBOURS_TITLE}</h2>", f"<p>{NEIGHBOURS_NOTE}</p>",
+            table(*neighbours_table(report), numbers_from=0)]
 
 
 def _examples(report: AttackReport) -> list[str]:

@@ -9,15 +9,15 @@ from .compare import Comparison
 from .flags import paragraph
 from .schema import AttackReport
 from .tables import (
-    CO_BATCH_NOTE,
-    CO_BATCH_TITLE,
     INTERVAL,
+    NEIGHBOURS_NOTE,
+    NEIGHBOURS_TITLE,
     ROBUST,
     UNRELIABLE,
     accuracies,
     cell,
-    co_batch_table,
     interval_text,
+    neighbours_table,
     pixels_note,
 )
 
@@ -64,9 +64,9 @@ def results(report: AttackReport) -> list[str]:
         ["surrogate", *map(escaped, attacks), "worst"],
         ([surrogate, *(f"{100 * row[attack]:.1f}" if attack in row else "" for attack in [*attacks, "worst"])]
          for surrogate, row in by_surrogate.items())), "", *accuracy_table(report)]
-    if report.co_batch:
-        head, rows = co_batch_table(report)
-        lines += ["", f"## {CO_BATCH_TITLE}", "", CO_BATCH_NOTE, "", *table(head, rows, numbers_from=0)]
+    if report.neighbours:
+        head, rows = neighbours_table(report)
+        lines += ["", f"## {NEIGHBOURS_TITLE}", "", NEIGHBOURS_NOTE, "", *table(head, rows, numbers_from=0)]
     return lines
 
 

@@ -17,7 +17,7 @@ from ..files import tensor_bytes, writable_folder, write_text
 from .checks import check_report
 from .examples import Example
 from .flags import Flag
-from .verdicts import attack_of, most_errors_accuracy, standard_error, wilson_interval, worst_accuracy
+from .metrics import attack_of, most_errors_accuracy, standard_error, wilson_interval, worst_accuracy
 
 #: Written and read.
 SCHEMA_VERSION: Final = 2
@@ -81,7 +81,7 @@ class AttackReport:
         examples: the first few images that were broken, with small pictures.
         assembled: verdicts, of the true model in batch mode, on batches in which each image carries the first candidate
             that broke it, and is clean where none did; empty in other modes, where an answer is the same in any batch.
-        co_batch: what `co_batch_attack` found; it enters no accuracy.
+        neighbours: what `measure_neighbours` found; it enters no accuracy.
     """
 
     protocol: dict[str, Any]
@@ -91,7 +91,7 @@ class AttackReport:
     flags: list[Flag] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     assembled: str = ""
-    co_batch: list[dict[str, Any]] = field(default_factory=list)
+    neighbours: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from .metrics import wilson_interval
 from .schema import AttackReport
-from .verdicts import wilson_interval
 
 #: The name of the robust accuracy among the `accuracies`.
 ROBUST: Final = "robust, worst case over all rows"
@@ -15,8 +15,8 @@ INTERVAL: Final = "95 % Wilson interval"
 #: What must be read first if a flag makes the numbers unreliable.
 UNRELIABLE: Final = "these numbers should not be quoted; the warnings say why."
 
-CO_BATCH_TITLE: Final = "Neighbours in the batch"
-CO_BATCH_NOTE: Final = (
+NEIGHBOURS_TITLE: Final = "Neighbours in the batch"
+NEIGHBOURS_NOTE: Final = (
     "Clean images that are right in their own batch, left untouched while an adversary chooses their neighbours; and "
     "the answers that change where all images are reshuffled. None of this enters the accuracies above.")
 
@@ -47,11 +47,11 @@ def pixels_note(protocol: Mapping[str, Any]) -> str:
             f"{normalisation.get('source', 'the report does not say')}.")
 
 
-def co_batch_table(report: AttackReport) -> tuple[list[str], list[list[str]]]:
+def neighbours_table(report: AttackReport) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the rows of the table of what neighbours in a batch do."""
     return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
-        [str(row["batch_size"]), str(row["mix"]), str(row["neighbours"]), str(row["flipped"]), str(row["targets"]),
-         f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.co_batch]
+        [str(row["batch_size"]), str(row["mix"]), str(row["kind"]), str(row["flipped"]), str(row["targets"]),
+         f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.neighbours]
 
 
 def interval_text(accuracy: float, num_images: int) -> str:

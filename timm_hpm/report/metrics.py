@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def attack_of(name: str) -> str:
-    """Returns the attack of a row's name such as `"ste/joint"`, or of a round of it, as `"ste/joint-rest#2"`."""
+    """Returns the attack of a row's name such as `"ste/joint"`, or of a round of it, as `"ste/joint-subset#2"`."""
     return name.rpartition("/")[2].partition("#")[0]
 
 

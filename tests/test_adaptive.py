@@ -73,7 +73,7 @@ def test_the_attack_for_the_rest_breaks_images_that_nothing_broke(model, digits)
     assert torch.equal(ATTACKS["joint-subset"].run(nothing, THREAT, Budget(40), Notes()), start.repeat(2, 1, 1, 1))
 
 
-def test_a_round_depends_on_who_is_left_and_not_on_where_the_others_stand(model, digits):
+def test_a_round_depends_on_the_images_sought_and_not_on_the_others_points(model, digits):
     # So what one protocol found by other candidates than another one does not make their rounds differ.
     images, labels = digits
     split = AttackedModel(timm_hpm.PixelModel(model), images)
@@ -127,7 +127,7 @@ def test_softened_errors_are_those_of_the_sigmoid_and_keep_a_gradient_far_away()
     assert torch.allclose(far.grad, torch.tensor([[math.e, 1.0, 0.0]]) / (math.e + 1), atol=1e-3)
 
 
-def test_who_is_drawn_hangs_little_on_who_else_is_left():
+def test_the_draw_of_a_round_changes_little_if_one_image_fewer_is_left():
     margin = -torch.arange(200.0)
     left, fewer = torch.ones(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)
     fewer[0] = False
@@ -200,7 +200,7 @@ def two_classes(mix: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return nn.Sequential(nn.Flatten(), head).eval(), images, torch.tensor([0] * 16 + [1] * 8)
 
 
-def test_neighbours_flip_what_the_closed_form_says_they_can():
+def test_neighbours_flip_the_targets_of_the_closed_form():
     # A target at 0.45 of class 0: with neighbours at 0.01 its class's mean is near 0.01 + 0.44/n, and with one at 0.55
     # the other's is 0.55. Mixed half and half with 0.2 and 0.8: 0.11 + 0.22/n and 0.675, and 0.45 is nearer to the
     # second.
@@ -271,7 +271,7 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     ("batch", (41,), "a batch size is 41; expected 2 to the number of images, 40"),
     ("sample", (10,), "expected a fitted HPM head in batch mode"),
 ])
-def test_what_has_no_neighbours_is_refused(model, digits, mode, sizes, message):
+def test_a_co_batch_attack_without_possible_neighbours_is_refused(model, digits, mode, sizes, message):
     with timm_hpm.head_mode(model, mode), pytest.raises(ValueError, match=message):
         measure_neighbours(model, *digits, THREAT, batch_sizes=sizes)
 

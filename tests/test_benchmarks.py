@@ -101,7 +101,7 @@ def test_a_whole_batch_in_which_an_image_is_wrong_for_the_first_time_is_kept(ind
 
 
 @pytest.mark.parametrize("inference", ["batch", "sample"])
-def test_what_a_report_wrongly_calls_robust_is_missed_and_nothing_else(independent, inference):
+def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(independent, inference):
     model = digits_model()
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
     report = forged_report(model, inference)
@@ -150,7 +150,7 @@ def test_a_report_of_something_else_is_refused(independent, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_report_it_makes_the_standard_one(independent, tmp_path, capsys):
+def test_without_a_report_the_standard_protocol_is_run_first(independent, tmp_path, capsys):
     assert independent.main(["--num-images", "2", "--threat", "Linf:0.001", "--device", "cpu", "--budget-scale", "0.01",
                              "--output", str(tmp_path)]) == 0
     assert AttackReport.load(tmp_path / "report.json").protocol["protocol"] == "standard"

@@ -40,7 +40,7 @@ def test_the_committed_card_is_what_the_generator_writes():
         f"{EMBEDDED}.md", f"{EMBEDDED}.notes.md", f"{EMBEDDED}.report.json", "template.notes.md"}
 
 
-def test_every_card_has_what_the_hub_shows():
+def test_every_card_has_the_metadata_that_the_hub_shows():
     names = timm.list_pretrained("hpm_*")
     assert len(names) > 60
     for name in names:
@@ -215,7 +215,7 @@ def test_weights_that_start_at_random_have_no_licence_and_no_origin(tmp_path, ma
     assert ModelCard.load(tmp_path / "b" / "README.md").data.license == "apache-2.0"
 
 
-def test_what_no_command_can_repeat_has_none():
+def test_a_run_that_no_command_can_repeat_has_no_command():
     protocol = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json").protocol
     assert evaluate_command(protocol)[:3] == ["python", "evaluate.py", "--model"]
     for odd in ({"precision": "bfloat16"}, {"options": {"pretrained": False}}):

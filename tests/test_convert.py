@@ -347,7 +347,7 @@ def test_every_family_has_its_tags():
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_tag_says_what_its_weights_are(name):
+def test_a_public_tag_has_threat_model_licence_and_paper(name):
     cfg = get_pretrained_cfg(name)
     assert isinstance(threat_of(cfg), ThreatModel)
     assert cfg.license in ("mit", "apache-2.0") and cfg.origin_url.startswith("https://github.com/")
@@ -727,7 +727,7 @@ def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_tracebac
 FOREIGN = {"license": "mit", "origin_url": "https://github.com/wzekai99/DM-Improves-AT"}
 
 
-def test_a_network_that_starts_at_random_or_from_ones_own_file_is_nobody_elses(tmp_path):
+def test_random_weights_and_own_files_carry_no_licence_of_the_tag(tmp_path):
     tag = "hpm_wrn28_10.wang2023_cifar10_linf"
     small = {"depths": (1, 1, 1), "channels": (32, 64, 128)}
     scratch = timm.create_model(tag, **small)
@@ -779,7 +779,7 @@ def test_the_average_of_the_weights_is_taken():
     lambda good: {"ema_state_dict": {key: value + 1 for key, value in good.items() if "running" not in key}},
     lambda good: {"model": {"arch": "resnet"}, "net": 3}])
 @pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_cifar_resnet18"])
-def test_an_average_that_is_no_state_dict_hides_no_weights(tmp_path, average, name):
+def test_the_weights_are_loaded_if_their_average_is_no_state_dict(tmp_path, average, name):
     weights = timm.create_model(name, **({"layers": (1, 1, 1, 1)} if "resnet" in name else {}))
     good = {key: value for key, value in weights.state_dict().items() if key not in OURS}
     torch.save({"state_dict": good, **average(good)}, tmp_path / "theirs.pt")

@@ -42,7 +42,7 @@ def test_a_checkpoint_is_loaded_or_explained(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"R", b"<html>404</html>"])
-def test_what_is_no_checkpoint_is_explained(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.pt: it holds nothing that torch\.save writes"):
         load_checkpoint(timm.create_model("hpm_wrn10_2"), str(tmp_path / "model.pt"))

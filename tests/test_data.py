@@ -199,7 +199,7 @@ def test_rounding_out_of_the_range_is_clamped(value, dtype):
     assert torch.equal(clamped, before.clamp(0, 1)) and not torch.equal(clamped, before)
 
 
-def test_what_takes_pixels_takes_rounded_ones_as_clamped_ones():
+def test_pixels_rounded_out_of_range_give_the_results_of_clamped_ones():
     labels = load_split("digits", "test").tensors[1][:60]
     rounded = (load_split("digits", "test").tensors[0][:60] - 0.3053) / 0.376 * 0.376 + 0.3053
     rounded[:, 0, 0, 0], rounded[:, 0, 0, 1] = MINUS, ONE

@@ -1,6 +1,8 @@
 """A zoo of defences that are known to fail: the attack breaks them, or says by name that its number is not reliable."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -74,31 +76,20 @@ class Defence(nn.Module):
         self.net = net
 
 
-class Saturated(Defence):
-    def forward(self, x):
-        return 1e4 * self.net(x)
-
-
-class Rounding(Defence):
-    """Eight grey levels: the step has no gradient."""
-
-    def forward(self, x):
-        return self.net((8 * x).round() / 8)
-
-
-class SteepRounding(Defence):
+def rounded(x: torch.Tensor) -> torch.Tensor:
     """Eight grey levels in a smooth form: there is a gradient, and it leads astray."""
+    return ((8 * x).floor() + torch.sigmoid(60 * (8 * x - (8 * x).floor() - 0.5))) / 8
+
+
+class Wrapped(Defence):
+    """Answers by a function of the net and the images."""
+
+    def __init__(self, net: nn.Module, answer: Callable):
+        super().__init__(net)
+        self.answer = answer
 
     def forward(self, x):
-        rest = 8 * x - (8 * x).floor()
-        return self.net(((8 * x).floor() + torch.sigmoid(60 * (rest - 0.5))) / 8)
-
-
-class Shattered(Defence):
-    """A ripple too small to matter, with a gradient far larger than the net's."""
-
-    def forward(self, x):
-        return self.net(x + 0.02 * torch.sin(2_000 * x))
+        return self.answer(self.net, x)
 
 
 class Noise(Defence):
@@ -155,35 +146,31 @@ class NaNWithoutGraph(Defence):
         return self.net(x) if torch.equal((16 * x).round(), 16 * x) else torch.full((len(x), 10), torch.nan)
 
 
-class NaNGradient(Defence):
-    """Right answers, but the root of zero has no finite derivative."""
-
-    def forward(self, x):
-        return self.net(x) + 0 * (x - x).abs().sqrt().sum(dim=(1, 2, 3)).unsqueeze(1)
+def without_gradient(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net(x)
 
 
-class Detached(Defence):
-    def forward(self, x):
-        with torch.no_grad():
-            return self.net(x)
-
-
-class ThroughNumPy(Defence):
-    """Goes through NumPy, where PyTorch's graph ends."""
-
-    def forward(self, x):
-        return self.net(torch.from_numpy(x.detach().numpy().copy()))
+DEFENCES = {
+    "saturated": partial(Wrapped, answer=lambda net, x: 1e4 * net(x)),
+    # Eight grey levels: the step has no gradient.
+    "rounding": partial(Wrapped, answer=lambda net, x: net((8 * x).round() / 8)),
+    "steep rounding": partial(Wrapped, answer=lambda net, x: net(rounded(x))),
+    # A ripple too small to matter, with a gradient far larger than the net's.
+    "shattered": partial(Wrapped, answer=lambda net, x: net(x + 0.02 * torch.sin(2_000 * x))),
+    # Right answers, but the root of zero has no finite derivative.
+    "nan gradient": partial(Wrapped, answer=lambda net, x: net(x) + 0 * (x - x).abs().sqrt().flatten(1)[:, :1]),
+    "detached": partial(Wrapped, answer=without_gradient),
+    # Through NumPy, where PyTorch's graph ends.
+    "through NumPy": partial(Wrapped, answer=lambda net, x: net(torch.from_numpy(x.detach().numpy().copy()))),
+    "noise": Noise, "batch statistics": BatchStatistics, "hidden training": HiddenTraining,
+    "nan under attack": NaNUnderAttack, "nan without a graph": NaNWithoutGraph,
+    "batch mean": lambda net: BatchMean(net, timm_hpm.load_split("digits", "train").tensors[0].mean(dim=0)),
+}
 
 
 def zoo(name: str, net: nn.Module) -> nn.Module:
-    mean = timm_hpm.load_split("digits", "train").tensors[0].mean(dim=0, keepdim=True)
-    defences = {"saturated": Saturated, "rounding": Rounding,
-                "steep rounding": SteepRounding, "shattered": Shattered, "noise": Noise,
-                "batch mean": lambda net: BatchMean(net, mean), "batch statistics": BatchStatistics,
-                "hidden training": HiddenTraining, "nan gradient": NaNGradient,
-                "nan under attack": NaNUnderAttack, "nan without a graph": NaNWithoutGraph, "detached": Detached,
-                "through NumPy": ThroughNumPy}
-    return defences[name](net).eval()
+    return DEFENCES[name](net).eval()
 
 
 @pytest.mark.parametrize(("name", "flag"), [
@@ -265,7 +252,7 @@ class NaNOfSome(Defence):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("name", PROTOCOLS["autoattack"].attacks)
-def test_images_that_meet_nan_keep_it_and_the_others_attack_goes_on(name, norm, net, digits):
+def test_nan_answers_of_some_images_do_not_stop_the_attack_on_the_others(name, norm, net, digits):
     images, labels = digits[0][:40].clone(), digits[1][:40]
     images[:, 0, :, 0] = 0
     images[::2, 0, 7, 7] = 1
@@ -293,7 +280,7 @@ def test_images_that_meet_nan_keep_it_and_the_others_attack_goes_on(name, norm, 
 def test_a_gradient_of_nan_makes_no_pixels_of_nan(norm, net, digits, tmp_path):
     few = tuple(part[:20] for part in digits)
     threat = ThreatModel(norm, 0.3)
-    report = mixed_surrogate_attack(NaNGradient(net).eval(), *few, threat, budgets=BUDGETS,
+    report = mixed_surrogate_attack(zoo("nan gradient", net), *few, threat, budgets=BUDGETS,
                                     attacks=["apgd-ce", "apgd-t", "fab-t"], save_adversarial=tmp_path / "x.safetensors")
     assert {flag.name for flag in report.flags} == {"zero-gradient"}
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
@@ -409,20 +396,20 @@ def test_a_network_that_ends_in_a_softmax_is_flagged(last, flagged, net, digits)
 
 def test_a_model_that_has_lost_its_hpm_head_is_flagged():
     images, labels = torch.rand(4, 3, 64, 64), torch.arange(4)
-    model = timm.create_model("hpm_resnet18", num_classes=10).eval()
+    model = timm.create_model(timm_hpm.register_hpm("test_resnet"), num_classes=10).eval()
     pooled = timm.layers.TestTimePoolHead(copy.deepcopy(model), original_pool=2).eval()
     headless = copy.deepcopy(model)
     headless.reset_classifier(0)
     plain = timm_hpm.remove_hpm_head(copy.deepcopy(model))
     for some, flagged in ((model, False), (plain, False), (pooled, True),
-                          (nn.Sequential(headless, nn.Linear(512, 10)), True),
+                          (nn.Sequential(headless, nn.Linear(model.num_features, 10)), True),
                           (timm_hpm.PixelModel(pooled, [0.5] * 3, [0.5] * 3), True)):
         flags = mixed_surrogate_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=TINY).flags
         assert [flag.text for flag in flags if flag.name == "lost-head"] == flagged * [
             f"{type(some).__name__} holds HPMResNet without the HPM head, and predicts by another layer"]
 
 
-def test_a_surrogate_that_overflows_here_and_there_is_gone_round(digits):
+def test_a_surrogate_that_overflows_at_some_points_is_still_attacked(digits):
     """It is not the true model, which answers: what is found beside the gaps counts, and it is no less."""
     few = tuple(part[:30] for part in digits)
     options = {"surrogates": ["fc"], "attacks": ["apgd-ce"], "batch_size": 30, "budgets": {"apgd-ce": Budget(20)}}
@@ -452,10 +439,10 @@ def test_a_surrogate_that_overflows_ends_no_evaluation(digits):
 
 
 def test_without_gradients_only_square_is_run(net, digits):
-    report = attack(Detached(net), digits)
+    report = attack(zoo("detached", net), digits)
     assert list(report.protocol["attacks"]) == ["square"] and list(report.correct) == ["clean", "model/square"]
     with pytest.raises(ValueError, match=r"have no gradient .* which apgd-ce, fab-t need; look for a detach\(\)"):
-        mixed_surrogate_attack(Detached(net).eval(), *digits, THREAT, attacks=["apgd-ce", "fab-t"])
+        mixed_surrogate_attack(zoo("detached", net), *digits, THREAT, attacks=["apgd-ce", "fab-t"])
 
 
 @pytest.mark.parametrize("mode", timm_hpm.INFERENCE_MODES)
@@ -580,7 +567,7 @@ def test_masked_classes_hide_no_flag(defence, number, net, digits):
     assert check_model(MaskedClasses(net, number).eval(), images, labels, 100) == []
 
 
-def test_what_square_alone_broke_is_counted():
+def test_images_that_only_square_broke_are_counted():
     rows = {"clean": "1" * 96 + "0" * 4, "fc/apgd-ce": "0" * 10 + "1" * 90, "fc/square": "1" * 9 + "0" * 4 + "1" * 87}
     # Images 10 to 12 fell to Square only.
     flag = verdict_flag(rows)
@@ -596,7 +583,7 @@ def test_what_square_alone_broke_is_counted():
     assert verdict_flag({name: row for name, row in rows.items() if "square" not in name}) is None
 
 
-def test_a_step_that_does_what_its_gradient_says_is_no_flag(digits):
+def test_a_smooth_loss_is_not_flagged_as_rough(digits):
     images, labels = digits
 
     def linear(x):

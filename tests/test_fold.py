@@ -61,7 +61,7 @@ class Odd(nn.Module):
         return self.norms[3](self.convs[3](x)).flatten(1)
 
 
-def test_only_what_nobody_else_takes_is_folded():
+def test_a_batchnorm_with_another_use_is_not_folded():
     model, images = with_statistics(Odd()), torch.rand(3, 2, 4, 4)
     expected = model(images)
     assert fold_batch_norms(model, images) == 1

@@ -163,7 +163,7 @@ for _ in range(200):
     {"cfg": {"interpolation": 3}}, {"cfg": {"first_conv": 3}}, {"cfg": {"crop_pct": "all"}},
     {"cfg": {"label_names": [1, 2]}}, {"cfg": {"classifier": {"a": 1}}}, {"cfg": {"tag": NESTED}}, {"extra": NESTED},
 ])
-def test_a_config_that_is_none_is_one_named_error(saved, change):
+def test_a_damaged_config_is_one_named_error(saved, change):
     folder = saved(change)
     with pytest.raises(ValueError, match=r"config\.json is damaged or not timm's \(") as caught:
         create_model(f"local-dir:{folder}", pretrained=True)

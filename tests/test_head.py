@@ -511,7 +511,7 @@ def test_prototypes_stay_in_float32_and_an_average_of_them_moves(cast, tmp_path)
     lambda: timm_hpm.add_hpm_head(timm.create_model("test_resnet", num_classes=10)),
     lambda: timm_hpm.PixelModel(timm.create_model("hpm_wrn10_2.untrained")),
 ])
-def test_a_load_that_raises_leaves_everything_as_it_was(make, wrong, assign, strict):
+def test_a_failed_load_changes_nothing(make, wrong, assign, strict):
     model = make()
     head = find_head(model)
     head.set_prototypes(torch.randn_like(head.prototypes))

@@ -102,7 +102,7 @@ def no_faults(server):
 
 
 @pytest.mark.parametrize("lfs", [True, False])
-def test_what_is_pushed_comes_back(server, client, loader, lfs):
+def test_a_pushed_model_is_pulled_equal(server, client, loader, lfs):
     server.lfs = lfs
     repo_id = f"org/way-{lfs}"
     pushed = client("push", repo_id=repo_id, token=TOKEN)
@@ -137,7 +137,7 @@ def test_architecture_and_head_come_back(server, client, loader, model, architec
     assert loader("create", name=f"hf-hub:{repo_id}", register=register) == pushed
 
 
-def test_evaluate_measures_what_lies_on_the_hub(server, client, tmp_path):
+def test_evaluate_measures_a_model_of_the_hub(server, client, tmp_path):
     # An architecture that nobody has registered: timm.create_model alone would not know it.
     repo_id = "org/evaluated"
     client("push", repo_id=repo_id, model={"name": "test_resnet", "add": True, "num_classes": 2}, token=TOKEN)
@@ -224,7 +224,7 @@ def test_a_private_repository_needs_a_token(server, client, loader):
     assert loader("pull", repo_id="org/private", token=TOKEN) == pushed
 
 
-def test_private_is_not_promised_for_what_is_public(server, client):
+def test_a_private_push_to_a_public_repository_is_refused(server, client):
     server.add("org/public", {"README.md": b"mine"})
     with pytest.raises(Failed, match=r"cannot push to org/public with private=True: it exists and is public"):
         client("push", repo_id="org/public", private=True, token=TOKEN)
@@ -492,7 +492,7 @@ def test_a_report_of_another_model_is_refused(server, client, model, name, tmp_p
     assert "org/refused" not in server.repos
 
 
-def test_what_would_not_come_back_is_not_pushed(server, client):
+def test_a_model_that_could_not_be_pulled_is_not_pushed(server, client):
     with pytest.raises(Failed, match=r"HubError: cannot save a model for org/changed: .*gives other logits"):
         client("push_odd", repo_id="org/changed", odd="changed", token=TOKEN)
     with pytest.raises(Failed, match=r"ValueError: ResNet has no HPM head"):

@@ -247,7 +247,7 @@ THREAT = ThreatModel("Linf", 0.2)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.17), ("L2", 0.8)])
-def test_components_find_what_autoattack_finds(digits_model, norm, eps):
+def test_components_find_the_points_of_autoattack(digits_model, norm, eps):
     # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
     images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
     split = AttackedModel(timm_hpm.PixelModel(digits_model), images)
@@ -281,7 +281,7 @@ def test_components_find_what_autoattack_finds(digits_model, norm, eps):
             assert torch.equal(found[broken], expected[broken]), attack
 
 
-def test_square_leaves_what_it_fooled_at_its_candidates_for_the_others_to_see():
+def test_square_leaves_fooled_images_at_their_candidates():
     model, images, labels = prototype_problem("batch")
     split = AttackedModel(model, images)
     batch = AttackBatch(split, ["fc", "ste"], images[:20], labels[:20])
@@ -370,7 +370,7 @@ def test_the_first_broken_images_are_its_examples(attacked):
         assert example.predicted == int(attacked.model(batch).argmax(dim=1)[example.image - first]) != example.label
 
 
-def test_the_assembled_batch_carries_what_broke_each_image_first(attacked):
+def test_the_assembled_batch_holds_the_first_candidate_that_broke_each_image(attacked):
     at_once, attacks = attacked.report.protocol["surrogates_at_once"], list(COMPONENTS)
     names = list(SURROGATES)
     order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
@@ -427,7 +427,7 @@ def test_worst_cases_are_counted_image_by_image(attacked):
 
 
 @pytest.mark.parametrize("surrogate", ["fc", "dataset"])
-def test_a_surrogates_candidates_fool_it_as_its_closed_form_says_however_many_run_at_once(attacked, surrogate):
+def test_candidates_of_a_linear_surrogate_fool_it_as_its_closed_form_says(attacked, surrogate):
     # These two are linear classifiers of the pixels, whatever the head's mode and whatever runs beside them.
     distances_of = linear_distances if surrogate == "fc" else prototype_distances
     with timm_hpm.head_mode(attacked.model, surrogate):
@@ -475,7 +475,7 @@ def test_in_the_other_modes_the_verdicts_are_the_same_in_batches_of_any_size(att
     ("dataset", ["fc", "dataset", "mixed"]),
     ("fc", ["fc"]),
 ])
-def test_every_mode_attacks_the_surrogates_that_differ_in_it_and_is_judged_again_in_it(tmp_path, mode, surrogates):
+def test_each_mode_attacks_its_own_surrogates_and_is_rejudged_alike(tmp_path, mode, surrogates):
     model, images, labels = prototype_problem("batch")
     path = tmp_path / "adversarial.safetensors"
     with timm_hpm.head_mode(model, mode):
@@ -575,7 +575,7 @@ def test_clean_logits_answer_the_start_whenever_they_are_asked_for(digits_model,
         assert not torch.isclose(batch.current_logits()[6:], expected[6:]).all(dim=1).any()
 
 
-def test_passes_of_an_unbreakable_point_are_what_the_components_cost():
+def test_the_components_make_the_passes_that_they_count():
     model, images, labels = linear_problem(5, num_images=4)
     labels = model(images).argmax(dim=1)
     split = AttackedModel(model, images)
@@ -628,7 +628,7 @@ def test_nan_logits_under_attack_are_a_flag(digits):
     assert report.correct["model/apgd-ce"].count("0") >= int(lost[0][1])
 
 
-def test_an_answer_that_is_not_finite_is_no_class(digits):
+def test_a_non_finite_answer_is_no_class(digits):
     images, labels = digits[0] * 0.5, torch.zeros_like(digits[1])
     images[[5, 9], 0, 0, 0] = 0.9
     answers = predictions(Poisoned(0.8).eval(), images, 7, allow_non_finite=True)
@@ -721,7 +721,7 @@ def test_prototypes_of_a_head_made_in_inference_mode_are_refused(digits):
     (made_in_inference_mode(), r"1.weight was made inside torch.inference_mode\(\)"),
     (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="meta")).eval(), r"1.weight is on the device meta"),
 ], ids=["lambda", "function", "class", "None", "inference", "meta"])
-def test_what_is_no_model_to_attack_is_refused(digits, model, message):
+def test_an_object_that_cannot_be_attacked_is_refused(digits, model, message):
     calls = [lambda: mixed_surrogate_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
     if isinstance(model, nn.Module):
         calls += [lambda: timm_hpm.pgd(model, *digits, THREAT)]

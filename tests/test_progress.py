@@ -540,7 +540,7 @@ def test_two_runs_do_not_work_in_one_folder(model, digits, tmp_path):
     assert mixed_surrogate_attack(asking, images, labels, THREAT, **QUICK, resume=tmp_path).same_results(report)
 
 
-def test_what_neighbours_do_is_asked_once(model, digits, tmp_path):
+def test_a_resumed_run_keeps_its_rows_of_neighbours(model, digits, tmp_path):
     options = QUICK | {"neighbours": [4], "resume": tmp_path}
     report = mixed_surrogate_attack(model, *digits, THREAT, **options)
     kept = tmp_path / "neighbours00.json"
@@ -573,7 +573,7 @@ def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
     assert more.digest() != standard.digest()
 
 
-def test_what_changes_a_protocol_makes_it_a_custom_one():
+def test_a_changed_protocol_is_called_custom():
     standard = timm_hpm.evaluation.PROTOCOLS["standard"]
     assert standard.changed() is standard
     assert standard.changed(budgets={"apgd-ce": Budget(100)}, attacks=list(standard.attacks)) is standard

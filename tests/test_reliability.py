@@ -332,7 +332,7 @@ def test_a_model_that_draws_leaves_the_caller_s_random_states_and_repeats_its_re
     assert bool(reports[0].assembled) == (network is DrawingBackbone)
 
 
-def test_what_a_model_changes_of_itself_is_put_back():
+def test_buffers_that_a_model_changes_are_put_back():
     model, images = Counting().eval(), torch.rand(12, 3, 8, 8)
     labels = model(images).argmax(dim=1)
     report = mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets=SMALL)
@@ -376,7 +376,7 @@ def test_a_default_dtype_of_the_caller_s_does_not_matter(model, digits, norm):
     assert {"fab-t", "square", "joint", "joint-subset"} <= report.by_surrogate["ste"].keys()
 
 
-def test_what_is_no_tensor_is_named(model, digits):
+def test_arguments_and_answers_that_are_no_tensors_are_named(model, digits):
     images, labels = digits
     with pytest.raises(ValueError, match=r"images is of the type ndarray; expected a tensor \(torch.from_numpy"):
         mixed_surrogate_attack(model, images.numpy(), labels, THREAT)

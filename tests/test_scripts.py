@@ -128,7 +128,7 @@ def _fewer(x):
     (lambda x: x.pop("fc/apgd-ce"), None),
     (lambda x: x.update({"fc/square": x["clean"].clone()}), None),
 ])
-def test_rejudging_refuses_what_the_attack_could_not_have_found(saved_run, tmp_path, capsys, change,
+def test_rejudging_refuses_candidates_outside_of_the_run(saved_run, tmp_path, capsys, change,
                                                                 message):
     shutil.copytree(saved_run, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adversarial.safetensors"

@@ -90,7 +90,7 @@ def test_the_usual_values_of_every_data_set_can_be_used(name):
     ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
     ("HFIDS/some/thing", "is streamed"),
 ])
-def test_a_name_that_cannot_be_opened_says_what_is_near(name, message):
+def test_an_unknown_data_set_is_refused_with_near_names(name, message):
     with pytest.raises(ValueError, match=message):
         open_split(name, "train")
 
@@ -140,7 +140,7 @@ def test_a_class_without_an_image_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25, 0.5])
-def test_what_is_held_out_is_stratified_and_always_the_same(fraction):
+def test_the_held_out_split_is_stratified_and_always_the_same(fraction):
     torch.manual_seed(7)
     labels = torch.randint(0, 7, (1003,)).clamp(max=5)
     rest, held = hold_out(labels, fraction)
@@ -152,7 +152,7 @@ def test_what_is_held_out_is_stratified_and_always_the_same(fraction):
     assert torch.equal(hold_out(labels, fraction)[1], held)
 
 
-def test_what_is_held_out_stays_the_same_from_release_to_release():
+def test_the_held_out_split_is_the_same_in_every_release():
     held = hold_out(torch.arange(200) % 4)[1]
     assert held.tolist() == [24, 28, 34, 68, 77, 79, 85, 105, 110, 115,
                              122, 131, 133, 135, 139, 156, 162, 174, 176, 197]

@@ -145,7 +145,7 @@ def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
 
 
 @kinds
-def test_training_sees_what_the_head_sees(kind):
+def test_the_trunk_of_training_answers_as_the_model(kind):
     model, x = create(kind)
     fit(add_hpm_head(model))
     pixels = x.sigmoid()
@@ -270,7 +270,7 @@ def test_device_dtype_and_training_mode_stay(training):
     ("pnasnet5large", (), {"device": "meta", "dtype": torch.float64}),
     ("repvit_m0_9", (), {"distillation": False}),
 ])
-def test_reset_classifier_takes_what_the_model_s_own_does(name, positional, keyword):
+def test_reset_classifier_takes_the_arguments_of_the_model_s_own(name, positional, keyword):
     model, plain = (timm.create_model(name, device="meta", num_classes=0) for _ in range(2))
     add_hpm_head(model)
     for net in (model, plain):
@@ -377,7 +377,7 @@ def test_an_equipped_model_is_refused():
         assert state_of(model) == before
 
 
-def test_removing_what_was_not_added_is_refused():
+def test_remove_hpm_head_refuses_a_head_that_was_not_added():
     with pytest.raises(ValueError, match="ResNet has no HPM head to remove: it has none"):
         remove_hpm_head(timm.create_model("test_resnet"))
     with pytest.raises(ValueError, match=r"PreActNet has no HPM head to remove: it is built around one"):
@@ -428,7 +428,7 @@ def test_a_wrapped_model_is_refused():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("deep", [True, False])
-def test_the_way_out_that_a_module_without_get_classifier_is_told_works(bias, deep):
+def test_the_advice_for_a_module_without_get_classifier_works(bias, deep):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5, bias=bias)).eval()
     if deep:
         model = nn.ModuleDict({"net": nn.Sequential(model, nn.Dropout())}).eval()

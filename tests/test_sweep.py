@@ -27,7 +27,7 @@ def test_radii_end_where_they_should(text, radii):
 
 @pytest.mark.parametrize("text", ["0.1", "0:1", "0:1:2:3", "a:b:c", "0:8/0:1", "0:1:0", "0:1:-0.1", "1:0:0.1",
                                   "-1:1:0.5", "0:0:1", "0:1:0.0001", "", "0:nan:1", "0:inf:1"])
-def test_radii_that_are_none_are_refused(text):
+def test_texts_that_are_no_radii_are_refused(text):
     with pytest.raises(ValueError, match="radii"):
         parse_radii(text)
 
@@ -74,7 +74,7 @@ def test_a_model_without_an_hpm_head_has_one_curve(digits):
         sweep(net, *digits, "L2", [0.5], ["batch"])
 
 
-def test_what_is_wrong_is_said_before_anything_is_attacked(model, digits):
+def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits):
     with pytest.raises(ValueError, match=r"radii are \[0\]; expected at least one above 0"):
         sweep(model, *digits, "Linf", [0])
     with pytest.raises(ValueError, match=r"eps is 2\.0 for Linf"):

@@ -59,7 +59,7 @@ def test_an_l2_radius_in_units_of_255_warns(eps):
 
 
 @pytest.mark.parametrize("threat", [None, 0.3, True, ("Linf", 0.3), b"Linf:0.3", "0.3", "L2:1e308", "L2:nan", "Linf:8"])
-def test_what_names_no_threat_is_refused_by_name(threat):
+def test_a_value_that_is_no_threat_model_is_refused(threat):
     with pytest.raises(ValueError, match=r"expected a ThreatModel or a text|cannot read the threat|eps is "):
         ThreatModel.of(threat)
 

@@ -39,7 +39,7 @@ def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("epoch-*"))
 
 
-def test_a_trained_model_is_what_evaluate_takes(tmp_path):
+def test_evaluate_takes_a_trained_model(tmp_path):
     (tmp_path / "run.yaml").write_text("epochs: 9\nlr: 0.01\nattack_steps: 1\nval_attack_steps: 1\npretrained: true\n")
     done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "1", "--output", "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -193,7 +193,7 @@ accelerator.end_training()
 '''
 
 
-def test_all_that_is_learned_stays_equal_on_all_processes(tmp_path):
+def test_learned_state_is_equal_on_all_processes(tmp_path):
     """Weights, prototypes and BatchNorm's statistics, though each process sees its own images."""
     (tmp_path / "worker.py").write_text(RANKS)
     done = subprocess.run([sys.executable, *LAUNCHER, "worker.py", "run"], cwd=tmp_path, env=ENVIRON,

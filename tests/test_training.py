@@ -47,8 +47,9 @@ def one_accelerator_a_test():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def run(folder, **changes):
-    return train(dataclasses.replace(TINY, **changes), folder, log=lambda line: None)
+def run(folder, resume=False, **changes):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(dataclasses.replace(TINY, **changes), folder, resume=resume, log=lambda line: None)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -142,7 +143,7 @@ def test_attacks_gather_no_parameter_gradients_and_keep_less():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_step_costs_the_passes_it_says(tmp_path, monkeypatch):
+def test_each_objective_makes_its_number_of_passes(tmp_path, monkeypatch):
     counts = {"forward": 0, "backward": 0}
     create = timm_hpm.training.loop.create_trainable
 
@@ -161,7 +162,6 @@ def test_a_step_costs_the_passes_it_says(tmp_path, monkeypatch):
     for objective, forward, backward in (("pgd-at", 4, 4), ("trades", 5, 5), ("clean", 1, 1)):
         counts.update(forward=0, backward=0)
         run(tmp_path / objective, epochs=1, attack_steps=3, objective=objective, batch_size=1000)
-        AcceleratorState._reset_state(reset_partial_state=True)
         # One batch, and PGD-1 through fc and mixed on the validation batch.
         assert (counts["forward"] - 2, counts["backward"] - 2) == (forward, backward), objective
 
@@ -229,7 +229,6 @@ def test_options_train(changes, tmp_path):
 def test_a_compiled_backbone_trains_alike(tmp_path):
     # Not bit by bit: the compiler fuses, and rounds otherwise.
     plain = run(tmp_path / "plain", epochs=1, batch_size=350)
-    AcceleratorState._reset_state(reset_partial_state=True)
     compiled = run(tmp_path / "compiled", epochs=1, batch_size=350, torchcompile=True)
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
@@ -251,7 +250,6 @@ def test_the_average_learns_and_has_prototypes_of_its_own_features(changes, tmp_
     """By default too, where a decay of 0.9998 would keep the initial weights of so short a run."""
     changes = {"prototype_features": "both", **changes}
     live = run(tmp_path / "live", **changes)
-    AcceleratorState._reset_state(reset_partial_state=True)
     kept = run(tmp_path / "average", model_ema=True, **changes)
     assert kept["val_clean"] > live["val_clean"] - 0.03 and kept["val_robust"] > live["val_robust"] - 0.05
     checkpoint = newest_checkpoint(tmp_path / "average" / "checkpoints")
@@ -270,7 +268,6 @@ def test_accumulated_batches_move_prototypes_as_one(tmp_path):
     """With a constant backbone, three batches of 64 are one of 192."""
     same = {"freeze_backbone": True, "objective": "clean", "shift": 0, "epochs": 1}
     run(tmp_path / "one", batch_size=192, **same)
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "three", batch_size=64, grad_accum_steps=3, **same)
     one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
     # 1,077 images: one more batch of 64 fills an incomplete sixth update.
@@ -278,7 +275,6 @@ def test_accumulated_batches_move_prototypes_as_one(tmp_path):
     assert (three["fc.num_updates"] - embedded()["fc.num_updates"]).max() == 6
     checkpoints = {}
     for name in ("one", "three"):
-        AcceleratorState._reset_state(reset_partial_state=True)
         options = {"batch_size": 192} if name == "one" else {"batch_size": 64, "grad_accum_steps": 3}
         run(tmp_path / f"{name} again", recovery_interval=1, checkpoint_hist=9, **options, **same)
         folders = sorted((tmp_path / f"{name} again" / "checkpoints").iterdir())
@@ -307,7 +303,6 @@ FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
 ], ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()))
 def test_from_scratch_the_defaults_learn_as_the_fc_classifier_does(changes, tmp_path):
     kept = run(tmp_path / "hpm", **FROM_SCRATCH | changes)
-    AcceleratorState._reset_state(reset_partial_state=True)
     plain = run(tmp_path / "fc", **FROM_SCRATCH | changes | {"model_kwargs": {"inference": "fc"}})
     for name in ("val_clean", "val_robust"):
         assert kept[name] >= plain[name] - 0.03, (kept, plain)
@@ -338,7 +333,6 @@ def test_a_run_that_does_not_learn_says_so_in_its_log_and_its_folder(tmp_path):
     found = (tmp_path / "bad" / "warnings.txt").read_text().splitlines()
     assert [f"warning: {line}" for line in found] == [line for line in lines if line.startswith("warning")]
     assert any("above ln 10 = 2.303" in line for line in found) and any("is at chance" in line for line in found)
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "good")
     assert not (tmp_path / "good" / "warnings.txt").exists()
 
@@ -378,7 +372,6 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
         shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
         (part / "checkpoints" / ".epoch-00099-batch-00000000.99.tmp").mkdir()  # what a killed process leaves
         (part / ".best.99.tmp").mkdir()
-        AcceleratorState._reset_state(reset_partial_state=True)
         train(saved_options(part), part, resume=True, log=lambda line: None)
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
         for name, tensor in whole.model.items():
@@ -395,13 +388,12 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
 def finished_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(folder, epochs=1, batch_size=500)
-    AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
 @pytest.mark.parametrize(("name", "damage"), [("model.safetensors", "removed"), ("model.safetensors", "flipped"),
                                               ("config.json", "cut"), ("config.json", "another run's")])
-def test_the_files_of_the_best_epoch_are_written_again(name, damage, finished_run, tmp_path):
+def test_damaged_files_of_the_best_epoch_are_restored_on_resume(name, damage, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     file = tmp_path / "run" / name
     data = file.read_bytes()
@@ -410,7 +402,7 @@ def test_the_files_of_the_best_epoch_are_written_again(name, damage, finished_ru
     file.write_bytes({"removed": b"", "cut": data[:-9], "flipped": flipped, "another run's": b"{}"}[damage])
     if damage == "removed":
         file.unlink()
-    train(dataclasses.replace(TINY, epochs=1, batch_size=500), tmp_path / "run", resume=True, log=lambda line: None)
+    run(tmp_path / "run", resume=True, epochs=1, batch_size=500)
     assert file.read_bytes() == data
 
 
@@ -442,7 +434,7 @@ def test_a_state_that_no_run_writes_is_named(change, named, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", '{"record": 1}', "[" * 100_000, "9" * 5000, "\0"])
-def test_a_state_that_is_not_as_it_was_written_is_named(text, tmp_path):
+def test_a_damaged_state_is_named(text, tmp_path):
     path = write_checkpoint(tmp_path, checkpoint(1), keep=2) / "state.json"
     for damaged in (text, path.read_text().replace('"updates": 1', '"updates": 7')):
         path.write_text(damaged)
@@ -625,10 +617,8 @@ def test_an_output_of_another_run_is_left_alone(tmp_path):
             train(dataclasses.replace(saved_options(tmp_path), **changes), tmp_path, resume=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         train(TINY, tmp_path / "other", resume=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
     # What changes no weight may be another: data that moved, say.
-    kept = train(dataclasses.replace(TINY, epochs=1, batch_size=500, data_dir="elsewhere"), tmp_path, resume=True,
-                 log=lambda line: None)
+    kept = run(tmp_path, resume=True, epochs=1, batch_size=500, data_dir="elsewhere")
     assert kept["epoch"] == 0
     options = before.pop(tmp_path / "args.yaml")
     (tmp_path / "args.yaml").write_text("{")
@@ -671,8 +661,7 @@ def test_crops_and_a_late_fit_resume_exactly(tmp_path):
         (part / "checkpoints").mkdir(parents=True)
         shutil.copy(tmp_path / "whole" / "args.yaml", part)
         shutil.copytree(tmp_path / "whole" / "checkpoints" / name, part / "checkpoints" / name)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train(dataclasses.replace(TINY, **changes), part, resume=True, log=lambda line: None)
+        run(part, resume=True, **changes)
         whole, resumed = (newest_checkpoint(tmp_path / part / "checkpoints") for part in ("whole", name))
         for state, other in ((whole.model, resumed.model), (whole.average, resumed.average)):
             assert all(torch.equal(tensor, other[entry]) for entry, tensor in state.items())
@@ -685,16 +674,14 @@ def test_a_run_of_other_processes_is_not_resumed(tmp_path):
     run(tmp_path, epochs=1, batch_size=500)
     path = max((tmp_path / "checkpoints").iterdir()) / "state.json"
     change_state(path, lambda state: state["progress"].update(processes=2))
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
-        train(dataclasses.replace(TINY, epochs=1, batch_size=500), tmp_path, resume=True)
+        run(tmp_path, resume=True, epochs=1, batch_size=500)
 
 
 def test_a_launcher_that_says_otherwise_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ValueError, match="the launcher asks for mixed precision bf16, the options for no; give --amp"):
         run(tmp_path / "run")
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match="the launcher asks for 2 batches an update, the options for 1"):
@@ -713,7 +700,6 @@ def test_the_fc_mode_trains_the_fc_classifier_alone(tmp_path):
     state = weights(tmp_path)
     assert not state["fc.num_updates"].any() and not state["fc.prototypes"].any()
     # Attacked through the FC classifier, too: the same weights as with that surrogate.
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "fc", model_kwargs={"inference": "fc"}, epochs=1, batch_size=350, attack_through="fc")
     assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "fc").items())
 
@@ -726,7 +712,6 @@ def test_training_starts_from_files_of_ours_and_of_others(tmp_path):
     torch.save({"state_dict": plain}, tmp_path / "plain.pt")
     for name in ("ours.safetensors", "plain.pt"):
         folder = tmp_path / name.partition(".")[0]
-        AcceleratorState._reset_state(reset_partial_state=True)
         kept = run(folder, pretrained=False, initial_checkpoint=str(tmp_path / name), epochs=1, batch_size=350)
         assert kept["val_clean"] > 0.9
         assert (weights(folder)["fc.num_updates"] > 0).all()

@@ -202,7 +202,7 @@ def test_ddp_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_head_is_what_follows_its_input(name):
+def test_the_head_on_pooled_features_answers_as_the_model(name):
     model, x = build(name), images(name, 4)
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     assert features.shape == (4, model.head_hidden_size) == (4, find_head(model).in_features)

@@ -116,7 +116,7 @@ def test_an_unknown_base_is_refused_with_the_nearest(base, nearest):
     assert not timm.list_models(f"hpm_{base}")
 
 
-def test_nothing_is_near_to_nonsense():
+def test_a_base_without_near_names_is_refused():
     with pytest.raises(ValueError, match=r"unknown base 'zzzzzzzz'.*see timm.list_models"):
         register_hpm("zzzzzzzz")
 

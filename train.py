@@ -18,8 +18,8 @@ from accelerate import PartialState
 import timm_hpm  # noqa: F401  (registers the models)
 from timm_hpm.console import run_command
 from timm_hpm.files import default_folder
+from timm_hpm.options import add_arguments, read_options
 from timm_hpm.training import Stopped, TrainConfig, train
-from timm_hpm.training.config import add_arguments, read_yaml
 from timm_hpm.training.run_folder import measuring_command, saved_options
 
 
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(output/train-<model>-<date>)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    add_arguments(parser)
+    add_arguments(parser, TrainConfig)
     return vars(parser.parse_args(argv))
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the training; returns the exit code."""
     given = parse_args(argv)
     file, output, resume = (given.pop(name) for name in ("config", "output", "resume"))
-    options = (read_yaml(file) if file else {}) | given
+    options = (read_options(file, TrainConfig) if file else {}) | given
     if resume:
         if output:
             raise ValueError("--resume FOLDER names the output folder, too; leave out --output")

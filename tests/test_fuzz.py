@@ -37,7 +37,8 @@ from timm_hpm.evaluation.robustbench import model_info
 from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.models.create import create_model
 from timm_hpm.models.saving import write_model
-from timm_hpm.training.config import TrainConfig, read_yaml
+from timm_hpm.options import read_options
+from timm_hpm.training.config import TrainConfig
 from timm_hpm.training.recovery import Checkpoint, newest_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -276,7 +277,7 @@ def test_configurations_of_training(tmp_path, counts):
 
     def check(value: Any) -> str:
         (tmp_path / "args.yaml").write_text(yaml.safe_dump(value), encoding="utf-8", errors="surrogateescape")
-        return outcome(lambda: TrainConfig(**read_yaml(str(tmp_path / "args.yaml"))))
+        return outcome(lambda: TrainConfig(**read_options(tmp_path / "args.yaml", TrainConfig)))
     counts(fuzz(700, mutated(document), check))
 
 

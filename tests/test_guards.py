@@ -18,7 +18,8 @@ from timm_hpm.checkpoints import unwrap
 from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.guards import TooLargeError, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
-from timm_hpm.training.config import TrainConfig, read_yaml
+from timm_hpm.options import read_options
+from timm_hpm.training.config import TrainConfig
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -256,7 +257,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_a_yaml_bomb_is_one_short_error(tmp_path, text):
     (tmp_path / "bomb.yaml").write_text(text)
     with pytest.raises(ValueError) as caught:
-        TrainConfig(**read_yaml(str(tmp_path / "bomb.yaml")))
+        TrainConfig(**read_options(tmp_path / "bomb.yaml", TrainConfig))
     assert len(str(caught.value)) < 4000
 
 

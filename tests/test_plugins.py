@@ -13,9 +13,9 @@ from torch import Tensor
 import timm_hpm
 from timm_hpm.evaluation import ATTACKS, Attack, Budget
 from timm_hpm.functional import l2_logits
+from timm_hpm.options import add_arguments
 from timm_hpm.surrogates import SURROGATES, Surrogate, soft_logits
 from timm_hpm.training import OBJECTIVES, Objective, TrainConfig, train
-from timm_hpm.training.config import add_arguments
 
 NUM_DIGITS = 16
 
@@ -77,7 +77,7 @@ def test_a_registered_objective_trains_by_its_own_attack_and_loss(prototype_feat
 
     monkeypatch.setitem(OBJECTIVES, "corner", Objective("corner", squared_error, corner, uses_clean=True))
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, TrainConfig)
     config = TrainConfig(**vars(parser.parse_args(
         ["--objective", "corner", "--device", "cpu", "--pretrained", "--epochs", "1", "--val-attack-steps", "1",
          "--batch-size", "350", "--lr", "0.01", "--prototype-features", prototype_features])))

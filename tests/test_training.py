@@ -27,8 +27,8 @@ from timm_hpm.evaluation.judge import judge
 from timm_hpm.evaluation.resume import sealed, unsealed
 from timm_hpm.files import remove_unfinished
 from timm_hpm.head import head_name
+from timm_hpm.options import read_options
 from timm_hpm.training import Run, TrainConfig, train
-from timm_hpm.training.config import read_yaml
 from timm_hpm.training.health import epoch_signs, kept_signs
 from timm_hpm.training.objectives import LossOptions, away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
@@ -574,27 +574,27 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes,
 def test_a_configuration_is_read_and_its_mistakes_named(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: hpm_wrn10_2\nlr: 0.05\nmodel_kwargs: {mix: 0.25}\nmean: [0.5]\n")
-    config = TrainConfig(**read_yaml(str(file)))
+    config = TrainConfig(**read_options(file, TrainConfig))
     assert TrainConfig(attack_step_size="2/255").attack_step_size == 2 / 255
     assert config.lr == 0.05 and config.model_kwargs == {"mix": 0.25} and config.mean == (0.5,)
     file.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"run.yaml: unknown option 'batchsize'; did you mean batch_size"):
-        read_yaml(str(file))
+        read_options(file, TrainConfig)
     file.write_text("- a\n")
     with pytest.raises(ValueError, match="holds a list; expected lines such as"):
-        read_yaml(str(file))
+        read_options(file, TrainConfig)
     file.write_text("a: [\n")
     with pytest.raises(ValueError, match="cannot read the configuration"):
-        read_yaml(str(file))
+        read_options(file, TrainConfig)
     with pytest.raises(ValueError, match="cannot read the configuration"):
-        read_yaml(str(tmp_path / "missing.yaml"))
+        read_options(tmp_path / "missing.yaml", TrainConfig)
 
 
 def test_the_committed_configurations_are_valid():
     files = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        assert TrainConfig(**read_yaml(str(file))).dataset == file.stem
+        assert TrainConfig(**read_options(file, TrainConfig)).dataset == file.stem
 
 
 def test_a_tracker_gets_the_rows(tmp_path):

@@ -15,9 +15,10 @@ import yaml
 from ..data import data_source, open_split
 from ..files import remove, remove_unfinished, replacing, write_text, writing
 from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
+from ..options import read_options
 from ..report import svg
 from ..report.command import evaluate_command, shell_line
-from .config import FREE, TrainConfig, read_yaml
+from .config import FREE, TrainConfig
 from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
 
 OPTIONS: Final = "args.yaml"
@@ -137,7 +138,7 @@ def saved_options(path: Path) -> TrainConfig:
     file = path / OPTIONS
     if not file.is_file():
         raise ValueError(f"{path} holds no run to resume ({OPTIONS} is missing); start one with --output {path}")
-    return TrainConfig(**read_yaml(str(file)))
+    return TrainConfig(**read_options(file, TrainConfig))
 
 
 def measuring_command(path: Path) -> str:

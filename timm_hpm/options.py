@@ -1,0 +1,219 @@
+"""Options of a script: a dataclass whose fields make the command line, read YAML and JSON files, and check the values.
+
+A field is made by `option`, and the dataclass calls `check` in its `__post_init__`. Its types are bool, int, float,
+str, `tuple[T, ...]` of the last three, `dict[str, Any]`, and unions of them with None.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import operator
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, field, fields
+from typing import Any, Final
+
+import yaml
+from timm.utils import ParseKwargs
+
+from .guards import shortened
+from .threat import parse_number
+
+_MOST_BYTES: Final = 2**20
+_RANGES: Final = {"least": (operator.ge, "at least"), "most": (operator.le, "at most"),
+                  "above": (operator.gt, "above"), "below": (operator.lt, "below")}
+
+
+def option(
+        default: Any,
+        group: str,
+        about: str,
+        *flags: str,
+        choices: Collection[str] = (),
+        free: bool = False,
+        least: float | None = None,
+        most: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
+) -> Any:
+    """Returns a dataclass field for an option of a script.
+
+    Arguments:
+        default: the value if the option is not given.
+        group: heading in the script's help.
+        about: help text, a noun phrase with the unit; the default is added in parentheses if it is no bool and no None.
+        flags: short forms, such as `"-b"`.
+        choices: accepted texts; a live table of names may grow later.
+        free: whether a run may be resumed with another value.
+        least, most, above, below: bounds of a number, or of each number of a tuple.
+    """
+    return field(default=default, metadata={
+        "group": group, "about": about, "flags": flags, "choices": choices, "free": free,
+        "range": {"least": least, "most": most, "above": above, "below": below}})
+
+
+def check(options: Any) -> None:
+    """Converts the fields of a dataclass to their types and checks their ranges; numbers may be texts such as "2/255".
+
+    Raises:
+        ValueError: a value of another type, not finite, out of its range or not among its choices.
+    """
+    kinds = typing.get_type_hints(type(options))
+    for one in fields(options):
+        value = _typed(one.name, getattr(options, one.name), kinds[one.name])
+        object.__setattr__(options, one.name, value)  # of a frozen dataclass
+        for part in value if isinstance(value, tuple) else (value,):
+            _check_value(one.name, part, one.metadata)
+
+
+def as_dict(options: Any) -> dict[str, Any]:
+    """Returns all options in YAML's and JSON's types."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+
+
+def free_names(kind: type) -> tuple[str, ...]:
+    """Returns the names of the options that a resumed run may change."""
+    return tuple(one.name for one in fields(kind) if one.metadata["free"])
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without aliases, by which few bytes stand for any number of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{self.peek_event().anchor}; expected values without anchors and aliases")
+        return super().compose_node(parent, index)
+
+
+def read_options(path: str | os.PathLike, kind: type) -> dict[str, Any]:
+    """Returns the options in a YAML file, or a JSON file if it is named `.json`; only their names are checked.
+
+    Arguments:
+        path: the file, of 1 MiB at most.
+        kind: the dataclass that names the options.
+
+    Raises:
+        ValueError: no such file, another format, or an unknown option; the message names the nearest ones.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        text = content.decode("utf-8")
+        given = json.loads(text) if os.fspath(path).endswith(".json") else yaml.load(text, _Loader)
+    # PyYAML raises Python's own errors for some numbers and dates.
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {shortened(' '.join(str(error).split()))}") from error
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path} holds a {type(given).__name__}; expected lines such as `model: hpm_wrn10_2`")
+    known = [one.name for one in fields(kind)]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]).replace("-", "_"), known, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(known)}"
+        raise ValueError(f"{path}: unknown option {shortened(', '.join(map(reprlib.repr, unknown)))}; {advice}")
+    return dict(given)
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Adds every option of a dataclass to a parser, in groups. The result holds only the options that are given."""
+    groups: dict[str, Any] = {}
+    kinds = typing.get_type_hints(kind)
+    for one in fields(kind):
+        group = one.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        about, default = one.metadata["about"], one.default
+        if not (default is None or default == () or isinstance(default, bool)):
+            about += f" ({default})"
+        details = _argument(_parts(kinds[one.name])[0], one.metadata["choices"])
+        groups[group].add_argument(*one.metadata["flags"], f"--{one.name.replace('_', '-')}", dest=one.name,
+                                   default=argparse.SUPPRESS, help=about.replace("%", "%%"), **details)
+
+
+def _argument(kind: Any, choices: Collection[str]) -> dict[str, Any]:
+    """Returns the details of an argument of a parser for values of a type; `check` sees the choices in a tuple."""
+    if choices and typing.get_origin(kind) is not tuple:
+        return {"choices": choices}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is dict:
+        return {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
+    of_one = {int: (int, "N"), float: (_number, "X"), str: (str, "TEXT")}
+    if typing.get_origin(kind) is tuple:
+        of, metavar = of_one[typing.get_args(kind)[0]]
+        return {"nargs": "+", "action": _Several, "type": lambda text: _several(text, of), "metavar": metavar}
+    of, metavar = of_one[kind]
+    return {"type": of, "metavar": metavar}
+
+
+class _Several(argparse.Action):
+    """Stores the values of an option's words, each of which may hold several, as one tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(value for word in values for value in word))
+
+
+def _several(text: str, of: Any) -> list[Any]:
+    """Returns the values in a word such as "fc,ste"; none for "none"."""
+    try:
+        return [] if text == "none" else [of(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _number(text: str) -> float:
+    if not _is_number(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; expected one such as 0.03 or 8/255")
+    return parse_number(text)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the one type."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    for bound, limit in metadata["range"].items():
+        holds, text = _RANGES[bound]
+        if limit is not None and not holds(value, limit):
+            raise ValueError(f"{name} is {value}; expected {text} {limit}")
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Returns `value` as `kind`, or raises a ValueError."""
+    for one in _parts(kind):
+        if typing.get_origin(one) is tuple and isinstance(value, list | tuple):
+            return tuple(_typed(name, part, typing.get_args(one)[0]) for part in value)
+        if typing.get_origin(one) is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return dict(value)
+        if one is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if one is float and isinstance(value, str) and "/" in value and _is_number(value):
+            return parse_number(value)
+        if isinstance(one, type) and isinstance(value, one) and (one is bool or not isinstance(value, bool)):
+            return value
+    expected = " or ".join("null" if one is type(None) else getattr(one, "__name__", str(one)) for one in _parts(kind))
+    hint = ". YAML reads 1e-3 as a text; write 1.0e-3" if isinstance(value, str) and _is_number(value) else ""
+    raise ValueError(f"{name} is {reprlib.repr(value)}, a {type(value).__name__}; expected {expected}{hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        parse_number(text)
+    except (ValueError, ZeroDivisionError):
+        return False
+    return True

@@ -179,9 +179,13 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks 
 
 
 @linux
-def test_images_that_are_broken_do_not_stay_in_memory():
-    quick = "attacks=['apgd-ce'], surrogates=['fc', 'ste']"
-    few, many = peaks(64, f"evaluate(200, {quick})", f"evaluate(1200, {quick})")
+@pytest.mark.parametrize("resumable", [False, True])
+def test_images_that_are_broken_do_not_stay_in_memory(tmp_path, resumable):
+    calls = []
+    for number in (200, 1200):
+        resume = f", resume={str(tmp_path / str(number))!r}" if resumable else ""
+        calls.append(f"evaluate({number}, attacks=['apgd-ce'], surrogates=['fc', 'ste']{resume})")
+    few, many = peaks(64, *calls)
     assert few[1] == many[1] == 2 and many[2] < 0.5
     # The images themselves, and what an allocator does not give back. What broke an image in an attack, what did in
     # the assembled batch, and each set of candidates, would be as much again.

@@ -3,7 +3,6 @@
 import logging
 import random
 import re
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -417,36 +416,3 @@ def test_an_attack_that_fails_leaves_the_random_state_alone():
     with pytest.raises(RuntimeError, match="too bright"):
         mixed_surrogate_attack(model, images, model(images).argmax(dim=1), THREAT, budgets=SMALL)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-MEMORY = """
-import resource, sys, torch
-from torch import nn
-from timm_hpm import ThreatModel, mixed_surrogate_attack
-from timm_hpm.evaluation import Budget
-
-torch.set_num_threads(1)
-model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10)).eval()
-
-def peak(count):
-    images = torch.rand(count, 3, 32, 32)
-    labels = torch.cat([model(part).argmax(dim=1) for part in images.split(500)]).detach()
-    mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 8 / 255), attacks=["apgd-ce", "square"],
-                           budgets={"apgd-ce": Budget(2), "square": Budget(2)}, batch_size=500, resume=sys.argv[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-sys.argv[1] += "1"
-few = peak(1_000)
-sys.argv[1] += "0"
-print(peak(10_000) - few)
-"""
-
-
-def test_ten_thousand_images_take_little_more_memory_than_they_are(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "progress")], capture_output=True, text=True,
-                          timeout=600)
-    assert done.returncode == 0, done.stderr
-    # Once the images, and once more their bytes for checks: which are in [0, 1]. What the first run has freed may serve
-    # the second, so there is no lower bound.
-    images = 9_000 * 3 * 32 * 32 * 4
-    assert int(done.stdout) < 2.2 * images

@@ -382,12 +382,53 @@ def test_arguments_and_answers_that_are_no_tensors_are_named(model, digits):
     with pytest.raises(ValueError, match=r"labels is of the type list; expected a tensor"):
         mixed_surrogate_attack(model, images, labels.tolist(), THREAT)
 
-    class Pair(nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, :10], x
 
-    with pytest.raises(ValueError, match=r"the model answers with a tuple; expected logits \(B, C\), a tensor"):
-        mixed_surrogate_attack(Pair().eval(), images, labels, THREAT)
+class Answering(nn.Module):
+    """A network whose logits (B, 10) a function turns into something else."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(64, 10), answer
+
+    def forward(self, x):
+        return self.answer(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("answer", "message"), [
+    (lambda z: (z, z), "answers with a tuple"), (lambda z: {"logits": z}, "answers with a dict"),
+    (lambda z: None, "answers with a NoneType"), (lambda z: z[0], r"the shape \(10,\)"),
+    (lambda z: z[:-1], r"16 images with the shape \(15, 10\)"), (lambda z: z[:, :1], r"the shape \(16, 1\)")])
+def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
+    network = Answering(answer).eval()
+    model = timm_hpm.PixelModel(network, [0.5], [0.5]) if wrapped else network
+    for call in (lambda: mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL),
+                 lambda: timm_hpm.judge(model, *digits, 16)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(("images", "labels"), [
+    (lambda x: x.to("meta"), lambda y: y), (lambda x: x.to_sparse(), lambda y: y), (lambda x: x.byte(), lambda y: y),
+    (lambda x: x.tolist(), lambda y: y), (lambda x: x, lambda y: y.to_sparse()), (lambda x: x, lambda y: y.float()),
+    (lambda x: x, lambda y: y.to("meta")), (lambda x: x, lambda y: y.numpy()), (lambda x: x, lambda y: y > 0),
+    (lambda x: x, lambda y: y.to(torch.complex64)), (lambda x: x, lambda y: y[:3]), (lambda x: x, lambda y: None)])
+def test_images_and_labels_of_other_kinds_are_named(model, digits, images, labels):
+    changed = images(digits[0]), labels(digits[1])
+    for call in (lambda: mixed_surrogate_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
+                 lambda: timm_hpm.pgd(model, *changed, THREAT),
+                 lambda: timm_hpm.fit_prototypes(model, [changed], THREAT)):
+        with pytest.raises(ValueError, match=r"^(images|labels) (is|have)"):
+            call()
+
+
+@pytest.mark.parametrize("option", [
+    {"survivors_only": 1}, {"survivors_only": "no"}, {"survivors_only": torch.tensor([])}, {"mean": 0.5},
+    {"mean": [None]}, {"mean": "0.5"}, {"mean": []}, {"mean": [float("nan")]}, {"std": True}, {"std": 1j},
+    {"std": {0.5: 1}}, {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}])
+def test_options_of_other_types_are_named(model, digits, option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
+        mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, **option)
 
 
 def test_a_warning_is_counted_over_all_batches(colours):

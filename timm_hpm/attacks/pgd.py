@@ -36,12 +36,17 @@ def pgd(
         random_start: from a random point of the ball (global random state) rather than the clean image.
         loss: of logits (B, C) and labels (B,), summed over the images; None means the cross-entropy.
 
+    Raises:
+        ValueError: no function or module, or images, labels, threat or steps of another type.
+
     Source: Madry et al., arXiv 1706.06083; Wong et al., arXiv 2001.03994 for the single step.
     """
     checked_integer("steps", steps, 1)
+    if not callable(logits_fn):
+        raise ValueError(f"logits_fn is {logits_fn!r:.100}; expected a function of pixels, or a module")
     if isinstance(logits_fn, nn.Module):
         check_weights(logits_fn)
-    threat, labels = ThreatModel.of(threat), class_indices(labels, len(images))
+    threat, labels = ThreatModel.of(threat), class_indices(labels, images)
     size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()

@@ -1,8 +1,9 @@
 """Pixels in [0, 1]: `PixelModel`, their boundary to a model's normalised inputs, checks and augmentation."""
 
+import math
 import sys
-from collections.abc import Callable, Iterable
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, Final
 
 import torch
@@ -41,9 +42,10 @@ class PixelModel(WholeLoading):
             if given is None:
                 raise ValueError(f"{type(model).__name__} has no pretrained_cfg that says its {name}; "
                                  f"give it: PixelModel(model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))")
-            values[name] = torch.tensor(tuple(given), dtype=torch.float32).view(-1, 1, 1)
-        if not (values["std"] > 0).all():
-            raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers")
+            values[name] = _per_channel(name, given)
+        if not (values["std"] > 0).all() or len(values["std"]) != len(values["mean"]):
+            raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers, as many as "
+                             f"the mean has, {len(values['mean'])}")
         named = getattr(unwrapped(model), "normalisation_source", None)
         if named is None:
             named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"
@@ -61,7 +63,9 @@ class PixelModel(WholeLoading):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of `pixels` (B, channels, H, W) in [0, 1]."""
-        return self.model(self.normalise(pixels)).float()
+        logits = self.model(self.normalise(pixels))
+        # `check_logits` names another answer.
+        return logits.float() if isinstance(logits, Tensor) else logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1].
@@ -75,6 +79,16 @@ class PixelModel(WholeLoading):
         parameter = next(self.model.parameters(), None)
         normalised = (pixels - self.mean) / self.std
         return normalised if parameter is None else normalised.to(parameter.dtype)
+
+
+def _per_channel(name: str, given: Any) -> Tensor:
+    """Returns a mean or std as a tensor (channels, 1, 1); raises a ValueError unless it is one number a channel."""
+    numbers = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(numbers, Iterable) or isinstance(numbers, str | bytes | Mapping) or not (
+            numbers := tuple(numbers)) or not all(
+            isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in numbers):
+        raise ValueError(f"{name} is {given!r:.100}; expected finite numbers, one a channel, such as (0.5, 0.5, 0.5)")
+    return torch.tensor([float(one) for one in numbers], dtype=torch.float32).view(-1, 1, 1)
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:
@@ -159,6 +173,17 @@ def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         raise
 
 
+def check_logits(answer: Any, rows: int) -> Tensor:
+    """Returns what a model answered to `rows` images; raises a ValueError unless that is logits (rows, C)."""
+    if not isinstance(answer, Tensor):
+        raise ValueError(f"the model answers with a {type(answer).__name__}; expected logits (B, C), a tensor: wrap it "
+                         "in a module that returns them alone")
+    if answer.ndim != 2 or len(answer) != rows or answer.shape[1] < 2 or not answer.is_floating_point():
+        raise ValueError(f"the model answers {rows} images with the shape {tuple(answer.shape)} and dtype "
+                         f"{answer.dtype}; expected logits (B, C) in floating point, C above 1")
+    return answer
+
+
 def check_weights(model: nn.Module) -> None:
     """Raises a ValueError unless `model` is a module with weights that hold values and let gradients through."""
     check_module(model)
@@ -185,6 +210,33 @@ def normal_tensor(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
+def class_indices(labels: Tensor, images: Tensor) -> Tensor:
+    """Returns `labels` (N,) as int64, which all operations know.
+
+    Raises:
+        ValueError: unless they are integers and `images` (N, ...) floating point, both in plain tensors with values.
+    """
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
+                             "one of an array)")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{name} is a tensor of the layout {value.layout} and dtype {value.dtype} on "
+                             f"{value.device}; expected a plain one that holds values")
+    if not images.ndim or not images.is_floating_point():
+        raise _no_images(images)
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex() or (
+            labels.dtype == torch.bool):
+        raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
+                         f"({len(images)},) class indices, one an image")
+    return labels.long()
+
+
+def _no_images(images: Tensor) -> ValueError:
+    return ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
+                      "(N, channels, height, width) in floating point, each above 0; bytes divided by 255")
+
+
 def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
     """Returns `images` (N, C, H, W), clamped to [0, 1] if rounding took them out of it, and checks `labels` (N,).
 
@@ -194,14 +246,9 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
     Raises:
         ValueError: if `images` are no pixels in [0, 1], or `labels` not their class indices below `num_classes`.
     """
-    for name, value in (("images", images), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
-                             "one of an array)")
-    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
-        raise ValueError(f"images have the shape {tuple(images.shape)} and dtype {images.dtype}; expected "
-                         "(N, channels, height, width) in floating point, each above 0; bytes divided by 255")
-    labels = class_indices(labels, len(images))
+    labels = class_indices(labels, images)
+    if images.ndim != 4 or not images.numel():
+        raise _no_images(images)
     lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
     excess = torch.maximum(-lowest, highest - 1)
     bad = ~(excess <= max(1e-6, 2 * torch.finfo(images.dtype).eps))  # NaN is neither below nor above
@@ -217,14 +264,6 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
             raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
                              f"the model has the classes 0 to {num_classes - 1}")
     return images.clamp(0, 1) if (excess > 0).any() else images
-
-
-def class_indices(labels: Tensor, images: int) -> Tensor:
-    """Returns `labels` as int64, which all operations know; raises a ValueError unless they are (images,) integers."""
-    if labels.shape != (images,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected ({images},) "
-                         "class indices, one an image")
-    return labels.long()
 
 
 def checked_integer(name: str, value: int, least: int) -> int:

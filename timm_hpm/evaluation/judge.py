@@ -17,6 +17,7 @@ from ..data import (
     as_pixel_model,
     ask,
     check_answers_alike,
+    check_logits,
     check_pixels,
     checked_integer,
     normalisation_of,
@@ -87,10 +88,10 @@ def predictions(
     device = device_of(model, images)
     answers = []
     for first in range(0, len(images), batch_size):
-        logits = ask(model, images[first:first + batch_size].to(device))
+        batch = images[first:first + batch_size].to(device)
+        logits = check_logits(ask(model, batch), len(batch))
         if not allow_non_finite:
-            check_finite(own_logits(model, images[first:first + batch_size].to(device), logits),
-                         partial(image_name, first_image + first))
+            check_finite(own_logits(model, batch, logits), partial(image_name, first_image + first))
         answers.append(predicted_classes(logits).cpu())
     return torch.cat(answers)
 

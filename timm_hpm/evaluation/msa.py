@@ -25,6 +25,7 @@ from ..data import (
     as_pixel_model,
     ask,
     check_answers_alike,
+    check_logits,
     check_pixels,
     checked_integer,
     normal_tensor,
@@ -157,6 +158,8 @@ def mixed_surrogate_attack(
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected "
                              f"{'an Accelerator' if kind is Accelerator else 'a path'} or None")
+    if not isinstance(survivors_only, bool):
+        raise ValueError(f"survivors_only is {survivors_only!r:.100}; expected True or False")
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if save_adversarial is not None and processes > 1 and resume is None:
         raise ValueError(f"save_adversarial with {processes} processes needs resume, a folder that they share")
@@ -651,12 +654,7 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
     with head.register_forward_hook(lambda module, inputs, output: answers.append(output.clone())):
-        logits = ask(pixel_model, images)
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"the model answers with a {type(logits).__name__}; expected logits (B, C), a tensor: wrap it "
-                         "in a module that returns them alone")
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model answers with the shape {tuple(logits.shape)}; expected logits (B, C), C above 1")
+        logits = check_logits(ask(pixel_model, images), len(images))
     check_finite(own_logits(pixel_model, images, logits), partial(image_name, 0))
     if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
         raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "

@@ -316,8 +316,9 @@ def test_the_epoch_of_the_prototypes_is_a_part_of_the_run(tmp_path):
     torch.save({name: tensor.roll(5, 0) if name.startswith("fc.") else tensor for name, tensor in plain.items()},
                tmp_path / "other.pt")
     files = {name: {"initial_checkpoint": str(tmp_path / f"{name}.pt")} for name in ("plain", "other")}
-    for changes, expected in (({"epochs": 60}, 36.0), ({"epochs": 1}, 1.0), ({"epochs": 3}, 20 / 8),
-                              ({"epochs": 5, "grad_accum_steps": 4}, 5.0), ({"epochs": 5, "batch_size": 1}, 3.0),
+    for changes, expected in (({"epochs": 60}, 36.0), ({"epochs": 1}, 1.0), ({"epochs": 3}, 3.0),
+                              ({"epochs": 6}, 40 / 8), ({"epochs": 5, "grad_accum_steps": 4}, 5.0),
+                              ({"epochs": 5, "batch_size": 1}, 3.0),
                               ({"epochs": 60, "prototype_epoch": 0}, 0.0), ({"epochs": 60, "pretrained": True}, 0.0),
                               ({"epochs": 60, **files["plain"]}, 0.0), ({"epochs": 60, **files["other"]}, 36.0)):
         config = dataclasses.replace(TINY, **{"pretrained": False, "freeze_backbone": True} | changes)
@@ -338,7 +339,7 @@ def test_a_run_that_does_not_learn_says_so_in_its_log_and_its_folder(tmp_path):
 
 
 def test_the_signs_of_a_run_that_does_not_learn():
-    row = {"epoch": 5, "loss": 0.69, "val_clean": 0.5}
+    row = {"epoch": 5, "loss": 0.69, "val_clean": 0.5, "val_fc_clean": 0.75}
     assert not epoch_signs(row, 60, 2, 900.0) and not epoch_signs(row | {"epoch": 0, "loss": 9.0}, 1, 2, 1.0)
     assert list(epoch_signs(row | {"loss": 0.7}, 17, 2, 1.0)) == ["loss"]
     for change in (1e-4, 1e4, 0.0, math.inf, math.nan):
@@ -347,6 +348,8 @@ def test_the_signs_of_a_run_that_does_not_learn():
     labels = torch.tensor([0] * 64 + [1] * 36)
     assert not kept_signs(row | {"val_clean": 0.74}, labels)
     assert "one class for all has 64.0 %" in kept_signs(row | {"val_clean": 0.73}, labels)["chance"]
+    behind = kept_signs(row | {"val_clean": 0.74, "val_fc_clean": 0.78}, labels)["behind"]
+    assert "its own FC classifier 78.0 %" in behind
 
 
 def test_of_epochs_that_are_as_good_the_last_is_kept(tmp_path):

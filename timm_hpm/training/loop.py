@@ -31,7 +31,7 @@ from ..attacks import pgd
 from ..data import PixelModel, random_flip, random_shift
 from ..evaluation.judge import judge
 from ..files import locked, remove_unfinished, writable_folder
-from ..head import HPMHead, find_head
+from ..head import HPMHead, find_head, head_mode
 from ..models.saving import tensors_of
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
@@ -362,7 +362,7 @@ class Run:
         row: dict[str, Any] = {
             "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
         kept = self.model if self.ema is None else self.ema.module
-        row["val_clean"], row["val_robust"] = self._validate(kept)
+        row |= self._validate(kept)
         state.rows.append(row)
         # A head without prototypes is not what is trained for.
         complete = self.head.is_fitted() or self.head.inference == "fc"
@@ -398,8 +398,8 @@ class Run:
                     self.log(f"warning: {text}")
                     self.folder.write_warnings(state.warnings.values())
 
-    def _validate(self, model: Any) -> tuple[float, float]:
-        """Returns the clean accuracy, and the robust one under PGD through the FC classifier and `attack_through`.
+    def _validate(self, model: Any) -> dict[str, float]:
+        """Returns accuracies: clean, robust by PGD through the FC classifier and `attack_through`, and the FC's.
 
         The head judges in its own inference mode in batches of `batch_size`, which the processes share out. An attack
         to choose epochs by, not to report.
@@ -409,7 +409,7 @@ class Run:
         self._set_mode(training=False)
         model.eval()
         judged = PixelModel(model)
-        counts = torch.zeros(2, device=self.accelerator.device)
+        counts = torch.zeros(3, device=self.accelerator.device)
         batches = torch.arange(len(self.data.val)).split(size)
         own = range(process_index(), len(batches), num_processes())
         loader = DataLoader(self.data.val, batch_sampler=[batches[number].tolist() for number in own],
@@ -417,19 +417,22 @@ class Run:
         for number, (images, labels) in zip(own, shielded_batches(loader), strict=True):
             images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
             right = clean = judge(judged, images, labels, size)
+            with head_mode(model, "fc"):
+                fc = judge(judged, images, labels, size)
             for name in dict.fromkeys(["fc", self._surrogate()]):
                 self._seed("validation", number, name)
                 with self.accelerator.autocast(), inputs_only(trunk):
                     adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
                                       steps=config.val_attack_steps)
                 right = right & judge(judged, adversarial, labels, size, allow_non_finite=True)
-            counts += torch.stack([clean.sum(), right.sum()]).to(counts)
+            counts += torch.stack([clean.sum(), right.sum(), fc.sum()]).to(counts)
             if self.asked_to_stop and num_processes() == 1:
                 self._save()
                 raise Stopped(self.asked_to_stop[0])
-        clean_count, right_count, *stops = reduced(torch.cat([counts, self._asked().to(counts)])).tolist()
+        clean_count, right_count, fc_count, *stops = reduced(torch.cat([counts, self._asked().to(counts)])).tolist()
         self._note_stop(stops)
-        return clean_count / len(self.data.val), right_count / len(self.data.val)
+        return {name: count / len(self.data.val) for name, count in (
+            ("val_clean", clean_count), ("val_robust", right_count), ("val_fc_clean", fc_count))}
 
     def _local_trunk(self, model: Any) -> PixelTrunk:
         """Returns a trunk of `model` that no other process takes part in: it may have no batch at the time."""

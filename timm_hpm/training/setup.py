@@ -20,7 +20,7 @@ from .distributed import num_processes
 # Of a network that knows nothing prototypes hold nothing, its features soon leave them behind, and BatchNorm's running
 # statistics, by which they are fitted, are still its initial ones. Measured in docs/training.md.
 _LATE_PART: Final = 0.6
-_LATE_UPDATES: Final = 20
+_LATE_UPDATES: Final = 40
 _MOST_IMAGES: Final = 1000
 
 

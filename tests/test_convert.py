@@ -810,17 +810,13 @@ def test_counts_of_batches_and_of_averages_are_not_needed(tmp_path, wrap, name):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "module.1.", "0."])
 def test_prefixes_go(prefix):
+    for known in FORMATS:  # formats exclude each other
+        assert [other for other in FORMATS if other.fits(set(known.marks))] == [known]
     weights = {"a.weight": torch.ones(1), "b.0.bias": torch.ones(1)}
     assert plain_state_dict(prefixed(weights, prefix), CIFAR_MEAN, CIFAR_STD).keys() == weights.keys()
     # A prefix of some keys is a name.
     mixed = {"model.weight": torch.ones(1), "fc.weight": torch.ones(1)}
     assert plain_state_dict(mixed, CIFAR_MEAN, CIFAR_STD).keys() == mixed.keys()
-
-
-def test_formats_exclude_each_other():
-    for known in FORMATS:
-        keys = set(known.marks)
-        assert [other for other in FORMATS if other.fits(keys)] == [known]
 
 
 # The command

@@ -88,6 +88,11 @@ def test_pixel_model_normalises_by_the_pretrained_cfg():
     torch.testing.assert_close(PixelModel(model).normalise(pixels), normalised)
     torch.testing.assert_close(PixelModel(model)(pixels), model(normalised))
     assert (PixelModel(model)(pixels) - model(pixels)).abs().max() > 1e-3
+    assert {key.removeprefix("model.") for key in PixelModel(model).state_dict()} == model.state_dict().keys()
+    for training in (False, True):
+        assert PixelModel(model.train(training)).training is training and model.training is training
+    with pytest.raises(ValueError, match=r"images have 1 channels, the model's mean and std 3; .*PixelModel"):
+        PixelModel(model)(torch.rand(2, 1, 32, 32))
 
 
 def test_a_given_mean_and_std_win_over_the_pretrained_cfg():
@@ -117,11 +122,6 @@ def test_pixels_of_float32_go_into_a_bfloat16_timm_model():
         logits = PixelModel(model.bfloat16())(images[:8])
     assert logits.dtype == torch.float32
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_pixel_model_adds_nothing_to_the_state_dict():
-    model = tiny_timm_model()
-    assert {key.removeprefix("model.") for key in PixelModel(model).state_dict()} == model.state_dict().keys()
 
 
 def test_pixel_model_wants_a_mean_and_a_positive_std():
@@ -244,15 +244,3 @@ def test_random_shift_keeps_images_apart_and_by_zero_pixels_is_the_identity():
     assert torch.equal(random_shift(images, 0), images)
     for image, result in zip(images, random_shift(images, 1), strict=True):
         assert any(torch.equal(result, shifted(image, down, right)) for down in (-1, 0, 1) for right in (-1, 0, 1))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_pixel_model_is_in_the_mode_of_its_model(training):
-    model = timm.create_model("hpm_wrn10_2").train(training)
-    assert PixelModel(model).training is training and model.training is training
-
-
-def test_images_of_other_channels_than_the_mean_are_refused():
-    model = timm.create_model("hpm_wrn10_2.untrained").eval()
-    with pytest.raises(ValueError, match=r"images have 1 channels, the model's mean and std 3; .*PixelModel"):
-        PixelModel(model)(torch.rand(2, 1, 32, 32))

@@ -145,15 +145,9 @@ def test_the_random_start_follows_the_seed_and_the_clean_start_has_none(threat):
     assert (threat.distance(attack(1, False), images) <= 0.2 * threat.eps * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_no_steps_are_refused(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}; expected at least 1"):
-        pgd(linear(), interior_images(), torch.zeros(20).long(), LINF, steps=steps)
-
-
-@pytest.mark.parametrize("steps", [True, 2.0, "4", None])
-def test_steps_of_another_type_are_refused(steps):
-    with pytest.raises(ValueError, match=r"steps is .*, of the type .*; expected an integer"):
+@pytest.mark.parametrize("steps", [0, -1, True, 2.0, "4", None])
+def test_steps_that_are_no_positive_integer_are_refused(steps):
+    with pytest.raises(ValueError, match=r"steps is .*(; expected at least 1|, of the type .*; expected an integer)"):
         pgd(linear(), interior_images(), torch.zeros(20).long(), LINF, steps=steps)
 
 

@@ -228,6 +228,12 @@ def test_the_class_is_the_same_for_the_same_base_and_its_name_says_what_it_is():
     first, second = (add_hpm_head(timm.create_model("test_resnet")) for _ in range(2))
     assert type(first) is type(second)
     assert type(first).__name__ == "HPMResNet" and isinstance(first, timm.models.ResNet)
+    # Without a cfg the classifier is found by `get_classifier`; pruning for features takes the head away.
+    model = timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4)
+    assert find_head(add_hpm_head(model)) is model.fc
+    model = add_hpm_head(timm.create_model("test_vit"))
+    model.prune_intermediate_layers(1)
+    assert head_name(model) is None
 
 
 def test_parameters_stay_the_same_objects():
@@ -238,10 +244,6 @@ def test_parameters_stay_the_same_objects():
     assert model.fc.weight is weight and model.fc.bias is bias and not bias.requires_grad
     remove_hpm_head(model)
     assert model.fc.weight is weight and model.fc.bias is bias
-
-
-def test_a_classifier_without_bias_has_a_head_without_bias():
-    model = timm.create_model("test_resnet")
     model.fc = nn.Linear(model.fc.in_features, 1000, bias=False)
     assert add_hpm_head(model).fc.bias is None
     assert remove_hpm_head(model).fc.bias is None
@@ -310,17 +312,6 @@ def test_a_model_whose_get_classifier_fails_without_classes_comes_back(name):
     assert find_head(bare).out_features == 6
 
 
-def test_a_model_without_a_cfg_is_searched_by_get_classifier():
-    model = timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4)
-    assert find_head(add_hpm_head(model)) is model.fc
-
-
-def test_pruning_for_features_takes_the_head_away():
-    model = add_hpm_head(timm.create_model("test_vit"))
-    model.prune_intermediate_layers(1)
-    assert head_name(model) is None
-
-
 # Bad input
 
 
@@ -375,6 +366,10 @@ def test_an_equipped_model_is_refused():
             add_hpm_head(model)
         assert not isinstance(error.value, UnsupportedHeadError)
         assert state_of(model) == before
+    for wrap, message in ((PixelModel, r"PixelModel is no timm classifier.*before it is wrapped"),
+                          (torch.compile, "OptimizedModule is no timm classifier")):
+        with pytest.raises(UnsupportedHeadError, match=message):
+            add_hpm_head(wrap(timm.create_model("test_resnet")))
 
 
 def test_remove_hpm_head_refuses_a_head_that_was_not_added():
@@ -417,13 +412,6 @@ def test_a_refused_reset_leaves_the_model_as_it_was(kind):
     with pytest.raises(UnsupportedHeadError, match="pass a global_pool such as 'avg'"):
         model.reset_classifier(5)
     assert model.num_classes == 0 and model(x).ndim > 2
-
-
-def test_a_wrapped_model_is_refused():
-    with pytest.raises(UnsupportedHeadError, match=r"PixelModel is no timm classifier.*before it is wrapped"):
-        add_hpm_head(timm_hpm.PixelModel(timm.create_model("test_resnet")))
-    with pytest.raises(UnsupportedHeadError, match="OptimizedModule is no timm classifier"):
-        add_hpm_head(torch.compile(timm.create_model("test_resnet")))
 
 
 @pytest.mark.parametrize("bias", [True, False])

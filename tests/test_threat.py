@@ -81,11 +81,9 @@ def test_parse_says_what_it_expected(text):
 def test_an_unknown_norm_is_refused(norm):
     with pytest.raises(ValueError, match=f"unknown norm '{norm}'; expected one of Linf, L2"):
         ThreatModel(norm, 0.1)
-
-
-def test_parse_refuses_an_unknown_norm():
-    with pytest.raises(ValueError, match="unknown norm 'L1'; expected one of Linf, L2"):
-        ThreatModel.parse("L1:12")
+    if norm:
+        with pytest.raises(ValueError, match=f"unknown norm '{norm}'; expected one of Linf, L2"):
+            ThreatModel.parse(f"{norm}:0.1")
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -114,6 +112,7 @@ def test_project_ends_in_the_ball_and_in_the_box(threat):
         x = threat.project(clean + size * torch.randn_like(clean), clean)
         assert (norms(threat, x - clean) <= threat.eps * (1 + 1e-5)).all()
         assert x.min() >= 0 and x.max() <= 1
+        assert threat is L2 or torch.equal(threat.project(x, clean), x)
 
 
 @both
@@ -133,12 +132,6 @@ def test_project_reaches_the_sphere_in_the_direction_of_the_perturbation(threat)
     else:
         expected = threat.eps * direction / norms(threat, direction).view(-1, 1, 1, 1)
     torch.testing.assert_close(x - clean, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_linf_project_is_idempotent():
-    clean = torch.rand(50, 3, 4, 4)
-    once = LINF.project(clean + torch.randn_like(clean), clean)
-    assert torch.equal(LINF.project(once, clean), once)
 
 
 @both
@@ -177,11 +170,6 @@ def test_scaled_has_the_norm_asked_for_and_is_the_steepest(threat, size):
     torch.testing.assert_close((step * gradient).flatten(1).sum(dim=1), size * dual)
 
 
-@both
-def test_scaled_of_no_direction_is_no_step(threat):
-    assert torch.equal(threat.scaled(torch.zeros(2, 3, 4, 4), 0.1), torch.zeros(2, 3, 4, 4))
-
-
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_scaled_is_a_full_step_however_small_the_direction(norm):
     # A confident model's gradients: their squares underflow.
@@ -195,6 +183,7 @@ def test_scaled_takes_a_size_for_each_image():
     sizes = torch.tensor([0.1, 0.0, 2.0]).view(-1, 1, 1, 1)
     for threat in (LINF, L2):
         torch.testing.assert_close(norms(threat, threat.scaled(torch.randn(3, 1, 2, 2), sizes)), sizes.flatten())
+        assert torch.equal(threat.scaled(torch.zeros(2, 3, 4, 4), 0.1), torch.zeros(2, 3, 4, 4))
 
 
 def test_distance_is_the_norm_of_the_difference():

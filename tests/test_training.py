@@ -361,13 +361,17 @@ def test_of_epochs_that_are_as_good_the_last_is_kept(tmp_path):
 # Resuming
 
 
-def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
-    changes = {"model_ema": True, "model_ema_decay": 0.9, "recovery_interval": 5, "checkpoint_hist": 20}
+@pytest.mark.parametrize(("changes", "names", "indices"), [
+    ({"model_ema_decay": 0.9, "recovery_interval": 5, "checkpoint_hist": 20}, "0-5 1-0 1-2 1-7 2-0", (0, 1, 3)),
+    ({"random_resized_crop": True, "prototype_epoch": 2, "epochs": 3, "pretrained": False, "batch_size": 350,
+      "checkpoint_hist": 9, "recovery_interval": 2, "model_ema_decay": 0.5}, "0-2 1-0 1-1 1-3 2-0 2-2 3-0", (2, 4)),
+], ids=["plain", "crops and a late fit"])
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(changes, names, indices, tmp_path):
+    changes = {"model_ema": True, **changes}
     run(tmp_path / "whole", **changes)
     folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert [(folder.name[10], folder.name[-1]) for folder in folders] == [
-        ("0", "5"), ("1", "0"), ("1", "2"), ("1", "7"), ("2", "0")]
-    for index in (0, 1, 3):
+    assert [f"{folder.name[10]}-{folder.name[-1]}" for folder in folders] == names.split()
+    for index in indices:
         part = tmp_path / f"part{index}"
         part.mkdir()
         shutil.copy(tmp_path / "whole" / "args.yaml", part)
@@ -375,16 +379,16 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(tmp_path):
         shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
         (part / "checkpoints" / ".epoch-00099-batch-00000000.99.tmp").mkdir()  # what a killed process leaves
         (part / ".best.99.tmp").mkdir()
-        train(saved_options(part), part, resume=True, log=lambda line: None)
+        run(part, resume=True, **changes)
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
-        for name, tensor in whole.model.items():
-            assert torch.equal(tensor, resumed.model[name]), (index, name)
-        for name, tensor in whole.average.items():
-            assert torch.equal(tensor, resumed.average[name]), (index, name)
+        for state, other in ((whole.model, resumed.model), (whole.average, resumed.average)):
+            assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
         assert whole.progress == resumed.progress
-        assert (part / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
-        assert (part / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+        for name in ("metrics.csv", "model.safetensors"):
+            assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         assert not [*(part / "checkpoints").glob(".*"), *part.glob(".*")]
+    if "prototype_epoch" in changes:  # the average keeps its own FC classifier when the prototypes are fitted
+        assert not torch.equal(whole.average["fc.weight"], whole.model["fc.weight"])
 
 
 @pytest.fixture(scope="module")
@@ -653,24 +657,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         run(tmp_path, recovery_interval=1, checkpoint_hist=1)
     kept = newest_checkpoint(tmp_path / "checkpoints")
     assert kept.progress["updates"] == 2 and all(tensor.isfinite().all() for tensor in kept.model.values())
-
-
-def test_crops_and_a_late_fit_resume_exactly(tmp_path):
-    changes = {"random_resized_crop": True, "prototype_epoch": 2, "epochs": 3, "pretrained": False, "batch_size": 350,
-               "checkpoint_hist": 9, "recovery_interval": 2, "model_ema": True, "model_ema_decay": 0.5}
-    run(tmp_path / "whole", **changes)
-    for name in ("epoch-00001-batch-00000001", "epoch-00002-batch-00000000"):
-        part = tmp_path / name
-        (part / "checkpoints").mkdir(parents=True)
-        shutil.copy(tmp_path / "whole" / "args.yaml", part)
-        shutil.copytree(tmp_path / "whole" / "checkpoints" / name, part / "checkpoints" / name)
-        run(part, resume=True, **changes)
-        whole, resumed = (newest_checkpoint(tmp_path / part / "checkpoints") for part in ("whole", name))
-        for state, other in ((whole.model, resumed.model), (whole.average, resumed.average)):
-            assert all(torch.equal(tensor, other[entry]) for entry, tensor in state.items())
-    # The average keeps its own FC classifier when the prototypes are fitted.
-    last = newest_checkpoint(tmp_path / "whole" / "checkpoints")
-    assert not torch.equal(last.average["fc.weight"], last.model["fc.weight"])
 
 
 def test_a_run_of_other_processes_is_not_resumed(tmp_path):

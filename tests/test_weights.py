@@ -130,6 +130,12 @@ def test_evaluate_measures_no_random_head_as_pretrained(arguments, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_weights_of_checkpoint_path_are_not_measured_under_the_name_of_others(pretrained):
+    with pytest.raises(ValueError, match=r"checkpoint_path is 'own\.pt'; give such weights by --checkpoint"):
+        create_model("hpm_wrn10_2", pretrained=pretrained, checkpoint_path="own.pt")
+
+
 @pytest.mark.parametrize("command", [["push", "org/name", "--model"], ["card"]])
 def test_the_hub_publishes_no_random_head_as_pretrained(command):
     with pytest.warns(DroppedClassifierWarning), pytest.raises(ValueError, match="the classifier would be random"):

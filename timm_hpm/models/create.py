@@ -46,6 +46,9 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
             arguments that the model does not take.
         OSError: a saved model that is not there, or cannot be reached.
     """
+    if kwargs.get("checkpoint_path"):  # timm would load it unread, under the tag's name and normalisation
+        raise ValueError(f"checkpoint_path is {str(kwargs['checkpoint_path'])!r}; give such weights by --checkpoint "
+                         "(evaluate.py), --initial-checkpoint (train.py) or pretrained_cfg_overlay=dict(file=...)")
     # Without the cause: its text may hold what a server answered, and that the token.
     try:
         model: Any = _created(name, pretrained, _args_of(checkpoint, name) | kwargs)

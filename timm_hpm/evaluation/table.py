@@ -69,6 +69,6 @@ ATTACKS: Final = {
         Attack("square", square, Budget(5_000), needs_gradient=False),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),
-        Attack("joint-subset", joint_subset, Budget(25, rounds=30), whole_batch=True, seeded_as="joint-subset"),
+        Attack("joint-subset", joint_subset, Budget(25, rounds=30), whole_batch=True, seeded_as="joint-rest"),
     )
 }

@@ -21,6 +21,7 @@ import timm
 import torch
 
 import timm_hpm
+from timm_hpm.__main__ import main
 
 torch.set_num_threads(1)
 
@@ -136,7 +137,7 @@ def publish(name: str, path: str, seed: int = 0) -> dict[str, Any]:
 
 
 def shell(words: list[str]) -> int:
-    return timm_hpm.hub.main(words)
+    return main(words)
 
 
 def run(code: str) -> None:

@@ -21,7 +21,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """A repository: its commits by their hash, with their messages, and branches, tags and pull requests by name."""
+    """A repository: its commits by their hash, with their messages, and branches and tags by name."""
 
     private: bool
     commits: dict[str, Files] = field(default_factory=dict)
@@ -29,20 +29,20 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: Files, message: str) -> str:
-        """Makes `files` what stands at `ref`, and returns the commit's hash."""
+        """Commits `files` to `ref`, and returns the commit's hash."""
         oid = hashlib.sha1(f"{len(self.commits)} {ref} {message}".encode()).hexdigest()
         self.commits[oid], self.messages[oid], self.refs[ref] = dict(files), message, oid
         return oid
 
     def resolve(self, revision: str) -> str | None:
-        """Returns the commit's hash of a branch, tag, pull request or hash."""
+        """Returns the commit's hash of a branch, tag or hash."""
         oid = self.refs.get(revision, revision)
         return oid if oid in self.commits else None
 
 
 @dataclass
 class Faults:
-    """What goes wrong, by file name; all of it off at first."""
+    """Faults on demand, by file name; all off at first."""
 
     #: The connection breaks after so many bytes of a download, so many times.
     break_after: dict[str, int] = field(default_factory=dict)
@@ -88,12 +88,12 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, repo_id: str, files: Files, *, private: bool = False, message: str = "add") -> str:
-        """Puts files into a repository, made where it is missing, and returns the commit's hash."""
+        """Puts files into a repository, made if it is missing, and returns the commit's hash."""
         repo = self.repos.setdefault(repo_id, Repo(private))
         return repo.commit("main", {**repo.commits.get(repo.refs.get("main", ""), {}), **files}, message)
 
     def files(self, repo_id: str, revision: str = "main") -> Files:
-        """Returns what stands at a revision."""
+        """Returns the files at a revision."""
         repo = self.repos[repo_id]
         return repo.commits[repo.refs.get(revision, revision)]
 
@@ -113,6 +113,11 @@ def running() -> Iterator[HubServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def is_private(data: dict[str, Any]) -> bool:
+    """Returns whether a request asks for a private repository; older clients send the second form."""
+    return data.get("visibility") == "private" or bool(data.get("private"))
 
 
 class Answer(Exception):
@@ -197,9 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"type": "user", "name": self.account, "orgs": [{"name": "org"}]})
 
     def validate_yaml(self) -> None:
-        content = self.read_json()["content"]
-        if not content.startswith("---\n"):
-            raise Answer(400, "README.md has no metadata")
+        self.read_json()
         self.send_json({"errors": [], "warnings": []})
 
     def create(self) -> None:
@@ -207,15 +210,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.account is None:
             raise Answer(401, "Invalid username or password.")
         repo_id = f"{data.get('organization') or self.account}/{data['name']}"
+        if not self.may_write(repo_id):
+            raise Answer(403, "You don't have the rights to create a model under this namespace")
         with self.server.lock:
-            if not self.may_write(repo_id):
-                raise Answer(403, f"You don't have the rights to create a model under the namespace "
-                                  f"\"{repo_id.partition('/')[0]}\"")
             exists = repo_id in self.server.repos
             if not exists:
-                # Older clients say it the second way.
-                repo = Repo(private=data.get("visibility") == "private" or bool(data.get("private")))
-                self.server.repos[repo_id] = repo
+                self.server.repos[repo_id] = repo = Repo(private=is_private(data))
                 repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
 
@@ -226,14 +226,11 @@ class Handler(BaseHTTPRequestHandler):
         self.ref(repo_id, self.read_json()["tag"], revision)
 
     def settings(self, repo_id: str) -> None:
-        data = self.read_json()
-        self.writable(repo_id).private = data.get("visibility") == "private" or bool(data.get("private"))
+        self.writable(repo_id).private = is_private(self.read_json())
         self.send_json({})
 
     def ref(self, repo_id: str, name: str, revision: str) -> None:
         repo = self.writable(repo_id)
-        if name in repo.refs:
-            raise Answer(409, f"Reference already exists: {name}")
         repo.refs[name] = self.commit_of(repo, revision)
         self.send_json({})
 
@@ -273,46 +270,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_put(self, oid: str) -> None:
         content = self.read_body(self.server.faults.stop_lfs_after)
-        if content is None:
-            return
-        if hashlib.sha256(content).hexdigest() != oid:
-            raise Answer(400, "the content has another hash")
-        self.server.lfs_objects[oid] = content
-        self.send_json({})
+        if content is not None:
+            assert hashlib.sha256(content).hexdigest() == oid
+            self.server.lfs_objects[oid] = content
+            self.send_json({})
 
     def commit(self, repo_id: str, revision: str) -> None:
         body = self.read_body(self.server.faults.stop_commit_after)
         if body is None:
             return
-        pull_request = self.query.get("create_pr") == ["1"]
-        repo = self.repo(repo_id, write=True) if pull_request else self.writable(repo_id)
+        repo = self.writable(repo_id)
+        header, *changes = map(json.loads, body.splitlines())
         with self.server.lock:
-            if not pull_request and revision not in repo.refs:
-                raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             files = dict(repo.commits[self.commit_of(repo, revision)])
-            message = ""
-            for line in body.splitlines():
-                item = json.loads(line)
-                value = item["value"]
-                if item["key"] == "header":
-                    message = value["summary"]
-                elif item["key"] == "file":
+            for change in changes:
+                value = change["value"]
+                if change["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
-                elif item["key"] == "lfsFile":
-                    if value["oid"] not in self.server.lfs_objects:
-                        raise Answer(400, f"LFS object {value['oid']} was not uploaded")
+                elif change["key"] == "lfsFile":
                     files[value["path"]] = self.server.lfs_objects[value["oid"]]
-                elif item["key"] == "deletedFile":
-                    if files.pop(value["path"], None) is None:
-                        raise Answer(404, "A file with this name doesn't exist", "EntryNotFound")
                 else:
-                    raise Answer(400, f"unknown operation {item['key']}")
-            number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
-            oid = repo.commit(f"refs/pr/{number}" if pull_request else revision, files, message)
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
-        if pull_request:
-            answer["pullRequestUrl"] = f"{self.server.url}/{repo_id}/discussions/{number}"
-        self.send_json(answer)
+                    assert change["key"] == "deletedFile"
+                    del files[value["path"]]
+            oid = repo.commit(revision, files, header["value"]["summary"])
+        self.send_json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
 
     def info(self, repo_id: str, revision: str = "main") -> None:
         repo = self.repo(repo_id)
@@ -320,24 +301,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
                         "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []})
 
-    def refs(self, repo_id: str) -> None:
-        repo = self.repo(repo_id)
-        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
-                    for name, oid in repo.refs.items() if not name.startswith("refs/")]
-        self.send_json({"branches": branches, "converts": [], "tags": []})
-
     def tree(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id)
         files = repo.commits[self.commit_of(repo, revision)]
         self.send_json([self.entry(path, content) for path, content in files.items()])
-
-    def paths_info(self, repo_id: str, revision: str) -> None:
-        body = self.read_body() or b""
-        json_body = self.headers.get("Content-Type", "").startswith("application/json")
-        paths = json.loads(body)["paths"] if json_body else parse_qs(body.decode())["paths"]
-        repo = self.repo(repo_id)
-        files = repo.commits[self.commit_of(repo, revision)]
-        self.send_json([self.entry(path, files[path]) for path in paths if path in files])
 
     def entry(self, path: str, content: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": self.oid(path, content)}
@@ -415,12 +382,10 @@ ROUTES: list[tuple[tuple[str, ...], str, str]] = [
     (("PUT",), f"/api/models/{_ID}/settings", "settings"),
     (("POST",), f"/api/models/{_ID}/preupload/([^/]+)", "preupload"),
     (("POST",), f"/api/models/{_ID}/commit/([^/]+)", "commit"),
-    (("POST",), f"/api/models/{_ID}/paths-info/([^/]+)", "paths_info"),
     (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", "lfs_batch"),
     (("PUT",), "/lfs/([0-9a-f]{64})", "lfs_put"),
     (("GET",), f"/api/models/{_ID}", "info"),
     (("GET",), f"/api/models/{_ID}/revision/([^/]+)", "info"),
-    (("GET",), f"/api/models/{_ID}/refs", "refs"),
     (("GET",), f"/api/models/{_ID}/tree/([^/]+)", "tree"),
     (("GET", "HEAD"), f"/{_ID}/resolve/([^/]+)/(.+)", "resolve"),
 ]

@@ -633,7 +633,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "theirs.ckpt")})
     assert str(tmp_path / "theirs.ckpt") in str(error.value)
     run = subprocess.run(
-        [sys.executable, "-m", "timm_hpm.convert", tmp_path / "theirs.ckpt", "--model", name, "--output",
+        [sys.executable, "-m", "timm_hpm", "convert", tmp_path / "theirs.ckpt", "--model", name, "--output",
          tmp_path / "out"], capture_output=True, text=True)
     assert run.returncode == 1 and "refused posix.mkdir" in run.stderr and "Traceback" not in run.stderr
     assert not (tmp_path / "ran").exists()
@@ -831,7 +831,7 @@ def deepmind_file(tmp_path):
 def test_the_command_writes_a_folder_that_timm_loads(tmp_path, deepmind_file):
     output = tmp_path / "new" / "folder"
     run = subprocess.run(
-        [sys.executable, "-m", "timm_hpm.convert", deepmind_file, "--model", "hpm_wrn10_2.untrained_deepmind",
+        [sys.executable, "-m", "timm_hpm", "convert", deepmind_file, "--model", "hpm_wrn10_2.untrained_deepmind",
          "--output", output], capture_output=True, text=True, check=True)
     assert run.stdout.startswith(f"written: {output / 'model.safetensors'}, {output / 'config.json'}: "
                                  "hpm_wrn10_2.untrained_deepmind, 10 classes")
@@ -850,8 +850,9 @@ def test_the_command_s_options_reach_the_folder(tmp_path):
     weights["fc.weight"], weights["fc.bias"] = torch.randn(7, 128), torch.randn(7)
     torch.save(weights, tmp_path / "theirs.pt")
     subprocess.run(
-        [sys.executable, "-m", "timm_hpm.convert", tmp_path / "theirs.pt", "--model", "hpm_wrn10_2.untrained_deepmind",
-         "--output", tmp_path / "out", "--num-classes", "7", "--mean", "0", "0", "0", "--std", "1", "1", "1",
+        [sys.executable, "-m", "timm_hpm", "convert", tmp_path / "theirs.pt",
+         "--model", "hpm_wrn10_2.untrained_deepmind", "--output", tmp_path / "out", "--num-classes", "7",
+         "--mean", "0", "0", "0", "--std", "1", "1", "1",
          "--model-kwargs", "layout=trades", "mix=0.25"], check=True, capture_output=True)
     with pytest.warns(UnfittedHeadWarning):
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)

@@ -280,11 +280,11 @@ COMMANDS = """
 import traceback
 
 import evaluate
-import timm_hpm.hub
+import timm_hpm.__main__
 import timm_hpm.models.create
 
 for main, words in ((evaluate.main, ["--model", "hf-hub:org/x"]),
-                    (timm_hpm.hub.main, ["push", "org/y", "--model", "hf-hub:org/x"])):
+                    (timm_hpm.__main__.main, ["push", "org/y", "--model", "hf-hub:org/x"])):
     try:
         main(words)
     except (SystemExit, Exception) as error:

@@ -1,14 +1,6 @@
-"""Model cards for the Hub: of a model with a report, and of a public checkpoint whose figures others published.
+"""Model cards for the Hub: of a model with a report, and of public checkpoints. `python -m timm_hpm card NAME`."""
 
-    python -m timm_hpm.cards NAME [--output FILE]
-
-prints or writes the card of a tag with weights. `--folder` names the folder of its `<tag>.report.json` and hand-written
-`<tag>.notes.md`, if it has them (hub_cards).
-"""
-
-import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +10,6 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
-from .files import use_any_console, write_text
-from .guards import last_words
 from .head import HPMHead, find_head
 from .models.create import create_model
 from .report import TRUE_MODEL, AttackReport
@@ -389,32 +379,3 @@ def _shape(size: Any) -> str:
 
 def _numbers(values: Any) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints or writes the card of a tag; returns the exit code."""
-    use_any_console()
-    parser = argparse.ArgumentParser(
-        prog="python -m timm_hpm.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", metavar="NAME", help="a tag of timm.list_pretrained('hpm_*')")
-    parser.add_argument("--folder", type=Path, default=Path("hub_cards"), help="(%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(the terminal)")
-    args = parser.parse_args(argv)
-    print_or_write(folder_card(args.name, args.folder), args.output)
-    return 0
-
-
-def print_or_write(text: str, path: Path | None) -> None:
-    """Prints a card, or writes it to a file."""
-    if path is None:
-        print(text, end="")
-    else:
-        write_text(path, text)
-        print(f"written: {path}")
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(last_words("timm_hpm.cards", error))

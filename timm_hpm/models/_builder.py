@@ -1,4 +1,4 @@
-"""What the entrypoints of the `hpm_*` models share: pretrained cfgs, model arguments of a tag, and weight loading."""
+"""Building the `hpm_*` networks and loading their weights, for the entrypoints of all of them."""
 
 import dataclasses
 import json
@@ -12,13 +12,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_pretrained_cfg,
-    load_pretrained,
-    resolve_pretrained_cfg,
-)
+from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained
 from torch import Tensor, nn
 
 from ..checkpoints import (
@@ -34,140 +28,33 @@ from ..checkpoints import (
     unwrap,
     warn_of_normalisation,
 )
-from ..data import DATASETS
 from ..guards import check_size, weights_only
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
-from ..threat import ThreatModel
-from .configs import check_cfg, read_config
+from .configs import read_config
 from .preact import PreActNet
-from .saving import CONFIG, OF_TRAINING, WEIGHTS, config_args, config_fields, own_config, saved_config
+from .saving import CONFIG, WEIGHTS, config_args, config_fields, own_config, saved_config
+from .tags import is_whole, names_weights, own_cfg, tag_args
 
-# Keyword arguments that make a head of a kind, and the names of what it adds to a classifier's weight and bias.
+# Arguments of an HPM head, and its entries in a state dict beside the classifier's weight and bias.
 _HEAD_ARGS = ("mix", "ema_decay", "inference")
 _HEAD_ENTRIES = ("prototypes", "num_updates", "log_scale")
-# How the notes of a pretrained cfg begin that say what its weights were trained against, and their accuracies.
-_THREAT_NOTE = "threat model: "
-_PUBLISHED_NOTE = "published, not re-measured: "
-# Arguments that make another network than the one of a checkpoint, which timm then loads loosely.
+# With these arguments timm does not load strictly.
 _LOOSE_ARGS = ("num_classes", "in_chans", "img_size", "global_pool", "features_only", "feature_cls", "out_indices")
-# What a pretrained cfg says about its weights, not about the network.
-_OF_WEIGHTS = (
-    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "label_offset",
-    "label_names", "label_descriptions", "description", "paper_name", "notes",
-)
-# Where weights of the caller's come from; `source` says that they are a folder's or a repository's.
-_PLACES = ("source", "state_dict", "file", "url", "hf_hub_id")
-
-
-def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Returns the pretrained cfg of a network for CIFAR-10, with `kwargs` in place of what stands here."""
-    return {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": DATASETS["torch/cifar10"].mean,
-        "std": DATASETS["torch/cifar10"].std,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-def weight_notes(threat: str, published: str | None = None) -> tuple[str, ...]:
-    """Returns the `notes` of a pretrained cfg with weights.
-
-    Arguments:
-        threat: what they were trained against, as `ThreatModel.parse` reads it.
-        published: for weights of others, the accuracies that their authors state, and where.
-    """
-    ThreatModel.parse(threat)  # a mistake shows here
-    notes = (f"{_THREAT_NOTE}{threat}",)
-    return notes if published is None else (*notes, f"{_PUBLISHED_NOTE}{published}")
-
-
-def threat_of(cfg: PretrainedCfg) -> ThreatModel | None:
-    """Returns the threat model that a pretrained cfg's weights were trained against; None where it names none."""
-    notes = [note for note in cfg.notes or () if note.startswith(_THREAT_NOTE)]
-    return ThreatModel.parse(notes[0].removeprefix(_THREAT_NOTE)) if notes else None
-
-
-def published_of(cfg: PretrainedCfg) -> str | None:
-    """Returns the accuracies that the authors of a pretrained cfg's weights state; None where it says nothing."""
-    notes = [note for note in cfg.notes or () if note.startswith(_PUBLISHED_NOTE)]
-    return notes[0].removeprefix(_PUBLISHED_NOTE) if notes else None
-
-
-def _names_weights(kwargs: Mapping[str, Any]) -> bool:
-    """Returns whether an entrypoint was given weights, in the place of its tag's or its folder's."""
-    return bool((kwargs.get("pretrained_cfg_overlay") or {}).keys() & {*_PLACES})
-
-
-def _is_whole(cfg: Any) -> bool:
-    """Returns whether an entrypoint's `pretrained_cfg` is one, as by `hf-hub:` and `local-dir:`, not a tag's name."""
-    return cfg is not None and not isinstance(cfg, str)
-
-
-def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> PretrainedCfg:
-    """Returns the pretrained cfg that an entrypoint was asked for, without what is true of the tag's own weights only.
-
-    That is their licence, origin, paper and accuracies: a network that starts at random, or from a file of the
-    caller's, has those of the tag `untrained`; the caller's weights are of no tag. A cfg given as a whole, as by
-    `hf-hub:`, speaks for itself.
-    """
-    asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
-    if isinstance(asked, Mapping):
-        check_cfg(asked)
-    cfg = resolve_pretrained_cfg(variant, asked, overlay)
-    foreign = _names_weights(kwargs)
-    if not foreign and (pretrained or _is_whole(asked)):
-        return cfg
-    if foreign:  # the places of other weights would go first
-        others: dict[str, Any] = {name: None for name in (*_PLACES, "hf_hub_filename") if name not in (overlay or {})}
-        cfg = dataclasses.replace(cfg, **others)
-    registered = get_pretrained_cfg(f"{variant}.{cfg.tag}") if cfg.tag else None
-    if registered is not None and not registered.has_weights:
-        return cfg
-    neutral = get_pretrained_cfg(f"{variant}.untrained")
-    of_tag = {name: getattr(neutral, name) for name in OF_TRAINING}
-    return dataclasses.replace(cfg, tag=None if foreign else cfg.tag, **of_tag)
-
-
-def tag_args(variant: str, table: Mapping[str, dict[str, Any]], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the model arguments that belong to the pretrained tag which an entrypoint was asked for.
-
-    A pretrained cfg has no room for them, and building a tag's network without them would load its weights into
-    another function.
-
-    Arguments:
-        variant: name of the architecture.
-        table: `"arch.tag"` to model arguments; a tag without an entry has none.
-        kwargs: the entrypoint's, of which `pretrained_cfg` and `pretrained_cfg_overlay` count.
-
-    Raises:
-        RuntimeError: a tag that the architecture does not have (by timm).
-    """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    return dict(table.get(f"{variant}.{cfg.tag}", {}))
 
 
 def build_preact_net(
         variant: str,
         pretrained: bool,
         arch_args: Mapping[str, Any],
-        table: Mapping[str, dict[str, Any]],
         kwargs: Mapping[str, Any],
 ) -> PreActNet:
     """Returns the network of an entrypoint; with `features_only` among `kwargs`, timm's wrapper of it.
 
-    `arch_args` are the architecture's model arguments, `table` those of its tags (see `tag_args`). A tag's win over
-    the architecture's, and the caller's `kwargs` over both.
+    `arch_args` are the architecture's model arguments; those of its tag replace them, and the caller's `kwargs` both.
     """
     asked = kwargs
-    cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, plain_state_dict)
+    cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, plain_state_dict)
     create = partial(
         build_model_with_cfg, PreActNet, variant,
         pretrained_cfg=cfg.to_dict(),
@@ -187,7 +74,6 @@ def build_variant(
         create: Callable[..., Any],
         variant: str,
         pretrained: bool,
-        table: Mapping[str, dict[str, Any]],
         kwargs: Mapping[str, Any],
         convert: Callable[..., dict[str, Tensor]] = plain_state_dict,
 ) -> nn.Module:
@@ -201,7 +87,6 @@ def build_variant(
         create: the base's own entrypoint.
         variant: the name with a registered pretrained cfg.
         pretrained: whether to load weights.
-        table: model arguments of the tags; see `tag_args`.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
         convert: what makes a checkpoint the base's, called as `plain_state_dict`.
 
@@ -211,7 +96,7 @@ def build_variant(
         RuntimeError: a tag without weights (by timm).
     """
     asked = kwargs
-    cfg, kwargs, state_dict = _resolved(variant, pretrained, table, kwargs, convert)
+    cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
     check_size(partial(create, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
@@ -228,7 +113,7 @@ def build_variant(
         return loaded(model, cfg) if converted else model
     add_hpm_head(model, **head_args)
     # The tag may be lost, as by training, and these would be with it.
-    model.network_args = {name: kwargs[name] for name in tag_args(variant, table, asked) if name in kwargs}
+    model.network_args = {name: kwargs[name] for name in tag_args(variant, asked) if name in kwargs}
     entries = head_entries(state_dict, model)
     if entries:
         head = find_head(model)
@@ -240,7 +125,6 @@ def build_variant(
 def _resolved(
         variant: str,
         pretrained: bool,
-        table: Mapping[str, dict[str, Any]],
         kwargs: Mapping[str, Any],
         convert: Callable[..., dict[str, Tensor]],
 ) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
@@ -249,7 +133,7 @@ def _resolved(
     The caller's arguments go first, then the config in the weights' metadata, then that of their folder, then the tag.
 
     Arguments:
-        variant, pretrained, table, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format
+        variant, pretrained, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format
             that the network reads by itself (`custom_load`), there are no weights.
 
     Raises:
@@ -258,11 +142,11 @@ def _resolved(
     cfg = own_cfg(variant, pretrained, kwargs)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     args = {name: value for name, value in kwargs.items() if name not in ("pretrained_cfg", "pretrained_cfg_overlay")}
-    tag = tag_args(variant, table, kwargs)
+    tag = tag_args(variant, kwargs)
     if not pretrained or cfg.custom_load:
         return cfg, {**tag, **args}, {}
     state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
-    foreign, place = _names_weights(kwargs), weights_place(cfg)
+    foreign, place = names_weights(kwargs), weights_place(cfg)
     with fitting(place, variant):
         stated = _stated_args(cfg, args)
         config = _weights_config(cfg, kwargs.get("cache_dir"))
@@ -279,7 +163,7 @@ def _resolved(
         if foreign and not config:
             warn_of_normalisation(place, cfg.mean, cfg.std, overlay, state_dict)
         state_dict = convert(state_dict, cfg.mean, cfg.std)
-        whole = _is_whole(kwargs.get("pretrained_cfg")) and not foreign
+        whole = is_whole(kwargs.get("pretrained_cfg")) and not foreign
         cfg = _with_classes(cfg, args, num_classes_of(state_dict, cfg.classifier), stated if whole else None)
     return cfg, {**tag, **args}, state_dict
 
@@ -492,19 +376,3 @@ def _cfg(model: Any) -> dict[str, Any]:
     """Returns the pretrained cfg of a model, empty where it has none."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     return cfg or {}
-
-
-def variant_cfg(base: str) -> PretrainedCfg | None:
-    """Returns a pretrained cfg without weights for the variant of timm's architecture `base`; None where timm has none.
-
-    How images reach the network (sizes, cropping, mean and std) is as in the base's own default cfg.
-    """
-    cfg = get_pretrained_cfg(base)
-    without_weights: dict[str, Any] = {
-        **dict.fromkeys(_OF_WEIGHTS),
-        "custom_load": False,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/huggingface/pytorch-image-models",
-        "paper_ids": "arXiv:2606.01746",
-    }
-    return cfg and dataclasses.replace(cfg, **without_weights)

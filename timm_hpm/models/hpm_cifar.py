@@ -5,14 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import Tensor, nn
 
 from ..checkpoints import XCIT_FUNCTION, function_error, small_resnet_state_dict, xcit_state_dict
-from ._builder import build_variant, cifar_cfg
+from ._builder import build_variant
+from .tags import cifar_cfg, pretrained_tags
 
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
 _XCIT_PAPERS = ("arXiv:2209.07399", "arXiv:2106.09681", "arXiv:2606.01746")
@@ -24,7 +25,7 @@ _XCITS = {
     "hpm_cifar_xcit_large_12_p4_32": (768, 16),
 }
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = pretrained_tags({
     "hpm_cifar_resnet18.untrained": cifar_cfg(
         pool_size=(4, 4),
         origin_url="https://github.com/huggingface/pytorch-image-models",
@@ -59,7 +60,7 @@ class CifarResNet(ResNet):
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self.conv1, self.maxpool = stem, nn.Identity()  # type: ignore[assignment]
         feature_info: list[dict[str, Any]] = self.feature_info
-        # Half of timm's behind the stem, and a quarter behind each stage.
+        # Half of timm's after the stem, and a quarter after each stage.
         for level in feature_info:
             level["reduction"] //= 2 if level["module"] == "act1" else 4
 
@@ -80,12 +81,12 @@ class CifarXcit(Xcit):
         embed.num_patches = math.prod(size // embed.patch_size for size in embed.img_size)
         for level in self.feature_info:
             level["reduction"] = embed.patch_size
-        # What the weights do not show: they fit timm's own XCiT, and answer wrongly there.
+        # The weights fit timm's own XCiT, too, and would give silently wrong predictions there.
         self.function: Tensor
         self.register_buffer("function", torch.tensor(XCIT_FUNCTION, device=self.cls_token.device))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuses an entry `function` of another form or value; one that is missing is torch's error."""
+        """Refuses an entry `function` of another form or value; torch reports a missing one."""
         key = f"{prefix}function"
         given = state_dict.get(key, self.function)
         error = function_error(key, given, XCIT_FUNCTION)
@@ -103,15 +104,15 @@ def _create_xcit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         build_model_with_cfg, CifarXcit, variant, pretrained_filter_fn=xcit_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"})
     args = {"embed_dim": embed_dim, "depth": 12, "num_heads": num_heads, "eta": 1.0, "tokens_norm": True}
-    return build_variant(create, variant, pretrained, {}, {**args, **kwargs}, partial(xcit_state_dict, small=True))
+    return build_variant(create, variant, pretrained, {**args, **kwargs}, partial(xcit_state_dict, small=True))
 
 
 @register_model
 def hpm_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 for small images, 11.2M parameters, with activations behind the blocks."""
+    """ResNet-18 for small images, 11.2M parameters, with activations after the blocks."""
     create = partial(build_model_with_cfg, CifarResNet, "hpm_cifar_resnet18")
     args = {"layers": (2, 2, 2, 2), **kwargs}
-    return build_variant(create, "hpm_cifar_resnet18", pretrained, {}, args, small_resnet_state_dict)
+    return build_variant(create, "hpm_cifar_resnet18", pretrained, args, small_resnet_state_dict)
 
 
 @register_model

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 
-from ._builder import build_preact_net, cifar_cfg, weight_notes
+from ._builder import build_preact_net
 from .preact import PreActNet
+from .tags import cifar_cfg, pretrained_tags, weight_notes
 
 _PAPERS = ("arXiv:1603.05027", "arXiv:2606.01746")
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = pretrained_tags({
     "hpm_preact_resnet18.du2026_cifar10_linf": cifar_cfg(
         hf_hub_id="KaiwenDu/robust-overfitting-checkpoints",
         hf_hub_filename="epoch_105.pt",
@@ -29,17 +30,13 @@ default_cfgs = generate_default_cfgs({
         pool_size=(4, 4),
         origin_url="https://github.com/google-deepmind/deepmind-research",
         paper_ids=_PAPERS,
+        model_args={"layout": "deepmind", "shortcut": "raw3x3"},
     ),
 })
-
-# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
-_TAG_ARGS: dict[str, dict[str, Any]] = {
-    "hpm_preact_resnet18.untrained_deepmind": {"layout": "deepmind", "shortcut": "raw3x3"},
-}
 
 
 @register_model
 def hpm_preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm behind the last stage."""
+    """PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm after the last stage."""
     arch_args = {"depths": (2, 2, 2, 2), "channels": (64, 128, 256, 512), "stem_chs": 64, "final_norm": True}
-    return build_preact_net("hpm_preact_resnet18", pretrained, arch_args, _TAG_ARGS, kwargs)
+    return build_preact_net("hpm_preact_resnet18", pretrained, arch_args, kwargs)

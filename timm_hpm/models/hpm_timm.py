@@ -1,16 +1,16 @@
 """timm's architectures with an HPM head: `hpm_{base}` for the bases listed here, any other by `register_hpm`."""
 
-import dataclasses
 from difflib import get_close_matches
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import DefaultCfg, generate_default_cfgs, model_entrypoint, register_model
+from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch import nn
 
 from ..checkpoints import plain_state_dict, xcit_state_dict
-from ._builder import build_variant, variant_cfg, weight_notes
+from ._builder import build_variant
+from .tags import pretrained_tags, variant_cfg, weight_notes
 
 _BASES = (
     # residual networks
@@ -28,7 +28,7 @@ _BASES = (
 
 __all__ = ["register_hpm"]
 
-# What every public ImageNet checkpoint below has in common, whatever the base's own default is.
+# Fields of every public ImageNet checkpoint below, whatever the base's default is.
 _IMAGENET = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -61,8 +61,8 @@ _SALMAN2020_CLEAN = {
     },
 }
 
-# Liu et al. 2023 (ARES 2.0), "A Comprehensive Study on Robustness of Image Classification Models": the file's part of
-# the name, the published accuracies where they are at hand, and the model arguments.
+# Liu et al. 2023 (ARES 2.0), "A Comprehensive Study on Robustness of Image Classification Models": the base to its part
+# of the file's name, the published accuracies if known, and the model arguments.
 _LIU2023: dict[str, tuple[str, str, dict[str, Any]]] = {
     "resnet50": ("ResNet50", "67.0 % clean, 34.1 % under PGD-100", {}),
     "resnet101": ("ResNet101", "", {}),
@@ -82,14 +82,10 @@ _LIU2023: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 default_cfgs: dict[str, DefaultCfg] = {}
-# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
-_TAG_ARGS: dict[str, dict[str, Any]] = {
-    f"hpm_{_base}.liu2023_imagenet_linf": _args for _base, (_, _, _args) in _LIU2023.items() if _args
-}
 
 
 def _public_tags(base: str) -> dict[str, dict[str, Any]]:
-    """Returns the tags of `hpm_{base}` with public weights, the default first, and what they change in its cfg."""
+    """Returns the tags of `hpm_{base}` with public weights, the default first, and their fields."""
     tags = {}
     for norm, accuracies in _SALMAN2020_CLEAN.get(base, {}).items():
         for radius, clean in zip(_SALMAN2020_RADII[norm], accuracies, strict=True):
@@ -108,9 +104,10 @@ def _public_tags(base: str) -> dict[str, dict[str, Any]]:
                     f"{clean:.2f} % clean (its authors' README; no robust accuracy there)"),
             }
     if base in _LIU2023:
-        file, published, _ = _LIU2023[base]
+        file, published, model_args = _LIU2023[base]
         tags["liu2023_imagenet_linf"] = {
             **_IMAGENET,
+            **({"model_args": model_args} if model_args else {}),
             "url": f"https://ml.cs.tsinghua.edu.cn/~xiaoyang/aresbench/ckpt-imagenet/ARES_{file}_AT.pth",
             "interpolation": "bicubic",
             "license": "apache-2.0",
@@ -127,16 +124,16 @@ def _public_tags(base: str) -> dict[str, dict[str, Any]]:
 def register_hpm(base: str) -> str:
     """Registers `hpm_{base}`, timm's architecture `base` with an HPM head, and returns that name.
 
-    Its tag `untrained` has no weights; bases of public robust checkpoints have further ones. The first of those is the
-    default, unless it is for another activation or normalisation than the base's: under the bare name the base's own
-    weights must answer as they do there. A name registered before stays as it is. The network is made when a model is
-    created; a base whose head an HPM head cannot replace fails then, by `UnsupportedHeadError`.
+    Its tag `untrained` has no weights; bases of public robust checkpoints have further tags. The first of those is the
+    default, unless it needs another activation or normalisation than the base: under the bare name the base's own
+    weights must give the same logits as in timm. A registered name stays as it is. If an HPM head cannot replace the
+    base's classifier, creating a model raises `UnsupportedHeadError`.
 
     Arguments:
-        base: an architecture of timm's, or one registered with timm, without a tag.
+        base: an architecture registered with timm, without a tag.
 
     Raises:
-        ValueError: an unknown base; the message names the nearest ones.
+        ValueError: if the base is unknown; the message names the nearest ones.
     """
     name = f"hpm_{base}"
     if name in default_cfgs:
@@ -147,16 +144,17 @@ def register_hpm(base: str) -> str:
         nearest = ", ".join(get_close_matches(base.partition(".")[0], known, n=5)) or "see timm.list_models()"
         raise ValueError(f"unknown base {base!r}; expected an architecture of timm's, without a tag. "
                          f"The nearest: {nearest}")
-    public = {f"{name}.{tag}": dataclasses.replace(cfg, **fields) for tag, fields in _public_tags(base).items()}
-    first = next(iter(public), None)
-    another = first is not None and (
-        first in _TAG_ARGS or (public[first].mean, public[first].std) != (cfg.mean, cfg.std))
+    public = _public_tags(base)
+    first = next(iter(public.values()), {})
+    another = "model_args" in first or any(field in first and first[field] != getattr(cfg, field)
+                                           for field in ("mean", "std"))
     # The star makes a tag the default, before those with weights.
-    default_cfgs.update(generate_default_cfgs({**public, f"{name}.untrained{'*' if another else ''}": cfg}))
+    tags = {**public, f"untrained{'*' if another else ''}": {}}
+    default_cfgs.update(pretrained_tags({f"{name}.{tag}": vars(cfg) | fields for tag, fields in tags.items()}))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         convert = xcit_state_dict if base.startswith("xcit_") else plain_state_dict
-        return build_variant(model_entrypoint(base), name, pretrained, _TAG_ARGS, kwargs, convert)
+        return build_variant(model_entrypoint(base), name, pretrained, kwargs, convert)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head` for mix, ema_decay and inference."
@@ -165,10 +163,10 @@ def register_hpm(base: str) -> str:
 
 
 def register_saved(architecture: str) -> None:
-    """Registers the `architecture` that a saved model's config names, where it is an `hpm_*` that is not there yet.
+    """Registers the `architecture` of a saved model's config, if it is an `hpm_*` that is not registered yet.
 
     Raises:
-        ValueError: an `hpm_*` of an unknown base.
+        ValueError: if the base of an `hpm_*` is unknown.
     """
     if architecture.startswith("hpm_") and not timm.is_model(architecture):
         register_hpm(architecture.removeprefix("hpm_"))

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import register_model
 
 from ..data import DATASETS
-from ._builder import build_preact_net, cifar_cfg, weight_notes
+from ._builder import build_preact_net
 from .preact import PreActNet
+from .tags import cifar_cfg, pretrained_tags, weight_notes
 
 _PAPERS = ("arXiv:1605.07146", "arXiv:2606.01746")
 _TRADES_URL = "https://github.com/yaodongyu/TRADES"
@@ -22,8 +23,9 @@ _VARIANTS = {
     "hpm_wrn70_16": (70, 16),
 }
 
-_CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
-    # The weights lie in the package: a robust model without a download.
+# A tag's cfg and, as `model_args`, the arguments that its weights need.
+_TAGS: dict[str, dict[str, Any]] = {
+    # Embedded in the package: a robust model without a download.
     "hpm_wrn10_2.digits_linf": cifar_cfg(
         file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
         input_size=(1, 8, 8),
@@ -33,10 +35,9 @@ _CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
         origin_url="https://arxiv.org/abs/2606.01746",
         paper_ids=_PAPERS,
         notes=weight_notes("Linf:0.1"),
+        model_args={"stem_stride": 2},
     ),
 }
-# 'arch.tag' to model arguments: a pretrained cfg has no field for them.
-_TAG_ARGS: dict[str, dict[str, Any]] = {"hpm_wrn10_2.digits_linf": {"stem_stride": 2}}
 
 _CIFAR100 = {"num_classes": 100, "mean": DATASETS["torch/cifar100"].mean, "std": DATASETS["torch/cifar100"].std}
 _SVHN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -48,7 +49,7 @@ _TINY_IMAGENET = {
     "std": (0.2302, 0.2265, 0.2262),
 }
 # Wang et al. 2023, "Better Diffusion Models Further Improve Adversarial Training": architecture and tag, repository
-# and file, threat model, published accuracies in % (clean, AutoAttack), and what is not as with CIFAR-10.
+# and file, threat model, published accuracies in % (clean, AutoAttack), and the fields that differ from CIFAR-10.
 _WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...] = (
     ("hpm_wrn28_10.wang2023_cifar10_linf", "DM-Improves-AT/cifar10_linf_wrn28-10", "Linf:8/255", (92.44, 67.31), {}),
     ("hpm_wrn28_10.wang2023_cifar10_l2", "DM-Improves-AT/cifar10_l2_wrn28-10", "L2:128/255", (95.16, 83.63), {}),
@@ -64,7 +65,7 @@ _WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...]
 )
 for _name, _file, _threat, (_clean, _robust), _data in _WANG2023:
     _repository, _file = _file.split("/")
-    _CFGS[_name] = cifar_cfg(
+    _TAGS[_name] = cifar_cfg(
         hf_hub_id=f"wzekai99/{_repository}",
         hf_hub_filename=f"checkpoint/{_file}.pt",
         license="mit",
@@ -72,25 +73,25 @@ for _name, _file, _threat, (_clean, _robust), _data in _WANG2023:
         paper_ids=("arXiv:2302.04638", *_PAPERS),
         paper_name="Better Diffusion Models Further Improve Adversarial Training",
         notes=weight_notes(_threat, f"{_clean:.2f} % clean, {_robust:.2f} % under AutoAttack (its authors' README)"),
+        model_args={"layout": "deepmind"},
         **_data,
     )
-    _TAG_ARGS[_name] = {"layout": "deepmind"}
 
 for _name in _VARIANTS:
-    _CFGS[f"{_name}.untrained"] = cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS)
-    _CFGS[f"{_name}.untrained_deepmind"] = cifar_cfg(origin_url=_DEEPMIND_URL, paper_ids=_PAPERS)
-    _TAG_ARGS[f"{_name}.untrained_deepmind"] = {"layout": "deepmind"}
+    _TAGS[f"{_name}.untrained"] = cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS)
+    _TAGS[f"{_name}.untrained_deepmind"] = cifar_cfg(
+        origin_url=_DEEPMIND_URL, paper_ids=_PAPERS, model_args={"layout": "deepmind"})
 
-default_cfgs = generate_default_cfgs(_CFGS)
+default_cfgs = pretrained_tags(_TAGS)
 
 
 def _create_wrn(variant: str, pretrained: bool, **kwargs: Any) -> PreActNet:
-    """Returns the WideResNet `variant`, with the model arguments of its tag; `kwargs` win over those."""
+    """Returns the WideResNet `variant`, with the model arguments of its tag; `kwargs` replace them."""
     depth, width = _VARIANTS[variant]
-    # Two convolutions a block, three stages; the stem and the three projections make up the other four layers.
+    # Two convolutions a block, three stages, and four other layers: the stem and the three projections.
     blocks = (depth - 4) // 6
     arch_args = {"depths": (blocks,) * 3, "channels": (16 * width, 32 * width, 64 * width), "stem_chs": 16}
-    return build_preact_net(variant, pretrained, arch_args, _TAG_ARGS, kwargs)
+    return build_preact_net(variant, pretrained, arch_args, kwargs)
 
 
 @register_model

@@ -37,9 +37,10 @@ from timm_hpm import (
     find_head,
     register_hpm,
 )
-from timm_hpm.checkpoints import FORMATS, native_state_dict, plain_state_dict, unwrap
+from timm_hpm.checkpoints import unwrap
 from timm_hpm.convert import convert
 from timm_hpm.files import new_folder
+from timm_hpm.formats import FORMATS, native_state_dict, plain_state_dict
 from timm_hpm.models.create import load_checkpoint
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)

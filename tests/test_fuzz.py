@@ -30,11 +30,12 @@ from PIL import Image
 import timm_hpm
 from timm_hpm import report_markdown, report_page
 from timm_hpm.cards import model_card
-from timm_hpm.checkpoints import CheckpointError, plain_state_dict
+from timm_hpm.checkpoints import CheckpointError
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.resume import ProgressFolder, Step
 from timm_hpm.evaluation.robustbench import model_info
 from timm_hpm.evaluation.sweep import parse_radii
+from timm_hpm.formats import plain_state_dict
 from timm_hpm.models.create import create_model
 from timm_hpm.models.saving import write_model
 from timm_hpm.options import read_options

@@ -20,14 +20,11 @@ from ..checkpoints import (
     DroppedClassifierWarning,
     check_architecture,
     fitting,
-    native_state_dict,
-    num_classes_of,
-    plain_state_dict,
     read_file,
     reading,
     unwrap,
-    warn_of_normalisation,
 )
+from ..formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, weights_only
 from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head

@@ -13,17 +13,9 @@ from safetensors import SafetensorError
 from timm.models import split_model_name_tag
 from timm.models._hub import download_from_hf
 
-from ..checkpoints import (
-    check_architecture,
-    fitting,
-    num_classes_of,
-    plain_state_dict,
-    read_file,
-    reading,
-    unwrap,
-    warn_of_normalisation,
-)
+from ..checkpoints import check_architecture, fitting, read_file, reading, unwrap
 from ..data import ImageSplit, data_source, open_split
+from ..formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, shortened, weights_only, without_tokens
 from .configs import read_config
 from .hpm_timm import register_saved

@@ -11,7 +11,8 @@ from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import Tensor, nn
 
-from ..checkpoints import XCIT_FUNCTION, function_error, small_resnet_state_dict, xcit_state_dict
+from ..checkpoints import function_error
+from ..formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
 from ._builder import build_variant
 from .tags import cifar_cfg, pretrained_tags
 

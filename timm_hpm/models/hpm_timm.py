@@ -8,7 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, model_entrypoint, register_model
 from torch import nn
 
-from ..checkpoints import plain_state_dict, xcit_state_dict
+from ..formats import plain_state_dict, xcit_state_dict
 from ._builder import build_variant
 from .tags import pretrained_tags, variant_cfg, weight_notes
 

@@ -29,7 +29,7 @@ def pretrained_tags(tags: Mapping[str, Mapping[str, Any]]) -> dict[str, DefaultC
         tags: `"arch.tag"` to the fields of its pretrained cfg and, as `model_args`, the model arguments that its
             weights need. An architecture's default tag is the first with weights, or one whose name ends in `*`.
     """
-    cfgs = {name: dict(fields) for name, fields in tags.items()}
+    cfgs: Any = {name: dict(fields) for name, fields in tags.items()}
     _TAG_ARGS.update({name.rstrip("*"): cfg.pop("model_args", {}) for name, cfg in cfgs.items()})
     return generate_default_cfgs(cfgs)
 

@@ -307,14 +307,6 @@ def test_a_repository_that_is_not_there(loader):
         loader("pull", repo_id="a/b/c")
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_file_that_is_not_there(server, loader, good, missing):
-    repo_id = f"org/without-{missing}"
-    server.add(repo_id, {name: content for name, content in good[0].items() if name != missing})
-    with pytest.raises(Failed, match=rf"HubError: cannot load {repo_id}: it has no {missing}.*Check the name"):
-        loader("pull", repo_id=repo_id)
-
-
 def test_a_wrong_token(server, client, good):
     wrong = "hf_wrongwrongwrong"
     for function, doing in (("pull", "pull"), ("push", "push to")):
@@ -370,36 +362,29 @@ def test_a_connection_that_never_gets_there(server, loader, good, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("how", ["header", "length", "short", "empty"])
-def test_damaged_weights(server, loader, good, how):
-    weights = good[0]["model.safetensors"]
-    damaged = {"header": weights[:8] + b"\xff" * 40 + weights[48:], "length": b"\xff" * 8 + weights[8:],
-               "short": weights[:5000], "empty": b""}[how]
-    repo_id = f"org/damaged-{how}"
-    server.add(repo_id, {**good[0], "model.safetensors": damaged})
-    with pytest.raises(Failed, match=rf"HubError: cannot load {repo_id}: model.safetensors is damaged .*pushed again"):
+def of_architecture(name):
+    return lambda config: json.dumps({"architecture": name, "num_classes": 10,
+                                      "pretrained_cfg": json.loads(config)["pretrained_cfg"]}).encode()
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), [
+    *((file, None, f"it has no {file}.*Check the name") for file in ("config.json", "model.safetensors")),
+    *(("model.safetensors", damage, "model.safetensors is damaged .*pushed again") for damage in (
+        lambda content: content[:8] + b"\xff" * 40 + content[48:], lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:5000], lambda content: b"")),
+    *(("config.json", lambda _, text=text: text, "its config.json is damaged or not") for text in (
+        b"", b"{", b"[]", b"null", b'{"num_classes": 10}', b"\xff\xfe")),
+    ("config.json", of_architecture("hpm_preact_resnet18"), "model.safetensors and config.json do not give a model of "
+                                                            "the architecture 'hpm_pre"),
+    ("config.json", of_architecture("hpm_nonsense"), "its architecture 'hpm_nonsense' is unknown here"),
+    ("config.json", of_architecture("nonsense"), "do not give a model of the architecture 'nonsense'"),
+])
+def test_a_broken_repository_is_named_with_what_is_wrong(server, loader, good, file, damage, message):
+    content = {file: damage(good[0][file])} if damage else {}
+    repo_id = f"org/broken{len(server.repos)}"
+    server.add(repo_id, {name: kept for name, kept in good[0].items() if name != file} | content)
+    with pytest.raises(Failed, match=f"HubError: cannot load {repo_id}: .*{message}"):
         loader("pull", repo_id=repo_id)
-
-
-@pytest.mark.parametrize("config", [b"", b"{", b"[]", b"null", b'{"num_classes": 10}', b"\xff\xfe"])
-def test_a_damaged_config(server, loader, good, config):
-    repo_id = "org/damaged-config"
-    server.add(repo_id, {**good[0], "config.json": config})
-    with pytest.raises(Failed, match=r"HubError: cannot load org/damaged-config: its config.json is damaged or not"):
-        loader("pull", repo_id=repo_id)
-
-
-def test_weights_of_another_architecture(server, loader, good):
-    config = json.loads(good[0]["config.json"])
-    for architecture, error in (
-        ("hpm_preact_resnet18", "model.safetensors and config.json do not give a model of the architecture 'hpm_pre"),
-        ("hpm_nonsense", "its architecture 'hpm_nonsense' is unknown here"),
-        ("nonsense", "do not give a model of the architecture 'nonsense'"),
-    ):
-        changed = {"architecture": architecture, "num_classes": 10, "pretrained_cfg": config["pretrained_cfg"]}
-        server.add("org/other", {**good[0], "config.json": json.dumps(changed).encode()})
-        with pytest.raises(Failed, match=f"HubError: cannot load org/other: .*{error}"):
-            loader("pull", repo_id="org/other")
 
 
 def test_a_pickle_is_not_opened(server, loader, good, tmp_path):

@@ -66,18 +66,6 @@ def fx_model(model):
 # Registration and cfgs
 
 
-def test_all_variants_are_registered():
-    assert timm.list_models("hpm_*", module="hpm_wrn") == [
-        "hpm_wrn10_2", "hpm_wrn16_4", "hpm_wrn28_10", "hpm_wrn34_10", "hpm_wrn34_20", "hpm_wrn70_16"]
-    assert timm.list_models("hpm_*", module="hpm_preact_resnet") == ["hpm_preact_resnet18"]
-    assert timm.list_models("hpm_*", module="hpm_cifar") == [
-        "hpm_cifar_resnet18", "hpm_cifar_xcit_large_12_p4_32", "hpm_cifar_xcit_medium_12_p4_32",
-        "hpm_cifar_xcit_small_12_p4_32"]
-    assert timm.get_pretrained_cfg("hpm_wrn10_2").tag == "digits_linf"
-    assert timm.models.is_model_pretrained("hpm_wrn10_2")
-    assert not timm.models.is_model_pretrained("hpm_wrn34_10")
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_cfg_describes_the_model(name):
     model = create(name).eval()

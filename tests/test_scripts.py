@@ -325,8 +325,7 @@ TRAINING = ["train.py", "--device", "cpu", "--pretrained", "--epochs", "1", "--b
 
 
 @pytest.mark.parametrize(("command", "shell", "code", "message"), [
-    (EVALUATION, "exec \"$@\" 2>&-", 0, ""),
-    (EVALUATION, "PYTHONIOENCODING=ascii exec \"$@\"", 0, ""),
+    (EVALUATION, "PYTHONIOENCODING=ascii exec \"$@\" 2>&-", 0, ""),
     (EVALUATION, "exec \"$@\" >/dev/full", 1, "evaluate.py: cannot write standard output: "),
     (EVALUATION, "ulimit -f 1; exec \"$@\"", 1, "evaluate.py: cannot write é–run/progress/batch00000-step"),
     (TRAINING, "exec \"$@\" >&- 2>&-", 0, ""),

@@ -398,7 +398,8 @@ class Answering(nn.Module):
 @pytest.mark.parametrize(("answer", "message"), [
     (lambda z: (z, z), "answers with a tuple"), (lambda z: {"logits": z}, "answers with a dict"),
     (lambda z: None, "answers with a NoneType"), (lambda z: z[0], r"the shape \(10,\)"),
-    (lambda z: z[:-1], r"16 images with the shape \(15, 10\)"), (lambda z: z[:, :1], r"the shape \(16, 1\)")])
+    (lambda z: z[:-1], r"16 images with the shape \(15, 10\)"), (lambda z: z[:, :1], r"the shape \(16, 1\)"),
+    (lambda z: z.to_sparse(), "sparse")])
 def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
     network = Answering(answer).eval()
     model = timm_hpm.PixelModel(network, [0.5], [0.5]) if wrapped else network
@@ -425,6 +426,7 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
 @pytest.mark.parametrize("option", [
     {"survivors_only": 1}, {"survivors_only": "no"}, {"survivors_only": torch.tensor([])}, {"mean": 0.5},
     {"mean": [None]}, {"mean": "0.5"}, {"mean": []}, {"mean": [float("nan")]}, {"std": True}, {"std": 1j},
+    {"attacks": torch.tensor(1)}, {"attacks": 1}, {"surrogates": "fc"}, {"surrogates": torch.tensor(1)},
     {"std": {0.5: 1}}, {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):

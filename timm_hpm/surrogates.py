@@ -118,7 +118,7 @@ def exact_surrogate(inference: str, fitted: bool = True) -> str:
 
 def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """Returns `names` without repetitions, or raises a ValueError that lists the `known` ones of their kind."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, str | Tensor) or not isinstance(names, Iterable):
         raise ValueError(f"{kind}s is {names!r}; expected a list of names, such as {list(known[:1])}")
     unknown = [name for name in names if name not in known]
     if unknown or not names:

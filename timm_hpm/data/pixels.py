@@ -178,9 +178,10 @@ def check_logits(answer: Any, rows: int) -> Tensor:
     if not isinstance(answer, Tensor):
         raise ValueError(f"the model answers with a {type(answer).__name__}; expected logits (B, C), a tensor: wrap it "
                          "in a module that returns them alone")
-    if answer.ndim != 2 or len(answer) != rows or answer.shape[1] < 2 or not answer.is_floating_point():
+    if answer.ndim != 2 or len(answer) != rows or answer.shape[1] < 2 or not (
+            answer.is_floating_point() and answer.layout == torch.strided):
         raise ValueError(f"the model answers {rows} images with the shape {tuple(answer.shape)} and dtype "
-                         f"{answer.dtype}; expected logits (B, C) in floating point, C above 1")
+                         f"{answer.dtype}, {answer.layout}; expected logits (B, C) in floating point, dense, C above 1")
     return answer
 
 

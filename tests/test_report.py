@@ -139,6 +139,12 @@ def test_a_saved_report_is_loaded_equal(report, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_a_saved_report_has_a_line_for_each_row(report, tmp_path):
+    report.save(tmp_path / "report.json")
+    lines = (tmp_path / "report.json").read_text(encoding="utf-8").splitlines()
+    assert all(f'  "{name}": "{row}"' in [line.rstrip(",") for line in lines] for name, row in report.correct.items())
+
+
 def test_a_report_makes_the_folder_it_is_written_into(report, tmp_path):
     report.save(tmp_path / "a" / "b" / "c.json")
     write_report(report, str(tmp_path / "d" / "e"))

@@ -184,7 +184,7 @@ class AttackReport:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, whole or not at all; makes the folder if it is missing."""
         writable_folder(Path(path).parent)
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, f"{_as_json(self.to_dict())}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
@@ -226,3 +226,14 @@ def _without_time(report: AttackReport) -> dict[str, Any]:
     for row in data["cost"].values():
         row.pop("seconds")
     return data
+
+
+def _as_json(value: Any, levels: int = 2) -> str:
+    """Returns JSON with a line for each entry of the first `levels` levels: such a file has readable differences."""
+    if levels == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    named = isinstance(value, dict)
+    entries = [f"{json.dumps(name)}: {_as_json(part, levels - 1)}" for name, part in value.items()] if named else [
+        _as_json(part, levels - 1) for part in value]
+    margin = "\n" + (3 - levels) * " "
+    return ("{" if named else "[") + margin + f",{margin}".join(entries) + margin[:-1] + ("}" if named else "]")

@@ -222,7 +222,7 @@ NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flip
     ("neighbours", [3], "row 0 of neighbours is 3"),
     ("neighbours", [NEIGHBOURS, {"a": 1}], "row 1 of neighbours: its batch_size is None"),
     ("neighbours", [NEIGHBOURS | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
-    ("neighbours", [{name: NEIGHBOURS[name] for name in NEIGHBOURS if name != "neighbours"}], "its neighbours is None"),
+    ("neighbours", [{name: NEIGHBOURS[name] for name in NEIGHBOURS if name != "kind"}], "its kind is None"),
 ])
 def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")

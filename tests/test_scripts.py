@@ -236,7 +236,7 @@ def test_a_sweep_of_one_radius_has_its_curve(tmp_path, capsys):
     folder = tmp_path / "out"
     assert evaluate.main([*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", str(folder),
                           "--eps-sweep", "0:0.1:0.1"]) == 0
-    assert "| eps | batch | FC alone |" in capsys.readouterr().out
+    assert "| eps | batch | FC classifier |" in capsys.readouterr().out
     assert "href='report.html'" in (folder / "sweep.html").read_text() and (folder / "report.html").exists()
 
 

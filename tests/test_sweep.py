@@ -87,10 +87,10 @@ def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits):
 
 def test_curves_begin_clean_and_hold_the_robust_accuracies(reports):
     found = curves(reports)
-    assert list(found) == ["batch", "dataset", "FC alone"]
+    assert list(found) == ["batch", "dataset", "FC classifier"]
     assert [(point.x, point.y) for point in found["batch"]] == [
         (0.0, reports[0].clean_accuracy), (0.1, reports[0].robust_accuracy), (0.3, reports[1].robust_accuracy)]
-    assert [point.y for point in found["FC alone"]] == [
+    assert [point.y for point in found["FC classifier"]] == [
         reports[0].baseline["clean"], reports[0].baseline["worst"], reports[1].baseline["worst"]]
     assert found["batch"][1].ends == reports[0].robust_accuracy_interval
 
@@ -99,7 +99,7 @@ def test_the_page_and_the_table_hold_every_number(reports):
     reports[2].flags.append(Flag("zero-gradient", "at 3 of 10 images"))
     page = Page(sweep_page(reports, [f"{i}/report.html" for i in range(4)]))
     markdown = sweep_markdown(reports)
-    assert "\n\n| eps | batch | dataset | FC alone |\n" in markdown
+    assert "\n\n| eps | batch | dataset | FC classifier |\n" in markdown
     row = next(line for line in markdown.splitlines() if line.startswith("| 0.1 |"))
     dataset = f"{100 * reports[2].robust_accuracy:.1f}*"
     assert row.split("|")[2:4] == [f" {100 * reports[0].robust_accuracy:.1f} ", f" {dataset} "]

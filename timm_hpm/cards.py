@@ -37,19 +37,19 @@ _MOST_CLASSES: Final = 100
 _ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
 _MODES = """\
-| mode | an image's answer | depends on its batch |
+| mode | prediction | depends on the batch |
 |---|---|---|
 | `batch` | ℓ2 distance to prototypes mixed with the batch's own (the paper's form) | yes |
 | `sample` | each image is a batch of its own | no |
 | `dataset` | ℓ2 distance to the data set's prototypes | no |
 | `fc` | the FC classifier | no |
 
-In the mode `batch` whoever chooses the other images of a batch, even clean ones, can change an image's answer. How
-often is in no accuracy of this card: `evaluate.py` shows it beside them. A service that batches strangers' images
-together must use one of the others: `timm_hpm.find_head(model).inference = "sample"`."""
+In the mode `batch` an adversary who chooses the other images of a batch, even clean ones, can change a prediction. No
+accuracy of this card counts that: `evaluate.py` measures it beside them. A service that batches images of several
+users must use another mode: `timm_hpm.find_head(model).inference = "sample"`."""
 
 _UNFITTED = """\
-**No prototypes yet.** Until they are fitted, the head answers exactly as the weights' own FC classifier.
+**No prototypes yet.** Until they are fitted, the head predicts exactly as the weights' own FC classifier.
 `timm_hpm.fit_prototypes(model, loader, threat)` fits them, with a loader of pixels in [0, 1] and labels;
 `docs/release.md` of timm_hpm goes from there to measured weights."""
 
@@ -81,14 +81,14 @@ def model_card(
 
     Arguments:
         title: its heading, such as "org/name" or a tag.
-        name: what `timm.create_model` takes.
+        name: the argument of `timm.create_model`.
         cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url and paper_ids count.
         head: the model's; None for a checkpoint without prototypes.
         parameters: their number.
-        report: what was measured; without it the card says that nothing was.
+        report: the measurement; None for a card without one.
         license: in place of the cfg's.
         base_model: Hub id of the model it was made from.
-        notes: Markdown by hand: what stands before the first `## ` opens the card, the rest follows the usage.
+        notes: Markdown by hand: the text before the first `## ` opens the card, the rest follows the usage.
         register: whether the loader must register the architecture first.
         training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
     """
@@ -104,7 +104,7 @@ def model_card(
         _training(training),
         _evaluation(name, report) if report else _not_measured(cfg),
         f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
-        "## What is the paper's and what is ours\n\n" + _WHOSE.format(
+        "## The paper's part and ours\n\n" + _WHOSE.format(
             figures="so is every figure above, and none the paper's" if report else "no figure here is the paper's"),
         _origin(cfg),
     ]
@@ -123,12 +123,12 @@ def tag_card(
     """Returns the card of a registered tag, such as "hpm_wrn10_2.digits_linf", without loading a public checkpoint.
 
     Arguments:
-        name: architecture and tag; the default tag where none is given.
+        name: architecture and tag; without a tag the default one.
         report: see `model_card`; a file is read.
         license, base_model, notes: see `model_card`.
 
     Raises:
-        ValueError: no such tag, or one without weights.
+        ValueError: if there is no such tag, or it has no weights.
     """
     architecture, _ = split_model_name_tag(name)
     try:
@@ -152,7 +152,7 @@ def folder_card(name: str, folder: str | Path) -> str:
     """Returns the card of a tag with its `<tag>.report.json` and `<tag>.notes.md`, if the folder has them.
 
     Raises:
-        ValueError: no such tag, or one without weights.
+        ValueError: if there is no such tag, or it has no weights.
     """
     report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
     return tag_card(name, report=report if report.is_file() else None,
@@ -185,7 +185,7 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
     if name.startswith("hf-hub:"):
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
         arguments = _literal(repo_id) + (f", revision={_literal(revision)}" if revision else "")
-        text += f"\n\n{_code(f'timm_hpm.hub.pull({arguments})')} does the same, with a token where one is needed."
+        text += f"\n\n{_code(f'timm_hpm.hub.pull({arguments})')} does the same, with a token if one is needed."
     return text
 
 
@@ -225,10 +225,10 @@ def _evaluation(name: str, report: AttackReport) -> str:
     if report.baseline:
         parts.append(_head_against_fc(report))
     parts += ["\n".join(table(["protocol", ""], _protocol(report), numbers_from=2)),
-              _wrapped("Another machine, or another number of threads, rounds otherwise, and an image near a boundary "
-                       "may fall the other way.")]
+              _wrapped("Another machine or number of threads rounds otherwise, and an image near a boundary may be "
+                       "classified otherwise.")]
     if report.flags:
-        title = "Warnings, which make these numbers unreliable:" if report.unreliable else "Warnings of the attacks:"
+        title = "Flags, which make these numbers unreliable:" if report.unreliable else "Flags of the attacks:"
         parts.append(f"{title}\n\n" + "\n".join(f"- {flag.name}: {escaped(flag.text)}" for flag in report.flags))
     return "\n\n".join(parts)
 
@@ -277,7 +277,7 @@ def _protocol(report: AttackReport) -> list[tuple[str, str]]:
 def _not_measured(cfg: Mapping[str, Any]) -> str:
     text = "## Evaluation\n\ntimm_hpm has measured nothing of these weights."
     notes = "\n".join(f"- {note}" for note in cfg.get("notes") or ())
-    return f"{text} What is said of them elsewhere:\n\n{notes}" if notes else text
+    return f"{text} Others say of them:\n\n{notes}" if notes else text
 
 
 def _origin(cfg: Mapping[str, Any]) -> str:
@@ -302,7 +302,7 @@ def _dataset(cfg: Mapping[str, Any], report: AttackReport | None) -> str | None:
     """Returns our name of the data set: the report's, or one that the tag names."""
     if report is not None:
         return report.protocol.get("dataset")
-    if not cfg.get("notes"):  # weights of one's own, whatever tag the network was built by
+    if not cfg.get("notes"):  # weights of one's own, built by any tag
         return None
     return next((part for part in str(cfg.get("tag") or "").split("_") if part in _DATASETS), None)
 

@@ -13,7 +13,7 @@ _OF_PRINTING: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 
 def run_command(name: str, main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` and exits with its code, or with one line on standard error that says what was wrong.
+    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error.
 
     A console of a narrow encoding gets "?" for a character that it lacks, a closed one gets nothing.
     """
@@ -44,5 +44,5 @@ def _usable(number: int, stream: Any) -> Any:
     try:
         os.fstat(number)
     except OSError:
-        os.dup2(null, number)  # or the next file that is opened would get what libraries print
+        os.dup2(null, number)  # or the next file that is opened would get the output of libraries
     return open(null, "w", encoding="utf-8")

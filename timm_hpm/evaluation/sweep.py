@@ -125,8 +125,8 @@ def report_folder(mode: str, threat: ThreatModel) -> str:
 def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
     """Returns robust accuracy against the radius, a curve for each mode; it begins with the clean accuracy, at 0.
 
-    Where `fc` is no mode of the `reports` (of one model on the same images), `"FC alone"` is the FC classifier of the
-    same network under the attacks on it: `AttackReport.baseline`, of the first mode that has it.
+    If `fc` is no mode of the `reports` (of one model on the same images), `"FC classifier"` is that of the same network
+    under the attacks on it: `AttackReport.baseline`, of the first mode that has it.
     """
     found: dict[str, dict[float, svg.Point]] = {}
     baseline: dict[float, svg.Point] = {}
@@ -138,7 +138,7 @@ def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
             baseline.setdefault(0.0, _point(0.0, report.baseline["clean"], report))
             baseline.setdefault(eps, _point(eps, report.baseline["worst"], report))
     if baseline and "fc" not in found:
-        found["FC alone"] = baseline
+        found["FC classifier"] = baseline
     return {name: [curve[eps] for eps in sorted(curve)] for name, curve in found.items()}
 
 
@@ -173,7 +173,7 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
         svg.curves(curves(reports), f"eps, {threat.norm}, pixels in [0, 1]",
                    "robust accuracy against eps, a curve for each inference mode"),
         f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are {INTERVAL}s. At eps 0 "
-        "stands the clean accuracy. FC alone is the FC classifier of the same network, under the attacks on it.</p>",
+        "stands the clean accuracy. FC classifier: that of the same network, under the attacks on it.</p>",
         table(head, rows, numbers_from=0),
         "<p>* unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
         *flag_section(flags),

@@ -1,4 +1,4 @@
-"""Strict checks of a report that was read from a file: what loads can be shown, compared and published."""
+"""Strict checks of a report from a file: a report that loads can be shown, compared and published."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any, Final
 from ..head import INFERENCE_MODES
 from ..threat import ThreatModel
 
-# Larger numbers, or deeper values, come of damage: no table or plot could show them.
+# Larger numbers and deeper values come from damaged files: no table or plot could show them.
 _LARGEST: Final = 1e15
 _DEEPEST: Final = 8
 
@@ -73,7 +73,7 @@ def _normalisation(value: Any) -> bool:
             and isinstance(value.get("source", ""), str))
 
 
-# What `mixed_surrogate_attack` says of every evaluation: the check, and its words.
+# Entries of the protocol that `mixed_surrogate_attack` always writes: the check, and its words.
 _PROTOCOL: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "architecture": (_text, "a text, the model's architecture"),
     "weights_digest": (_digest, "16 hexadecimal digits"),
@@ -91,7 +91,7 @@ _PROTOCOL: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "device": (_text, "a text"),
     "versions": (_object(_text), "an object of texts"),
 }
-# What it or evaluate.py may say beside that.
+# Entries that it or evaluate.py may add.
 _TEXTS: Final = ("model", "weights", "dataset", "split", "precision", "protocol", "protocol_digest")
 _OPTIONAL: Final = dict.fromkeys(_TEXTS, (_text, "a text")) | {
     "normalisation": (_or_none(_normalisation), "an object with mean and std, arrays of numbers, or null"),
@@ -125,7 +125,7 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
         computed: further entries of the file.
 
     Raises:
-        ValueError: a field that no report has in that form; the message names the first.
+        ValueError: if a field is malformed; the message names the first.
     """
     for name in ("protocol", "correct", "baseline_correct", "cost"):
         _expect(isinstance(values[name], dict), name, values[name], "an object")

@@ -69,8 +69,8 @@ class Comparison:
     """The paired accuracies of two reports, and the differences of their protocols.
 
     Arguments:
-        rows: clean accuracy, robust accuracy and, where both reports have it, that of the FC classifier.
-        differing: the entries of the protocols that differ, as name: (in a, in b); None where it is missing.
+        rows: clean accuracy, robust accuracy and, if both reports have it, that of the FC classifier.
+        differing: the entries of the protocols that differ, as name: (in a, in b); None if it is missing.
         unreliable: names (`"a"`, `"b"`) of the reports whose flags make them unreliable.
     """
 
@@ -82,7 +82,7 @@ class Comparison:
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test: of images right in one report only, either is as likely.
 
-    Under that hypothesis `only_a` is binomial(only_a + only_b, 1/2); 1 where no image differs.
+    Under that hypothesis `only_a` is binomial(only_a + only_b, 1/2); the p-value is 1 if no image differs.
 
     Source: McNemar, Psychometrika 12 (1947).
     """

@@ -1,4 +1,4 @@
-"""`Example`: an image that was broken, small enough to be shown in a report."""
+"""`Example`: a misclassified image under attack, in small pictures for a report."""
 
 import base64
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ _LARGEST: Final = 128
 
 @dataclass(frozen=True)
 class Example:
-    """An image that the true model answers correctly clean and wrongly under attack.
+    """An image that the true model classifies correctly when clean, and not under attack.
 
     Arguments:
         image: index of the image in the evaluation.
         label: its class.
-        predicted: what the true model answers to the adversarial image, in its whole batch; −1 for NaN or infinity.
-        found_by: the first candidate set, `"<surrogate>/<attack>"`, that broke it.
-        amplification: by what the perturbation is multiplied in its picture, around a mid grey.
+        predicted: class that the true model predicts for the adversarial image, in its whole batch; −1 for NaN or
+            infinity.
+        found_by: the first successful candidate set, `"<surrogate>/<attack>"`.
+        amplification: factor of the perturbation in its picture, around a mid grey.
         clean, perturbation, adversarial: pictures, PNG in base64.
     """
 
@@ -40,7 +41,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """What the true model answers to the adversarial image, in words."""
+        """The prediction for the adversarial image, in words."""
         return "not finite" if self.predicted < 0 else str(self.predicted)
 
 

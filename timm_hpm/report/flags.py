@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-#: Every name that a flag may have, and whether a report with it is not to be relied on.
+#: The name of every flag, and whether it makes a report unreliable.
 FLAGS: Final = {
     "clean-near-chance": True,
     "labels-off-by-one": True,
@@ -32,10 +32,10 @@ class Flag:
 
     Arguments:
         name: one of `FLAGS`.
-        text: what was seen, with its numbers.
+        text: the observation, with its numbers.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if the name is unknown.
     """
 
     name: str
@@ -47,18 +47,18 @@ class Flag:
 
     @property
     def unreliable(self) -> bool:
-        """Whether a report with this flag is not to be relied on."""
+        """Whether a report with this flag is unreliable."""
         return FLAGS[self.name]
 
 
 def paragraph(name: str) -> str:
-    """Returns what docs/flags.md says of a flag, in Markdown: what it means, and what to do about it."""
+    """Returns the paragraph of docs/flags.md on a flag, in Markdown: its meaning and the remedy."""
     return _paragraphs()[name]
 
 
 @cache
 def _paragraphs() -> dict[str, str]:
-    # In the package too: a report is read where there is no docs/.
+    # Part of the package: an installed one has no docs/.
     text = Path(__file__).with_name("flags.md").read_text(encoding="utf-8")
     parts = re.findall(r"^## ([a-z-]+)\n\n(.+?)\n(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL)
     return dict(parts)

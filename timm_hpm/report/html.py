@@ -1,4 +1,7 @@
-"""A report as one HTML file that opens offline: no script, and nothing that is loaded from elsewhere."""
+"""A report as one HTML file that opens offline, without scripts. Each picture is one function of this file.
+
+A new picture is a function that takes the report and returns parts of HTML, and a line in `report_page`.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -69,14 +72,14 @@ def report_page(report: AttackReport) -> str:
 
 
 def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
-    """Returns what must be read first, where a flag makes the numbers unreliable."""
+    """Returns the warning at the top of a page if a flag makes the numbers unreliable."""
     if not any(flag.unreliable for flag in flags):
         return []
     return [f"<p class='unreliable'><b>Unreliable</b>: {UNRELIABLE}</p>"]
 
 
 def flag_section(flags: Sequence[Flag]) -> list[str]:
-    """Returns the warnings, each with a link to its paragraph of docs/flags.md, which follows."""
+    """Returns the flags, each with a link to its paragraph of docs/flags.md, which follows."""
     if not flags:
         return []
     parts = ["<h2>Warnings</h2><ul>"]
@@ -89,7 +92,7 @@ def flag_section(flags: Sequence[Flag]) -> list[str]:
 
 
 def _from_markdown(text: str) -> str:
-    """Returns paragraphs of Markdown as HTML; a link is its text alone, as what it leads to may not be on the page."""
+    """Returns paragraphs of Markdown as HTML; a link becomes its text, as the page may lack its target."""
     text = re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     text = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", text)
@@ -118,17 +121,17 @@ def _by_surrogate(report: AttackReport) -> list[str]:
     groups = {surrogate: {attack: _point(value, report) for attack, value in row.items()}
               for surrogate, row in report.by_surrogate.items()}
     if report.baseline:
-        groups["FC alone"] = {attack: _point(value, report) for attack, value in report.baseline.items()
-                              if attack != "clean"}
+        groups["FC classifier"] = {
+            attack: _point(value, report) for attack, value in report.baseline.items() if attack != "clean"}
     lines = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
     attacks = list(dict.fromkeys(attack for group in groups.values() for attack in group))
     attacks.sort(key=lambda attack: attack == "worst")
     rows = [[surrogate, *(f"{100 * row[attack].y:.1f}" if attack in row else "" for attack in attacks)]
             for surrogate, row in groups.items()]
-    note = "FC alone is the FC classifier of the same network, under the attacks on it." if report.baseline else ""
+    note = "FC classifier: that of the same network, under the attacks on it." if report.baseline else ""
     if report.protocol.get("survivors_only"):
-        note += (" Under this protocol an image that was broken is attacked no more: in later rows it stands at what "
-                 "broke it, so that rows do not compare attacks.")
+        note += (" This protocol attacks an image no more once it is misclassified: later rows keep its successful "
+                 "candidate, so that rows do not compare attacks.")
     shown = "Accuracy of the true model on the candidates of each attack on each surrogate"
     return [svg.dots(groups, attacks, lines, shown), f"<p>{shown}; bars are {INTERVAL}s. {note}</p>",
             table(["surrogate, %", *attacks], rows)]
@@ -150,10 +153,9 @@ def _progress(report: AttackReport) -> list[str]:
     return ["<h2>Progress over time</h2>",
             svg.steps(report.clean_accuracy, after, "seconds spent on attacks",
                       "robust accuracy after each attack, over time"),
-            "<p>Fraction of the images that are right clean and under every attack so far, against the seconds that "
-            "these attacks took, summed up over all surrogates, batches and processes. They stand in the order in "
-            "which they were begun; a run goes through them anew for each batch, and for surrogates that are not "
-            "attacked side by side.</p>"]
+            "<p>Accuracy in the worst case over the clean images and all attacks so far, against the seconds of these "
+            "attacks, summed over surrogates, batches and processes. Attacks are in the order of their first start; a "
+            "run repeats them for each batch, and for surrogates that are not attacked side by side.</p>"]
 
 
 def _neighbours(report: AttackReport) -> list[str]:
@@ -166,7 +168,7 @@ def _neighbours(report: AttackReport) -> list[str]:
 def _examples(report: AttackReport) -> list[str]:
     if not report.examples:
         return []
-    parts = ["<h2>Images that were broken</h2>", "<div class='examples'>"]
+    parts = ["<h2>Misclassified images</h2>", "<div class='examples'>"]
     for example in report.examples:
         pictures = "".join(
             f"<span><img src='data:image/png;base64,{escape(data, quote=True)}' alt='{alt} of image {example.image}'>"
@@ -176,9 +178,9 @@ def _examples(report: AttackReport) -> list[str]:
                 (example.perturbation, "perturbation", f"perturbation × {example.amplification:.1f}"),
                 (example.adversarial, "adversarial", f"adversarial: {example.answer}")))
         parts.append(f"<figure><div class='three'>{pictures}</div><figcaption>image {example.image}, class "
-                     f"{example.label}, answered {example.answer}; found by {escape(example.found_by)}</figcaption>"
+                     f"{example.label}, predicted {example.answer}; found by {escape(example.found_by)}</figcaption>"
                      "</figure>")
-    return [*parts, "</div><p>The first that were broken. Below each picture stands what the true model answers; the "
+    return [*parts, "</div><p>The first images that an attack flipped. Captions are predictions of the true model; the "
                     "perturbation is amplified as written, around a mid grey.</p>"]
 
 
@@ -191,7 +193,7 @@ def _cost(report: AttackReport) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
-    """Returns a table; its columns from `numbers_from` on are right-aligned where they have a title."""
+    """Returns a table; its columns from `numbers_from` on are right-aligned if they have a title."""
     kinds = ["" if not title or i < numbers_from else " class='number'" for i, title in enumerate(head)]
     lines = ["".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(row, kinds, strict=True))
              for tag, row in [("th", head), *(("td", row) for row in rows)]]

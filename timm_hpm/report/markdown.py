@@ -1,4 +1,4 @@
-"""A report as Markdown. Text from elsewhere (names, folders, flags) is shown as it is: none of it becomes markup."""
+"""A report as Markdown. Foreign text (names, folders, flags) is escaped: none of it becomes markup."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,15 +21,15 @@ from .tables import (
     pixels_note,
 )
 
-# A bracket makes a link by what follows it, and an underscore between letters begins no emphasis.
+# The character after a bracket makes it a link, and an underscore between letters begins no emphasis.
 _MARKUP: Final = re.compile(r"[&<>|`*\\~$]|\](?=[\[(:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escaped(value: Any) -> str:
     """Returns a text on one line that Markdown renders as it is, in a table's cell, too.
 
-    Markup becomes character references, line breaks become spaces, and what cannot be printed (such as a terminal's
-    control characters) U+FFFD.
+    Markup becomes character references, line breaks become spaces, and characters that cannot be printed (such as a
+    terminal's control characters) U+FFFD.
     """
     text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(value).split()))
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text)
@@ -57,7 +57,7 @@ def accuracy_table(report: AttackReport) -> list[str]:
 
 
 def results(report: AttackReport) -> list[str]:
-    """Returns the lines of the tables: accuracy by surrogate and attack, what that comes to, neighbours."""
+    """Returns the lines of the tables: accuracy by surrogate and attack, the worst cases, neighbours."""
     by_surrogate = report.by_surrogate
     attacks = list(dict.fromkeys(attack for row in by_surrogate.values() for attack in row if attack != "worst"))
     lines = ["Accuracy of the true model in %, on the candidates of each attack on each surrogate.", "", *table(
@@ -73,7 +73,7 @@ def results(report: AttackReport) -> list[str]:
 def report_markdown(report: AttackReport) -> str:
     """Returns a report as Markdown: accuracies, the command that repeats them, the protocol and cost.
 
-    Flags and normalisation come first: they say how far the numbers can be trusted.
+    Flags and normalisation come first: the numbers depend on them.
     """
     lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", ""]
     if report.flags:
@@ -98,7 +98,7 @@ def report_markdown(report: AttackReport) -> str:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Returns the comparison as Markdown: a table of the accuracies, and one of what differs in the protocols."""
+    """Returns a comparison as Markdown: a table of the accuracies, and one of the differences of the protocols."""
     lines = [f"**Report {name} is unreliable**: see its warnings.\n" for name in comparison.unreliable]
     lines += table(
         ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",

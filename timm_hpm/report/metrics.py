@@ -1,4 +1,4 @@
-"""Verdicts: texts with a character an image, `1` where it is classified correctly and `0` where not."""
+"""Verdicts: texts with one character per image, `1` if it is classified correctly, else `0`."""
 
 import math
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ def right_in_all(rows: Iterable[str]) -> list[bool]:
     """Returns for each image whether it is right in every row (point-wise worst case).
 
     Raises:
-        ValueError: rows of different lengths.
+        ValueError: if the rows have different lengths.
     """
     return [all(verdict == "1" for verdict in verdicts) for verdicts in zip(*rows, strict=True)]
 
 
 def most_errors_accuracy(rows: Iterable[str], batch_size: int) -> float:
-    """Returns the fraction of the images that are right where of each batch the row with most errors in it counts."""
+    """Returns the accuracy if each batch is scored by the row with most errors in it."""
     rows = list(rows)
     total = len(rows[0])
     return sum(min(row[first:first + batch_size].count("1") for row in rows)
@@ -38,7 +38,7 @@ def standard_error(accuracy: float, num_images: int) -> float:
 
 
 def wilson_interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of an accuracy, fractions in [0, 1]; above 0 wide, at accuracies of 0 and 1, too.
+    """Returns the 95 % score interval of an accuracy, fractions in [0, 1], also at accuracies of 0 and 1.
 
     Source: Wilson, Journal of the American Statistical Association 22 (1927).
     """

@@ -1,4 +1,4 @@
-"""`AttackReport`: what an evaluation found, image by image, with the protocol it stands under."""
+"""`AttackReport`: the verdicts of an evaluation, image by image, with its protocol."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ from .metrics import attack_of, most_errors_accuracy, standard_error, wilson_int
 #: Written and read.
 SCHEMA_VERSION: Final = 2
 
-#: The name of the true model's row: what attacks it directly, not through a surrogate.
+#: The row of attacks on the true model itself, without a surrogate.
 TRUE_MODEL: Final = "true"
 
-#: The name of the batches in which each image carries what broke it.
+#: The row of the batches that are assembled from the first successful candidate of each image.
 ASSEMBLED: Final = "assembled"
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Returns 16 hexadecimal digits that tell a model's parameters and buffers from any others."""
+    """Returns 16 hexadecimal digits that identify a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -58,7 +58,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:
-    """Returns 16 hexadecimal digits that tell images (N, ...) and labels (N,), in their order, from any others."""
+    """Returns 16 hexadecimal digits that identify images (N, ...) and labels (N,) in their order."""
     digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
     digest.update(tensor_bytes(images.float()))
     digest.update(tensor_bytes(labels.long()))
@@ -70,18 +70,19 @@ class AttackReport:
     """The result of `mixed_surrogate_attack`. Every accuracy is a fraction in [0, 1], of the true model.
 
     Arguments:
-        protocol: all that the numbers depend on: threat model, number of images, batch size, inference mode,
+        protocol: everything that determines the numbers: threat model, number of images, batch size, inference mode,
             surrogates, attacks with their budgets, seed, device, versions.
-        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, a text with a character an image: `1`
-            where the true model, judging whole batches, classifies it correctly and `0` where not.
+        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, a text with one character per
+            image: `1` if the true model, judging whole batches, classifies it correctly, else `0`.
         baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier
             (plain AutoAttack); empty without an HPM head.
-        cost: seconds, and images that went forward and backward through the backbone, for each attack and in all.
+        cost: seconds, and images that passed forward and backward through the backbone, for each attack and in all.
         flags: named warnings, of the model and of the attacks.
-        examples: the first few images that were broken, with small pictures.
-        assembled: verdicts, of the true model in batch mode, on batches in which each image carries the first candidate
-            that broke it, and is clean where none did; empty in other modes, where an answer is the same in any batch.
-        neighbours: what `measure_neighbours` found; it enters no accuracy.
+        examples: the first few misclassified images, with small pictures.
+        assembled: verdicts of the true model in batch mode on assembled batches: of each image the first successful
+            candidate, or the clean image if there is none; empty in other modes, whose predictions do not depend on
+            the batch.
+        neighbours: the rows of `measure_neighbours`; they enter no accuracy.
     """
 
     protocol: dict[str, Any]
@@ -95,7 +96,7 @@ class AttackReport:
 
     @property
     def name(self) -> str:
-        """The model's name, or its architecture's where it has none."""
+        """The model's name; that of its architecture if it has none."""
         return self.protocol.get("model", self.protocol["architecture"])
 
     @property
@@ -120,14 +121,14 @@ class AttackReport:
 
     @property
     def assembled_robust_accuracy(self) -> float:
-        """Accuracy on batches in which each image carries the first candidate that broke it, and is clean else."""
+        """Accuracy on the assembled batches; outside batch mode equal to `robust_accuracy`."""
         return worst_accuracy([self.assembled]) if self.assembled else self.robust_accuracy
 
     @property
     def realised_robust_accuracy(self) -> float:
-        """Accuracy where of each batch the one that was judged counts in which most images err.
+        """Accuracy if each batch is scored by its most damaging version.
 
-        So much one adversary realises at once in batch mode; elsewhere all that was found, the robust accuracy.
+        One adversary realises this at once in batch mode; outside it is equal to `robust_accuracy`.
         """
         if not self.assembled:
             return self.robust_accuracy
@@ -140,7 +141,7 @@ class AttackReport:
 
     @property
     def robust_accuracy_interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval of `robust_accuracy`, which is no point at 0 or 1 either."""
+        """The 95 % Wilson interval of `robust_accuracy`, which has a width at 0 and 1, too."""
         return wilson_interval(self.robust_accuracy, self.num_images)
 
     @property
@@ -158,15 +159,15 @@ class AttackReport:
 
     @property
     def unreliable(self) -> bool:
-        """Whether a flag says that the robust accuracy may be far too high."""
+        """Whether a flag makes the robust accuracy unreliable."""
         return any(flag.unreliable for flag in self.flags)
 
     def same_results(self, other: "AttackReport") -> bool:
-        """Returns whether protocol, verdicts, passes and flags are equal: all but the time they took."""
+        """Returns whether protocol, verdicts, passes and flags are equal: all but the seconds."""
         return _without_time(self) == _without_time(other)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, with the accuracies computed, in JSON's types."""
+        """Returns the fields and the computed accuracies in JSON's types."""
         return {
             "schema_version": SCHEMA_VERSION,
             "unreliable": self.unreliable,
@@ -191,7 +192,7 @@ class AttackReport:
         """Returns the report that `save` wrote.
 
         Raises:
-            ValueError: not a report, a damaged one, or one of another schema version.
+            ValueError: if the file is no report, damaged, or of another schema version.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

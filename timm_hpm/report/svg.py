@@ -1,11 +1,11 @@
-"""Plots as SVG, to be set into a page: no script, no font and no picture from elsewhere."""
+"""Plots as SVG for a page: without scripts, and without fonts and pictures of other servers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 from typing import Final, NamedTuple
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a grey for what a plot has last.
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a grey for the last entry.
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 _WIDTH: Final = 760
@@ -39,7 +39,7 @@ def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines:
         groups: group to name to accuracy (`Point.x` is not used).
         names: all names, in the order of their colours.
         lines: accuracies drawn as vertical lines, with their names.
-        label: what the plot shows, for those who cannot see it.
+        label: description of the plot for screen readers.
     """
     values = [point for group in groups.values() for point in group.values()]
     low = _floor_tenth(min([*(point.ends[0] for point in values), *lines.values()]))
@@ -152,7 +152,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) 
 
 
 def _titled(mark: str, title: str) -> str:
-    """Returns a mark that says its numbers under the mouse."""
+    """Returns a mark that shows its numbers under the mouse."""
     return f"<g><title>{escape(title)}</title>{mark}</g>"
 
 

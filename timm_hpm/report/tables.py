@@ -1,4 +1,4 @@
-"""What a report says in Markdown and in HTML alike."""
+"""Texts and tables that Markdown and HTML share."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -9,20 +9,20 @@ from .schema import AttackReport
 #: The name of the robust accuracy among the `accuracies`.
 ROBUST: Final = "robust, worst case over all rows"
 
-#: How a table calls what stands beside an accuracy.
+#: The name of the interval beside an accuracy.
 INTERVAL: Final = "95 % Wilson interval"
 
-#: What must be read first if a flag makes the numbers unreliable.
+#: The first sentence if a flag makes the numbers unreliable.
 UNRELIABLE: Final = "these numbers should not be quoted; the warnings say why."
 
 NEIGHBOURS_TITLE: Final = "Neighbours in the batch"
 NEIGHBOURS_NOTE: Final = (
-    "Clean images that are right in their own batch, left untouched while an adversary chooses their neighbours; and "
-    "the answers that change where all images are reshuffled. None of this enters the accuracies above.")
+    "How often a correctly classified clean image flips if an adversary controls the rest of its batch, and how often "
+    "a prediction changes if all images are reshuffled. None of this enters the accuracies above.")
 
 
 def accuracies(report: AttackReport) -> dict[str, float]:
-    """Returns what the verdicts come to: fractions in [0, 1], by what they are of."""
+    """Returns the accuracies of a report by name, fractions in [0, 1]."""
     found = {"clean": report.clean_accuracy, ROBUST: report.robust_accuracy}
     if report.assembled:
         found["robust, in the judged batches with most errors"] = report.realised_robust_accuracy
@@ -34,7 +34,7 @@ def accuracies(report: AttackReport) -> dict[str, float]:
 
 
 def pixels_note(protocol: Mapping[str, Any]) -> str:
-    """Returns a sentence on how a report's model gets its pixels; empty if the protocol does not say it."""
+    """Returns a sentence on the normalisation of a report's model; empty if the protocol has no entry for it."""
     normalisation = protocol.get("normalisation", "")
     if normalisation is None:
         return "Pixels go to the model as they are, in [0, 1]: it is a module without normalisation of its own."
@@ -48,7 +48,7 @@ def pixels_note(protocol: Mapping[str, Any]) -> str:
 
 
 def neighbours_table(report: AttackReport) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows of the table of what neighbours in a batch do."""
+    """Returns the head and the rows of the table of neighbours in a batch."""
     return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
         [str(row["batch_size"]), str(row["mix"]), str(row["kind"]), str(row["flipped"]), str(row["targets"]),
          f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.neighbours]

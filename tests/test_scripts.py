@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, report_markdown, report_page
+from timm_hpm.console import run_command
 from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
@@ -437,3 +438,12 @@ def test_a_model_is_compared_by_its_class_names_if_it_has_one_for_each(names, re
     else:
         assert class_names(model) == tuple(NAMES)
         assert len(said) == 1 and "10 of the 10 classes" in said[0] and "'0' is 'zero' there" in said[0]
+
+
+def test_an_interrupt_at_any_time_is_no_traceback(capsys):
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command("evaluate.py", main)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "evaluate.py: stopped\n"

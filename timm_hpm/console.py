@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
@@ -26,6 +27,9 @@ def run_command(name: str, main: Callable[[], int]) -> NoReturn:
         # An error of a file names it, one of printing does not.
         printing = isinstance(error, OSError) and error.filename is None and error.errno in _OF_PRINTING
         code = last_words(name, OSError(f"cannot write standard output: {error}") if printing else error)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        code = 128 + signal.SIGINT
     try:
         with writing("standard output"):
             sys.stdout.flush()

@@ -1,7 +1,7 @@
 """The equations of Hybrid Prototype Mixing (arXiv 2606.01746 and our reading of it, docs/method.md), as pure functions.
 
-Letters of the shapes: B images in a batch, C classes, d features. `batch_logits` and what it is made of take several
-batches too, as more dimensions in front of all but the dataset-level prototypes. Nothing here keeps state, and every
+Letters of the shapes: B images in a batch, C classes, d features. `batch_logits` and its parts also take several
+batches, as leading dimensions of every argument but the dataset-level prototypes. Nothing here keeps state, and every
 matrix product leaves autocast, because a distance is a small difference of large numbers.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def in_autocast(x: Tensor) -> bool:
-    """Returns whether an autocast region is open on the device of `x`; some devices, as meta, have none."""
+    """Returns whether autocast is enabled on the device of `x`; some devices, such as meta, have none."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
@@ -58,31 +58,31 @@ def soft_presence(assignment: Tensor) -> Tensor:
 
     `assignment` (B, C) holds probabilities. Without this weight one soft image would be the prototype of every class.
     """
-    # The bound keeps log(1 − a) and its gradient finite where a softmax saturates at 1.
+    # The bound keeps log(1 − a) and its gradient finite if a softmax saturates at 1.
     return -torch.expm1(torch.log1p(-assignment.clamp(max=1.0 - 1e-6)).sum(dim=-2))
 
 
 def prototype_weights(assignment: Tensor) -> Tensor:
-    """Returns a_ic / Σ_i a_ic (B, C), what image i weighs in the batch-level prototype of class c; 0 without any mass.
+    """Returns a_ic / Σ_i a_ic (B, C), the weight of image i in the batch-level prototype of class c.
 
-    Its gradients are finite there, too.
+    A class without mass has weights 0, with finite gradients.
     """
     mass = assignment.sum(dim=-2, keepdim=True)
-    # Below that mass a softly predicted class counts as absent: a smaller denominator would overflow its own gradient.
+    # With less mass a softly predicted class counts as absent: a smaller denominator would overflow in the gradient.
     return assignment / torch.where(mass > 1e-12, mass, torch.ones_like(mass))
 
 
 def batch_prototypes(features: Tensor, assignment: Tensor) -> Tensor:
     """Returns m_c = Σ_i a_ic z_i / Σ_i a_ic, the batch-level prototypes (C, d).
 
-    `features` is (B, d), `assignment` (B, C). The row of a class without any mass is zero, with finite gradients; what
-    it says is masked by the presence in `mix_prototypes`.
+    `features` is (B, d), `assignment` (B, C). The row of a class without mass is zero, with finite gradients;
+    `mix_prototypes` masks it by the presence.
     """
     return product_without_autocast(prototype_weights(assignment).transpose(-2, -1), features.transpose(-2, -1))
 
 
 def mix_prototypes(prototypes: Tensor, batch_means: Tensor, presence: Tensor, mix: float) -> Tensor:
-    """Returns Q_c = P_c + mix·w_c·(m_c − P_c) as (C, d): the dataset-level prototype where a class is absent.
+    """Returns Q_c = P_c + mix·w_c·(m_c − P_c) as (C, d): the dataset-level prototype if a class is absent.
 
     `prototypes` P and `batch_means` m are (C, d), `presence` w is (C,) in [0, 1], `mix` in [0, 1] is the weight of the
     batch-level prototypes.
@@ -128,10 +128,9 @@ def mixed_squared_distances(
         prototypes: Tensor,
         mix: float,
 ) -> Tensor:
-    """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; the arguments of `batch_logits`."""
+    """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; see `batch_logits`."""
     num_classes, width = prototypes.shape
-    # Where they are small it is the number of operations that counts.
-    # An exported graph serves any batch size.
+    # With small prototypes fewer operations are faster. An exported graph must serve any batch size.
     choose = num_classes * width > 50_000 and not torch.compiler.is_compiling()
     if choose and features.shape[-2] * (num_classes + width) < num_classes * width:
         return mixed_squared_distances_by_products(features, assignment, presence, prototypes, mix)
@@ -149,7 +148,7 @@ def mixed_squared_distances_by_products(
     """Returns `mixed_squared_distances` from inner products, without forming the mixed or batch-level prototypes.
 
     With v_jc = a_jc / Σ_i a_ic and k_c = mix·w_c it is the expanded square of z_i − (1 − k_c)·P_c − k_c·Σ_j v_jc z_j.
-    That takes less work than `mix_prototypes` where B·(C + d) < C·d, and then also less memory: O(B² + B·C + C·d).
+    That takes less work than `mix_prototypes` if B·(C + d) < C·d, and then also less memory: O(B² + B·C + C·d).
     """
     origin = prototypes.detach().mean(dim=-2, keepdim=True)  # see `squared_distances`
     z, p = features - origin, prototypes - origin
@@ -164,7 +163,7 @@ def mixed_squared_distances_by_products(
 
 
 def sample_logits(features: Tensor, assignment: Tensor, prototypes: Tensor, scale: Tensor, mix: float) -> Tensor:
-    """Returns the HPM logits (B, C) where each image is a batch of its own: −s·‖z_i − P_c‖²·(1 − mix·a_ic)².
+    """Returns the HPM logits (B, C) if each image is a batch of its own: −s·‖z_i − P_c‖²·(1 − mix·a_ic)².
 
     The closed form of `batch_logits` for one image: its batch-level prototype is the image's own feature.
     """
@@ -174,7 +173,7 @@ def sample_logits(features: Tensor, assignment: Tensor, prototypes: Tensor, scal
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Returns the sums of `features` (B, d) by label (C, d) and the counts (C,), both in the dtype of `features`.
 
-    Sums and counts of several batches, or of several processes, may be added up before `ema_update`.
+    Sums and counts of several batches or processes can be added before `ema_update`.
     """
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     counts = features.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(features[:, 0]))

@@ -1,4 +1,4 @@
-"""`HPMHead`, the classifier of Hybrid Prototype Mixing: finding it in a model, its modes, the network without it."""
+"""`HPMHead`, the classifier of Hybrid Prototype Mixing, its inference modes, and finding it in a model."""
 
 import copy
 import warnings
@@ -16,21 +16,21 @@ INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
 
 
 class UnfittedHeadWarning(UserWarning):
-    """Weights without prototypes were loaded: the HPM head answers as its FC classifier until it is given some."""
+    """Weights without prototypes were loaded: the HPM head predicts as its FC classifier until it is fitted."""
 
 
 def check_inference(mode: str) -> str:
-    """Returns `mode`, or raises a ValueError that lists the inference modes."""
+    """Returns `mode`, or raises a ValueError with the inference modes if it is none of them."""
     if mode not in INFERENCE_MODES:
         raise ValueError(f"unknown inference mode {mode!r}; expected one of {', '.join(INFERENCE_MODES)}")
     return mode
 
 
 class WholeLoading(nn.Module):
-    """Mixin of a module that a `load_state_dict` which raises leaves as it was; torch's own would be half loaded."""
+    """Mixin whose `load_state_dict` restores the module if it raises; torch leaves it half loaded."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads as torch does, with a copy of the present values in memory meanwhile."""
+        """Loads as torch does, and keeps a copy of the old values in memory meanwhile."""
         entries = [(module, dict(module._parameters), dict(module._buffers)) for module in self.modules()]
         values = [(tensor, tensor.detach().clone()) for tensor in (*self.parameters(), *self.buffers())]
         try:
@@ -46,27 +46,30 @@ class WholeLoading(nn.Module):
 
 
 class HPMHead(WholeLoading, nn.Linear):
-    """An FC classifier that answers by ℓ2 distance to prototypes mixed from the data set's and the batch's.
+    """A classifier by ℓ2 distance to prototypes, mixed from those of the data set and those of the batch.
 
-    It stands in the slot of a model's `nn.Linear` classifier: `weight` and `bias` are that classifier's, so a plain
-    timm checkpoint loads with only this head's own entries missing. Those are the buffers `prototypes`
-    (num_classes, in_features), in float32 whatever the model's dtype, and `num_updates` (num_classes,), how often each
-    class has been updated, and the learnable `log_scale` (), whose exponential is the scale s of −s·‖z − Q_c‖².
+    It replaces a model's `nn.Linear` classifier and keeps its `weight` and `bias`: a plain timm checkpoint loads with
+    only the head's own entries missing. Those are the buffers `prototypes` (num_classes, in_features), in float32 in a
+    model of any dtype, and `num_updates` (num_classes,), the number of updates of each class, and the learnable
+    `log_scale` (), whose exponential is the scale s of −s·‖z − Q_c‖².
 
-    Until every class has a prototype, the head answers exactly as its FC classifier. Weights that come without
-    prototypes, by `load_state_dict(..., strict=False)`, reset what it has of them, with an `UnfittedHeadWarning`: those
-    were means of another network's features.
+    Until every class has a prototype, the head returns the logits of its FC classifier. Weights without prototypes,
+    loaded by `load_state_dict(..., strict=False)`, reset the prototypes with an `UnfittedHeadWarning`: the old ones are
+    means of another network's features.
 
     Arguments:
         in_features: width d of the features.
         num_classes: number of classes C; also `out_features`.
         bias: whether the FC classifier has a bias.
-        mix: weight of the batch-level prototypes, in [0, 1]; 0 uses the dataset-level ones only.
+        mix: weight of the batch-level prototypes, in [0, 1]; 0 means only the dataset-level ones.
         ema_decay: weight β of the old prototype in an update, in [0, 1].
-        inference: `"batch"` (the paper's: an answer depends on the other images of the batch), `"sample"` (each image
-            is a batch of its own), `"dataset"` (dataset-level prototypes only) or `"fc"` (the FC classifier).
+        inference: `"batch"` (the paper's: logits depend on the other images of the batch), `"sample"` (each image is a
+            batch of its own), `"dataset"` (only dataset-level prototypes) or `"fc"` (the FC classifier).
 
-    Source: arXiv 2606.01746; what is our own reading stands in docs/method.md.
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: arXiv 2606.01746; docs/method.md lists our own readings of it.
     """
 
     def __init__(
@@ -102,8 +105,8 @@ class HPMHead(WholeLoading, nn.Linear):
         return F.linear(features, self.weight, self.bias)
 
     def float_fc_logits(self, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of the FC classifier in float32, whatever the autocast, for float32 `features`."""
-        # Its arg-max moves prototypes: what would be rounding of a logit elsewhere is another answer here.
+        """Returns the logits (B, C) of the FC classifier in float32, also under autocast, for float32 `features`."""
+        # Its arg-max selects prototypes: rounding of these logits could change the prediction.
         bias = None if self.bias is None else self.bias.float()
         return functional.linear_without_autocast(features, self.weight.float(), bias)
 
@@ -112,9 +115,9 @@ class HPMHead(WholeLoading, nn.Linear):
         return self.log_scale.float().exp()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of `features` (B, d) in the mode `inference`; changes nothing.
+        """Returns the logits (B, C) of `features` (B, d) in the mode `inference`; never changes the head's state.
 
-        The modes other than `"fc"` answer in float32, whatever the autocast.
+        All modes but `"fc"` return float32, also under autocast.
         """
         if self.inference == "fc":
             return self.fc_logits(features)
@@ -131,7 +134,7 @@ class HPMHead(WholeLoading, nn.Linear):
             logits = functional.batch_logits(z, assignment, presence, prototypes, self.scale(), self.mix)
         else:
             raise ValueError("unknown inference mode; expected one of batch, sample, dataset, fc")
-        # A tensor's choice, not Python's: it must trace, and every parameter must have a gradient in every state.
+        # Not a Python branch: it must export, and every parameter must have a gradient, fitted or not.
         return torch.where((self.num_updates > 0).all(), logits, fc_logits)
 
     def is_fitted(self) -> bool:
@@ -139,7 +142,7 @@ class HPMHead(WholeLoading, nn.Linear):
         return bool((self.num_updates > 0).all())
 
     def config(self) -> dict[str, Any]:
-        """Returns the keyword arguments that make another head of the same kind: mix, ema_decay and inference."""
+        """Returns the keyword arguments of another head of the same kind: mix, ema_decay and inference."""
         return {"mix": self.mix, "ema_decay": self.ema_decay, "inference": self.inference}
 
     @torch.no_grad()
@@ -148,11 +151,11 @@ class HPMHead(WholeLoading, nn.Linear):
 
         Arguments:
             features: (B, d), the input of the head; no gradient is kept.
-            labels: (B,), integers in [0, C), of any dtype.
+            labels: (B,), integers in [0, C), of any integer dtype.
 
         Raises:
-            ValueError: shapes that do not fit, labels that are not integers in [0, C), or features that are not
-                finite. The prototypes are then as before.
+            ValueError: if the shapes do not fit, labels are no integers in [0, C), or features are not finite. The
+                prototypes do not change then.
         """
         self.apply_class_sums(*self.class_sums(features, labels))
 
@@ -160,7 +163,7 @@ class HPMHead(WholeLoading, nn.Linear):
     def class_sums(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the float32 sums (C, d) of `features` by label and the counts (C,); see `update_prototypes`.
 
-        Several processes add up theirs before `apply_class_sums`.
+        Several processes add their sums before `apply_class_sums`.
         """
         self.check_update(features, labels)
         return functional.class_sums(features.float(), labels.long(), self.out_features)
@@ -175,10 +178,10 @@ class HPMHead(WholeLoading, nn.Linear):
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
-        """Sets the dataset-level prototypes of all classes, as (C, d), and counts that as one update of each.
+        """Sets the dataset-level prototypes (C, d) of all classes, which counts as one update of each.
 
         Raises:
-            ValueError: another shape, or values that are not finite. The prototypes are then as before.
+            ValueError: if the shape differs or values are not finite. The prototypes do not change then.
         """
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(f"prototypes have the shape {tuple(prototypes.shape)}; "
@@ -190,7 +193,7 @@ class HPMHead(WholeLoading, nn.Linear):
 
     @torch.no_grad()
     def reset_prototypes(self) -> None:
-        """Forgets the prototypes and their scale: the head answers as its FC classifier until it is given others."""
+        """Forgets the prototypes and their scale: the head predicts as its FC classifier until it is fitted again."""
         for entry in (self.prototypes, self.num_updates, self.log_scale):
             entry.zero_()
 
@@ -220,7 +223,7 @@ class HPMHead(WholeLoading, nn.Linear):
         return self
 
     def _keep_float32(self, prototypes: Tensor) -> None:
-        """Takes `prototypes` in the place of its own if these have another dtype: in half an EMA's steps round to 0."""
+        """Restores `prototypes` in float32 if a cast changed its own: in half precision an EMA's steps round to 0."""
         if self.prototypes.dtype != torch.float32:
             self.prototypes = prototypes.to(self.prototypes.device, torch.float32)
 
@@ -252,9 +255,9 @@ def conv_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 class HPMConvHead(HPMHead):
-    """An HPM head in the place of a 1x1 convolution, whose `weight` (num_classes, in_features, 1, 1) it has.
+    """An HPM head that replaces a 1x1 convolution and keeps its `weight` (num_classes, in_features, 1, 1).
 
-    Its FC classifier is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for all else.
+    Its FC classifier is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for the rest.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = True, **kwargs: Any):
@@ -266,7 +269,7 @@ class HPMConvHead(HPMHead):
         return F.conv2d(features[:, :, None, None], self.weight, self.bias).flatten(1)
 
     def float_fc_logits(self, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of the FC classifier in float32, whatever the autocast, for float32 `features`."""
+        """Returns the logits (B, C) of the FC classifier in float32, also under autocast, for float32 `features`."""
         bias = None if self.bias is None else self.bias.float()
         return conv_without_autocast(features[:, :, None, None], self.weight.float(), bias).flatten(1)
 
@@ -281,10 +284,10 @@ def check_module(model: nn.Module) -> None:
 
 
 def find_head(model: nn.Module) -> HPMHead:
-    """Returns the HPM head of `model` (or `model` itself where it is one).
+    """Returns the HPM head of `model`, or `model` itself if it is one.
 
     Raises:
-        ValueError: no HPM head, or more than one.
+        ValueError: if there is no HPM head, or more than one.
     """
     name = head_name(model)
     if name is None:
@@ -294,10 +297,10 @@ def find_head(model: nn.Module) -> HPMHead:
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Returns the dotted path of the HPM head in `model`, `""` where the model is the head, None where it has none.
+    """Returns the dotted path of the HPM head in `model`, `""` if the model is the head, None if it has none.
 
     Raises:
-        ValueError: more than one HPM head, or no module.
+        ValueError: if there is more than one HPM head, or `model` is no module.
     """
     check_module(model)
     names = [name for name, module in model.named_modules() if isinstance(module, HPMHead)]
@@ -307,12 +310,12 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def without_head(model: nn.Module) -> nn.Module:
-    """Returns `model` with the identity in the place of its HPM head: it answers with the head's input (B, d).
+    """Returns `model` with the identity in place of its HPM head: it outputs the head's input (B, d).
 
-    Only the modules on the way to the head are copied, all else is shared; `model` itself stays as it is.
+    Only the modules on the path to the head are copied, all others are shared; `model` itself does not change.
 
     Raises:
-        ValueError: no HPM head, several, or nothing in front of it.
+        ValueError: if there is no HPM head, more than one, or no layer before it.
     """
     name = head_name(model)
     if not name:
@@ -329,11 +332,11 @@ def without_head(model: nn.Module) -> nn.Module:
 
 
 class _HeadSlot(nn.Identity):
-    """Stands in the place of an HPM head; what the model reads of it, such as `weight.dtype`, is the head's."""
+    """The identity in place of an HPM head, with the head's attributes: some models read its `weight.dtype`."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
-        self.__dict__["_head"] = head  # no submodule: its parameters are not the backbone's
+        self.__dict__["_head"] = head  # not a submodule: its parameters are not the backbone's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_head"], name)
@@ -341,17 +344,17 @@ class _HeadSlot(nn.Identity):
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
-    # The parameters and buffers stay in one dictionary, so that what replaces one (`.to(device)`) reaches both.
+    # Both share the dictionaries of parameters and buffers, so that `.to(device)` reaches both.
     twin._modules = dict(module._modules)
     return twin
 
 
 @contextmanager
 def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
-    """Switches the HPM head of `model` (a model or a head) to an inference mode, and back at the end of the block.
+    """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block.
 
     Raises:
-        ValueError: an unknown mode, or no HPM head.
+        ValueError: if the mode is unknown, or there is no HPM head.
     """
     head = find_head(model)
     before, head.inference = head.inference, check_inference(mode)

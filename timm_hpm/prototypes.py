@@ -1,4 +1,4 @@
-"""`fit_prototypes`: the dataset-level prototypes and the scale of an HPM head, from a data loader."""
+"""`fit_prototypes` computes the dataset-level prototypes and the scale of an HPM head from a data loader."""
 
 import copy
 import math
@@ -16,13 +16,13 @@ from .data import as_pixel_model, ask, check_pixels, check_weights
 from .head import HPMHead, find_head, head_mode
 from .threat import ThreatModel
 
-# Features kept in memory to choose the scale by: one number is fitted, and a large data set would not fit.
+# Number of features that choose the scale: enough for one number, and a large data set would not fit into memory.
 _MAX_SCALE_FEATURES = 10_000
 
 
 @dataclass(frozen=True)
 class PrototypeFit:
-    """What `fit_prototypes` found: features a class (C,), the scale s, and the NLL (nats an image) it was chosen by."""
+    """Result of `fit_prototypes`: the number of features of each class (C,), the scale s, and its NLL in nats."""
 
     counts: Tensor
     scale: float
@@ -41,25 +41,23 @@ def fit_prototypes(
 ) -> PrototypeFit:
     """Sets the prototypes of the model's HPM head to the class means of a loader, then the scale by NLL.
 
-    One pass over the loader, streaming, with sums in float64. Meanwhile the model is in eval mode; only its head
-    changes, once everything is known. Costs one forward pass an image; with a threat, 2 + `attack_steps` forward and
-    `attack_steps` backward ones.
+    One streaming pass over the loader, with sums in float64 and the model in eval mode; only its head changes, at the
+    end. Costs one forward pass an image; with a threat, 2 + `attack_steps` forward and `attack_steps` backward passes.
 
     Arguments:
         model: a model with an HPM head: a timm model, or one that takes pixels in [0, 1].
         loader: yields (images, labels): pixels (B, channels, H, W) in [0, 1] and class indices (B,).
-        threat: takes the features of PGD adversarial images (crafted through the FC classifier) as well, so that a
-            prototype is the mean of clean and adversarial ones; None means clean images only. A text such as
-            `"Linf:8/255"` will do.
-        held_out: a loader whose first 10,000 features choose the scale, under the same threat; None takes `loader`'s.
+        threat: a threat model, or its text such as `"Linf:8/255"`. A prototype is then the mean feature of clean images
+            and of PGD adversarial ones, crafted through the FC classifier. None means only clean images.
+        held_out: a loader whose first 10,000 features choose the scale, under the same threat; None means `loader`.
         attack_steps: PGD steps for the adversarial images.
         attack_step_size: in units of the pixel range; see `pgd`.
-        reduce: returns the sum of a tensor over all processes, each of which has a loader of its own share of the
-            images; None means one process. The scale is each process's own.
+        reduce: returns the sum of a tensor over all processes, each with a loader of its share of the images; None
+            means one process. Each process chooses a scale of its own.
 
     Raises:
-        ValueError: no HPM head, bad images or labels, features that are not finite, or a class without an image.
-            The head is then as before.
+        ValueError: if there is no HPM head, images or labels are malformed, features are not finite, or a class has no
+            image. The head does not change then.
     """
     check_weights(model)
     head = find_head(model)
@@ -89,12 +87,12 @@ def fit_prototypes(
             kept.add(features, labels)
         fitted = copy.deepcopy(head)
         fitted.set_prototypes((sums / counts.unsqueeze(1)).to(head.prototypes.dtype))
-        fitted.log_scale.data.zero_()  # so that a scale gone astray, even to NaN, leaves no trace in the distances
+        fitted.log_scale.data.zero_()  # the old scale, perhaps NaN, must not enter the distances
         log_scale, nll = fit_log_scale(*kept.distances(fitted))
         fitted.log_scale.data.fill_(log_scale)
         head.load_state_dict(fitted.state_dict())
     finally:
-        # One by one: a BatchNorm that was frozen in a model in train mode stays frozen.
+        # One by one: a frozen BatchNorm of a model in train mode stays frozen.
         for module, mode in modes:
             module.training = mode
     return PrototypeFit(counts.long().cpu(), math.exp(log_scale), nll)
@@ -103,9 +101,9 @@ def fit_prototypes(
 def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
     """Returns the log of the scale s > 0 that minimises the NLL of the logits −s·D, and that NLL in nats.
 
-    One more image of every label at once, 1/C of each, is counted in: where all N images are right no scale would be
-    the best, and a huge one would leave attacks and training without a gradient. The sum is convex in s, so bisection
-    on its derivative finds the minimum, within e^±20.
+    The sum includes one more image that has every label, with weight 1/C each: if all N images are right, the best
+    scale would be infinite, and leave attacks and training without a gradient. The sum is convex in s, so bisection on
+    its derivative finds the minimum, within e^±20.
 
     Arguments:
         distances: D (N, C), squared distances.
@@ -122,13 +120,13 @@ def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
         slope = (d_label - expected).mean()
         if slope >= 0:
             high = middle
-        if slope <= 0:  # both where every scale is as good, as with one class: it stays 1
+        if slope <= 0:  # both if all scales are equally good, as with one class: it stays 1
             low = middle
     return low, F.cross_entropy(-math.exp(low) * d, labels).item()
 
 
 class _FeatureSample:
-    """Whole batches of features, up to a number that fits into memory."""
+    """Whole batches of features, up to `_MAX_SCALE_FEATURES`."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Tensor, Tensor]] = []
@@ -142,10 +140,10 @@ class _FeatureSample:
 
     @torch.no_grad()
     def distances(self, head: HPMHead) -> tuple[Tensor, Tensor]:
-        """Returns the squared distances (N, C) that `head` answers by, batch by batch, and the labels (N,)."""
+        """Returns the squared distances (N, C) of the logits of `head`, batch by batch, and the labels (N,)."""
         if not self.batches:
             raise ValueError("held_out yields no image; the scale needs some")
-        # The FC mode has no distances; its scale is the one of the mode that a head has by default.
+        # The FC mode has no distances; the default mode chooses its scale.
         with head_mode(head, "batch" if head.inference == "fc" else head.inference):
             distances = torch.cat([-head(features) / head.scale() for features, _ in self.batches])
         return distances, torch.cat([labels for _, labels in self.batches])
@@ -159,7 +157,7 @@ def _labelled_features(
         attack_step_size: float | None,
         loader: Iterable,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the head's input (B, d) and the labels (B,) for the images of a loader, then for their attacked twins."""
+    """Yields the head's input (B, d) and the labels (B,) of each batch of a loader, clean and then adversarial."""
     captured: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach().clone()))
     try:

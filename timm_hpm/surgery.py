@@ -1,7 +1,7 @@
-"""`add_hpm_head` puts an HPM head into the classifier's slot of a timm model, `remove_hpm_head` takes it out again.
+"""`add_hpm_head` replaces the classifier of a timm model by an HPM head, `remove_hpm_head` restores it.
 
-The model stays itself: its class becomes a subclass of its own (`HPMResNet` of `ResNet`) whose `reset_classifier` makes
-an HPM head again. No key of its state dict changes, and it is still an instance of the class it was.
+The model's class becomes a subclass of the old one (`HPMResNet` of `ResNet`) whose `reset_classifier` makes HPM heads.
+No key of its state dict changes.
 """
 
 from collections.abc import Iterator
@@ -16,22 +16,23 @@ from torch import Tensor, nn
 
 from .head import HPMConvHead, HPMHead, WholeLoading, head_name
 
-# Linear layers that compute F.linear and nothing else; any other subclass may do more than its weights say.
+# Linear layers that only compute F.linear; any other subclass may compute more.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
-# Where an nn.Module keeps what it registers.
+# The registries of an nn.Module.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 class UnsupportedHeadError(ValueError):
-    """A model whose classifier an HPM head cannot replace; the message says what it met there and why."""
+    """An HPM head cannot replace the model's classifier; the message names the classifier and the reason."""
 
 
 class HPMMixin(WholeLoading):
-    """What a timm model's class gains from `add_hpm_head`: its `reset_classifier` makes HPM heads.
+    """Mixin that `add_hpm_head` adds to a timm model's class: its `reset_classifier` makes HPM heads.
 
-    Instances have the attribute `head_config`, what makes another head of the same kind, also after a time without one.
-    The class has no annotations of its own: TorchScript would read them in the place of the model's.
+    Instances keep the arguments of their head in the attribute `head_config`, also while they have no head.
     """
+
+    # No annotations in the class: TorchScript would read them instead of the model's.
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
@@ -43,8 +44,8 @@ class HPMMixin(WholeLoading):
             args, kwargs: as the model's own `reset_classifier` takes them, `global_pool` first.
 
         Raises:
-            UnsupportedHeadError: a head that an HPM head cannot replace, as without pooling. The model is then as
-                before, as it is after any other error.
+            UnsupportedHeadError: if an HPM head cannot replace the new classifier, such as without pooling. The model
+                does not change then, nor after any other error.
         """
         base: Any = super()
         with _all_or_nothing(self):
@@ -54,31 +55,31 @@ class HPMMixin(WholeLoading):
             base.reset_classifier(num_classes, *args, **kwargs)
             if num_classes > 0:
                 fresh = self.get_submodule(find_classifier(self)).train(self.training)
-                # Older versions of timm make it on the CPU and in float32.
+                # Older versions of timm create it on the CPU and in float32.
                 if len(args) < 2 and kwargs.keys().isdisjoint(("device", "dtype")):
                     fresh.to(parameter.device, parameter.dtype)
                 _put_head(self, self.head_config)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the parameters that weight decay would spoil: the model's own, and the scale of the head."""
+        """Returns the names of the parameters without weight decay: the model's own, and the scale of the head."""
         inherited: Any = getattr(super(), "no_weight_decay", set)()
         name = head_name(self)
         return set(inherited) | (set() if name is None else {f"{name}.log_scale"})
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles the class as a function of the class it came from, which any process can import."""
+        """Pickles the class as a function of its base, which any process can import."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return _blank_instance, (_base_class(type(self)),), *reduced[2:]
 
 
 @cache
 def _hpm_class(base: type) -> Any:
-    """Returns the subclass of a model's class that has an HPM head, always the same one."""
+    """Returns the subclass with an HPM head of a model's class, always the same one."""
     return type(f"HPM{base.__name__}", (HPMMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 def _base_class(hpm_class: type) -> Any:
-    """Returns the class that `_hpm_class` was given: a mixin comes first among the bases."""
+    """Returns the argument of `_hpm_class`: the second base, after the mixin."""
     return hpm_class.__bases__[1]
 
 
@@ -89,7 +90,7 @@ def _blank_instance(base: type) -> nn.Module:
 
 
 class _ProjectPooled(nn.Module):
-    """Mixin of an attention pooling that projects the pooled token only; timm's project every token, and pool then."""
+    """Mixin of an attention pooling that only projects the pooled token; timm's projects every token, then pools."""
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns the logits (B, C) of a map `x` (B, channels, H, W), or the head's input (B, d) if `pre_logits`."""
@@ -114,7 +115,7 @@ _ATTENTION_POOLS: dict[type, Any] = {
 
 
 def is_equipped(model: nn.Module) -> bool:
-    """Returns whether a model makes HPM heads by itself, also if it has none at present (`num_classes=0`)."""
+    """Returns whether a model's `reset_classifier` makes HPM heads, also if it has none now (`num_classes=0`)."""
     return hasattr(model, "head_config") or head_name(model) is not None
 
 
@@ -127,9 +128,9 @@ def add_hpm_head(
 ) -> nn.Module:
     """Replaces the classifier of a timm model by an HPM head, in place, and returns the model.
 
-    The head takes over the classifier's own weight and bias: until it is fitted, the model answers exactly as before.
-    From then on `reset_classifier` makes HPM heads of the same kind. A model without classes (`num_classes=0`) gets its
-    head by `reset_classifier(num_classes)`.
+    The head keeps the classifier's weight and bias: until it is fitted, the model returns the same logits as before.
+    Its `reset_classifier` makes HPM heads of the same kind from now on; a model without classes (`num_classes=0`) gets
+    its head from it.
 
     Arguments:
         model: a timm model with one linear classifier (or a 1x1 convolution) on pooled features.
@@ -138,8 +139,8 @@ def add_hpm_head(
         inference: see `HPMHead`.
 
     Raises:
-        UnsupportedHeadError: the model's head is of another kind. The model is then as before.
-        ValueError: what `HPMHead` refuses, or a model that is equipped already (the `hpm_*` models are).
+        UnsupportedHeadError: if the model's classifier is of another kind. The model does not change then.
+        ValueError: if `HPMHead` refuses an argument, or the model has an HPM head already, as the `hpm_*` models.
     """
     kind = type(model).__name__
     if is_equipped(model):
@@ -159,7 +160,7 @@ def add_hpm_head(
 
 
 def _by_hand(model: nn.Module) -> str:
-    """Returns a hint how to put an HPM head into the place of a module's last linear layer, if it has one."""
+    """Returns advice to replace a module's last linear layer by an HPM head, if it has one."""
     linear = [(name, module) for name, module in model.named_modules() if name and type(module) in _LINEAR_TYPES]
     if not linear:
         return ""
@@ -172,11 +173,10 @@ def _by_hand(model: nn.Module) -> str:
 
 
 def remove_hpm_head(model: nn.Module) -> nn.Module:
-    """Undoes `add_hpm_head`, in place, and returns the model, which answers exactly as its head did in the mode "fc".
+    """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc".
 
     Raises:
-        ValueError: a model that `add_hpm_head` has not changed. The native networks (`PreActNet`) have no other class
-            to go back to.
+        ValueError: if `add_hpm_head` did not make the model. The native networks (`PreActNet`) have no other class.
     """
     if not isinstance(model, HPMMixin):
         reason = "it is built around one" if is_equipped(model) else "it has none"
@@ -193,7 +193,7 @@ def find_classifier(model: nn.Module) -> str:
     """Returns the dotted path of the layer that an HPM head can replace.
 
     Raises:
-        UnsupportedHeadError: no such layer, or more than one; the message says what stands there.
+        UnsupportedHeadError: if there is no such layer, or more than one; the message names the classifiers.
     """
     kind = type(model).__name__
     classifiers = _classifiers(model)
@@ -218,7 +218,7 @@ def find_classifier(model: nn.Module) -> str:
     else:
         raise UnsupportedHeadError(f"the classifier {name} of {kind} is a {type(classifier).__name__}; expected a "
                                    "linear layer or a 1x1 convolution")
-    # A wrapper around the layer has a width of its own in front, as MetaFormer's MLP.
+    # A wrapper around the layer, such as MetaFormer's MLP, has another input width.
     direct = any(module is classifier for module in _answers(model))
     expected = getattr(model, "head_hidden_size", width) if direct else width
     if (width, classes) != (expected, model.num_classes):
@@ -228,7 +228,7 @@ def find_classifier(model: nn.Module) -> str:
 
 
 def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the classifiers that a model says it has, by their paths: in its cfg, else by get_classifier."""
+    """Returns the classifiers of a model by their paths: those of its cfg, else of get_classifier."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     modules = dict(model.named_modules())
     paths = [name for name in ((named,) if isinstance(named, str) else named) if name in modules]
@@ -239,7 +239,7 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _answers(model: nn.Module) -> list[nn.Module]:
-    """Returns what a model's get_classifier answers, as a list; empty where it has none."""
+    """Returns the result of a model's get_classifier, as a list; empty if it has none."""
     try:
         answer: Any = model.get_classifier()  # type: ignore[operator]
     except AttributeError:  # also inside some of timm's own
@@ -254,12 +254,12 @@ def _holders(model: nn.Module, path: str) -> list[Any]:
 
 
 def _is_off(pool: Any) -> bool:
-    """Returns whether a pooling, given as a module or by timm's name, lets its input through."""
+    """Returns whether a pooling, a module or timm's name of it, is off."""
     return getattr(pool, "pool_type", pool) == ""
 
 
 def _put_head(model: nn.Module, config: dict[str, Any]) -> None:
-    """Puts an HPM head of the kind `config` into the classifier's place, with the classifier's own parameters."""
+    """Replaces the classifier by an HPM head with the arguments `config` and the classifier's parameters."""
     name = find_classifier(model)
     classifier: Any = model.get_submodule(name)
     kind = HPMConvHead if isinstance(classifier, nn.Conv2d) else HPMHead
@@ -270,7 +270,7 @@ def _put_head(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _take_head(model: nn.Module) -> dict[str, Any]:
-    """Puts a plain classifier with the head's weight and bias into the head's place; returns the head's config."""
+    """Replaces the head by a plain classifier with its weight and bias, and returns the head's config."""
     name: Any = head_name(model)
     head: Any = model.get_submodule(name)
     has_bias = head.bias is not None
@@ -285,12 +285,12 @@ def _take_head(model: nn.Module) -> dict[str, Any]:
 
 
 def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:
-    """Sets the module at the path `name`, in the training mode of the one that stood there."""
+    """Replaces the module at the path `name`, and keeps its training mode."""
     parent = _holders(model, name)[-1]
     leaf = name.rpartition(".")[2]
     before = getattr(parent, leaf)
     setattr(parent, leaf, classifier.train(before.training))
-    # Plain classifiers also take maps of one pixel, or tokens of which one is picked afterwards; an HPM head does not.
+    # Plain classifiers also take maps of one pixel, or all tokens; an HPM head only takes pooled features.
     if isinstance(classifier, HPMConvHead):
         parent.global_pool.flatten = nn.Flatten(1)
     elif isinstance(before, HPMConvHead):
@@ -303,7 +303,7 @@ def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Gives a model's modules their classes and attributes back, if the block raises."""
+    """Restores the classes and attributes of a model's modules if the block raises."""
     before = [
         (module, type(module), dict(vars(module)), [dict(vars(module)[name]) for name in _REGISTRIES])
         for module in model.modules()

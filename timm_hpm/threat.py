@@ -1,4 +1,4 @@
-"""`ThreatModel`: which perturbations an adversary may make."""
+"""`ThreatModel`: the perturbations that an adversary may make."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from torch import Tensor
 
 NORMS: Final = ("Linf", "L2")
 
-# L2 radii: beyond what is in use for pixels in [0, 1], and beyond the distance of any two images.
+# L2 radii: larger than any in use for pixels in [0, 1], and larger than the distance of any two images.
 _UNUSUAL: Final = 20.0
 _LARGEST: Final = 1e6
 
@@ -23,10 +23,10 @@ class ThreatModel:
     Arguments:
         norm: `"Linf"` or `"L2"`.
         eps: radius in units of the pixel range, above 0; for Linf at most 1, for L2 at most 1e6. An L2 radius above 20
-            warns: it looks like one in units of 0 to 255.
+            warns: it is probably in units of 0 to 255.
 
     Raises:
-        ValueError: an unknown norm, or a radius out of range.
+        ValueError: if the norm is unknown, or the radius out of range.
     """
 
     norm: str
@@ -54,10 +54,10 @@ class ThreatModel:
 
     @classmethod
     def of(cls, threat: "str | ThreatModel") -> "ThreatModel":
-        """Returns a threat model that is given as such, or as a text that `parse` reads.
+        """Returns `threat`, or the threat model of its text; see `parse`.
 
         Raises:
-            ValueError: anything else, or a text that `parse` refuses.
+            ValueError: if it is neither, or the text is malformed.
         """
         if isinstance(threat, cls):
             return threat
@@ -71,7 +71,7 @@ class ThreatModel:
         """Returns the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
 
         Raises:
-            ValueError: a text of another form, or values that `ThreatModel` refuses.
+            ValueError: if the text is malformed, or `ThreatModel` refuses its values.
         """
         match = re.fullmatch(r"([^:]+):(.+)", text.strip())
         try:
@@ -86,17 +86,17 @@ class ThreatModel:
     def __str__(self) -> str:
         """Returns a text that `parse` reads back to an equal threat model."""
         number = round(self.eps * 255)
-        # A short decimal is what was meant: 0.2 is 51/255, too.
+        # Short decimals stay decimals, although 0.2 is also 51/255.
         if number / 255 == self.eps and len(repr(self.eps)) > 5:
             return f"{self.norm}:{number}/255"
         return f"{self.norm}:{self.eps!r}"
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the distance of each image of `x` (B, ...) from the same of `y`, as (B,)."""
+        """Returns the distances (B,) between the images of `x` (B, ...) and those of `y` (B, ...)."""
         return self.size(x - y)
 
     def contains(self, x: Tensor, clean: Tensor) -> Tensor:
-        """Returns which images (B,) of `x` (B, ...) are pixels in [0, 1] and in the ball around those of `clean`.
+        """Returns whether each image (B,) of `x` (B, ...) has pixels in [0, 1] and is in the ball around `clean`.
 
         The distance may exceed eps by float32's rounding: by 1e-5 of eps, and under Linf 2⁻²³, under L2 √d times that.
         """
@@ -111,7 +111,7 @@ class ThreatModel:
         return delta.abs().amax(dim=1) if self.norm == "Linf" else delta.norm(dim=1)
 
     def project(self, x: Tensor, clean: Tensor) -> Tensor:
-        """Returns `x` (B, ...) moved into the ball around `clean` (B, ...) and into [0, 1].
+        """Returns the projection of `x` (B, ...) into the ball around `clean` (B, ...) and into [0, 1].
 
         The L2 projection scales the perturbation and then clamps the pixels, as AutoAttack does: clean pixels are in
         [0, 1], so clamping only brings each pixel nearer to its clean value.
@@ -124,11 +124,11 @@ class ThreatModel:
     def scaled(self, direction: Tensor, size: float | Tensor) -> Tensor:
         """Returns the steepest step of norm `size` along `direction` (B, ...): its sign, or its unit vector.
 
-        A direction that is not finite leads nowhere: its step is zero, under Linf where it is NaN.
+        The step along a direction that is not finite is zero; under Linf, only of its NaN pixels.
         """
         if self.norm == "Linf":
             return size * direction.sign()
-        # A confident model's gradient may be so small that its square underflows: take out its size first.
+        # A confident model's gradient may be so small that its square underflows: divide by its size first.
         largest = per_image(direction.flatten(1).abs().amax(dim=1), direction)
         unit = (direction / torch.where(largest > 0, largest, 1)).masked_fill(~largest.isfinite(), 0)
         return size * unit / _norm(unit).clamp(min=1e-12)
@@ -148,8 +148,8 @@ def parse_number(text: str) -> float:
     """Returns the number of a text such as `"0.5"` or `"8/255"`.
 
     Raises:
-        ValueError: the text is neither a number nor a fraction.
-        ZeroDivisionError: a fraction over 0.
+        ValueError: if the text is neither a number nor a fraction.
+        ZeroDivisionError: if the denominator is 0.
     """
     numerator, slash, denominator = text.partition("/")
     return float(numerator) / (float(denominator) if slash else 1.0)

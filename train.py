@@ -18,27 +18,24 @@ from accelerate import PartialState
 import timm_hpm  # noqa: F401  (registers the models)
 from timm_hpm.console import run_command
 from timm_hpm.files import default_folder
-from timm_hpm.options import add_arguments, read_options
+from timm_hpm.options import given_options
 from timm_hpm.training import Stopped, TrainConfig, train
 from timm_hpm.training.run_folder import measuring_command, saved_options
 
 
-def parse_args(argv: list[str] | None = None) -> dict[str, Any]:
-    """Returns what the command line says; the defaults are `TrainConfig`'s."""
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the arguments of this script, and the given options of `TrainConfig`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(output/train-<model>-<date>)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
-    add_arguments(parser, TrainConfig)
-    return vars(parser.parse_args(argv))
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="folder of a run to resume")
+    return given_options(parser, TrainConfig, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the training; returns the exit code."""
-    given = parse_args(argv)
-    file, output, resume = (given.pop(name) for name in ("config", "output", "resume"))
-    options = (read_options(file, TrainConfig) if file else {}) | given
+    args, options = parse_args(argv)
+    output, resume = args.output, args.resume
     if resume:
         if output:
             raise ValueError("--resume FOLDER names the output folder, too; leave out --output")

@@ -21,6 +21,8 @@ import timm_hpm
 from timm_hpm import cards
 from timm_hpm.__main__ import main
 from timm_hpm.console import run_command
+from timm_hpm.evaluation.command import load_model
+from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.models.saving import write_model
 from timm_hpm.report.command import evaluate_command
 
@@ -170,7 +172,7 @@ def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, 
     again = evaluated(Path("run/report.md").read_text(encoding="utf-8"))
     assert (again.correct, again.baseline_correct, again.assembled, again.neighbours) == (
         report.correct, report.baseline_correct, report.assembled, report.neighbours)
-    model = evaluate.load_model(evaluate.parse_args([*options, "--device", "cpu"]), None)
+    model = load_model(EvaluateConfig(**evaluate.parse_args([*options, "--device", "cpu"])[1]))
     timm_hpm.find_head(model).inference = report.protocol["inference"]
     if "--mean" in options:  # which other users of these weights must know, too
         model.pretrained_cfg.update(mean=(0.1,))

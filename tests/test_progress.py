@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
 from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
+from timm_hpm.evaluation.command import begin
+from timm_hpm.evaluation.config import EvaluateConfig, resumed
 from timm_hpm.evaluation.resume import ProgressFolder, sealed, unsealed
 
 NUM_DIGITS = 8
@@ -186,7 +189,7 @@ def test_a_plain_timm_model_is_measured_resumed_and_shared(tmp_path):
 
 def test_options_of_another_run_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    evaluate.begin(evaluate.parse_args(SMALL), tmp_path / "run")
+    begin(EvaluateConfig(**evaluate.parse_args(SMALL)[1]), tmp_path / "run")
     with pytest.raises(ValueError, match=r"options: --threat Linf:0.2 \(there: Linf:0.15\). Leave them out"):
         evaluate.main(["--resume", str(tmp_path / "run"), "--threat", "Linf:0.2"])
     with pytest.raises(ValueError, match=r"holds the options.json of an earlier run; .*go on with it by --resume"):
@@ -307,37 +310,42 @@ def test_options_of_another_program_are_refused_and_stay(tmp_path, text):
     ("model_kwargs", {"a=b": "c=d"}), ("device", {}), ("num_images", 1e400),
 ])
 def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
-    good = evaluate._options(evaluate.parse_args(SMALL))
+    good = EvaluateConfig(**evaluate.parse_args(SMALL)[1]).to_saved()
     assert name in good
     (tmp_path / "options.json").write_text(json.dumps(good | {name: value}))
     for option in ("--resume", "--rejudge"):
         with pytest.raises(ValueError, match=rf"options\.json says that {name} is "):
-            evaluate.parse_args([option, str(tmp_path)])
+            evaluate.main([option, str(tmp_path)])
 
 
 def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
     words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
-             "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square", "--budget", "square=5",
+             "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square,apgd-t", "--budget", "square=5",
              "apgd-t=3x2", "--survivors-only", "--neighbours", "none", "--neighbours-mix", "0.5,1",
-             "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "-3", "--device", "cpu", "--save-adversarial"]
-    given = evaluate._options(evaluate.parse_args(words))
-    (tmp_path / "options.json").write_text(json.dumps(given))
-    assert evaluate._options(evaluate.parse_args(["--resume", str(tmp_path)])) == given
-    assert evaluate._options(evaluate.parse_args([*words, "--resume", str(tmp_path)])) == given
+             "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "3", "--device", "cpu", "--save-adversarial"]
+    config = EvaluateConfig(**evaluate.parse_args(words)[1])
+    (tmp_path / "options.json").write_text(json.dumps(config.to_saved()))
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(config.to_saved()))
+    for same in ([], words, ["--config", str(tmp_path / "words.yaml")]):
+        assert resumed(tmp_path, evaluate.parse_args(same)[1]) == config
 
 
-def test_a_saved_run_writes_nowhere_else(tmp_path, capsys):
-    mine, run = tmp_path / "mine.json", tmp_path / "run"
-    mine.write_text("mine")
-    assert evaluate.main([*FEW, "--output", str(run), "--robustbench-json", str(tmp_path / "info.json")]) == 0
-    saved = json.loads((run / "options.json").read_text())
-    (run / "options.json").write_text(json.dumps(saved | {
-        "robustbench_json": str(mine), "output": str(tmp_path / "else"), "resume": str(tmp_path / "else"),
-        "compare": [str(mine)] * 2, "rejudge": str(mine), "dataset_download": True}))
-    args = evaluate.parse_args(["--resume", str(run)])
-    assert not (args.robustbench_json or args.output or args.compare or args.rejudge or args.dataset_download)
-    assert args.resume == run and evaluate.main(["--resume", str(run)]) == 0
-    assert mine.read_text() == "mine" and not (tmp_path / "else").exists()
+@pytest.mark.parametrize(("name", "value"), [
+    ("robustbench_json", "mine.json"), ("output", "else"), ("resume", "else"), ("compare", ["mine.json"] * 2),
+    ("rejudge", "mine.json"), ("config", "mine.json")])
+def test_a_saved_run_writes_nowhere_else(tmp_path, name, value, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = EvaluateConfig(**evaluate.parse_args(SMALL)[1])
+    (tmp_path / "options.json").write_text(json.dumps(config.to_saved() | {name: value}))
+    with pytest.raises(ValueError, match=f"is not what this evaluate.py was called with.* unknown option '{name}'"):
+        evaluate.main(["--resume", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["options.json"]
+
+
+def test_a_saved_run_downloads_nothing(tmp_path):
+    config = EvaluateConfig(**evaluate.parse_args(SMALL)[1])
+    (tmp_path / "options.json").write_text(json.dumps(config.to_saved() | {"dataset_download": True}))
+    assert not resumed(tmp_path, {}).dataset_download and resumed(tmp_path, {"dataset_download": True}).dataset_download
 
 
 def test_a_symlinked_progress_folder_does_not_end_a_finished_run(tmp_path):

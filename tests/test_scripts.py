@@ -18,6 +18,7 @@ import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, report_markdown, report_page
 from timm_hpm.console import run_command
+from timm_hpm.evaluation.command import idle_note
 from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
@@ -173,7 +174,7 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, capsys):
     (["--threat", "L2:0"], "eps is 0.0; expected a finite number above 0"),
     (["--threat", "L7:0.1"], "unknown norm 'L7'; expected one of Linf, L2"),
     (["--num-images", "361"], "asked for the first 361 images; the split test of digits has 360 (0 for all)"),
-    (["--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+    (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
     (["--compare", "missing", "missing.json"], "there is no report missing; expected the report.json that"),
     (["--compare", "earlier", "earlier"], "there is no report earlier/report.json; expected the report.json that"),
     (["--surrogates", "hard"], "unknown surrogate 'hard'"),
@@ -256,8 +257,8 @@ def test_classes_may_be_given_twice(tmp_path, capsys):
 
 
 def test_processes_without_a_batch_are_counted():
-    assert evaluate.idle_note(100, 50, 2) == evaluate.idle_note(101, 50, 3) == ""
-    assert evaluate.idle_note(100, 100, 3).startswith("100 images in batches of 100 make 1 to attack, so 2 of the 3 ")
+    assert idle_note(100, 50, 2) == idle_note(101, 50, 3) == ""
+    assert idle_note(100, 100, 3).startswith("100 images in batches of 100 make 1 to attack, so 2 of the 3 ")
 
 
 def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, capsys):

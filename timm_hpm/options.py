@@ -13,7 +13,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from typing import Any, Final
 
@@ -137,6 +137,23 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
                                    default=argparse.SUPPRESS, help=about.replace("%", "%%"), **details)
 
 
+def given_options(parser: argparse.ArgumentParser, kind: type,
+                  argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the values of a parser's own arguments, and the options of a dataclass that are given.
+
+    Adds the options to the parser, and `--config`, a YAML file of options, which the command line overrides.
+    """
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
+    add_arguments(parser, kind)
+    args = parser.parse_args(argv)
+    options = read_options(args.config, kind) if args.config else {}
+    for one in fields(kind):
+        if hasattr(args, one.name):
+            options[one.name] = getattr(args, one.name)
+            delattr(args, one.name)
+    return args, options
+
+
 def _argument(kind: Any, choices: Collection[str]) -> dict[str, Any]:
     """Returns the details of an argument of a parser for values of a type; `check` sees the choices in a tuple."""
     if choices and typing.get_origin(kind) is not tuple:
@@ -198,7 +215,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     for one in _parts(kind):
         if typing.get_origin(one) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(name, part, typing.get_args(one)[0]) for part in value)
-        if typing.get_origin(one) is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        if typing.get_origin(one) is dict and isinstance(value, Mapping) and all(
+                isinstance(key, str) and key.isidentifier() for key in value):
             return dict(value)
         if one is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

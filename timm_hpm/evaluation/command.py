@@ -1,0 +1,261 @@
+"""An evaluation by its options: loads the model and the images, attacks, and keeps the reports in a folder."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor, nn
+
+from ..data import ImageSplit, as_pixel_model, first_images, normalisation_of
+from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
+from ..head import find_head
+from ..models.create import class_names, create_model, open_split_for, usable_device
+from ..report import TRUE_MODEL, AttackReport
+from ..report.command import DATA_OPTIONS, MODEL_OPTIONS
+from ..report.tables import pixels_note
+from ..threat import ThreatModel
+from .config import OPTIONS, EvaluateConfig, saved_options
+from .judge import rejudge, saved_protocol
+from .neighbours import BATCH_SIZES, check_neighbours
+from .robustbench import parse_known, save_model_info
+from .sweep import SWEEP, own_mode, save_sweep, sweep
+
+_SMALL_IMAGE = 64 * 64
+_SURROGATES_AT_ONCE = 5
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[Accelerator | None]:
+    """Yields the accelerator of several processes, or None for a single process.
+
+    At the end the processes part in an orderly way. One that only stops is sometimes aborted, and torchrun then fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield None
+        return
+    # One process may have a batch more than another, and a batch may take hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+    yield accelerator
+    accelerator.end_training()  # not after an error: the others would report a lost connection
+
+
+def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustbench_json: Path | None = None,
+        robustbench_info: Sequence[str] = ()) -> list[AttackReport]:
+    """Loads, attacks and writes each report into the folder `output`; under torchrun, on all processes.
+
+    Arguments:
+        config: the options.
+        output: the folder, held by this run meanwhile; several reports lie in folders below it, with a page of all.
+        resume: whether the folder may hold a run of the same options.
+        robustbench_json: file for RobustBench's model_info; None writes none.
+        robustbench_info: its fields that only the authors know, texts such as `"name=..."`.
+
+    Returns:
+        The reports on the first process, [] on the others.
+
+    Raises:
+        ValueError: options that do not fit the model or the data, or a folder that holds another run.
+        OSError: a folder that cannot be written into.
+    """
+    authors = parse_known(robustbench_info)
+    if robustbench_json and (config.eps_sweep or len(config.inference or ()) > 1):
+        raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")
+    with several_processes(config.device) as accelerator:
+        if accelerator is not None:
+            # The name may hold the time, and another one on each process.
+            output = Path(broadcast_object_list([str(output)])[0])
+        with locked(output, shared=accelerator is not None):
+            if robustbench_json:
+                writable_folder(robustbench_json.parent)
+            reports = _evaluate(config, output, accelerator, resume)
+            if not (accelerator is None or accelerator.is_main_process):
+                return []
+            if len(reports) > 1 or config.eps_sweep:
+                save_sweep(reports, output)
+            if robustbench_json:
+                save_model_info(reports[0], robustbench_json, authors)
+            return reports
+
+
+def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | None,
+              resume: bool) -> list[AttackReport]:
+    is_main = accelerator is None or accelerator.is_main_process
+    model = load_model(config, accelerator)
+    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
+                           download=config.dataset_download, class_map=config.class_map)
+    threat = ThreatModel.parse(config.threat or split.threat)
+    images, labels = first_images(split, config.num_images)
+    options = _attack_options(config, model, images)
+    if is_main:
+        _print_notes(config, model, len(images), accelerator)
+    begins = is_main and begin(config, output, resume)
+    try:
+        return list(sweep(model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+                          folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
+                          progress=True, about=_about(config, model, split), **options))
+    except ValueError:
+        # Nothing was attacked yet, so the mended command must find no earlier run.
+        if begins and [path.name for path in output.rglob("*") if path.is_file() and path.name != LOCK] == [OPTIONS]:
+            (output / OPTIONS).unlink()
+        raise
+
+
+def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Returns the arguments of `mixed_surrogate_attack` that the options give, checked against model and images."""
+    if config.inference:
+        find_head(model)
+    neighbours = config.neighbours
+    if neighbours is None:
+        skips = config.is_custom or config.eps_sweep
+        neighbours = () if skips else tuple(
+            size for size in BATCH_SIZES if size <= min(len(images), config.batch_size))
+    if config.neighbours or config.neighbours_mix:
+        check_neighbours(neighbours, config.neighbours_mix, len(images))
+        _check_measures_neighbours(model, list(config.inference or [own_mode(model)]))
+    at_once = config.surrogates_at_once
+    if at_once is None:
+        at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
+    return {"protocol": config.base_protocol, "batch_size": config.batch_size, "surrogates": config.surrogates or None,
+            "attacks": config.attacks or None, "budgets": config.budgets(), "survivors_only": config.survivors_only,
+            "mean": config.mean, "std": config.std, "surrogates_at_once": at_once, "seed": config.seed,
+            "neighbours": neighbours, "neighbours_mixes": config.neighbours_mix}
+
+
+def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, Any]:
+    """Returns the facts about model and data that the report's protocol shows."""
+    names = split.class_names or class_names(model)
+    options = {name: value for name, value in config.to_saved().items()
+               if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})}
+    about = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
+             "split": config.split, "options": options}
+    return about | ({"class_names": list(names)} if names else {})
+
+
+def _print_notes(config: EvaluateConfig, model: nn.Module, num_images: int, accelerator: Accelerator | None) -> None:
+    if accelerator is not None:
+        print(idle_note(num_images, config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
+    print(pixels_note({"normalisation": normalisation_of(as_pixel_model(model, config.mean, config.std))}),
+          file=sys.stderr)
+
+
+def idle_note(num_images: int, batch_size: int, processes: int) -> str:
+    """Returns a line on the processes without a batch to attack, or "" if each has one."""
+    batches = -(-num_images // batch_size)
+    if batches >= processes:
+        return ""
+    return (f"{num_images} images in batches of {batch_size} make {batches} to attack, so {processes - batches} of the "
+            f"{processes} processes have none. A smaller --batch-size makes more; in batch mode the answers depend on "
+            "it\n")
+
+
+def _check_measures_neighbours(model: nn.Module, modes: list[str]) -> None:
+    """Raises a ValueError if neighbours matter in none of the modes; prints those in which they do not matter."""
+    others = [mode for mode in modes if mode != "batch"]
+    if others == modes or not find_head(model).is_fitted():
+        raise ValueError("--neighbours asks what neighbours in a batch do, and here they do nothing (inference mode "
+                         f"{', '.join(modes)}); it needs a fitted HPM head and --inference batch")
+    if others:
+        print(f"--neighbours is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
+
+
+def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> bool:
+    """Writes the options of a run into its folder; returns whether the run begins there.
+
+    Raises:
+        ValueError: if the folder holds a run and `resume` is false; nothing is written then.
+    """
+    found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, OPTIONS) if (output / name).exists()]
+    if found and not (resume and OPTIONS in found):
+        raise ValueError(f"{output} holds the {found[0]} of an earlier run"
+                         + (f" without its {OPTIONS}" if resume else "") + "; choose another --output, "
+                         + ("go on with it by --resume, " if found[0] == OPTIONS else "") + "or remove it")
+    remove_unfinished(output)
+    if resume and OPTIONS not in found:
+        print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
+    write_text(output / OPTIONS, json.dumps(config.to_saved(), indent=1) + "\n")
+    return OPTIONS not in found
+
+
+def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -> Any:
+    """Returns the model of the options, in eval mode, on this process's device."""
+    device = usable_device(config.device)
+    pretrained = config.checkpoint is None if config.pretrained is None else config.pretrained
+    arguments = dict(config.model_kwargs or {})
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    own = {name: value for name, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+    if config.checkpoint and own:
+        arguments["pretrained_cfg_overlay"] = {**(arguments.get("pretrained_cfg_overlay") or {}), **own}
+    model = create_model(config.model, pretrained=pretrained, checkpoint=config.checkpoint, **arguments)
+    return model.to(device if accelerator is None else accelerator.device).eval()
+
+
+def weights_of(model: Any, config: EvaluateConfig) -> str:
+    """Returns the origin of the weights, for the report."""
+    if config.checkpoint:
+        return config.checkpoint
+    if config.pretrained is False:
+        return "random"
+    overlay = (config.model_kwargs or {}).get("pretrained_cfg_overlay") or {}
+    if own := next((overlay[name] for name in ("file", "url", "hf_hub_id") if name in overlay), None):
+        return str(own)
+    return f"pretrained, tag {model.pretrained_cfg.get('tag') or '(none)'}"
+
+
+def load_report(path: Path) -> AttackReport:
+    """Returns the report in a run's folder, or in the file `path`.
+
+    Raises:
+        ValueError: if there is no report, or the folder holds several.
+    """
+    if (path / SWEEP).exists() and not (path / "report.json").exists():
+        names = sorted(file.parent.name for file in path.glob("*/report.json"))
+        raise ValueError(f"{path} holds several reports, {', '.join(names)}; give the folder of one")
+    file = path / "report.json" if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"there is no report {file}; expected the report.json that evaluate.py wrote, or its folder"
+                         + (f". The run there is not finished: python evaluate.py --resume {path}"
+                            if (path / OPTIONS).exists() else ""))
+    return AttackReport.load(file)
+
+
+def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
+    """Judges the saved candidates of a run again, by the run's own options and those `given`.
+
+    Returns whether every verdict is the report's, and a text that says so.
+    """
+    if "inference" in given:
+        raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
+    # The report says the inference mode, and it may be another machine.
+    config = EvaluateConfig(**{**saved_options(folder, without=("inference", "device")), **given})
+    with several_processes(config.device) as accelerator:
+        model = load_model(config, accelerator)
+        if config.mean is not None or config.std is not None:
+            model = as_pixel_model(model, config.mean, config.std)
+        return _compared_verdicts(model, folder)
+
+
+def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:
+    report = load_report(folder)
+    candidates = folder / "adversarial.safetensors"
+    if saved_protocol(candidates) != report.protocol:
+        raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
+                         "again with --save-adversarial")
+    verdicts = rejudge(model, candidates)
+    # Square on the true model may be a second name of a set that is there.
+    different = [name for name in {**report.verdicts, **verdicts} if verdicts.get(name) != report.verdicts.get(name)
+                 and (name in verdicts or name != f"{TRUE_MODEL}/square")]
+    if different:
+        return False, (f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
+                       f"{', '.join(different)}. Is it the same model, device and version?")
+    return True, (f"{len(verdicts)} sets of {report.num_images} images, judged again in batches of "
+                  f"{report.protocol['batch_size']}: the images are the run's, every candidate is within "
+                  f"{report.protocol['threat']} of them, and every verdict as in the report")

@@ -1,0 +1,183 @@
+"""`EvaluateConfig`: every option of an evaluation, and the options that a run's folder keeps."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from ..data import DATASETS, SPLITS
+from ..files import default_folder
+from ..head import INFERENCE_MODES, check_inference
+from ..options import as_dict, check, free_names, option, read_options
+from ..surrogates import SURROGATES
+from .budget import Budget
+from .neighbours import BATCH_SIZES
+from .protocols import PROTOCOLS, as_budget
+from .sweep import parse_radii
+from .table import ATTACKS
+
+#: The file in a run's folder that keeps its options.
+OPTIONS: Final = "options.json"
+
+_MODEL: Final = "model"
+_DATA: Final = "data"
+_ATTACK: Final = "attack"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The options of an evaluation; see `python evaluate.py --help`.
+
+    Raises:
+        ValueError: a value of another type, out of its range, or that does not fit another option.
+    """
+
+    model: str = option("hpm_wrn10_2", _MODEL, "timm model, with or without an HPM head")
+    pretrained: bool | None = option(None, _MODEL, "the model's pretrained weights (unless --checkpoint is given)")
+    checkpoint: str | None = option(None, _MODEL, "file of the weights instead, such as train.py's model.safetensors")
+    num_classes: int | None = option(None, _MODEL, "classes of the --checkpoint (the model's)")
+    model_kwargs: dict[str, Any] | None = option(None, _MODEL, "arguments of timm.create_model, such as mix=0.5")
+    mean: tuple[float, ...] | None = option(
+        None, _MODEL, "per-channel mean of the normalisation of pixels in [0, 1] (the model's pretrained_cfg)")
+    std: tuple[float, ...] | None = option(
+        None, _MODEL, "per-channel standard deviation of the normalisation (the model's pretrained_cfg)")
+    inference: tuple[str, ...] | None = option(
+        None, _MODEL, f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
+                      "own (the model's mode)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", _MODEL, "device of PyTorch")
+
+    dataset: str = option("digits", _DATA, f"one of {', '.join(DATASETS)}")
+    data_dir: str | None = option(None, _DATA, "folder of the data set; see docs/data.md")
+    dataset_download: bool = option(False, _DATA, "download of the data set by torchvision", free=True)
+    class_map: str | None = option(
+        None, _DATA, "file of class names in the order of the model's classes, as in timm; see docs/data.md")
+    img_size: int | None = option(None, _DATA, "side of decoded images in pixels (the model's)")
+    split: str = option("test", _DATA, f"one of {', '.join(SPLITS)}")
+    num_images: int = option(100, _DATA, "number of images, the first of the split; 0 for all", least=0)
+
+    threat: str | None = option(None, _ATTACK, "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
+    eps_sweep: str | None = option(
+        None, _ATTACK, "radii FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.02 or 0:8/255:2/255, each with "
+                       "a report of its own; at 0 the robust accuracy is the clean one")
+    batch_size: int = option(
+        100, _ATTACK, "images per judged batch; in batch mode the predictions depend on it", "-b", least=1)
+    protocol: str = option("standard", _ATTACK, "attacks and budgets; the next four options make it a custom one",
+                           choices=(*PROTOCOLS, "custom"))
+    surrogates: tuple[str, ...] | None = option(
+        None, _ATTACK, f"surrogates to attack through, of {', '.join(SURROGATES)} (those that differ)")
+    attacks: tuple[str, ...] | None = option(
+        None, _ATTACK, f"attacks to run, of {', '.join(ATTACKS)} (the protocol's)")
+    budget: tuple[str, ...] = option(
+        (), _ATTACK, "ATTACK=N: iterations, and after an x the number of targets, or of rounds: apgd-ce=50 "
+                     "apgd-t=50x4 joint-subset=25x40 (the protocol's)")
+    survivors_only: bool = option(
+        False, _ATTACK, "no more attacks on an image that is misclassified: faster, and the rows of single attacks "
+                        "become those of a cascade, as AutoAttack's are")
+    neighbours: tuple[int, ...] | None = option(
+        None, _ATTACK, "batch sizes at which to measure how often a clean image flips when an adversary controls the "
+                       "rest of its batch; none for no measurement (standard and fast: those of "
+                       f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep: none)")
+    neighbours_mix: tuple[float, ...] | None = option(
+        None, _ATTACK, "values of the head's mix at which to measure that (its own)")
+    surrogates_at_once: int | None = option(
+        None, _ATTACK, "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
+                       "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
+    seed: int = option(0, _ATTACK, "seed of all randomness", least=0)
+    save_adversarial: bool = option(
+        False, "output", "adversarial.safetensors, every candidate for --rejudge; by standard on an HPM head in batch "
+                         "mode 88 times the images")
+
+    def __post_init__(self) -> None:
+        check(self)
+        for mode in self.inference or ():
+            check_inference(mode)
+        if self.protocol == "custom" and not self.is_custom:
+            raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks, --budget or "
+                             "--survivors-only")
+        attacks = self.attacks or PROTOCOLS[self.base_protocol].attacks
+        unused = [name for name in self.budgets() if name in ATTACKS and name not in attacks]
+        if unused:
+            raise ValueError(f"--budget is given for {', '.join(unused)}, which is not among the attacks that are run, "
+                             f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
+        other = (self.model_kwargs or {}).get("num_classes", self.num_classes)
+        if self.num_classes is not None and other != self.num_classes:
+            raise ValueError(f"--num-classes is {self.num_classes} and --model-kwargs num_classes={other}; give one of "
+                             "them")
+        self.radii()
+
+    @property
+    def base_protocol(self) -> str:
+        """Returns the name of the protocol that the other options change."""
+        return "standard" if self.protocol == "custom" else self.protocol
+
+    @property
+    def is_custom(self) -> bool:
+        """Returns whether options change the protocol."""
+        return bool(self.surrogates or self.attacks or self.budget or self.survivors_only)
+
+    def budgets(self) -> dict[str, Budget]:
+        """Returns the budget of each attack that has one of its own."""
+        parts = (text.partition("=") for text in self.budget)
+        return {name: as_budget(name, value) for name, _, value in parts}
+
+    def radii(self) -> list[float] | None:
+        """Returns the radii of `eps_sweep`; None means the radius of the threat model."""
+        return None if self.eps_sweep is None else parse_radii(self.eps_sweep)
+
+    def to_saved(self) -> dict[str, Any]:
+        """Returns the options that a run's folder keeps, in JSON's types."""
+        free = free_names(EvaluateConfig)
+        return {name: value for name, value in as_dict(self).items() if name not in free}
+
+
+def saved_options(folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the options that the run in a folder keeps, but for those in `without`; {} if it keeps none.
+
+    The file may be a stranger's, so a value must be valid, and no option says which file to write or downloads data.
+
+    Raises:
+        ValueError: a file of something else, or an invalid value; the message names it.
+    """
+    file = folder / OPTIONS
+    if not file.exists():
+        return {}
+    try:
+        saved = read_options(file, EvaluateConfig)
+    except ValueError as error:
+        raise ValueError(f"{file} is not what this evaluate.py was called with, or damaged ({error}); choose another "
+                         "folder") from error
+    try:
+        EvaluateConfig(**saved)
+    except ValueError as error:
+        raise ValueError(f"{file} says that {error}; mend it, or choose another folder") from error
+    return {name: value for name, value in saved.items() if name not in (*without, *free_names(EvaluateConfig))}
+
+
+def chosen(given: Mapping[str, Any], output: Path | None, resume: Path | None) -> tuple[EvaluateConfig, Path]:
+    """Returns the options and the folder of a run: a new one in `output`, or the one in the folder `resume`."""
+    if resume is None:
+        config = EvaluateConfig(**given)
+        return config, output or default_folder(config.model)
+    if output and resume.resolve() != output.resolve():
+        raise ValueError(f"--resume {resume} goes on in that folder, and --output {output} is another one; "
+                         "leave out --output, or copy the folder there and resume the copy")
+    return resumed(resume, given), resume
+
+
+def resumed(folder: Path, given: Mapping[str, Any]) -> EvaluateConfig:
+    """Returns the options of the run in a folder, or those `given` if it keeps none.
+
+    Raises:
+        ValueError: options other than the run's; the message names them.
+    """
+    saved = saved_options(folder)
+    config = EvaluateConfig(**{**saved, **given})
+    there, now = EvaluateConfig(**saved).to_saved() if saved else config.to_saved(), config.to_saved()
+    different = [f"--{name.replace('_', '-')} {now[name]} (there: {there[name]})" for name in now
+                 if now[name] != there[name]]
+    if different:
+        raise ValueError(f"{folder} holds a run of other options: {', '.join(different)}. Leave them out, or choose "
+                         "another folder")
+    return config

@@ -1,7 +1,7 @@
 """Checks for false robustness: what in a model or in its verdicts says that an attack's failure proves little.
 
 Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients); Croce and Hein, arXiv 2003.01690 (the
-checks of AutoAttack). docs/flags.md says what each flag means and what to do about it.
+checks of AutoAttack). timm_hpm/report/flags.md has the meaning and the remedy of each.
 """
 
 from collections.abc import Callable, Iterator

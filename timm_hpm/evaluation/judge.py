@@ -38,7 +38,7 @@ def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
         raise NonFiniteLogitsError(
             f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
             "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model "
-            "(docs/flags.md#non-finite-logits)")
+            "(timm_hpm/report/flags.md#non-finite-logits)")
 
 
 def judge(

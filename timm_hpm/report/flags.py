@@ -1,4 +1,4 @@
-"""`Flag`: a named warning of an evaluation. flags.md beside this file, and so docs/flags.md, explains each name."""
+"""`Flag`: a named warning of an evaluation. flags.md explains each name."""
 
 import re
 from dataclasses import dataclass
@@ -52,13 +52,12 @@ class Flag:
 
 
 def paragraph(name: str) -> str:
-    """Returns the paragraph of docs/flags.md on a flag, in Markdown: its meaning and the remedy."""
+    """Returns the paragraph of flags.md on a flag, in Markdown: its meaning and the remedy."""
     return _paragraphs()[name]
 
 
 @cache
 def _paragraphs() -> dict[str, str]:
-    # Part of the package: an installed one has no docs/.
     text = Path(__file__).with_name("flags.md").read_text(encoding="utf-8")
     parts = re.findall(r"^## ([a-z-]+)\n\n(.+?)\n(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL)
     return dict(parts)

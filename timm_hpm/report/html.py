@@ -79,15 +79,14 @@ def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
 
 
 def flag_section(flags: Sequence[Flag]) -> list[str]:
-    """Returns the flags, each with a link to its paragraph of docs/flags.md, which follows."""
+    """Returns the flags, each with a link to its paragraph of flags.md, which follows."""
     if not flags:
         return []
     parts = ["<h2>Warnings</h2><ul>"]
     parts += [f"<li><a href='#{flag.name}'>{flag.name}</a>: {escape(flag.text)}</li>" for flag in flags]
     parts.append("</ul><dl>")
     for name in dict.fromkeys(flag.name for flag in flags):
-        parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{_from_markdown(paragraph(name))}"
-                     f"<p>(docs/flags.md#{name} of timm_hpm)</p></dd>")
+        parts.append(f"<dt id='{name}'><b>{name}</b></dt><dd>{_from_markdown(paragraph(name))}</dd>")
     return [*parts, "</dl>"]
 
 

@@ -93,7 +93,7 @@ def report_markdown(report: AttackReport) -> str:
     if report.flags:
         lines += ["", "## Warnings"]
         for name in dict.fromkeys(flag.name for flag in report.flags):
-            lines += ["", f"### {name}", "", paragraph(name), "", f"(docs/flags.md#{name} of timm_hpm)"]
+            lines += ["", f"### {name}", "", paragraph(name)]
     return "\n".join(lines) + "\n"
 
 

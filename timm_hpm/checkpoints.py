@@ -13,28 +13,28 @@ from torch import Tensor
 
 from .guards import shortened, weights_only, without_tokens
 
-# Where training scripts keep the weights, best first: an average of them comes before the raw ones.
+# Names of the weights in the checkpoints of training scripts: averages of the weights before the raw ones.
 _WRAPPERS: Final = (
     "state_dict_ema", "ema_state_dict", "model_ema", "ema", "model_state_dict", "state_dict", "model", "net", "last")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or is not of the network that it is loaded into; the message says why."""
+    """A checkpoint cannot be read, or does not fit the network; the message gives the reason."""
 
 
 class DroppedClassifierWarning(UserWarning):
-    """Weights were loaded without their classifier, which has another number of classes than was asked for."""
+    """Weights were loaded without their classifier, because the model has another number of classes."""
 
 
 class NormalisationWarning(UserWarning):
-    """Weights do not say how they expect pixels normalised, and the network's own mean and std are assumed."""
+    """Weights do not state the normalisation of their pixels, and the network's mean and std are assumed."""
 
 
 def read_file(path: str | os.PathLike) -> Any:
     """Returns the content of a weights file: safetensors, or a PyTorch file of tensors and plain values.
 
     Raises:
-        Exception: whatever a missing or damaged file causes; call it inside `reading`.
+        Exception: any, if the file is missing or damaged; call it inside `reading`.
     """
     if str(path).endswith(".safetensors"):
         return load_file(path)
@@ -43,7 +43,7 @@ def read_file(path: str | os.PathLike) -> Any:
 
 
 def function_error(key: str, entry: Any, own: Sequence[int]) -> str | None:
-    """Returns the message about an entry `function` of another form than a network's `own`, or None."""
+    """Returns the error message of an entry `function` that has another form than a network's `own`, else None."""
     if isinstance(entry, Tensor) and entry.dtype == torch.int64 and entry.shape == (len(own),):
         return None
     found = f"{entry.dtype} of the shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
@@ -54,11 +54,11 @@ def function_error(key: str, entry: Any, own: Sequence[int]) -> str | None:
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
     """Returns the state dict inside a training script's checkpoint; of several, the average of the weights.
 
-    An average that is no whole state dict (empty, a list of tensors, parameters without BatchNorm's statistics) gives
-    way to the weights beside it.
+    If the average is no whole state dict (empty, a list of tensors, parameters without BatchNorm's statistics), returns
+    the weights beside it.
 
     Raises:
-        CheckpointError: no state dict; the message says what was found.
+        CheckpointError: if there is no state dict; the message lists the entries.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"the checkpoint is a {type(checkpoint).__name__}; expected a state dict, alone or under "
@@ -75,7 +75,7 @@ def _state_dicts(checkpoint: Mapping[str, Any], levels: int = 4) -> list[dict[st
     """Returns the state dicts in a checkpoint, in the order of `_WRAPPERS`; one may hold itself, so few `levels` count.
 
     Raises:
-        CheckpointError: tensors that are not plain values of their own.
+        CheckpointError: if tensors are not dense, or much larger than their values in the file.
     """
     inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
     if inner:
@@ -92,7 +92,7 @@ def _state_dicts(checkpoint: Mapping[str, Any], levels: int = 4) -> list[dict[st
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Returns whether a tensor holds its values one by one; a few that are expanded do no harm."""
+    """Returns whether a tensor is dense and holds its values one by one; small expanded tensors pass."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.nbytes <= max(tensor.untyped_storage().nbytes(), 2**20)
@@ -103,7 +103,7 @@ def _has_statistics(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
-    """Raises a CheckpointError if weights were saved of another architecture, as their config says."""
+    """Raises a CheckpointError if the config of the weights names another architecture."""
     if config["architecture"] != architecture:
         raise CheckpointError(f"the weights are of {config['architecture']}, and the network is {architecture}; "
                               f"make a model of the name {config['architecture']}")
@@ -111,10 +111,10 @@ def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
 
 @contextmanager
 def fitting(place: str, network: str, num_classes: int | None = None) -> Iterator[None]:
-    """Names the checkpoint and the network where the block finds that they do not fit.
+    """Adds the names of the checkpoint and the network to the block's errors about weights that do not fit.
 
     Arguments:
-        num_classes: the checkpoint's, for the advice if a classifier of another size is all that does not fit.
+        num_classes: the checkpoint's, for the advice if only the classifier's size does not fit.
 
     Raises:
         CheckpointError: for one from the block, and for torch's RuntimeError about keys and shapes.
@@ -134,9 +134,7 @@ def fitting(place: str, network: str, num_classes: int | None = None) -> Iterato
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Says of any error in the block, which reads a checkpoint, where it happened and what to do.
-
-    Code in the checkpoint does not run.
+    """Adds the place and a remedy to any error of the block, which reads a checkpoint without running its code.
 
     Raises:
         CheckpointError: for every error of the block.
@@ -144,9 +142,9 @@ def reading(place: str) -> Iterator[None]:
     try:
         with weights_only():
             yield
-    # What a damaged file or a server can cause is beyond listing; nothing but reading happens here.
+    # Damaged files and servers cause errors of any type; the block only reads.
     except Exception as error:
-        # Without the cause, whose text may hold what a server answered, and that the token.
+        # Without the cause: it may quote a server's response, with the token.
         raise CheckpointError(f"cannot read {place}: {without_tokens(_cause(error))}") from None
 
 
@@ -159,7 +157,7 @@ _RESAVE: Final = (
 
 
 def _cause(error: BaseException) -> str:
-    """Returns what a reading error means, and what to do."""
+    """Returns the meaning of a reading error, and its remedy."""
     if isinstance(error, CheckpointError):
         return str(error)
     chain = []
@@ -169,7 +167,7 @@ def _cause(error: BaseException) -> str:
         cause = cause.__cause__
     text = " ".join(str(link) for link in chain)
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # The Hub's client says the status first, and then of what.
+    # The first line of the Hub's client is the status, the second its subject.
     first = ": ".join(lines[:2]) if re.search(r"^\d{3} .* Error", lines[0]) else lines[0]
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     # urllib's errors have a code, those of the Hub's client a response.
@@ -180,7 +178,7 @@ def _cause(error: BaseException) -> str:
         refused = re.findall(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]*\w)", text)
         return f"PyTorch refused {', '.join(dict.fromkeys(refused)) or 'what it holds'}. {_RESAVE}"
     if names & {"UnpicklingError", "LookupError", "EOFError"} or "weights_only" in first:
-        # timm's and torch's own texts advise to load it unsafely, or name an opcode.
+        # The messages of timm and torch advise to load it unsafely, or name an opcode.
         first = "it holds nothing that torch.save writes"
     if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
         return f"{first}. The repository has no such file; see its list of files"

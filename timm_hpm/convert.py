@@ -24,7 +24,7 @@ def convert(
         cfg: dict[str, Any] | None = None,
         **model_args: Any,
 ) -> nn.Module:
-    """Converts a checkpoint of any format that `timm_hpm.checkpoints` knows, and returns the model that it makes.
+    """Converts a checkpoint of any format that `timm_hpm.formats` knows, and returns its model.
 
     Arguments:
         checkpoint: the file: safetensors, or a PyTorch file that holds only tensors and plain values.
@@ -39,7 +39,7 @@ def convert(
     """
     overlay = {**(cfg or {}), "file": str(checkpoint)}
     if "num_classes" in model_args:
-        # As an argument it would ask timm for a new classifier in the place of the checkpoint's.
+        # As an argument it would make timm replace the checkpoint's classifier.
         overlay["num_classes"] = model_args.pop("num_classes")
     if overlay.get("num_classes", 1) < 1:
         raise ValueError(f"num_classes is {overlay['num_classes']}; expected that of the checkpoint, whose classifier "

@@ -22,10 +22,10 @@ from torch import Tensor
 LOCK: Final = ".lock"
 # Files and folders that are being written: `.<name>.<process>.tmp`.
 _UNFINISHED: Final = re.compile(r"\..+\.\d+\.tmp")
-# What safetensors calls them.
+# The names of dtypes in safetensors.
 _DTYPES: Final = {torch.float32: "F32", torch.int64: "I64"}
 
-# The inodes and names of the files that are moved into a folder, while they are.
+# Lists the inodes and names of the files that are being moved into a folder.
 _MOVED: Final = ".moved"
 
 
@@ -84,7 +84,7 @@ def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Makes an error of the disk in the block an OSError that names `path`: by itself it does not say which file."""
+    """Turns an error of the disk in the block into an OSError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -117,7 +117,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `path`, or fills that empty one, when the block ends without an error.
 
     Raises:
-        OSError: `path` exists and is no empty folder, or cannot be written; the message says what to do.
+        OSError: if `path` exists and is no empty folder, or cannot be written; the message gives the remedy.
     """
     path = Path(path)
     exists = path.exists()
@@ -150,11 +150,11 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Removes what a killed process left of its `new_folder`: the temporary one, and the files that it had moved.
+    """Removes the remains of a killed process's `new_folder`: the temporary folder, and the files that it had moved.
 
     Arguments:
-        folder: where it lies; may be missing.
-        prefix: of the temporary folder's name, before the number of its process.
+        folder: the parent of the temporary folder; may be missing.
+        prefix: of the temporary folder's name, before its process number.
     """
     for rest in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(rf"(?:{re.escape(prefix)}\.(\d+)\.tmp|\.probe\.(\d+))", rest.name)
@@ -173,9 +173,9 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Returns whether a process of this machine runs, or cannot be told not to."""
+    """Returns whether a process of this machine runs; True if that is unknown."""
     try:
-        if os.name != "nt":  # where the signal 0 is one
+        if os.name != "nt":  # there signal 0 is CTRL_C_EVENT
             os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
@@ -198,16 +198,16 @@ def use_any_console() -> None:
 
 
 def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, of tensors (float32 or int64) that are fetched part by part.
+    """Writes a safetensors file, whole or not at all, of tensors (float32 or int64) that are read part by part.
 
-    The library's own `save_file` has all of them in memory, and its bytes once more.
+    The library's `save_file` holds all tensors in memory, and their bytes once more.
     Source: https://github.com/huggingface/safetensors#format: the header's length as a little-endian uint64, the header
     in JSON, the tensors' bytes one after another.
 
     Raises:
-        ValueError: the parts of a tensor do not add up to its shape, or are of another dtype; the message names it.
+        ValueError: if the parts of a tensor have another dtype, or do not add up to its shape; the message names it.
     """
-    # In the library's order, by which each tensor begins at a multiple of its dtype's size.
+    # The library's order, in which each tensor begins at a multiple of its dtype's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].like.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -233,15 +233,15 @@ def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: 
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    """Returns the bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
-    """Makes the folder `path` where it is missing and returns it.
+    """Makes the folder `path` if it is missing, and returns it.
 
     Raises:
-        OSError: it cannot be made or written into; the message names it and says what to do.
+        OSError: if it cannot be made or written into; the message names it and gives the remedy.
     """
     folder = Path(path)
     probe = folder / f".probe.{os.getpid()}"
@@ -266,14 +266,14 @@ def default_folder(model: str, prefix: str = "") -> Path:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Removes the temporary files and folders that a process left in `folder` when it was killed as it wrote."""
+    """Removes the temporary files and folders that a killed process left in `folder`."""
     for rest in Path(folder).glob(".*.tmp"):
         if _UNFINISHED.fullmatch(rest.name):
             remove(rest)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all that is in it, or a link, but not its target; whatever it can."""
+    """Removes a file, a folder with its content, or a link without its target, as far as the system permits."""
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink()

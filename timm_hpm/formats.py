@@ -16,30 +16,30 @@ from torch import Tensor
 
 from .checkpoints import CheckpointError, NormalisationWarning, unwrap
 
-# Prefixes that every key has: of nn.DataParallel, torch.compile, a wrapper's attribute, and a Sequential.
+# Prefixes of every key: of nn.DataParallel, torch.compile, a wrapper's attribute, and a Sequential.
 _PREFIXES: Final = ("module.", "_orig_mod.", "model.", "0.", "1.")
 
-# Modules that normalise pixels, and what they call their buffers. Our networks get normalised images.
+# Modules that normalise pixels, and the names of their buffers. Our networks take normalised images.
 _NORMALISERS: Final = ("", "0.", "normalize.", "normalizer.", "attacker.normalize.")
 
 _MEANS: Final = ("mean", "mu", "new_mean")
 _STDS: Final = ("std", "sigma", "new_std")
-# A regular expression, and what replaces a match of it.
+# A regular expression and its replacement.
 _Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """Names of a residual network elsewhere, and what else its weights need of a `PreActNet`.
+    """Names of a residual network in another project, and the arguments that its weights need of a `PreActNet`.
 
     Arguments:
-        name: as messages call it.
-        marks: keys that it has.
-        without: keys that it has not.
-        layout: the `layout` that its weights need; None where the keys do not tell.
-        shortcuts: every `shortcut` that its weights may need; empty where no `PreActNet` computes it.
-        renames: regular expressions and their replacements, applied to each key one after the other.
-        unused: a regular expression of keys that its network holds and never uses.
+        name: its name in messages.
+        marks: keys of every such checkpoint.
+        without: keys of no such checkpoint.
+        layout: the `layout` that its weights need; None if the keys do not show it.
+        shortcuts: every `shortcut` that its weights may need; empty if no `PreActNet` computes the network.
+        renames: regular expressions and their replacements, applied to each key in order.
+        unused: a regular expression of keys that its network never uses.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Format:
     unused: str = "(?!)"
 
     def fits(self, keys: Collection[str]) -> bool:
-        """Returns whether a state dict with these keys is of this format."""
+        """Returns whether a state dict with these keys has this format."""
         return all(mark in keys for mark in self.marks) and not any(mark in keys for mark in self.without)
 
     def rename(self, key: str) -> str:
-        """Returns the name of `key` in our network; a key of no known place stays as it is."""
+        """Returns the name of `key` in our network; unknown keys do not change."""
         for pattern, target in self.renames:
             key = re.sub(pattern, target, key)
         return key
 
 
 def _block(first: int) -> Callable[[re.Match[str]], str]:
-    """Returns what replaces the prefix of a block, where stages are counted from `first`."""
+    """Returns the replacement of a block's prefix, with stages counted from `first`."""
     return lambda match: f"stages.{int(match[1]) - first}.{match[2]}."
 
 
@@ -114,7 +114,7 @@ FORMATS: Final = (
         "a PreActResNet for small images", ("layer1.0.conv1.weight", "linear.weight", "bn.weight"), "trades",
         ("activated", "raw"), _PREACT_RESNET, without=("bn1.weight",),
     ),
-    # None that is known here activates in front of its shortcuts.
+    # No known one activates before its shortcuts.
     Format(
         "a PreActResNet for small images without a final BatchNorm", ("layer1.0.conv1.weight", "linear.weight"),
         "trades", ("raw",), _PREACT_RESNET, without=("bn1.weight", "bn.weight"),
@@ -124,10 +124,10 @@ FORMATS: Final = (
 
 
 def num_classes_of(state_dict: Mapping[str, Tensor], classifier: Any) -> int | None:
-    """Returns how many classes the weights of a network have; None if they hold no classifier.
+    """Returns the number of classes of a network's weights; None if they have no classifier.
 
     Arguments:
-        state_dict: the weights, by the names of the network or of one of the `FORMATS`.
+        state_dict: the weights, with the names of the network or of one of the `FORMATS`.
         classifier: the path of the network's classifier.
     """
     known = next((known for known in FORMATS if known.fits(state_dict)), None)
@@ -139,13 +139,13 @@ def num_classes_of(state_dict: Mapping[str, Tensor], classifier: Any) -> int | N
 def warn_of_normalisation(
         place: str, mean: Sequence[float], std: Sequence[float], given: Collection[str], state_dict: Collection[str],
 ) -> bool:
-    """Warns if neither the caller nor weights without a config say how pixels are normalised; returns whether it did.
+    """Warns if neither the caller nor weights without a config state a normalisation; returns whether it warned.
 
     Arguments:
-        place: of the weights.
+        place: of the weights, for the message.
         mean, std: the network's.
-        given: the names of the fields of its pretrained cfg that the caller gave.
-        state_dict: the weights, or their names; some hold a module that normalises.
+        given: the fields of its pretrained cfg that the caller set.
+        state_dict: the weights, or their names; some contain a module that normalises.
     """
     silent = not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict)
     if silent:
@@ -160,12 +160,11 @@ def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float
     """Returns the network's own state dict: without wrappers, prefixes, a second copy, and normalisation.
 
     Arguments:
-        checkpoint: what a file holds.
-        mean, std: the normalisation that the network is to be used with, a value a channel; what the checkpoint says
-            about its own must agree.
+        checkpoint: the content of a file.
+        mean, std: the network's normalisation, one value per channel; the checkpoint's own, if any, must agree.
 
     Raises:
-        CheckpointError: no state dict, another normalisation, or a second copy that differs from the first.
+        CheckpointError: if there is no state dict, the normalisation differs, or a second copy of the network differs.
     """
     state_dict = unwrap(checkpoint)
     while True:
@@ -178,7 +177,7 @@ def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float
 
 def _without_normaliser(
         state_dict: dict[str, Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
-    """Returns a state dict without the buffers that normalise pixels, once they agree with mean and std."""
+    """Returns a state dict without the buffers that normalise pixels, which must agree with mean and std."""
     rest = dict(state_dict)
     for names, expected, argument in ((_MEANS, mean, "mean"), (_STDS, std, "std")):
         for key in [module + name for module in _NORMALISERS for name in names if module + name in rest]:
@@ -214,18 +213,18 @@ def small_resnet_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequenc
 
 def xcit_state_dict(
         checkpoint: Any, mean: Sequence[float], std: Sequence[float], *, small: bool = False) -> dict[str, Tensor]:
-    """Returns a checkpoint of timm's XCiT, unless it shows that its patches are of another size than the network's.
+    """Returns a checkpoint of timm's XCiT, unless it shows that its patches have another size than the network's.
 
-    RobustBench's XCiT for small images has the keys and shapes of timm's, and other strides. What tells them apart:
-    the entry `function` of our own files for small images, ImageNet's normalisation inside the checkpoint or another,
-    and ImageNet's thousand classes. A checkpoint with none of these is taken for what the network is.
+    RobustBench's XCiT for small images has the keys and shapes of timm's, but other strides. They can differ in the
+    entry `function` of our own files for small images, in the normalisation inside the checkpoint (ImageNet's or
+    another), and in ImageNet's thousand classes. A checkpoint with none of these passes.
 
     Arguments:
         checkpoint, mean, std: see `plain_state_dict`.
         small: whether the network is `hpm_cifar_xcit_*`, not `hpm_xcit_*`; the result then has the entry `function`.
 
     Raises:
-        CheckpointError: what `plain_state_dict` refuses, or patches of another size.
+        CheckpointError: if `plain_state_dict` refuses it, or its patches have another size.
     """
     found = unwrap(checkpoint)
     is_xcit = any("cls_attn_blocks.0." in key for key in found)
@@ -239,8 +238,8 @@ def xcit_state_dict(
 
 
 def _other_patches(state_dict: Mapping[str, Tensor], small: bool) -> str:
-    """Returns what shows that an XCiT's patches are not of the network's size, for a message; empty if nothing does."""
-    # Whatever their prefixes.
+    """Returns the evidence, for a message, that an XCiT's patches have another size than the network's, or ""."""
+    # By their last names, under any prefix.
     entries = {key: key.rpartition(".")[2] for key in state_dict}
     imagenet = torch.tensor(IMAGENET_DEFAULT_MEAN)
     for key in (key for key, name in entries.items() if name in _MEANS):
@@ -270,14 +269,14 @@ def native_state_dict(
     """Returns a checkpoint of any of the `FORMATS` under the names of a `PreActNet`.
 
     Arguments:
-        checkpoint: what a file holds; stays as it is.
+        checkpoint: the content of a file, which does not change.
         expected: the network's own keys.
         layout, shortcut: the network's.
         mean, std: see `plain_state_dict`.
 
     Raises:
-        CheckpointError: another format, or one whose weights need another layout or shortcut, or keys that the network
-            and the checkpoint do not share. A missing classifier is none of them: it may be a new one.
+        CheckpointError: if the format is unknown, its weights need another layout or shortcut, or the network and the
+            checkpoint differ in keys other than the classifier's, which may be new.
     """
     state_dict = plain_state_dict(checkpoint, mean, std)
     found = next((known for known in FORMATS if known.fits(state_dict)), None)
@@ -300,7 +299,7 @@ def native_state_dict(
     renamed = {found.rename(key): key for key in state_dict if not re.fullmatch(found.unused, key)}
     classifier = {"fc.weight", "fc.bias", "fc.prototypes", "fc.num_updates", "fc.log_scale"}
     unknown = [key for name, key in renamed.items() if name not in expected and name not in classifier]
-    # Files of old versions of PyTorch lack the counts of BatchNorm's updates, which nothing here uses.
+    # Files of old versions of PyTorch lack BatchNorm's update counts, which are not used.
     missing = [name for name in expected if name not in renamed and not name.startswith("fc.") and name != "function"
                and not name.endswith("num_batches_tracked")]
     if unknown or missing:

@@ -60,7 +60,7 @@ def build_preact_net(
         **{**arch_args, **kwargs},
     )
     check_size(partial(create, pretrained=False), asked)
-    # The source would win over the state dict.
+    # timm prefers the source to the state dict.
     overlay = {"state_dict": state_dict, "source": None} if pretrained else {}
     with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
         model = create(pretrained=pretrained, pretrained_cfg_overlay=overlay)
@@ -76,21 +76,20 @@ def build_variant(
 ) -> nn.Module:
     """Returns a timm network with an HPM head, under the cfg of the name `variant`.
 
-    The base's own entrypoint builds the network and loads its weights, so that whatever it accepts (image size,
-    channels, pooling, `features_only`, the base's own checkpoint formats) works as there; what the checkpoint says
-    about the HPM head is loaded afterwards.
+    The base's own entrypoint builds the network and loads its weights, so all its arguments and checkpoint formats work
+    (image size, channels, pooling, `features_only`). The entries of the HPM head are loaded afterwards.
 
     Arguments:
         create: the base's own entrypoint.
-        variant: the name with a registered pretrained cfg.
+        variant: the registered name.
         pretrained: whether to load weights.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
-        convert: what makes a checkpoint the base's, called as `plain_state_dict`.
+        convert: converts a checkpoint to the base's names; called as `plain_state_dict`.
 
     Raises:
-        UnsupportedHeadError: a base, or arguments, with another kind of head.
-        CheckpointError: a checkpoint that cannot be read or does not fit.
-        RuntimeError: a tag without weights (by timm).
+        UnsupportedHeadError: if an HPM head cannot replace the network's classifier.
+        CheckpointError: if the checkpoint cannot be read or does not fit.
+        RuntimeError: if the tag has no weights (by timm).
     """
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)
@@ -100,7 +99,7 @@ def build_variant(
     converted = pretrained and not cfg.custom_load
     with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
         if converted:
-            # The source would win over the state dict.
+            # timm prefers the source to the state dict.
             overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
             other_classes = cfg.num_classes < 0 or kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes
             if other_classes or kwargs.get("features_only"):
@@ -109,7 +108,7 @@ def build_variant(
     if kwargs.get("features_only"):
         return loaded(model, cfg) if converted else model
     add_hpm_head(model, **head_args)
-    # The tag may be lost, as by training, and these would be with it.
+    # A saved model may lose its tag, and must keep these.
     model.network_args = {name: kwargs[name] for name in tag_args(variant, asked) if name in kwargs}
     entries = head_entries(state_dict, model)
     if entries:
@@ -127,14 +126,14 @@ def _resolved(
 ) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
     """Returns the pretrained cfg of an entrypoint's weights, its other arguments, and the weights, converted.
 
-    The caller's arguments go first, then the config in the weights' metadata, then that of their folder, then the tag.
+    Precedence: the caller's arguments, the config in the weights' metadata, that of their folder, the tag's.
 
     Arguments:
-        variant, pretrained, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format
-            that the network reads by itself (`custom_load`), there are no weights.
+        variant, pretrained, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format that
+            the network reads by itself (`custom_load`), there are no weights.
 
     Raises:
-        CheckpointError: weights that cannot be read, or are not those of their config.
+        CheckpointError: if the weights cannot be read, or their config is of others.
     """
     cfg = own_cfg(variant, pretrained, kwargs)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -166,7 +165,7 @@ def _resolved(
 
 
 def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
-    """Returns the config that a pretrained cfg's weights were saved with; empty if they hold none."""
+    """Returns the config in the metadata of a pretrained cfg's weights; empty if there is none."""
     repository, _, revision = (cfg.hf_hub_id or "").partition("@")
     try:
         if cfg.source == "local-dir":
@@ -185,7 +184,7 @@ def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[st
 
 def _stated_args(cfg: PretrainedCfg, args: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the model arguments in the config of a saved model, which timm passes on like the caller's."""
-    stated = args.get("pretrained_model_args")  # newer versions of timm tell
+    stated = args.get("pretrained_model_args")  # of newer versions of timm
     path = Path(str(cfg.file)) / CONFIG
     if stated is None and cfg.source == "local-dir" and path.is_file():
         stated = read_config(path)["model_args"]
@@ -194,7 +193,7 @@ def _stated_args(cfg: PretrainedCfg, args: Mapping[str, Any]) -> Mapping[str, An
 
 def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], of_folder: Mapping[str, Any],
                     own: Mapping[str, Any]) -> None:
-    """Warns if the `config.json` of a folder is not that of the weights in it."""
+    """Warns if the `config.json` of a folder belongs to other weights."""
     if cfg.source not in ("local-dir", "hf-hub"):
         return
     others = [*fields, *(name for name, value in of_folder.items()
@@ -210,13 +209,13 @@ def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None
     """Returns a pretrained cfg with its weights' number of classes, by which timm keeps or drops their classifier.
 
     Arguments:
-        cfg: the weights'; a negative number of classes asks for a new classifier, and stays.
-        args: the network's arguments, of which `num_classes` counts: without it the weights must fit those of `cfg`.
-        found: the weights' number of classes; None if they hold no classifier.
-        stated: the model arguments of their config, if `cfg` was saved with these very weights; else None.
+        cfg: the weights'; a negative number of classes means a new classifier, and stays.
+        args: the network's arguments; without `num_classes` the weights must have the classes of `cfg`.
+        found: the weights' number of classes; None if they have no classifier.
+        stated: the model arguments of their config, if `cfg` was saved with these weights; else None.
 
     Raises:
-        CheckpointError: another number of classes than the config of the weights says.
+        CheckpointError: if the config of the weights has another number of classes.
     """
     if found is None or cfg.num_classes < 0:
         return cfg
@@ -232,11 +231,10 @@ def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None
 def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     """Loads a checkpoint into a network of its own classes, strictly.
 
-    For other classes and for features timm loads loosely: what it does not know it leaves out, what is missing stays
-    random.
+    With other classes and for features timm loads loosely: it ignores unknown entries, and leaves missing ones random.
 
     Raises:
-        RuntimeError: entries that the network does not have or the checkpoint lacks (by torch).
+        RuntimeError: if the network or the checkpoint lacks an entry of the other (by torch).
     """
     classifier = overlay["state_dict"].get(f"{cfg.classifier}.weight")
     num_classes = cfg.num_classes if classifier is None else len(classifier)
@@ -247,15 +245,15 @@ def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwa
         create(pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay={**overlay, "num_classes": num_classes},
                num_classes=num_classes, **same)
     except RuntimeError as error:
-        # Other shapes are an error in the real load as well, unless they are the classifier's.
+        # The real load raises for other shapes, too, except for the classifier's.
         if "Unexpected key(s)" in str(error) or "Missing key(s)" in str(error):
             raise
 
 
 def loaded(model: Any, cfg: PretrainedCfg) -> Any:
-    """Returns a model whose weights came as a state dict with the cfg that they came from.
+    """Returns a model that was loaded from a state dict, with the source of the weights in its pretrained cfg.
 
-    Warns if its classifier is not the weights', or if its HPM head is, and has no prototypes.
+    Warns if its classifier is not that of the weights, or if it is and has no prototypes.
     """
     model.pretrained_cfg.pop("state_dict", None)
     if cfg.source is not None:
@@ -277,7 +275,7 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
 
 
 def weights_place(cfg: PretrainedCfg) -> str:
-    """Returns where a pretrained cfg's weights come from, for messages."""
+    """Returns the place of a pretrained cfg's weights, for messages."""
     name = cfg.hf_hub_filename or "the weights"
     if cfg.source == "hf-hub":
         return f"{name} of the Hugging Face repository {cfg.hf_hub_id}"
@@ -291,11 +289,11 @@ def weights_place(cfg: PretrainedCfg) -> str:
 
 
 def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Returns the state dict that timm finds for a pretrained cfg, by the file's own names; code in it does not run.
+    """Returns the state dict of a pretrained cfg's file, with the file's own names; code in the file does not run.
 
     Raises:
-        CheckpointError: no such file, a damaged one, one that holds more than tensors, or a server's error.
-        RuntimeError: a cfg without weights (by timm).
+        CheckpointError: if the file is missing or damaged or holds more than tensors, or a server fails.
+        RuntimeError: if the cfg has no weights (by timm).
     """
     found: dict[str, Tensor] = {}
 
@@ -314,20 +312,19 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:
-    """Returns the entries of a checkpoint that `model` shall load; leaves `state_dict` as it is.
+    """Returns the entries of a checkpoint for `model`; does not change `state_dict`.
 
-    It may be any checkpoint that `native_state_dict` knows, with the training script's other entries.
+    Takes any checkpoint that `native_state_dict` knows. If the model has another number of classes than the pretrained
+    cfg, or that is -1 for a new head, timm only drops the classifier's `weight` and `bias`. Prototypes belong to the
+    classes as well:
 
-    timm itself drops only the classifier's `weight` and `bias`, where the model's class count is not the pretrained
-    cfg's (or the cfg's is overlaid by -1, which asks for a new head). Prototypes belong to the classes just as much:
-
-    - a model without a head gets nothing of the checkpoint's head;
+    - a model without a head gets no entry of the checkpoint's head;
     - a model with other classes, or a new head, keeps its own prototypes, update counts and scale;
-    - plain FC weights are completed with the model's own, so that they load strictly and the head of a fresh model
-      answers as its FC classifier.
+    - plain FC weights are completed with the model's own entries: they load strictly, and the head of a new model
+      predicts as its FC classifier.
 
     Raises:
-        CheckpointError: what `native_state_dict` refuses.
+        CheckpointError: if `native_state_dict` refuses the checkpoint.
     """
     cfg = _cfg(model)
     state_dict = native_state_dict(
@@ -342,10 +339,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dic
 
 
 def head_entries(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns what a checkpoint says about the HPM head of `model`, beside its weight and bias, by the head's own keys.
+    """Returns a checkpoint's entries of the HPM head of `model`, beside weight and bias, by the head's own keys.
 
-    Empty if it says nothing, or says it about other classes than the model's, or the pretrained cfg has another number
-    of classes: stale prototypes are worse than none.
+    Empty if there are none, or if they or the pretrained cfg have other classes than the model: stale prototypes are
+    worse than none.
     """
     name = head_name(model)
     if name is None:
@@ -364,12 +361,12 @@ def own_entries(head: HPMHead) -> dict[str, Tensor]:
 
 
 def without_head_entries(state_dict: Mapping[str, Tensor], classifier: str | None) -> dict[str, Tensor]:
-    """Returns a checkpoint without what it says about the HPM head at `classifier` beside its weight and bias."""
+    """Returns a checkpoint without the entries of the HPM head at `classifier` beside its weight and bias."""
     own = {f"{classifier}.{key}" for key in _HEAD_ENTRIES}
     return {key: value for key, value in state_dict.items() if key not in own}
 
 
 def _cfg(model: Any) -> dict[str, Any]:
-    """Returns the pretrained cfg of a model, empty where it has none."""
+    """Returns the pretrained cfg of a model, empty if it has none."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     return cfg or {}

@@ -1,4 +1,4 @@
-"""The checks of a saved model's config, which a stranger may have written."""
+"""Checks of a saved model's config, which may come from a stranger."""
 
 import json
 import math
@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-# The size of a config, and how deep its values lie, at most; timm's own are below 3 MB and four levels.
+# Largest size and depth of a config; timm's own are below 3 MB and four levels.
 _MOST_BYTES: Final = 64 * 2**20
 _MOST_LEVELS: Final = 20
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Returns the config of a saved model in the file `path`; see `checked_config`, and OSError if there is no file."""
+    """Returns the config of a saved model in the file `path`; raises as `checked_config` and `open` do."""
     with open(path, "rb") as file:
         return checked_config(file.read(_MOST_BYTES + 1), path)
 
@@ -29,7 +29,7 @@ def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:
         config = json.loads(text)
         if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
             raise ValueError("expected an object with the architecture's name")
-        # In the older form the fields of the pretrained cfg stand beside the architecture.
+        # In the older form the fields of the pretrained cfg are beside the architecture.
         config = {"pretrained_cfg": config, "model_args": {}, **config}
         for name in ("pretrained_cfg", "model_args"):
             if not isinstance(config[name], dict):
@@ -51,7 +51,7 @@ def check_cfg(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_levels(value: Any, levels: int) -> None:
-    """Raises a ValueError if objects and lists lie deeper in `value` than so many levels."""
+    """Raises a ValueError if objects and lists in `value` are deeper than `levels`."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in inner:
         if levels == 0:

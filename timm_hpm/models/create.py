@@ -26,27 +26,27 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
                  **kwargs: Any) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`, with the weights of the file `checkpoint` if given.
 
-    If `name` is that of a saved model, its architecture may be any `hpm_*`, also one that nobody has registered. A file
-    that says how its model was made (the layout, the head's mix and inference mode, ...) is heeded; `kwargs` go first.
-    No file's code runs, and no message holds the token of the Hub's client.
+    A saved model's architecture may be any `hpm_*`, also one that is not registered. The config in a weights file (the
+    layout, the head's mix and inference mode, ...) gives the arguments that are not among `kwargs`. No code of a file
+    runs, and no message contains the token of the Hub's client.
 
     Arguments:
         new_head: whether weights of other classes than `num_classes` may get a new, random classifier.
 
     Raises:
-        ValueError: an unknown model, a tag without weights, a damaged saved model, weights that do not fit, or
-            arguments that the model does not take.
-        OSError: a saved model that is not there, or cannot be reached.
+        ValueError: if the model is unknown, its tag has no weights, a saved model is damaged, the weights do not fit,
+            or the model does not take the arguments.
+        OSError: if a saved model is missing or cannot be reached.
     """
     if kwargs.get("checkpoint_path"):  # timm would load it unread, under the tag's name and normalisation
         raise ValueError(f"checkpoint_path is {str(kwargs['checkpoint_path'])!r}; give such weights by --checkpoint "
                          "(evaluate.py), --initial-checkpoint (train.py) or pretrained_cfg_overlay=dict(file=...)")
-    # Without the cause: its text may hold what a server answered, and that the token.
+    # Without the cause: it may quote a server's response, with the token.
     try:
         model: Any = _created(name, pretrained, _args_of(checkpoint, name) | kwargs)
     except OSError as error:
         raise OSError(without_tokens(str(error))) from None
-    except Exception as error:  # whatever a damaged file, or arguments of other types, make of it
+    except Exception as error:  # damaged files and arguments of other types cause errors of any type
         given = "".join(f", {key}={reprlib.repr(value)}" for key, value in kwargs.items())
         text = shortened(without_tokens(str(error) or type(error).__name__))
         raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {text}. Names are those "
@@ -77,7 +77,7 @@ def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
 
 
 def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
-    """Returns the arguments that a weights file says its model needs, if it is of the architecture `name`."""
+    """Returns the model arguments in a weights file's config, if it is of the architecture `name`."""
     if checkpoint is None:
         return {}
     with _explained(checkpoint):
@@ -89,14 +89,14 @@ def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
 def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
     """Loads weights from a file (safetensors, or a PyTorch file that holds nothing but tensors) into `model`, strictly.
 
-    A file of ours says how the weights expect pixels normalised, and what the classes are called; the model takes that
-    over. Another file gets a `NormalisationWarning`, unless it normalises by itself.
+    The model adopts the normalisation and the class names in the config of our own files. Another file causes a
+    `NormalisationWarning`, unless it contains a module that normalises.
 
     Arguments:
-        given: the names of the fields of the model's pretrained cfg that the caller set, which stay.
+        given: the fields of the model's pretrained cfg that the caller set, which stay.
 
     Raises:
-        ValueError: no such file, a damaged one, or weights of another model.
+        ValueError: if the file is missing or damaged, or has weights of another model.
     """
     cfg = model.pretrained_cfg
     with _explained(path):
@@ -109,7 +109,7 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
             if config and str(cfg.get("architecture")).startswith("hpm_"):
                 check_architecture(config, cfg["architecture"])
             network = f"the pretrained_cfg of {cfg.get('architecture') or type(model).__name__}"
-            # Not in the pretrained_cfg, whose fields timm knows all of; `PixelModel` reads it.
+            # Not in the pretrained_cfg, which has timm's fields only; `PixelModel` reads it.
             model.normalisation_source = f"the config in {path}" if config else network
             if not config and warn_of_normalisation(
                     f"the weights in {path}", cfg["mean"], cfg["std"], given, state_dict):
@@ -135,10 +135,10 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
 
     Arguments:
         model: a timm model.
-        img_size: pixels a side that images are resized to where they are decoded; None takes the model's own.
+        img_size: side in pixels to which images are resized as they are decoded; None means the model's own.
 
     Raises:
-        ValueError: images or classes that do not fit the model, and all else that `open_split` raises.
+        ValueError: if images or classes do not fit the model, and as `open_split`.
     """
     cfg = model.pretrained_cfg
     source = data_source(dataset)
@@ -180,11 +180,11 @@ def usable_device(name: str) -> torch.device:
     """Returns the device of a name, after a first use of it.
 
     Raises:
-        ValueError: an unknown device, or one that this machine or PyTorch build does not have.
+        ValueError: if the device is unknown, or this machine or PyTorch build does not have it.
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which meta, that holds no values, does not answer
+        torch.zeros(1, device=device).item()  # raises for meta, which holds no values
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"the device {name!r} cannot be used: {error}") from error
     return device

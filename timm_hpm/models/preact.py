@@ -20,9 +20,8 @@ SHORTCUTS: Final = ("activated", "raw", "raw3x3")
 class EndPadConv2d(nn.Conv2d):
     """A 3x3 convolution of stride 2 that pads one row below and one column to the right, and nothing else.
 
-    For even sizes that is TensorFlow's SAME padding, one pixel off PyTorch's `padding=1`: the same weights see another
-    grid. Being a `Conv2d` with its own padding, it also works where modules are taken out of their model (timm's
-    `features_only`).
+    For even sizes that is TensorFlow's SAME padding, which shifts the grid by one pixel from PyTorch's `padding=1`. As
+    a `Conv2d` with its own padding it also works outside its model, as in timm's `features_only`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ class EndPadConv2d(nn.Conv2d):
 
 
 def conv3x3(in_chs: int, out_chs: int, stride: int, layout: str, **factory: Any) -> nn.Conv2d:
-    """Returns a 3x3 convolution without bias, padded as `layout` wants it; `factory` is device and dtype."""
+    """Returns a 3x3 convolution without bias, with the padding of `layout`; `factory` is device and dtype."""
     if layout == "deepmind" and stride == 2:
         return EndPadConv2d(in_chs, out_chs, 3, stride=stride, bias=False, **factory)
     return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **factory)
@@ -40,7 +39,7 @@ def conv3x3(in_chs: int, out_chs: int, stride: int, layout: str, **factory: Any)
 class PreActBlock(nn.Module):
     """A pre-activation basic block: act(bn1) → conv1 → act(bn2) → conv2, plus the shortcut.
 
-    Where the block changes the shape, the shortcut is a convolution (see `PreActNet`); otherwise it is the raw input.
+    If the block changes the shape, the shortcut is a convolution (see `PreActNet`), else the raw input.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class PreActBlock(nn.Module):
 
 def activation(layout: str) -> nn.Module:
     """Returns the activation of a layout."""
-    # Not in place: behind a BatchNorm, which keeps its input and not its output, that would save no memory.
+    # Not in place: after a BatchNorm, which keeps its input and not its output, that would save no memory.
     return nn.SiLU() if layout == "deepmind" else nn.ReLU()
 
 
@@ -92,26 +91,26 @@ class PreActNet(WholeLoading):
         channels: width of each stage.
         num_classes: number of classes C; 0 for no head (`fc` is then an identity).
         in_chans: channels of the input images.
-        global_pool: pooling in front of the head, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
+        global_pool: pooling before the head, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
             for none, which needs `num_classes=0`.
         stem_chs: width of the stem, a 3x3 convolution.
         stem_stride: stride of the stem: 1, or more for less work.
         layout: "trades" (ReLU, padding 1) or "deepmind" (SiLU, and the convolutions of stride 2 pad below and to the
             right only; their maps must have even sizes). Weights of one give other logits in the other.
         final_norm: whether a BatchNorm and an activation follow the last stage.
-        shortcut: where a block changes the shape: "activated" (a 1x1 convolution of the block's activated input, as in
-            the WideResNets), "raw" (the same of its raw input, as in PreActResNets of the fast adversarial training)
+        shortcut: of a block that changes the shape: "activated" (a 1x1 convolution of its activated input, as in the
+            WideResNets), "raw" (the same of its raw input, as in PreActResNets of the fast adversarial training)
             or "raw3x3" (a 3x3 convolution of its raw input, as in DeepMind's PreActResNet). Weights of "activated"
             and "raw" fit each other and give other logits.
-        drop_rate: dropout in front of the head, in [0, 1).
+        drop_rate: dropout before the head, in [0, 1).
         drop_path_rate: rate of stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         mix: see `HPMHead`.
         ema_decay: see `HPMHead`.
         inference: see `HPMHead`.
 
     Raises:
-        ValueError: an unknown layout or shortcut, depths and channels of different lengths, classes without pooling,
-            or what `HPMHead` refuses.
+        ValueError: if the layout or shortcut is unknown, depths and channels have different lengths, classes have no
+            pooling, or `HPMHead` refuses an argument.
 
     Sources: pre-activation blocks arXiv 1603.05027; wide networks arXiv 1605.07146; the layouts
     https://github.com/yaodongyu/TRADES and https://github.com/google-deepmind/deepmind-research
@@ -149,7 +148,7 @@ class PreActNet(WholeLoading):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layout, self.shortcut, self.stem_stride = layout, shortcut, stem_stride
-        # What the weights do not show: they fit other networks, and answer wrongly there.
+        # The weights also fit other layouts, shortcuts and stems, and would give silently wrong predictions there.
         self.function: Tensor
         self.register_buffer(
             "function", torch.tensor([LAYOUTS.index(layout), SHORTCUTS.index(shortcut), stem_stride], device=device))
@@ -177,7 +176,7 @@ class PreActNet(WholeLoading):
         self.act: nn.Module = activation(layout) if final_norm else nn.Identity()
 
         self.head_drop = nn.Dropout(drop_rate)
-        # What makes another head of the same kind, also after a time without one.
+        # The arguments of the next head, also while the model has none.
         head_config: dict[str, Any] = {"mix": mix, "ema_decay": ema_decay, "inference": inference}
         self.head_config = head_config  # TorchScript warns of an annotated attribute
         self._set_head(num_classes, global_pool, **factory)
@@ -188,7 +187,7 @@ class PreActNet(WholeLoading):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:
-        """Refuses weights that say they are of another layout, shortcut or stem; others' checkpoints do not say."""
+        """Refuses weights of another layout, shortcut or stem; only our own checkpoints state them."""
         own, key = [LAYOUTS.index(self.layout), SHORTCUTS.index(self.shortcut), self.stem_stride], f"{prefix}function"
         given = state_dict.setdefault(key, torch.tensor(own))
         if error := function_error(key, given, own):
@@ -205,7 +204,7 @@ class PreActNet(WholeLoading):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _set_head(self, num_classes: int, global_pool: str, **factory: Any) -> None:
-        """Sets the pooling and a fresh `fc`; leaves the model as it was where it raises."""
+        """Sets the pooling and a new `fc`; does not change the model if it raises."""
         if num_classes > 0 and not global_pool:
             raise ValueError("global_pool is '' with num_classes > 0; an HPM head needs pooled features. "
                              "Pass a global_pool such as 'avg', or num_classes=0")
@@ -219,7 +218,7 @@ class PreActNet(WholeLoading):
         self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """Returns the `HPMHead`, or an identity where the model has none."""
+        """Returns the `HPMHead`, or an identity if the model has none."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -232,7 +231,7 @@ class PreActNet(WholeLoading):
             global_pool: new pooling (see the class); None keeps the present one.
 
         Raises:
-            ValueError: classes without pooling. The model is then as before.
+            ValueError: if classes have no pooling. The model does not change then.
         """
         if isinstance(self.fc, HPMHead):
             self.head_config = self.fc.config()
@@ -247,13 +246,13 @@ class PreActNet(WholeLoading):
         return {"stem": r"^conv1", "blocks": [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]}
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the parameters that weight decay would spoil: it pulls the head's scale towards 1."""
+        """Returns the names of the parameters without weight decay: it would pull the head's scale towards 1."""
         return {"fc.log_scale"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Sets whether a backward pass computes the blocks anew, instead of keeping their activations.
+        """Sets whether a backward pass recomputes the blocks instead of keeping their activations.
 
-        In training mode that moves the running statistics of the BatchNorms twice a step, as in timm's own networks.
+        In training mode that updates the running statistics of the BatchNorms twice a step, as in timm's own networks.
         """
         self.grad_checkpointing = enable
 
@@ -288,7 +287,7 @@ class PreActNet(WholeLoading):
 
         Arguments:
             x: normalised images.
-            indices: which levels to return: 0 is the stem, i the i-th stage, a negative number counts from the end.
+            indices: levels to return: 0 is the stem, i the i-th stage, a negative number counts from the end.
                 A single int n takes the last n, None all.
             norm: whether the last stage's map passes the final norm and activation.
             stop_early: whether to stop after the last wanted level; the feature map returned is then that level's.
@@ -296,8 +295,8 @@ class PreActNet(WholeLoading):
             intermediates_only: whether to return the list alone.
 
         Raises:
-            ValueError: another `output_fmt`.
-            AssertionError: an index out of range (by timm).
+            ValueError: if `output_fmt` is another.
+            AssertionError: if an index is out of range (by timm).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network")
@@ -328,7 +327,7 @@ class PreActNet(WholeLoading):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes what `forward_intermediates(indices=indices)` does not need; returns the indices, counted from 0.
+        """Removes the layers that `forward_intermediates(indices=indices)` does not use; returns the indices from 0.
 
         Arguments:
             indices: see `forward_intermediates`.

@@ -1,7 +1,6 @@
-"""A model in a folder, in timm's own format: what the Hub gets, and what a converted checkpoint becomes.
+"""Saving a model into a folder in timm's format, for the Hub and for converted checkpoints.
 
-The weights file holds its config as well, in its metadata: renamed, or beside the config of another save, it still says
-what it is.
+The metadata of the weights file repeats the config, and identifies the file if it is renamed or moved.
 """
 
 import json
@@ -22,11 +21,11 @@ from .preact import PreActNet
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-#: What a pretrained cfg says of how its weights came about.
+#: Fields of a pretrained cfg about the training of its weights.
 OF_TRAINING: Final = ("license", "origin_url", "paper_ids", "paper_name", "notes")
 # The key of the config among a weights file's metadata.
 _METADATA: Final = "timm_hpm"
-# Model arguments that say how a model was made or is used, not which function its weights are of.
+# Model arguments that do not change the function of the weights.
 _NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_indices", "cache_dir", "device", "dtype")
 
 
@@ -38,7 +37,7 @@ def write_model(
         license: str | None = None,
         **model_args: Any,
 ) -> dict[str, Any]:
-    """Writes a model into an existing folder as timm's `local-dir:` reads it, and returns its config.
+    """Writes a model into an existing folder in the format of timm's `local-dir:`, and returns its config.
 
     Arguments:
         model, model_args: see `model_config`.
@@ -62,14 +61,14 @@ def write_model(
 def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     """Returns the config that timm makes a model from: its architecture, its pretrained cfg and its model arguments.
 
-    The weights do not show all of it: mix, EMA decay, inference mode, layout, channels, and the normalisation.
+    The weights do not show mix, EMA decay, inference mode, layout, channels and normalisation.
 
     Arguments:
         model: a model with an HPM head, made by `timm.create_model`.
         model_args: further arguments of `timm.create_model`, which older versions of timm do not record.
 
     Raises:
-        ValueError: a model that timm.create_model did not make, or arguments that JSON cannot hold.
+        ValueError: if timm.create_model did not make the model, or JSON cannot hold its arguments.
     """
     head = find_head(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -80,7 +79,7 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         path = Path(temporary) / CONFIG
         try:
-            # Newer versions of timm add what create_model was given; older ones write these alone.
+            # Newer versions of timm add the arguments of create_model; older ones only write these.
             args = {**model_args, **_network_args(model), **head.config()}
             if in_chans(model) != cfg["input_size"][0]:
                 args["in_chans"] = in_chans(model)
@@ -89,10 +88,10 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
             raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with "
                              "arguments that JSON can hold") from error
         config = json.loads(path.read_text(encoding="utf-8"))
-    # A resumed run gives arguments that its first part found out: equal models, equal files.
+    # The arguments of a resumed run have another order, and equal models must make equal files.
     config["model_args"] = dict(sorted(config["model_args"].items()))
-    # The published accuracies of the tag's own weights need not hold for these. A licence and an origin that are the
-    # network's, or that timm gave to weights of which nobody knows whether they are here, are not those of the weights.
+    # The published accuracies of the tag's weights need not hold for these, nor the licence and origin of the network,
+    # or of timm's weights, which may not be the loaded ones.
     others = not architecture.startswith("hpm_") or cfg.get("origin_url") == _network_origin(architecture)
     for name in OF_TRAINING if others else ("notes",):
         config["pretrained_cfg"].pop(name, None)
@@ -107,7 +106,7 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
 
 
 def _network_origin(architecture: str) -> str | None:
-    """Returns the origin that a network has before any weights are loaded; None if it says none."""
+    """Returns the origin in the cfg of a network without weights; None if it has none."""
     try:
         cfg = get_pretrained_cfg(f"{architecture}.untrained")
     except RuntimeError:  # no such tag
@@ -116,18 +115,18 @@ def _network_origin(architecture: str) -> str | None:
 
 
 def weights_metadata(config: dict[str, Any]) -> dict[str, str]:
-    """Returns the metadata of a safetensors file whose weights are of a model with this config."""
-    # One entry: safetensors writes several in any order, and equal models would make different files.
+    """Returns the metadata of the safetensors file of a model with this config."""
+    # One entry: safetensors writes several in random order, and equal models must make equal files.
     return {_METADATA: json.dumps(config)}
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
-    """Returns the config of the model that a weights file was saved of; empty if nothing says it.
+    """Returns the config of a weights file's model; empty if it has none.
 
-    It stands in the file's metadata; for files without, in the `CONFIG` beside a file that is named `WEIGHTS`.
+    Reads the file's metadata, else the `CONFIG` beside a file with the name `WEIGHTS`.
 
     Raises:
-        ValueError: a damaged config.
+        ValueError: if the config is damaged.
     """
     path = Path(path)
     beside = path.with_name(CONFIG)
@@ -140,7 +139,7 @@ def own_config(path: str | Path) -> dict[str, Any]:
     """Returns the config in a weights file's metadata; empty if it has none.
 
     Raises:
-        ValueError: a damaged config.
+        ValueError: if the config is damaged.
     """
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -151,23 +150,23 @@ def own_config(path: str | Path) -> dict[str, Any]:
 
 
 def config_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a pretrained cfg that a saved config knows of its weights' inputs and classes."""
+    """Returns the fields of a saved config's pretrained cfg about the inputs and the classes of its weights."""
     names = ("mean", "std", "input_size", "crop_pct", "interpolation", "label_names")
     cfg = config["pretrained_cfg"]
     return {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
 
 
 def config_args(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` that a saved config's weights need, but for the number of classes.
+    """Returns the arguments of `timm.create_model` that a saved config's weights need.
 
-    Those that name another source of weights are left out.
+    Without the number of classes, and without those that name another source of weights.
     """
     return {name: value for name, value in config["model_args"].items()
             if name not in _NOT_OF_WEIGHTS and not name.startswith(("pretrained", "checkpoint"))}
 
 
 def _checked(text: str | bytes, place: Path) -> dict[str, Any]:
-    """Returns the config in a text, or raises a ValueError that names its place and what is wrong with it."""
+    """Returns the config in a text, or raises a ValueError that names its place and its fault."""
     config = checked_config(text, place)
     cfg = config["pretrained_cfg"]
     if not (cfg.get("mean") and cfg.get("std") and len(cfg["mean"]) == len(cfg["std"])):
@@ -177,14 +176,14 @@ def _checked(text: str | bytes, place: Path) -> dict[str, Any]:
 
 
 def in_chans(model: nn.Module) -> int:
-    """Returns how many channels a network takes, whatever its pretrained cfg says."""
+    """Returns the number of input channels of a network, by its first convolution if it has one."""
     cfg: Any = model.pretrained_cfg
     conv = dict(model.named_modules()).get(cfg["first_conv"]) if isinstance(cfg.get("first_conv"), str) else None
     return conv.in_channels if isinstance(conv, nn.Conv2d) else cfg["input_size"][0]
 
 
 def _network_args(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of a network that its tag or its caller gave: a `PreActNet`'s as it is now."""
+    """Returns the arguments of a network from its tag or its caller; for a `PreActNet`, its present ones."""
     if not isinstance(model, PreActNet):
         return getattr(model, "network_args", {})
     info: list[dict[str, Any]] = model.feature_info
@@ -200,10 +199,10 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's state dict as safetensors takes it: on the CPU, contiguous, and no two in one storage.
+    """Returns a model's state dict for safetensors: on the CPU, contiguous, and without shared storage.
 
     Raises:
-        ValueError: entries that safetensors cannot hold; the message names them.
+        ValueError: if safetensors cannot hold an entry; the message names it.
     """
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()

@@ -1,5 +1,6 @@
 """What processes tell each other, with the gradients of one process that had all the images."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def average_(tensors: list[Tensor]) -> None:
     mean = reduced(torch.cat([tensor.flatten() for tensor in tensors])) / num_processes()
     for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def seed_at(seed: int, *place: Any) -> None:
+    """Sets torch's random state to a function of the run's seed and of a place in the run.
+
+    Places whose first part is `"batch"` differ between the processes; all others are equal on all.
+    """
+    text = repr((seed, place, process_index() if place[0] == "batch" else 0))
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
 """Adversarial training of a timm model with an HPM head, on Accelerate."""
 
-import copy
-import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,31 +18,28 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..attacks import pgd
 from ..data import PixelModel, random_flip, random_shift
-from ..evaluation.judge import judge
 from ..files import locked, remove_unfinished, writable_folder
-from ..head import HPMHead, find_head, head_mode
-from ..models.saving import tensors_of
+from ..head import HPMHead, find_head
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
 from .average import AveragedModel
-from .config import FREE, TrainConfig
-from .distributed import average_, num_processes, process_index, reduced
+from .config import TrainConfig
+from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .health import epoch_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
-from .recovery import Checkpoint
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
-from .setup import Data, create_trainable, in_effect, open_data, size_argument
-from .signals import SIGNALS, Stopped, noted_signals, obey_parent, shielded_batches
+from .setup import Data, check_launcher, create_optimizer, create_trainable, in_effect, open_data, size_argument
+from .signals import Stopped, StopRequest, noted_signals, obey_parent, shielded_batches
+from .state import Progress, RunState
 from .trunk import PixelTrunk, inputs_only
+from .validation import Validation
 
 
 def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
@@ -97,23 +91,6 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
             accelerator.end_training()
 
 
-@dataclass
-class _Progress:
-    """Where a run stands: updates made, the epoch, its batches that are done, and what has been found so far.
-
-    `log_scale` is that of the head when its prototypes were fitted, or at the start if it came with some.
-    """
-
-    updates: int = 0
-    epoch: int = 0
-    batches: int = 0
-    loss: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    log_scale: float = 0.0
-    warnings: dict[str, str] = field(default_factory=dict)
-
-
 class Run:
     """A training run: its parts, and the loop over epochs and batches.
 
@@ -130,7 +107,6 @@ class Run:
             raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install "
                                       f"{config.log_with}")
         folder = writable_folder(output)
-        self.asked_to_stop = asked_to_stop
         self.log = log
         self.show_progress = progress
         self.accelerator = accelerator = Accelerator(
@@ -144,7 +120,7 @@ class Run:
             project_dir=folder,
             step_scheduler_with_optimizer=False,
         )
-        self._check_machine()
+        check_launcher(config, accelerator)
         set_seed(config.seed)
         self.model = create_trainable(config)
         with accelerator.local_main_process_first():  # it may download
@@ -162,8 +138,8 @@ class Run:
         self.trunk = PixelTrunk(self.model, config.batch_prototypes)
         self.frozen = self._freeze()
         self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None
-        self.progress = _Progress(log_scale=self.head.log_scale.item())
-        self.stop_signal = 0
+        self.progress = Progress(log_scale=self.head.log_scale.item())
+        self.stop = StopRequest(asked_to_stop)
         #: Of the last epoch on all processes; None if nothing of it was left to train on.
         self.images_per_second: float | None = None
         self._prepare()
@@ -173,20 +149,6 @@ class Run:
         self.folder.begin()
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
-
-    def _check_machine(self) -> None:
-        """Raises a ValueError where what Accelerate was told from outside is not what the options say."""
-        config, accelerator = self.config, self.accelerator
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched not in ("no", accelerator.mixed_precision):
-            raise ValueError(f"the launcher asks for mixed precision {launched}, the options for "
-                             f"{accelerator.mixed_precision}; give --amp --amp-dtype, or --mixed_precision no to "
-                             "accelerate launch")
-        if accelerator.gradient_accumulation_steps != config.grad_accum_steps:
-            raise ValueError(f"the launcher asks for {accelerator.gradient_accumulation_steps} batches an update, the "
-                             f"options for {config.grad_accum_steps}; give --grad-accum-steps")
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("amp_dtype is float16, which CPUs have no mixed precision in; give --amp-dtype bfloat16")
 
     def _freeze(self) -> nn.Module | None:
         """Makes the backbone constant if that was asked for, and what the head's mode does not use; returns it."""
@@ -203,15 +165,7 @@ class Run:
     def _prepare(self) -> None:
         """Makes optimizer, loaders and schedule, and hands them to Accelerate."""
         config, accelerator = self.config, self.accelerator
-        try:
-            optimizer = create_optimizer_v2(
-                self.model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-                layer_decay=config.layer_decay)
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
-                             "Names are those of timm.optim.list_optimizers()") from error
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
+        optimizer = create_optimizer(config, self.model)
         loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
                             num_workers=config.workers, worker_init_fn=obey_parent,
                             pin_memory=accelerator.device.type == "cuda")
@@ -226,6 +180,8 @@ class Run:
         factor, rising = SCHEDULES[config.sched], (config.warmup_epochs or 0.0) / config.epochs
         # Not prepared: Accelerate would step it once for every process.
         self.schedule = LambdaLR(optimizer, lambda update: factor(min(update / total, 1.0), rising))
+        self.state = RunState(self.model, self.ema, self.optimizer, self.schedule, accelerator.scaler, self.progress)
+        self.validation = Validation(self.data.val, config, self.threat, accelerator, self.stop)
 
     # The loop
 
@@ -251,7 +207,7 @@ class Run:
         with self._bar(state) as bar:
             for images_, labels in shielded_batches(loader):
                 self._fit_if_due(state.epoch + state.batches / len(self.loader))
-                self._seed("batch", state.epoch, state.batches)
+                seed_at(self.config.seed, "batch", state.epoch, state.batches)
                 loss = self.learn(images_, labels, sums)
                 state.batches += 1
                 state.loss += loss
@@ -314,17 +270,17 @@ class Run:
         if self.ema is not None:
             self.ema.update(self.model, self.progress.updates)
         interval = self.config.recovery_interval
-        if self.stop_signal or (interval and self.progress.updates % interval == 0):
+        if self.stop.number or (interval and self.progress.updates % interval == 0):
             self._save()
-        if self.stop_signal:
-            raise Stopped(self.stop_signal)
+        if self.stop.number:
+            raise Stopped(self.stop.number)
 
     def _checked(self, loss: Tensor) -> float:
         """Returns the mean loss over the processes, and agrees with them on stopping; raises if it is not finite."""
         # One message and one wait for the device serve both.
-        total, *stops = reduced(torch.cat([loss.detach().float().view(1), self._asked().to(loss.device)])).tolist()
+        total, *stops = reduced(torch.cat([loss.detach().float().view(1), self.stop.votes().to(loss.device)])).tolist()
         mean = total / num_processes()
-        self._note_stop(stops)
+        self.stop.agree(stops)
         if mean - mean != 0:
             raise FloatingPointError(
                 f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; lower the "
@@ -342,13 +298,13 @@ class Run:
 
     def _fit_prototypes(self, model: Any) -> None:
         config = self.config
-        self._seed("fit", process_index())
+        seed_at(self.config.seed, "fit", process_index())
         rows = range(process_index(), len(self.data.plain_train), num_processes())
         options: dict[str, Any] = {"batch_size": 256, "num_workers": config.workers, "worker_init_fn": obey_parent}
         loader = DataLoader(Subset(self.data.plain_train, rows), **options)
         held_out = DataLoader(self.data.val, **options)
-        fit_prototypes(PixelModel(model), self._until_asked(loader),
-                       self.threat if self.objective.craft is not None else None, held_out=self._until_asked(held_out),
+        fit_prototypes(PixelModel(model), self.stop.batches(loader),
+                       self.threat if self.objective.craft is not None else None, held_out=self.stop.batches(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
         for tensor in find_head(model).state_dict().values():
             tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts
@@ -357,12 +313,18 @@ class Run:
 
     def _finish_epoch(self) -> None:
         state, config = self.progress, self.config
-        self._check_weights()
+        self.state.check_finite()
         self._fit_if_due(state.epoch + 1)
         row: dict[str, Any] = {
             "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
         kept = self.model if self.ema is None else self.ema.module
-        row |= self._validate(kept)
+        self._set_mode(training=False)
+        try:
+            row |= self.validation(kept, self.trunk if self.ema is None else PixelTrunk(kept),
+                                   tuple(dict.fromkeys(["fc", self._surrogate()])))
+        except Stopped:
+            self._save()
+            raise
         state.rows.append(row)
         # A head without prototypes is not what is trained for.
         complete = self.head.is_fitted() or self.head.inference == "fc"
@@ -381,8 +343,8 @@ class Run:
             self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=state.epoch)
         state.epoch, state.batches, state.loss = state.epoch + 1, 0, 0.0
         self._save()
-        if self.stop_signal and state.epoch < config.epochs:
-            raise Stopped(self.stop_signal)
+        if self.stop.number and state.epoch < config.epochs:
+            raise Stopped(self.stop.number)
 
     def _warn(self, row: dict[str, Any]) -> None:
         """Says in the log and in the run's folder, once each, which signs there are that the run does not learn."""
@@ -398,119 +360,21 @@ class Run:
                     self.log(f"warning: {text}")
                     self.folder.write_warnings(state.warnings.values())
 
-    def _validate(self, model: Any) -> dict[str, float]:
-        """Returns accuracies: clean, robust by PGD through the FC classifier and `attack_through`, and the FC's.
-
-        The head judges in its own inference mode in batches of `batch_size`, which the processes share out. An attack
-        to choose epochs by, not to report.
-        """
-        config, size = self.config, self.config.batch_size
-        trunk = self._local_trunk(model)
-        self._set_mode(training=False)
-        model.eval()
-        judged = PixelModel(model)
-        counts = torch.zeros(3, device=self.accelerator.device)
-        batches = torch.arange(len(self.data.val)).split(size)
-        own = range(process_index(), len(batches), num_processes())
-        loader = DataLoader(self.data.val, batch_sampler=[batches[number].tolist() for number in own],
-                            num_workers=config.workers, worker_init_fn=obey_parent)
-        for number, (images, labels) in zip(own, shielded_batches(loader), strict=True):
-            images, labels = images.to(self.accelerator.device), labels.to(self.accelerator.device)
-            right = clean = judge(judged, images, labels, size)
-            with head_mode(model, "fc"):
-                fc = judge(judged, images, labels, size)
-            for name in dict.fromkeys(["fc", self._surrogate()]):
-                self._seed("validation", number, name)
-                with self.accelerator.autocast(), inputs_only(trunk):
-                    adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
-                                      steps=config.val_attack_steps)
-                right = right & judge(judged, adversarial, labels, size, allow_non_finite=True)
-            counts += torch.stack([clean.sum(), right.sum(), fc.sum()]).to(counts)
-            if self.asked_to_stop and num_processes() == 1:
-                self._save()
-                raise Stopped(self.asked_to_stop[0])
-        clean_count, right_count, fc_count, *stops = reduced(torch.cat([counts, self._asked().to(counts)])).tolist()
-        self._note_stop(stops)
-        return {name: count / len(self.data.val) for name, count in (
-            ("val_clean", clean_count), ("val_robust", right_count), ("val_fc_clean", fc_count))}
-
-    def _local_trunk(self, model: Any) -> PixelTrunk:
-        """Returns a trunk of `model` that no other process takes part in: it may have no batch at the time."""
-        if model is not self.model:
-            return PixelTrunk(model)
-        trunk = copy.copy(self.trunk)
-        trunk.batch_prototypes = "local"
-        return trunk
-
     # Going on
 
     def _save(self) -> None:
-        self._check_weights()
+        self.state.check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            optimizer = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                         "scaler": {} if scaler is None else scaler.state_dict()}
-            average = None
-            if self.ema is not None:
-                average, optimizer["average"] = tensors_of(self.ema.module), self.ema.class_sums()
-            self.folder.write_checkpoint(Checkpoint(
-                tensors_of(self.model), average, optimizer, vars(self.progress) | {"processes": num_processes()},
-                self.config.to_dict(), self.folder.metadata(self.model)))
+            self.folder.write_checkpoint(self.state.checkpoint(self.config, self.folder.metadata(self.model)))
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
-        """Takes up the newest undamaged checkpoint, where there is one."""
+        """Takes up the newest undamaged checkpoint, if there is one."""
         checkpoint = self.folder.newest_checkpoint()
-        if checkpoint is None:
-            return
-        own = self.config.to_dict()
-        if any(checkpoint.config.get(name) != own[name] for name in own if name not in FREE):
-            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} is of another run than "
-                             "args.yaml beside it; take one of them away")
-        processes = checkpoint.progress.pop("processes")
-        if processes != num_processes():
-            raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
-                             f"launch {processes}, or the batch and the schedule would be others")
-        try:
-            self.model.load_state_dict(checkpoint.model)
-            if self.ema is not None and checkpoint.average is not None:
-                self.ema.load(checkpoint.average, checkpoint.optimizer["average"])
-            self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-            self.schedule.load_state_dict(checkpoint.optimizer["schedule"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-            self.progress = _Progress(**checkpoint.progress)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} does not fit this run "
-                             f"({error}); remove it if another version wrote it, or start another run") from error
-        self.folder.restore_best(checkpoint)
-
-    def _check_weights(self) -> None:
-        """Raises a FloatingPointError where an update has left a weight that is not finite."""
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
-        if not bool(finite):
-            raise FloatingPointError(
-                f"update {self.progress.updates} (batch {self.progress.batches - 1} of epoch {self.progress.epoch}) "
-                "left weights that are not finite; lower the learning rate (--lr), or clip the gradient (--clip-grad). "
-                "The last checkpoint and the best epoch so far are in the output folder")
-
-    # Stopping
-
-    def _asked(self) -> Tensor:
-        """Returns whether this process was asked to stop, by each of `SIGNALS`, as numbers for processes to add up."""
-        return torch.tensor([float(number in self.asked_to_stop[:1]) for number in SIGNALS])
-
-    def _note_stop(self, counts: Sequence[float]) -> None:
-        """Takes the first signal that any process was given, all of whose `_asked` are added up in `counts`."""
-        self.stop_signal = next((number for number, count in zip(SIGNALS, counts, strict=True) if count), 0)
-
-    def _until_asked(self, loader: DataLoader) -> Iterator[Any]:
-        """Yields the batches of a loader whose work nobody would miss: a stop loses nothing that was learned."""
-        for batch in shielded_batches(loader):
-            if self.asked_to_stop:
-                raise Stopped(self.asked_to_stop[0])
-            yield batch
+        if checkpoint is not None:
+            self.state.load(checkpoint, self.config)
+            self.folder.restore_best(checkpoint)
 
     # Small things
 
@@ -523,11 +387,6 @@ class Run:
         if self.frozen is not None:
             self.frozen.eval()  # so that its BatchNorm keeps its statistics
 
-    def _seed(self, *what: Any) -> None:
-        """Sets the random state to a function of the run's seed and of where the run stands."""
-        text = repr((self.config.seed, what, process_index() if what[0] == "batch" else 0))
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
-
-    def _bar(self, state: _Progress) -> Any:
+    def _bar(self, state: Progress) -> Any:
         return tqdm(total=len(self.loader), initial=state.batches, desc=f"epoch {state.epoch}", unit="batch",
                     leave=False, disable=not (self.show_progress and self.accelerator.is_main_process))

@@ -1,10 +1,13 @@
 """What a training run starts from: its model and its data, checked against each other before anything is written."""
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..attacks.pgd import default_step_size
@@ -69,6 +72,34 @@ def create_trainable(config: TrainConfig) -> Any:
         raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
                          "of one image; expected at least 2, or --freeze-backbone")
     return model
+
+
+def check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises a ValueError if the launcher asks for other settings than the options, or the CPU lacks the precision."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", accelerator.mixed_precision):
+        raise ValueError(f"the launcher asks for mixed precision {launched}, the options for "
+                         f"{accelerator.mixed_precision}; give --amp --amp-dtype, or --mixed_precision no to "
+                         "accelerate launch")
+    if accelerator.gradient_accumulation_steps != config.grad_accum_steps:
+        raise ValueError(f"the launcher asks for {accelerator.gradient_accumulation_steps} batches an update, the "
+                         f"options for {config.grad_accum_steps}; give --grad-accum-steps")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("amp_dtype is float16, which CPUs have no mixed precision in; give --amp-dtype bfloat16")
+
+
+def create_optimizer(config: TrainConfig, model: Any) -> Any:
+    """Returns timm's optimizer for a model, or raises a ValueError if timm does not make it."""
+    try:
+        optimizer = create_optimizer_v2(
+            model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            layer_decay=config.layer_decay)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
+                         "Names are those of timm.optim.list_optimizers()") from error
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_scale", 1.0)
+    return optimizer
 
 
 def size_argument(config: TrainConfig) -> dict[str, Any]:

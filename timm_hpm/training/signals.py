@@ -4,10 +4,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 # Neither Windows nor macOS can tell a worker who sent it a signal.
@@ -46,6 +49,34 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class StopRequest:
+    """The signals that ask a run to stop: those of this process, and the one that all processes agree on.
+
+    Arguments:
+        asked: signals of this process, which `noted_signals` appends.
+    """
+
+    def __init__(self, asked: Sequence[int] = ()):
+        self.asked = asked
+        #: The signal that stops the run on all processes; 0 before there is one.
+        self.number = 0
+
+    def votes(self) -> Tensor:
+        """Returns a 1 for the signal that this process was given first, of `SIGNALS`; the processes add them up."""
+        return torch.tensor([float(number in self.asked[:1]) for number in SIGNALS])
+
+    def agree(self, votes: Sequence[float]) -> None:
+        """Takes the first signal that any process was given, by the sum of all their `votes`."""
+        self.number = next((number for number, count in zip(SIGNALS, votes, strict=True) if count), 0)
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches of a loader whose work nobody would miss; raises `Stopped` before the next one."""
+        for batch in shielded_batches(loader):
+            if self.asked:
+                raise Stopped(self.asked[0])
+            yield batch
 
 
 def shielded_batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ def architectures(pattern: str) -> list[str]:
 
 
 def kind_of_head(model: nn.Module) -> str:
-    """Returns a name for where the HPM head of `model` stands."""
+    """Returns the kind of the classifier that the HPM head of `model` replaces."""
     name = head_name(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(model.get_submodule(name), HPMConvHead):
@@ -46,7 +46,7 @@ def kind_of_head(model: nn.Module) -> str:
 
 
 def check(model: nn.Module) -> str:
-    """Gives `model` an HPM head and returns its kind; raises where something about it does not hold."""
+    """Gives `model` an HPM head and returns its kind; raises if a check fails."""
     base = type(model)
     timm_hpm.add_hpm_head(model, inference="fc")  # the other modes ask for the autocast of a device
     kind = kind_of_head(model)
@@ -92,7 +92,7 @@ def report(supported: dict[str, list[str]], refused: dict[tuple[str, str], list[
 
 `add_hpm_head`, `register_hpm` and `reset_classifier` work on **{count} of {total}** architectures with
 pretrained weights (timm {timm.__version__}). {without_classes} of them have no classifier by default and are counted as
-they are with 10 classes. Printed by `python benchmarks/coverage.py`, which says what counts.
+they are with 10 classes. Printed by `python benchmarks/coverage.py`, which defines the checks.
 
 {table(("the classifier that the HPM head replaces", "architectures", "such as"),
        [(kind, str(len(names)), ", ".join(f"`{name}`" for name in names[:3])) for kind, names in kinds])}
@@ -108,7 +108,7 @@ def main() -> None:
     """Prints the counts and the exceptions, and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="*", help="only architectures that match this pattern")
-    parser.add_argument("--output", default=DOCUMENT, help="where the document goes; - for nowhere")
+    parser.add_argument("--output", default=DOCUMENT, help="path of the document, or - for none")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     start, names = time.perf_counter(), architectures(args.filter)

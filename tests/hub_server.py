@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
 
@@ -33,11 +33,6 @@ class Repo:
         oid = hashlib.sha1(f"{len(self.commits)} {ref} {message}".encode()).hexdigest()
         self.commits[oid], self.messages[oid], self.refs[ref] = dict(files), message, oid
         return oid
-
-    def resolve(self, revision: str) -> str | None:
-        """Returns the commit's hash of a branch, tag or hash."""
-        oid = self.refs.get(revision, revision)
-        return oid if oid in self.commits else None
 
 
 @dataclass
@@ -87,10 +82,10 @@ class HubServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def add(self, repo_id: str, files: Files, *, private: bool = False, message: str = "add") -> str:
-        """Puts files into a repository, made if it is missing, and returns the commit's hash."""
-        repo = self.repos.setdefault(repo_id, Repo(private))
-        return repo.commit("main", {**repo.commits.get(repo.refs.get("main", ""), {}), **files}, message)
+    def add(self, repo_id: str, files: Files) -> None:
+        """Adds files to a repository, made if it is missing."""
+        repo = self.repos.setdefault(repo_id, Repo(private=False))
+        repo.commit("main", {**repo.commits.get(repo.refs.get("main", ""), {}), **files}, "add")
 
     def files(self, repo_id: str, revision: str = "main") -> Files:
         """Returns the files at a revision."""
@@ -143,7 +138,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         parts = urlsplit(self.path)
-        self.query = parse_qs(parts.query)
         self.route = unquote(parts.path)
         with self.server.lock:
             self.server.requests.append((self.command, self.route, "Authorization" in self.headers))
@@ -155,7 +149,9 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, name in ROUTES:
                 match = re.fullmatch(pattern, parts.path)
                 if match and self.command in method:
-                    getattr(self, name)(*map(unquote, match.groups()))
+                    data = getattr(self, name)(*map(unquote, match.groups()))
+                    if data is not None:
+                        self.send_json(data)
                     return
             raise Answer(404, f"no such route: {self.command} {self.route}")
         except Answer as answer:
@@ -183,27 +179,33 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(401, "Invalid username or password.")
         if repo is None or (repo.private and not self.may_write(repo_id)):
             raise Answer(401 if self.account is None else 404, "Repository not found", "RepoNotFound")
+        if write and not self.may_write(repo_id):
+            raise Answer(403, "Forbidden: you need write access")
         return repo
 
     def may_write(self, repo_id: str) -> bool:
         return self.account is not None and repo_id.partition("/")[0] in (self.account, "org")
 
-    def commit_of(self, repo: Repo, revision: str) -> str:
-        oid = repo.resolve(revision)
-        if oid is None:
+    def at(self, repo_id: str, revision: str, *, write: bool = False) -> tuple[Repo, str]:
+        """Returns a repository and the commit's hash of a branch, tag or hash."""
+        repo = self.repo(repo_id, write=write)
+        oid = repo.refs.get(revision, revision)
+        if oid not in repo.commits:
             raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return oid
+        return repo, oid
 
     # Routes
 
-    def whoami(self) -> None:
+    # A handler returns the JSON of its answer, or None if it has answered itself.
+
+    def whoami(self) -> Any:
         if self.account is None:
             raise Answer(401, "Invalid username or password.")
-        self.send_json({"type": "user", "name": self.account, "orgs": [{"name": "org"}]})
+        return {"type": "user", "name": self.account, "orgs": [{"name": "org"}]}
 
-    def validate_yaml(self) -> None:
+    def validate_yaml(self) -> Any:
         self.read_json()
-        self.send_json({"errors": [], "warnings": []})
+        return {"errors": [], "warnings": []}
 
     def create(self) -> None:
         data = self.read_json()
@@ -219,35 +221,29 @@ class Handler(BaseHTTPRequestHandler):
                 repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
 
-    def branch(self, repo_id: str, name: str) -> None:
-        self.ref(repo_id, name, self.read_json().get("startingPoint") or "main")
+    def branch(self, repo_id: str, name: str) -> Any:
+        repo, oid = self.at(repo_id, self.read_json().get("startingPoint") or "main", write=True)
+        repo.refs[name] = oid
+        return {}
 
-    def tag(self, repo_id: str, revision: str) -> None:
-        self.ref(repo_id, self.read_json()["tag"], revision)
+    def tag(self, repo_id: str, revision: str) -> Any:
+        name = self.read_json()["tag"]
+        repo, oid = self.at(repo_id, revision, write=True)
+        repo.refs[name] = oid
+        return {}
 
-    def settings(self, repo_id: str) -> None:
-        self.writable(repo_id).private = is_private(self.read_json())
-        self.send_json({})
+    def settings(self, repo_id: str) -> Any:
+        private = is_private(self.read_json())
+        self.repo(repo_id, write=True).private = private
+        return {}
 
-    def ref(self, repo_id: str, name: str, revision: str) -> None:
-        repo = self.writable(repo_id)
-        repo.refs[name] = self.commit_of(repo, revision)
-        self.send_json({})
-
-    def writable(self, repo_id: str) -> Repo:
-        repo = self.repo(repo_id, write=True)
-        if not self.may_write(repo_id):
-            raise Answer(403, "Forbidden: you need write access")
-        return repo
-
-    def preupload(self, repo_id: str, revision: str) -> None:
+    def preupload(self, repo_id: str, revision: str) -> Any:
         data = self.read_json()
-        repo = self.repo(repo_id, write=True)
-        files = repo.commits[self.commit_of(repo, revision)]
-        self.send_json({"files": [
-            {"path": file["path"], "shouldIgnore": False, "uploadMode": self.mode(file["path"]),
-             "oid": self.oid(file["path"], files[file["path"]]) if file["path"] in files else None}
-            for file in data["files"]]})
+        repo, oid = self.at(repo_id, revision, write=True)
+        return {"files": [
+            {"path": path, "shouldIgnore": False, "uploadMode": self.mode(path),
+             "oid": self.oid(path, repo.commits[oid][path]) if path in repo.commits[oid] else None}
+            for path in (file["path"] for file in data["files"])]}
 
     def mode(self, path: str) -> str:
         return "lfs" if self.server.lfs and path.endswith(".safetensors") else "regular"
@@ -258,31 +254,31 @@ class Handler(BaseHTTPRequestHandler):
             return hashlib.sha256(content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
-    def lfs_batch(self, repo_id: str) -> None:
+    def lfs_batch(self, repo_id: str) -> Any:
         data = self.read_json()
         self.repo(repo_id, write=True)
-        objects: list[dict[str, Any]] = []
-        for wanted in data["objects"]:
-            objects.append({"oid": wanted["oid"], "size": wanted["size"]})
-            if wanted["oid"] not in self.server.lfs_objects:
-                objects[-1]["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}
-        self.send_json({"transfer": "basic", "objects": objects})
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} | (
+            {} if wanted["oid"] in self.server.lfs_objects else
+            {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}})
+            for wanted in data["objects"]]
+        return {"transfer": "basic", "objects": objects}
 
-    def lfs_put(self, oid: str) -> None:
+    def lfs_put(self, oid: str) -> Any:
         content = self.read_body(self.server.faults.stop_lfs_after)
-        if content is not None:
-            assert hashlib.sha256(content).hexdigest() == oid
-            self.server.lfs_objects[oid] = content
-            self.send_json({})
+        if content is None:
+            return None
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.server.lfs_objects[oid] = content
+        return {}
 
-    def commit(self, repo_id: str, revision: str) -> None:
+    def commit(self, repo_id: str, revision: str) -> Any:
         body = self.read_body(self.server.faults.stop_commit_after)
         if body is None:
-            return
-        repo = self.writable(repo_id)
+            return None
         header, *changes = map(json.loads, body.splitlines())
         with self.server.lock:
-            files = dict(repo.commits[self.commit_of(repo, revision)])
+            repo, oid = self.at(repo_id, revision, write=True)
+            files = dict(repo.commits[oid])
             for change in changes:
                 value = change["value"]
                 if change["key"] == "file":
@@ -293,18 +289,16 @@ class Handler(BaseHTTPRequestHandler):
                     assert change["key"] == "deletedFile"
                     del files[value["path"]]
             oid = repo.commit(revision, files, header["value"]["summary"])
-        self.send_json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"})
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
 
-    def info(self, repo_id: str, revision: str = "main") -> None:
-        repo = self.repo(repo_id)
-        oid = self.commit_of(repo, revision)
-        self.send_json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
-                        "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []})
+    def info(self, repo_id: str, revision: str = "main") -> Any:
+        repo, oid = self.at(repo_id, revision)
+        return {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
+                "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []}
 
-    def tree(self, repo_id: str, revision: str) -> None:
-        repo = self.repo(repo_id)
-        files = repo.commits[self.commit_of(repo, revision)]
-        self.send_json([self.entry(path, content) for path, content in files.items()])
+    def tree(self, repo_id: str, revision: str) -> Any:
+        repo, oid = self.at(repo_id, revision)
+        return [self.entry(path, content) for path, content in repo.commits[oid].items()]
 
     def entry(self, path: str, content: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": self.oid(path, content)}
@@ -313,8 +307,7 @@ class Handler(BaseHTTPRequestHandler):
         return entry
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
-        repo = self.repo(repo_id)
-        oid = self.commit_of(repo, revision)
+        repo, oid = self.at(repo_id, revision)
         content = repo.commits[oid].get(path)
         headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if content is None:

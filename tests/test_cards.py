@@ -36,7 +36,7 @@ def committed(name: str) -> str:
 
 def test_the_committed_card_is_what_the_generator_writes():
     # As data and text: the Hub's client may lay out YAML otherwise tomorrow.
-    old, new = ModelCard(committed(EMBEDDED)), ModelCard(cards.folder_card(EMBEDDED, FOLDER))
+    old, new = ModelCard(committed(EMBEDDED)), ModelCard(cards.tag_card(EMBEDDED, FOLDER))
     assert old.text == new.text, f"python -m timm_hpm card {EMBEDDED} --output hub_cards/{EMBEDDED}.md"
     assert old.data.to_dict() == new.data.to_dict()
     # Those of public checkpoints, which nobody here has measured, are made when they are needed.
@@ -48,7 +48,7 @@ def test_every_card_has_the_metadata_that_the_hub_shows():
     names = timm.list_pretrained("hpm_*")
     assert len(names) > 60
     for name in names:
-        card, cfg = ModelCard(cards.folder_card(name, FOLDER)), timm.get_pretrained_cfg(name)
+        card, cfg = ModelCard(cards.tag_card(name, FOLDER)), timm.get_pretrained_cfg(name)
         data = card.data
         assert data.library_name == "timm" and "timm_hpm" in data.tags and data.pipeline_tag == "image-classification"
         assert data.license in ("apache-2.0", "mit") and data.base_model == cfg.hf_hub_id
@@ -62,13 +62,13 @@ def test_a_card_is_printed_on_any_console(monkeypatch, encoding):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, encoding))
     with pytest.raises(SystemExit, match="0"):
         run_command("timm_hpm", lambda: main(["card", EMBEDDED, "--folder", str(FOLDER)]))
-    text = cards.folder_card(EMBEDDED, FOLDER)
+    text = cards.tag_card(EMBEDDED, FOLDER)
     assert bytes_.getvalue() == text.encode(encoding, "replace") and "ℓ" in text
 
 
 def test_a_card_is_written(tmp_path):
     main(["card", EMBEDDED, "--folder", str(FOLDER), "--output", str(tmp_path / "a.md")])
-    assert (tmp_path / "a.md").read_text(encoding="utf-8") == cards.folder_card(EMBEDDED, FOLDER)
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == cards.tag_card(EMBEDDED, FOLDER)
 
 
 def test_the_embedded_cards_figures_are_the_reports():

@@ -14,7 +14,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from .cards import folder_card
+from .cards import tag_card
 from .console import run_command
 from .convert import convert
 from .files import write_text
@@ -116,7 +116,7 @@ def _pull(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    text = folder_card(args.name, args.folder)
+    text = tag_card(args.name, args.folder)
     if args.output is None:
         print(text, end="")
     else:

@@ -112,20 +112,12 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
 
-def tag_card(
-        name: str,
-        *,
-        report: AttackReport | str | Path | None = None,
-        license: str | None = None,
-        base_model: str | None = None,
-        notes: str = "",
-) -> str:
+def tag_card(name: str, folder: str | Path | None = None) -> str:
     """Returns the card of a registered tag, such as "hpm_wrn10_2.digits_linf", without loading a public checkpoint.
 
     Arguments:
         name: architecture and tag; without a tag the default one.
-        report: see `model_card`; a file is read.
-        license, base_model, notes: see `model_card`.
+        folder: folder of `<name>.report.json` and of notes by hand, `<name>.notes.md`, if there are any.
 
     Raises:
         ValueError: if there is no such tag, or it has no weights.
@@ -138,25 +130,15 @@ def tag_card(
     if cfg is None or not cfg.has_weights:
         raise ValueError(f"{name!r} is no tag with weights; expected one of timm.list_pretrained('hpm_*')")
     name = f"{architecture}.{cfg.tag}"
-    if isinstance(report, str | Path):
-        report = AttackReport.load(report)
     found: dict[str, Any] = {}
     if cfg.file and Path(cfg.file).is_file():
         model = create_model(name, pretrained=True)
         found = {"head": find_head(model), "parameters": sum(p.numel() for p in model.parameters())}
-    return model_card(name, name, cfg.to_dict(), report=report, license=license, base_model=base_model or cfg.hf_hub_id,
-                      notes=notes, **found)
-
-
-def folder_card(name: str, folder: str | Path) -> str:
-    """Returns the card of a tag with its `<tag>.report.json` and `<tag>.notes.md`, if the folder has them.
-
-    Raises:
-        ValueError: if there is no such tag, or it has no weights.
-    """
-    report, notes = Path(folder) / f"{name}.report.json", Path(folder) / f"{name}.notes.md"
-    return tag_card(name, report=report if report.is_file() else None,
-                    notes=notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    report, notes = (Path(folder or "") / f"{name}.{ending}" for ending in ("report.json", "notes.md"))
+    return model_card(
+        name, name, cfg.to_dict(), report=AttackReport.load(report) if folder and report.is_file() else None,
+        notes=notes.read_text(encoding="utf-8") if folder and notes.is_file() else "", base_model=cfg.hf_hub_id,
+        **found)
 
 
 def _split(notes: str) -> tuple[str, str]:
@@ -237,7 +219,7 @@ def _head_against_fc(report: AttackReport) -> str:
     row = paired("robust", report.verdicts.values(), report.baseline_correct.values())
     low, high = row.difference_interval
     apart = "a difference beyond" if low > 0 or high < 0 else "no difference beyond"
-    # Square on the true model is the twin of Square on one of the surrogates.
+    # Square on the true model repeats Square on one of the surrogates.
     sets = sum("/" in name and not name.startswith(f"{TRUE_MODEL}/") for name in report.correct)
     total = report.num_images
     return _wrapped(

@@ -1,4 +1,4 @@
-"""Adversarial training: options, objectives, the loop, and what it leaves on disk."""
+"""Adversarial training: options, objectives, the loop, and the files of a run."""
 
 from .config import TrainConfig
 from .loop import Run, train

@@ -15,8 +15,8 @@ class AveragedModel:
     """Averages the weights and buffers of a model over its updates, by timm's `ModelEmaV3` with its warm-up.
 
     The decay rises with the updates up to `decay`, so a short run does not keep its initial weights. The average has
-    other features than the model, so its prototypes are the class means of its own features of this epoch's images,
-    older images weighing less by the head's `ema_decay`. A class without an image in this epoch keeps its prototype.
+    features of its own, so its prototypes are the class means of those features over this epoch's images, weighted
+    by the head's `ema_decay`. A class without an image in this epoch keeps its prototype.
 
     Arguments:
         model: a timm model with an HPM head, on its device.
@@ -33,7 +33,7 @@ class AveragedModel:
 
     @torch.no_grad()
     def see(self, pixels: Tensor, labels: Tensor) -> None:
-        """Takes the features of a batch (B, channels, H, W) in [0, 1], for the prototypes after the next update."""
+        """Adds the features of a batch (B, channels, H, W) in [0, 1] to the prototypes of the next update."""
         self._new.append(self.head.class_sums(self.trunk.backbone(pixels), labels))
 
     def begin_epoch(self) -> None:
@@ -54,11 +54,11 @@ class AveragedModel:
         self.head.prototypes.copy_(torch.where(seen, means, prototypes))
 
     def class_sums(self) -> dict[str, Tensor]:
-        """Returns the sums of features (C, d) and the counts (C,) of this epoch, which a resumed run needs."""
+        """Returns the sums of features (C, d) and the counts (C,) of this epoch, for a checkpoint."""
         return {"sums": self.sums, "counts": self.counts}
 
     def load(self, state: dict[str, Tensor], class_sums: dict[str, Tensor]) -> None:
-        """Takes up the state dict of the average and its `class_sums`."""
+        """Restores the state dict of the average and its `class_sums`."""
         self.module.load_state_dict(state)
         self.sums.copy_(class_sums["sums"])
         self.counts.copy_(class_sums["counts"])

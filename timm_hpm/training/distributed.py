@@ -1,4 +1,4 @@
-"""What processes tell each other, with the gradients of one process that had all the images."""
+"""Communication between the processes of a run, with the gradients of one process that has all the images."""
 
 import hashlib
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def num_processes() -> int:
-    """Returns how many processes train together."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -48,7 +48,7 @@ def seed_at(seed: int, *place: Any) -> None:
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Returns the rows of all processes, (processes·B, ...), in the processes' order, for `x` (B, ...) on each.
 
-    Its gradient is the sum of what every process's loss asks of a row, as if one process had computed all the losses.
+    The gradient of a row is summed over every process's loss, as if one process had computed all the losses.
     """
     return _Gather.apply(x)  # type: ignore[no-untyped-call]
 

@@ -46,32 +46,32 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
           log: Callable[[str], None] = print, progress: bool = False) -> dict[str, Any]:
     """Trains a model and writes it into the folder `output`; under `accelerate launch` or `torchrun`, on all processes.
 
-    A batch costs `attack_steps` forward and backward passes for the inputs alone, and one for the parameters (TRADES:
-    two, and one forward pass more for the attack). Attacks are crafted in eval mode (BatchNorm by its running
-    statistics, which they leave alone) and learned from in train mode. The prototypes follow the detached features of
-    all processes' images of an update, and are equal everywhere. Before the epoch `prototype_epoch` the head has none
-    and answers as its FC classifier; then they are fitted once. The epoch of the best robust accuracy on the validation
-    split is kept: robust overfitting is the rule.
+    A batch costs `attack_steps` forward and backward passes for the inputs, and one for the parameters (TRADES: two,
+    and one more forward pass for the attack). The attack runs in eval mode: BatchNorm uses its running statistics and
+    does not change them. The model then learns in train mode. The prototypes follow the detached features of all
+    processes' images of an update and are equal on all processes. Before the epoch `prototype_epoch` a head without
+    prototypes predicts by its FC classifier; then they are fitted once. The run keeps the epoch of the best robust
+    accuracy on the validation split, because robust overfitting is the rule.
 
-    All randomness is a function of the seed, the epoch, the batch and the process, so that a run that is resumed on
-    the same machine, with as many processes, ends with the same weights as one that was never stopped.
+    All randomness is a function of the seed, the epoch, the batch and the process. A resumed run on the same machine
+    with the same number of processes therefore ends with the same weights as an uninterrupted one.
 
     Arguments:
         config: the options.
         output: the run's folder: `model.safetensors` and `config.json` (timm's `local-dir:`), `args.yaml`,
             `metrics.csv`, `curve.svg`, `checkpoints/`.
-        resume: goes on from the newest undamaged checkpoint in `output`.
-        log: takes a line for each epoch.
-        progress: shows a progress bar on standard error.
+        resume: whether to resume from the newest undamaged checkpoint in `output`.
+        log: is called with a line for each epoch.
+        progress: whether to show a progress bar on standard error.
 
     Returns:
-        The row of `metrics.csv` of the epoch that was kept.
+        The row of `metrics.csv` of the kept epoch.
 
     Raises:
-        ValueError: options that do not fit together, the data or the earlier run; nothing is written then.
-        OSError: files that are not there or cannot be written.
-        FloatingPointError: a loss that is not finite, with the step's number. The last checkpoint is on disk.
-        Stopped: SIGTERM or SIGINT; a checkpoint is on disk.
+        ValueError: if options do not fit each other, the data or the earlier run; nothing is written then.
+        OSError: if a file is missing or cannot be written.
+        FloatingPointError: if the loss or a weight is not finite; the last checkpoint is on disk.
+        Stopped: on SIGTERM or SIGINT; a checkpoint is on disk.
     """
     PartialState(cpu=config.device == "cpu")
     # The name may hold the time, and another one on each process.
@@ -84,8 +84,8 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
         finally:
             if accelerator.is_main_process:
                 remove_unfinished(folder)
-            # What still holds the process group keeps its threads, and a thread that wants Python while that ends
-            # is aborted, and the process with it.
+            # A live reference to the process group keeps its threads alive. A thread that calls Python while the
+            # interpreter exits is aborted, and the process with it.
             del run
             accelerator.free_memory()
             accelerator.end_training()
@@ -95,7 +95,7 @@ class Run:
     """A training run: its parts, and the loop over epochs and batches.
 
     Arguments:
-        asked_to_stop: signals that ask the run to stop are appended to it from outside.
+        asked_to_stop: signals that ask the run to stop; the caller appends them.
         config, output, resume, log, progress: see `train`.
     """
 
@@ -114,7 +114,7 @@ class Run:
             mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no",
             gradient_accumulation_steps=config.grad_accum_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
-            # Buffers are kept in step by us, when an update is done.
+            # `after_update` averages the buffers.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             log_with=config.log_with,
             project_dir=folder,
@@ -140,7 +140,7 @@ class Run:
         self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None
         self.progress = Progress(log_scale=self.head.log_scale.item())
         self.stop = StopRequest(asked_to_stop)
-        #: Of the last epoch on all processes; None if nothing of it was left to train on.
+        #: Training rate of the last epoch on all processes; None if the resumed epoch had no batch left.
         self.images_per_second: float | None = None
         self._prepare()
         accelerator.wait_for_everyone()
@@ -151,7 +151,7 @@ class Run:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
 
     def _freeze(self) -> nn.Module | None:
-        """Makes the backbone constant if that was asked for, and what the head's mode does not use; returns it."""
+        """Freezes the unused scale of an FC head, and the backbone if the options say so; returns a frozen backbone."""
         if self.head.inference == "fc":
             self.head.log_scale.requires_grad_(False)
         if not self.config.freeze_backbone:
@@ -163,7 +163,7 @@ class Run:
         return self.trunk.backbone
 
     def _prepare(self) -> None:
-        """Makes optimizer, loaders and schedule, and hands them to Accelerate."""
+        """Makes the optimizer, the loader and the schedule, and hands the first two to Accelerate."""
         config, accelerator = self.config, self.accelerator
         optimizer = create_optimizer(config, self.model)
         loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
@@ -178,7 +178,7 @@ class Run:
         self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
         total = config.epochs * self.updates_per_epoch
         factor, rising = SCHEDULES[config.sched], (config.warmup_epochs or 0.0) / config.epochs
-        # Not prepared: Accelerate would step it once for every process.
+        # Not prepared: Accelerate would step it once per process.
         self.schedule = LambdaLR(optimizer, lambda update: factor(min(update / total, 1.0), rising))
         self.state = RunState(self.model, self.ema, self.optimizer, self.schedule, accelerator.scaler, self.progress)
         self.validation = Validation(self.data.val, config, self.threat, accelerator, self.stop)
@@ -186,7 +186,7 @@ class Run:
     # The loop
 
     def train(self) -> dict[str, Any]:
-        """Trains to the end; returns the row of the epoch that was kept."""
+        """Trains to the end; returns the row of the kept epoch."""
         while self.progress.epoch < self.config.epochs:
             self._train_epoch()
             self._finish_epoch()
@@ -196,7 +196,7 @@ class Run:
         state = self.progress
         start, images = time.perf_counter(), 0
         if state.batches == len(self.loader):  # stopped between the last update and the validation
-            self.images_per_second = None  # nothing was trained on, so there is no rate
+            self.images_per_second = None  # no batch, no rate
             return
         loader = self.accelerator.skip_first_batches(self.loader, state.batches) if state.batches else self.loader
         for part in (self.loader, loader, self.data.train):
@@ -219,7 +219,7 @@ class Run:
         self.images_per_second = images / (time.perf_counter() - start)
 
     def learn(self, images: Tensor, labels: Tensor, sums: list[tuple[Tensor, Tensor]]) -> float:
-        """Learns from a batch; returns the mean loss over the processes. The features' class sums go to `sums`."""
+        """Learns from a batch; returns the mean loss over the processes, and appends the class sums to `sums`."""
         config, accelerator = self.config, self.accelerator
         images = random_flip(random_shift(images, config.shift), config.hflip)
         if config.channels_last:
@@ -258,11 +258,11 @@ class Run:
             else [adversarial]
 
     def after_update(self, sums: list[tuple[Tensor, Tensor]]) -> None:
-        """Moves the prototypes by the class sums of the update's batches, then all that follows an update."""
+        """Moves the prototypes by the class sums of the update's batches, steps the schedule, and saves if due."""
         if sums:
             self.head.apply_class_sums(*(reduced(sum(parts)) for parts in zip(*sums, strict=True)))  # type: ignore
             sums.clear()
-        # BatchNorm's running statistics: each process has seen its own images, and attacks and judges by them.
+        # BatchNorm's running statistics: each process has seen other images, and attacks use them.
         average_([buffer for buffer in self.trunk.backbone.buffers() if buffer.is_floating_point()])
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -289,7 +289,7 @@ class Run:
         return mean
 
     def _fit_if_due(self, epochs: float) -> None:
-        """Fits the prototypes of a head without any after so many epochs of training, if `prototype_epoch` says so."""
+        """Fits the prototypes of a head that has none, if `epochs` of training reach `prototype_epoch`."""
         if epochs < (self.config.prototype_epoch or 0.0) or self.head.is_fitted() or self.head.inference == "fc":
             return
         for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
@@ -307,7 +307,7 @@ class Run:
                        self.threat if self.objective.craft is not None else None, held_out=self.stop.batches(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
         for tensor in find_head(model).state_dict().values():
-            tensor.copy_(broadcast(tensor))  # the scale was fitted on each process's own random starts
+            tensor.copy_(broadcast(tensor))  # each process fitted the scale on its own random starts
 
     # The ends of epochs
 
@@ -326,9 +326,9 @@ class Run:
             self._save()
             raise
         state.rows.append(row)
-        # A head without prototypes is not what is trained for.
+        # A head without prototypes is unfinished.
         complete = self.head.is_fitted() or self.head.inference == "fc"
-        # Of epochs that are as good, the one that was trained longest.
+        # Of equally good epochs the last one is kept.
         is_best = complete and row["val_robust"] >= state.best.get("val_robust", -1.0)
         if is_best:
             state.best = row
@@ -347,7 +347,7 @@ class Run:
             raise Stopped(self.stop.number)
 
     def _warn(self, row: dict[str, Any]) -> None:
-        """Says in the log and in the run's folder, once each, which signs there are that the run does not learn."""
+        """Writes each new sign that the run does not learn into the log and into the run's folder."""
         state, config = self.progress, self.config
         change = math.exp(self.head.log_scale.item() - state.log_scale)
         signs = epoch_signs(row, config.epochs, self.model.num_classes, change)
@@ -360,7 +360,7 @@ class Run:
                     self.log(f"warning: {text}")
                     self.folder.write_warnings(state.warnings.values())
 
-    # Going on
+    # Checkpoints
 
     def _save(self) -> None:
         self.state.check_finite()
@@ -376,10 +376,10 @@ class Run:
             self.state.load(checkpoint, self.config)
             self.folder.restore_best(checkpoint)
 
-    # Small things
+    # Helpers
 
     def _surrogate(self) -> str:
-        """Returns the surrogate to attack through: the FC classifier where the head answers as that."""
+        """Returns the surrogate to attack through: the FC classifier if the head predicts by it."""
         return self.config.attack_through if self.head.is_fitted() and self.head.inference != "fc" else "fc"
 
     def _set_mode(self, *, training: bool) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: folders that appear whole, each with all that a run needs to go on from it."""
+"""Checkpoints of a training run: folders that appear whole, each with everything that a resumed run needs."""
 
 import hashlib
 import math
@@ -28,24 +28,24 @@ _NAME: Final = re.compile(r"epoch-\d{5,}-batch-\d{8,}")
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint that is not as it was written; an older one is taken."""
+    """A checkpoint differs from its digests; the run resumes from an older one."""
 
 
 @dataclass
 class Checkpoint:
     """The state of a run.
 
-    No random state is among it: a run's randomness is a function of its seed and of where in the run it stands.
+    It holds no random state: a run's randomness is a function of its seed and of its position.
 
     Arguments:
         model: the model's state dict, as safetensors takes it.
         average: that of the averaged model; None without one.
-        optimizer: what the optimizer, the schedule and the gradient scaler need: tensors and plain values.
-        progress: where the run stands and what it has found so far, in JSON's types; `"epoch"`, and how many of its
-            `"batches"` are done.
+        optimizer: states of the optimizer, the schedule and the gradient scaler: tensors and plain values.
+        progress: the position of the run and its results so far, in JSON's types; `"epoch"`, and the number of its
+            `"batches"` that are done.
         config: the options of the run.
-        metadata: what the weights' files say of themselves, as `weights_metadata` returns it.
-        best: the folder of the best epoch's files, which the checkpoint holds, too; None if there is no such epoch yet.
+        metadata: metadata of the weights' files, as `weights_metadata` returns it.
+        best: the folder of the best epoch's files, which the checkpoint copies; None if there is no such epoch yet.
     """
 
     model: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Checkpoint:
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes a checkpoint as a new folder below `folder`, keeps the newest `keep` ones, and returns its path.
 
-    Those of a later state go: they were damaged, and the run went on from an earlier one.
+    Checkpoints of a later state are removed: they were damaged, and the run resumed from an earlier one.
     """
     folder.mkdir(exist_ok=True)
     target = folder / f"epoch-{checkpoint.progress['epoch']:05d}-batch-{checkpoint.progress['batches']:08d}"
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.mkdir()
         with writing(target):
             _write(temporary, checkpoint)
-        remove(target)  # a damaged one: no run writes the same state twice
+        remove(target)  # it was damaged: no run writes the same state twice
         os.replace(temporary, target)
     finally:
         remove(temporary)
@@ -103,9 +103,9 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Returns the newest undamaged checkpoint below `folder`, None where there is none.
+    """Returns the newest undamaged checkpoint below `folder`; None if there is none.
 
-    Damaged ones are skipped with a `DamagedCheckpointWarning` that says what is wrong with them.
+    A damaged one is skipped with a `DamagedCheckpointWarning` that names the damage.
     """
     for path in _newest_first(folder):
         try:
@@ -113,7 +113,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, SafetensorError,
                 pickle.UnpicklingError) as error:
             warnings.warn(f"the checkpoint {path} is damaged ({error}); going on from the one before it, or from the "
-                          "start where there is none", DamagedCheckpointWarning, stacklevel=2)
+                          "start if there is none", DamagedCheckpointWarning, stacklevel=2)
     return None
 
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _check_state(state: Any) -> None:
-    """Raises a ValueError that names the first entry of a state which no run writes."""
+    """Raises a ValueError that names the first invalid entry of a state."""
     def expect(right: bool, name: str, value: Any, expected: str) -> None:
         if not right:
             raise ValueError(f"{_STATE}: {name} is {value!r:.100}; expected {expected}")
@@ -141,7 +141,7 @@ def _check_state(state: Any) -> None:
     expect(isinstance(config, dict), "config", config, "the options of a run")
     expect(isinstance(digests, dict) and {_MODEL, _OPTIMIZER} <= digests.keys(), "digests", digests,
            f"those of {_MODEL}, {_OPTIMIZER}, ...")
-    expect(isinstance(progress, dict), "progress", progress, "where the run stands")
+    expect(isinstance(progress, dict), "progress", progress, "the position of the run")
     for name in ("epoch", "batches", "updates", "processes"):
         value = progress.get(name)
         expect(type(value) is int and value >= 0, name, value, "a whole number from 0")

@@ -1,4 +1,4 @@
-"""The folder of a training run: which run it holds, and what is written into it, each file whole or not at all."""
+"""The folder of a training run and its files, each of which appears whole or not at all."""
 
 import csv
 import filecmp
@@ -44,7 +44,7 @@ class RunFolder:
         self.config = config
         self.is_main = is_main
         self.model_args = model_args or {}
-        # Where the files of the best epoch are: in a checkpoint, or made for the next one.
+        # Folder of the best epoch's files: in a checkpoint, or made for the next one.
         self._best: Path | None = None
         if resume:
             saved, given = saved_options(path).to_dict(), config.to_dict()
@@ -57,7 +57,7 @@ class RunFolder:
             raise ValueError(f"{path} holds another run; go on with it by --resume {path}, or choose another --output")
 
     def begin(self) -> None:
-        """Writes the options, and removes what an interrupted process left half-written."""
+        """Writes the options, and removes the unfinished files of an interrupted process."""
         if not self.is_main:
             return
         for folder in (self.path, self.path / "checkpoints"):
@@ -125,7 +125,7 @@ class RunFolder:
                 remove(staged)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest undamaged checkpoint; None where there is none."""
+        """Returns the newest undamaged checkpoint; None if there is none."""
         return newest_checkpoint(self.path / "checkpoints")
 
 

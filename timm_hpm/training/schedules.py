@@ -1,4 +1,4 @@
-"""Learning rates as functions of how much of the training is done."""
+"""Learning rates as functions of the fraction of the training that is done."""
 
 import math
 from collections.abc import Callable

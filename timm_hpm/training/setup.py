@@ -1,4 +1,4 @@
-"""What a training run starts from: its model and its data, checked against each other before anything is written."""
+"""The model, the data and the optimizer of a training run, checked before anything is written."""
 
 import os
 import warnings
@@ -20,8 +20,8 @@ from ..threat import ThreatModel
 from .config import TrainConfig
 from .distributed import num_processes
 
-# Of a network that knows nothing prototypes hold nothing, its features soon leave them behind, and BatchNorm's running
-# statistics, by which they are fitted, are still its initial ones. Measured in docs/training.md.
+# Prototypes of an untrained network carry no information: its features soon move away from them, and BatchNorm's
+# running statistics, which the fit uses, are still the initial ones. Measured in docs/training.md.
 _LATE_PART: Final = 0.6
 _LATE_UPDATES: Final = 40
 _MOST_IMAGES: Final = 1000
@@ -29,7 +29,7 @@ _MOST_IMAGES: Final = 1000
 
 @dataclass(frozen=True)
 class Data:
-    """The images to train on, the same without random crops, and those to choose the best epoch by."""
+    """The training images, the same without random crops, and the validation images."""
 
     train: ImageSplit
     plain_train: ImageSplit
@@ -58,7 +58,7 @@ def create_trainable(config: TrainConfig) -> Any:
                              **(config.model_kwargs or {}))
     if find_head(model).inference == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
-    model.pretrained_cfg["tag"] = None  # what comes of the training are nobody's published weights
+    model.pretrained_cfg["tag"] = None  # the trained weights are no published ones
     for name in ("mean", "std"):
         if getattr(config, name) is not None:
             model.pretrained_cfg[name] = getattr(config, name)
@@ -114,7 +114,7 @@ def size_argument(config: TrainConfig) -> dict[str, Any]:
 
 
 def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
-    """Returns the options with the defaults that hang on the model and the data, and none of them None.
+    """Returns the options with the defaults that depend on the model and the data.
 
     Raises:
         ValueError: a threat that cannot be read, or a PGD step that leaps over the whole ball.
@@ -138,15 +138,17 @@ def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
 
 
 def _late(config: TrainConfig, num_images: int) -> float:
-    """Returns after how many epochs a network that starts without a trained classifier gets its prototypes."""
+    """Returns the epochs before the prototypes of a network that starts without a trained classifier."""
     batches = max(1, num_images // (config.batch_size * num_processes()))
     updates_per_epoch = -(-batches // config.grad_accum_steps)
     return min(max(_LATE_PART * config.epochs, _LATE_UPDATES / updates_per_epoch), config.epochs)
 
 
 def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
-    """Returns whether the head has prototypes, or weights whose FC classifier knows the data: the first validation
-    images, and a quarter of what there is to know above the commonest class."""
+    """Returns whether the head has prototypes or a trained FC classifier.
+
+    A trained one is right on a quarter of the first validation images that the commonest class gets wrong.
+    """
     head = find_head(model)
     if head.is_fitted() or head.inference == "fc":
         return True
@@ -162,11 +164,11 @@ def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
 
 
 def open_data(config: TrainConfig, model: Any) -> Data:
-    """Returns the data of a run, whose class names the model takes over, and if it starts at random their mean and std.
+    """Returns the data of a run; the model takes over their class names, and if it starts at random their mean and std.
 
     Raises:
         ValueError: data that do not fit the model, or a training split without an image of some class.
-        OSError: data that are not there.
+        OSError: if the data are missing.
     """
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,

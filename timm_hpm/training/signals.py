@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. What it had learned is in a checkpoint; `signal` is the signal's number."""
+    """A signal asked the run to stop. Its progress is in a checkpoint; `signal` is the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -36,7 +36,7 @@ def noted_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         nonlocal first
-        # A launcher passes on what its processes have got already, within milliseconds.
+        # A launcher repeats the signals that its processes already got, within milliseconds.
         if number == signal.SIGINT and asked and time.monotonic() - first > 2:
             raise KeyboardInterrupt
         first = first or time.monotonic()
@@ -72,7 +72,7 @@ class StopRequest:
         self.number = next((number for number, count in zip(SIGNALS, votes, strict=True) if count), 0)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields the batches of a loader whose work nobody would miss; raises `Stopped` before the next one."""
+        """Yields the batches of a loader; raises `Stopped` before the next one if this process was asked to stop."""
         for batch in shielded_batches(loader):
             if self.asked:
                 raise Stopped(self.asked[0])

@@ -12,12 +12,12 @@ from ..head import find_head, without_head
 from ..surrogates import SURROGATES, ste_logits
 from .distributed import gather_with_gradient, num_processes, process_index
 
-#: What "the batch" of the batch-level prototypes is on several processes: each one's own, or all of them together.
+#: "The batch" of the batch-level prototypes on several processes: each process's own images, or those of all.
 BATCH_PROTOTYPES: Final = ("local", "global")
 
 
 class PixelTrunk(nn.Module):
-    """A timm model as training needs it: pixels in [0, 1] to (features, HPM logits, FC logits).
+    """A timm model that maps pixels in [0, 1] to features, HPM logits and FC logits.
 
     It shares parameters, buffers and submodules with `model`, which stays whole and answers as before.
 
@@ -40,7 +40,7 @@ class PixelTrunk(nn.Module):
     def forward(self, *pixels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each batch (B, channels, H, W) the features (B, d), and the HPM's and FC's logits (B, C).
 
-        Several batches in one call, because DistributedDataParallel wants one call a backward pass.
+        Several batches go into one call, because DistributedDataParallel takes one call per backward pass.
         """
         return [self._answers(self.backbone(batch)) for batch in pixels]
 
@@ -65,7 +65,7 @@ class PixelTrunk(nn.Module):
 
 @contextmanager
 def inputs_only(module: nn.Module) -> Iterator[None]:
-    """Within the block no parameter asks for a gradient: passes keep, and compute, what the inputs need and no more."""
+    """Turns off the gradients of all parameters inside the block, so that passes compute those of the inputs alone."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

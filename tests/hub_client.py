@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -111,28 +110,16 @@ def create(name: str, register: str = "", **kwargs: Any) -> dict[str, Any]:
     return facts(timm.create_model(name, pretrained=True, **kwargs))
 
 
-def publish(name: str, path: str, seed: int = 0) -> dict[str, Any]:
-    """Writes random weights as the authors of a public checkpoint saved theirs; returns the facts of the network."""
-    model = made(name, seed=seed, fitted=False)
+def publish(name: str, path: str) -> dict[str, Any]:
+    """Saves random weights as from a data-parallel model without an HPM head; returns the facts of the network."""
+    model = made(name, fitted=False)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
     head = ("fc.prototypes", "fc.num_updates", "fc.log_scale")
-    state = {key: value for key, value in model.state_dict().items() if key not in head}
-    if "wrn" in name:
-        renames = ((r"^conv1", "init_conv"), (r"^norm", "batchnorm"), (r"^fc", "logits"),
-                   (r"^stages\.(\d)\.(\d+)\.bn(\d)", lambda m: f"layer.{m[1]}.block.{m[2]}.batchnorm_{int(m[3]) - 1}"),
-                   (r"^stages\.(\d)\.(\d+)\.conv(\d)", lambda m: f"layer.{m[1]}.block.{m[2]}.conv_{int(m[3]) - 1}"),
-                   (r"^stages\.(\d)\.(\d+)", r"layer.\1.block.\2"))
-        prefix, average = "module.0.", {"unaveraged_model_state_dict": {"module.0.x": torch.zeros(1)}}
-    else:
-        renames = ((r"^norm", "bn"), (r"^fc", "linear"), (r"^(stages\.\d\.\d)\.shortcut", r"\1.shortcut.0"),
-                   (r"^stages\.(\d)", lambda m: f"layer{int(m[1]) + 1}"))
-        prefix, average = "module.", {"epoch": 105, "optimizer_state_dict": {"state": {}, "param_groups": []}}
-    for pattern, replacement in renames:
-        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
-    torch.save({"model_state_dict": {prefix + key: value for key, value in state.items()}, **average}, path)
+    state = {f"module.{key}": value for key, value in model.state_dict().items() if key not in head}
+    torch.save({"epoch": 105, "model_state_dict": state}, path)
     return facts(model)
 
 

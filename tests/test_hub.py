@@ -484,7 +484,7 @@ def test_a_model_that_could_not_be_pulled_is_not_pushed(server, client):
     ("hpm_wrn28_10", "untrained_deepmind", "wzekai99/DM-Improves-AT", "checkpoint/cifar10_linf_wrn28-10.pt"),
     ("hpm_preact_resnet18", "untrained", "KaiwenDu/robust-overfitting-checkpoints", "epoch_105.pt"),
 ])
-def test_a_public_checkpoint_loads_in_its_own_format(server, client, loader, tmp_path, name, tag, repo_id, file):
+def test_a_public_checkpoint_is_fetched_by_the_default_tag(server, client, loader, tmp_path, name, tag, repo_id, file):
     published = client("publish", name=f"{name}.{tag}", path=str(tmp_path / "checkpoint.pt"))
     server.add(repo_id, {file: (tmp_path / "checkpoint.pt").read_bytes()})
     assert loader("create", name=name) == published and published["fitted"] is False

@@ -23,22 +23,6 @@ _VARIANTS = {
     "hpm_wrn70_16": (70, 16),
 }
 
-# A tag's cfg and, as `model_args`, the arguments that its weights need.
-_TAGS: dict[str, dict[str, Any]] = {
-    # Embedded in the package: a robust model without a download.
-    "hpm_wrn10_2.digits_linf": cifar_cfg(
-        file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
-        input_size=(1, 8, 8),
-        pool_size=(1, 1),
-        mean=DATASETS["digits"].mean,
-        std=DATASETS["digits"].std,
-        origin_url="https://arxiv.org/abs/2606.01746",
-        paper_ids=_PAPERS,
-        notes=weight_notes("Linf:0.1"),
-        model_args={"stem_stride": 2},
-    ),
-}
-
 _CIFAR100 = {"num_classes": 100, "mean": DATASETS["torch/cifar100"].mean, "std": DATASETS["torch/cifar100"].std}
 _SVHN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _TINY_IMAGENET = {
@@ -63,26 +47,40 @@ _WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...]
     ("hpm_wrn70_16.wang2023_cifar100_linf", "DM-Improves-AT/cifar100_linf_wrn70-16", "Linf:8/255", (75.22, 42.67),
      _CIFAR100),
 )
-for _name, _file, _threat, (_clean, _robust), _data in _WANG2023:
-    _repository, _file = _file.split("/")
-    _TAGS[_name] = cifar_cfg(
-        hf_hub_id=f"wzekai99/{_repository}",
-        hf_hub_filename=f"checkpoint/{_file}.pt",
-        license="mit",
-        origin_url="https://github.com/wzekai99/DM-Improves-AT",
-        paper_ids=("arXiv:2302.04638", *_PAPERS),
-        paper_name="Better Diffusion Models Further Improve Adversarial Training",
-        notes=weight_notes(_threat, f"{_clean:.2f} % clean, {_robust:.2f} % under AutoAttack (its authors' README)"),
-        model_args={"layout": "deepmind"},
-        **_data,
-    )
 
-for _name in _VARIANTS:
-    _TAGS[f"{_name}.untrained"] = cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS)
-    _TAGS[f"{_name}.untrained_deepmind"] = cifar_cfg(
-        origin_url=_DEEPMIND_URL, paper_ids=_PAPERS, model_args={"layout": "deepmind"})
-
-default_cfgs = pretrained_tags(_TAGS)
+# A tag's cfg and, as `model_args`, the arguments that its weights need. An architecture's first tag with weights is its
+# default.
+default_cfgs = pretrained_tags({
+    # Embedded in the package: a robust model without a download.
+    "hpm_wrn10_2.digits_linf": cifar_cfg(
+        file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
+        input_size=(1, 8, 8),
+        pool_size=(1, 1),
+        mean=DATASETS["digits"].mean,
+        std=DATASETS["digits"].std,
+        origin_url="https://arxiv.org/abs/2606.01746",
+        paper_ids=_PAPERS,
+        notes=weight_notes("Linf:0.1"),
+        model_args={"stem_stride": 2},
+    ),
+    **{
+        name: cifar_cfg(
+            hf_hub_id=f"wzekai99/{file.partition('/')[0]}",
+            hf_hub_filename=f"checkpoint/{file.partition('/')[2]}.pt",
+            license="mit",
+            origin_url="https://github.com/wzekai99/DM-Improves-AT",
+            paper_ids=("arXiv:2302.04638", *_PAPERS),
+            paper_name="Better Diffusion Models Further Improve Adversarial Training",
+            notes=weight_notes(threat, f"{clean:.2f} % clean, {robust:.2f} % under AutoAttack (its authors' README)"),
+            model_args={"layout": "deepmind"},
+            **data,
+        )
+        for name, file, threat, (clean, robust), data in _WANG2023
+    },
+    **{f"{name}.untrained": cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS) for name in _VARIANTS},
+    **{f"{name}.untrained_deepmind": cifar_cfg(origin_url=_DEEPMIND_URL, paper_ids=_PAPERS,
+                                               model_args={"layout": "deepmind"}) for name in _VARIANTS},
+})
 
 
 def _create_wrn(variant: str, pretrained: bool, **kwargs: Any) -> PreActNet:

@@ -241,7 +241,8 @@ def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
 
 
 def _float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
-    return {name: np.float32(normalisation[name]).tolist() for name in ("mean", "std")} if normalisation else {}
+    found = normalisation or {}
+    return {name: [float(np.float32(x)) for x in found[name]] for name in ("mean", "std") if name in found}
 
 
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:

@@ -233,8 +233,9 @@ def _as_json(value: Any, levels: int = 2) -> str:
     """Returns JSON with a line for each entry of the first `levels` levels: such a file has readable differences."""
     if levels == 0 or not value or not isinstance(value, dict | list):
         return json.dumps(value)
-    named = isinstance(value, dict)
-    entries = [f"{json.dumps(name)}: {_as_json(part, levels - 1)}" for name, part in value.items()] if named else [
-        _as_json(part, levels - 1) for part in value]
+    if isinstance(value, dict):
+        ends, entries = "{}", [f"{json.dumps(name)}: {_as_json(part, levels - 1)}" for name, part in value.items()]
+    else:
+        ends, entries = "[]", [_as_json(part, levels - 1) for part in value]
     margin = "\n" + (3 - levels) * " "
-    return ("{" if named else "[") + margin + f",{margin}".join(entries) + margin[:-1] + ("}" if named else "]")
+    return ends[0] + margin + f",{margin}".join(entries) + margin[:-1] + ends[1]

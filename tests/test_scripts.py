@@ -308,7 +308,7 @@ def test_an_option_is_not_abbreviated(words, capsys):
 def test_an_empty_batch_is_refused_by_name_under_torchrun(tmp_path):
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "evaluate.py"),
                "-b", "0", "--device", "cpu", folder=tmp_path)
-    assert done.returncode != 0 and "--batch-size is 0" in done.stderr and "ZeroDivision" not in done.stderr
+    assert done.returncode != 0 and "batch_size is 0; expected" in done.stderr and "ZeroDivision" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 

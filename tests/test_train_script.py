@@ -212,7 +212,7 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_hpm
 from timm_hpm.attacks import pgd
 from timm_hpm.training.distributed import reduced
-from timm_hpm.training.objectives import cross_entropy
+from timm_hpm.training.objectives import LossOptions, cross_entropy
 from timm_hpm.training.trunk import PixelTrunk, inputs_only
 
 folder = sys.argv[1]
@@ -230,7 +230,7 @@ for batch_prototypes in ("local", "global"):
         found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[mine], labels[mine], threat, steps=2,
                     random_start=False)
     output, = trained(found)
-    cross_entropy(output, labels[mine], 1.0).backward()
+    cross_entropy([output], labels[mine], LossOptions(fc_weight=1.0)).backward()
     answers[batch_prototypes] = {"found": found, "logits": output[1].detach(),
                                  "gradients": [parameter.grad for parameter in model.parameters()]}
 model = timm.create_model("hpm_wrn10_2", pretrained=True)
@@ -250,7 +250,7 @@ def test_batch_prototypes_and_fits_across_processes_are_those_of_one(tmp_path):
 
     import timm_hpm
     from timm_hpm.attacks import pgd
-    from timm_hpm.training.objectives import cross_entropy
+    from timm_hpm.training.objectives import LossOptions, cross_entropy
     from timm_hpm.training.trunk import PixelTrunk
 
     (tmp_path / "worker.py").write_text(WORKER)
@@ -268,7 +268,7 @@ def test_batch_prototypes_and_fits_across_processes_are_those_of_one(tmp_path):
         found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[rows], labels[rows], threat, steps=2,
                     random_start=False)
         output, = trunk(found)
-        cross_entropy(output, labels[rows], 1.0).backward()
+        cross_entropy([output], labels[rows], LossOptions(fc_weight=1.0)).backward()
         return {"found": found, "logits": output[1].detach(),
                 "gradients": [parameter.grad for parameter in model.parameters()]}
 

@@ -3,9 +3,7 @@
 FUZZ_SEED draws others; the counts of all outcomes stand in pytest's summary.
 """
 
-import contextlib
 import copy
-import importlib.util
 import io
 import json
 import os
@@ -32,6 +30,7 @@ from timm_hpm import report_markdown, report_page
 from timm_hpm.cards import model_card
 from timm_hpm.checkpoints import CheckpointError
 from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.config import EvaluateConfig, resumed
 from timm_hpm.evaluation.resume import ProgressFolder, Step
 from timm_hpm.evaluation.robustbench import model_info
 from timm_hpm.evaluation.sweep import parse_radii
@@ -198,16 +197,11 @@ def test_headers_of_weights(tmp_path, saved, counts):
 
 
 def test_options_of_evaluations(tmp_path, counts):
-    specification = importlib.util.spec_from_file_location("evaluate", ROOT / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(evaluate)
-    document = evaluate._options(evaluate.make_parser().parse_args([]))
+    document = EvaluateConfig().to_saved()
 
     def check(value: Any) -> str:
         write_json(tmp_path / "options.json", value)
-        with contextlib.redirect_stderr(io.StringIO()):
-            return outcome(lambda: evaluate.parse_args(["--resume", str(tmp_path)]),
-                           lambda args: args.robustbench_json is None and args.output is None)
+        return outcome(lambda: resumed(tmp_path, {}), lambda config: not config.dataset_download)
     counts(fuzz(1000, mutated(document), check))
 
 

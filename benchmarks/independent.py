@@ -40,6 +40,7 @@ import timm_hpm
 from timm_hpm import write_report
 from timm_hpm.attacks import margin_loss
 from timm_hpm.data import first_images
+from timm_hpm.evaluation import PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.files import writable_folder, write_text
@@ -322,8 +323,9 @@ def main(argv: list[str] | None = None) -> int:
         images, labels = first_images(split, 100 if args.num_images is None else args.num_images)
         report = timm_hpm.mixed_surrogate_attack(
             model, images, labels, timm_hpm.ThreatModel.parse(args.threat or split.threat),
-            batch_size=100 if args.batch_size is None else args.batch_size, surrogates_at_once=5, seed=args.seed,
-            progress=True, about={"model": args.model, "dataset": args.dataset, "split": args.split})
+            protocol=PROTOCOLS["standard"].changed(surrogates_at_once=5), seed=args.seed,
+            batch_size=100 if args.batch_size is None else args.batch_size, progress=True,
+            about={"model": args.model, "dataset": args.dataset, "split": args.split})
         write_report(report, args.output)
     missed = find_missed(model, images, labels, report, budgets, seed=args.seed, progress=True)
     write_text(args.output / "independent.json", json.dumps({

@@ -113,8 +113,8 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
 
     def evaluated() -> dict[str, dict[str, float]]:
         return timm_hpm.mixed_surrogate_attack(
-            model, images, labels, threat, batch_size=len(images), surrogates_at_once=5,
-            protocol=scaled(PROTOCOLS["standard"], scale)).cost
+            model, images, labels, threat, batch_size=len(images),
+            protocol=scaled(PROTOCOLS["standard"], scale).changed(surrogates_at_once=5)).cost
 
     def alone() -> dict[str, float]:
         times = {}
@@ -234,8 +234,8 @@ def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: 
         about = {"model": args.model, "weights": args.checkpoint or "pretrained", "dataset": args.dataset,
                  "split": args.split}
         report = timm_hpm.mixed_surrogate_attack(
-            model, images, labels, threat, batch_size=args.batch_size, surrogates_at_once=5, about=about,
-            protocol=scaled(PROTOCOLS[name], args.scale))
+            model, images, labels, threat, batch_size=args.batch_size, about=about,
+            protocol=scaled(PROTOCOLS[name], args.scale).changed(surrogates_at_once=5))
 
     report: timm_hpm.AttackReport
     wall, processor = both_times(run_naive)

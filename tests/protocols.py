@@ -1,4 +1,13 @@
-"""What the protocol of every report says, for reports that are made by hand and saved."""
+"""Evaluations by a custom protocol in one call; and the protocol of reports that are made by hand and saved."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm.data import as_pixel_model
+from timm_hpm.evaluation.protocols import find_protocol
+from timm_hpm.evaluation.sweep import sweep
 
 PROTOCOL = {
     "architecture": "hpm_wrn10_2", "weights_digest": "0" * 16, "data_digest": "0123456789abcdef",
@@ -7,3 +16,32 @@ PROTOCOL = {
     "attacks": {"apgd-ce": {"iterations": 100}, "apgd-t": {"iterations": 100, "targets": 9},
                 "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}},
 }
+
+
+def run_attack(model, images, labels, threat, *, protocol="standard", surrogates=None, attacks=None, budgets=None,
+               survivors_only=False, surrogates_at_once=None, mean=None, std=None, **options: Any) -> AttackReport:
+    """Runs a protocol with other surrogates, attacks or budgets; with `neighbours` their rows are in the report."""
+    changed = find_protocol(protocol).changed(surrogates, attacks, budgets, survivors_only, surrogates_at_once)
+    if mean is not None or std is not None:
+        model = as_pixel_model(model, mean, std)
+    if "neighbours" in options:
+        threat = ThreatModel.of(threat)
+        report, = sweep(model, images, labels, threat.norm, [threat.eps], protocol=changed, **options)
+        return report
+    return mixed_surrogate_attack(model, images, labels, threat, protocol=changed, **options)
+
+
+def unfinished(model, *arguments: Any, folder: Path, **options: Any) -> AttackReport:
+    """Runs `run_attack`, and leaves its folder as if the process had been killed before it wrote the report."""
+    progress, kept = folder / "progress", folder / "kept"
+
+    def copy(module, inputs, outputs) -> None:
+        if module is model and progress.exists():
+            shutil.copytree(progress, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+    # The model is called once more when all steps are kept. The attacked copy has this hook, too.
+    with model.register_forward_hook(copy):
+        report = run_attack(model, *arguments, folder=folder, **options)
+    (folder / "report.json").unlink()
+    kept.rename(progress)
+    return report

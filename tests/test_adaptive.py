@@ -6,10 +6,11 @@ import math
 import pytest
 import timm
 import torch
+from protocols import run_attack
 from torch import nn
 
 import timm_hpm
-from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack, report_markdown
+from timm_hpm import HPMHead, ThreatModel, report_markdown
 from timm_hpm.evaluation import ATTACKS, Budget, joint
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Notes
@@ -178,12 +179,12 @@ def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digi
 @pytest.mark.parametrize(("mode", "attacks"), [("sample", ["joint"]), ("fc", ["joint", "apgd-chain"])])
 def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits, mode, attacks):
     with timm_hpm.head_mode(model, mode):
-        report = mixed_surrogate_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks],
+        report = run_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks],
                                         budgets={"apgd-ce": Budget(1)})
         assert list(report.protocol["attacks"]) == ["apgd-ce"] and not report.assembled
         assert report.assembled_robust_accuracy == report.robust_accuracy
         with pytest.raises(ValueError, match=rf"{', '.join(attacks)} attacks what an HPM head has in batch mode"):
-            mixed_surrogate_attack(model, *digits, THREAT, attacks=attacks)
+            run_attack(model, *digits, THREAT, attacks=attacks)
 
 
 # Neighbours
@@ -245,25 +246,26 @@ def test_neighbours_of_a_model_that_draws_leave_the_random_state_alone(digits):
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     images, labels = digits[0][:12], digits[1][:12]
-    plain = mixed_surrogate_attack(model, images, labels, THREAT, **options)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, **options, neighbours=(4,), neighbours_mixes=(0.9,))
+    plain = run_attack(model, images, labels, THREAT, **options)
+    report = run_attack(model, images, labels, THREAT, **options, neighbours=(4,), neighbours_mixes=(0.9,))
     assert [row["kind"] for row in report.neighbours] == ["reshuffled", "chosen", "adversarial"]
     assert report.correct == plain.correct and not plain.neighbours
-    report.save(tmp_path / "report.json")
-    assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
+    assert report.protocol["neighbours"] == [4] and report.protocol["neighbours_mixes"] == [0.9]
     row = report.neighbours[1]
     assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
     assert "Neighbours in the batch" not in report_markdown(plain)
     asked = {"neighbours": (4,), "neighbours_mixes": (0.9,)}
-    options["finished"] = tmp_path / "report.json"
+    options["folder"] = tmp_path
+    report = run_attack(model, images, labels, THREAT, **options, **asked)
+    assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
     with pytest.raises(ValueError, match=r"report of another run \(neighbours: \[4\] there, \[6\] now\)"):
-        mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked | {"neighbours": (6,)})
+        run_attack(model, images, labels, THREAT, **options, **asked | {"neighbours": (6,)})
     with pytest.raises(ValueError, match=r"neighbours_mixes: \[0.9\] there, None now"):
-        mixed_surrogate_attack(model, images, labels, THREAT, **options)
-    assert mixed_surrogate_attack(model, images, labels, THREAT, **options, **asked) == report
-    del options["finished"]
+        run_attack(model, images, labels, THREAT, **options)
+    assert run_attack(model, images, labels, THREAT, **options, **asked) == report
+    del options["folder"]
     with timm_hpm.head_mode(model, "sample"):
-        assert not mixed_surrogate_attack(model, images, labels, THREAT, **options, neighbours=(4,)).neighbours
+        assert not run_attack(model, images, labels, THREAT, **options, neighbours=(4,)).neighbours
 
 
 @pytest.mark.parametrize(("mode", "sizes", "message"), [

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from protocols import run_attack
 from torch import Tensor, nn
 
 import timm_hpm
-from timm_hpm import HPMHead, PixelModel, ThreatModel, mixed_surrogate_attack
+from timm_hpm import HPMHead, PixelModel, ThreatModel
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.surrogates import SURROGATES
@@ -37,7 +38,7 @@ def test_a_network_that_flattens_by_a_view_is_attacked_in_its_own_memory_format(
     classifier = Flattening().eval()
     answers = AttackedModel(classifier, digits[0]).features(digits[0])
     torch.testing.assert_close(answers, classifier(digits[0]))
-    report = mixed_surrogate_attack(classifier, digits[0], classifier(digits[0]).argmax(dim=1), THREAT, budgets=SMALL)
+    report = run_attack(classifier, digits[0], classifier(digits[0]).argmax(dim=1), THREAT, budgets=SMALL)
     assert report.clean_accuracy == 1 and report.robust_accuracy < 1
 
 
@@ -46,7 +47,7 @@ def test_a_network_that_flattens_by_a_view_is_attacked_in_its_own_memory_format(
 def test_networks_of_other_precision_are_attacked(model, digits, dtype, inference):
     model.to(dtype)
     timm_hpm.find_head(model).inference = inference
-    report = mixed_surrogate_attack(model, digits[0][:8], digits[1][:8], THREAT, attacks=["apgd-ce"],
+    report = run_attack(model, digits[0][:8], digits[1][:8], THREAT, attacks=["apgd-ce"],
                                     budgets={"apgd-ce": Budget(2)})
     assert report.clean_accuracy == 1 and len(report.correct["fc/apgd-ce"]) == 8
 
@@ -54,7 +55,7 @@ def test_networks_of_other_precision_are_attacked(model, digits, dtype, inferenc
 def test_images_of_double_precision_are_attacked_like_the_same_in_single(digits):
     classifier = Flattening().eval()
     labels = classifier(digits[0]).argmax(dim=1)
-    reports = [mixed_surrogate_attack(classifier, images, labels, THREAT, budgets=SMALL).correct
+    reports = [run_attack(classifier, images, labels, THREAT, budgets=SMALL).correct
                for images in (digits[0], digits[0].double())]
     assert reports[0] == reports[1]
 
@@ -65,9 +66,9 @@ def test_a_huge_scale_makes_nothing_look_robust(model, digits, inference):
     head = timm_hpm.find_head(model)
     head.inference = inference
     attack = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(25)}, "surrogates": ["dataset", "soft", "ste"]}
-    sane = mixed_surrogate_attack(model, *digits, THREAT, **attack)
+    sane = run_attack(model, *digits, THREAT, **attack)
     nn.init.constant_(head.log_scale, 12.0)
-    huge = mixed_surrogate_attack(model, *digits, THREAT, **attack)
+    huge = run_attack(model, *digits, THREAT, **attack)
     assert huge.protocol["attacked_scale"] < 10 < head.scale()
     assert head.log_scale == 12 and not huge.flags
     for row in ("dataset/apgd-ce", "soft/apgd-ce", "ste/apgd-ce"):
@@ -129,7 +130,7 @@ def test_a_network_that_reads_its_own_modules_is_attacked_like_its_twin_that_doe
     if kind is HPMHead:
         for net in (model, twin):
             timm_hpm.fit_prototypes(net, [digits])
-    reports = [mixed_surrogate_attack(net, images, twin(images).argmax(dim=1), THREAT, budgets=SMALL)
+    reports = [run_attack(net, images, twin(images).argmax(dim=1), THREAT, budgets=SMALL)
                for net in (model, twin)]
     assert reports[0].clean_accuracy == 1 > reports[0].robust_accuracy == reports[1].robust_accuracy
     assert reports[0].flags == reports[1].flags
@@ -144,7 +145,7 @@ def test_answers_without_a_gradient_are_counted_in_a_warning(digits):
     labels = classifier(digits[0]).argmax(dim=1)
     saturated = copy.deepcopy(classifier)
     saturated.fc.weight.data.mul_(1e6)
-    flags = [mixed_surrogate_attack(net, digits[0], labels, THREAT, budgets=SMALL).flags
+    flags = [run_attack(net, digits[0], labels, THREAT, budgets=SMALL).flags
              for net in (classifier, saturated)]
     assert not any(flag.name == "saturated-softmax" for flag in flags[0])
     assert any(flag.name == "saturated-softmax" and flag.text.startswith("apgd-ce on model: the softmax of ")

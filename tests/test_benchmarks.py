@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from protocols import run_attack
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, ThreatModel
 from timm_hpm.evaluation import PROTOCOLS, Budget
 from timm_hpm.surrogates import SURROGATES
 
@@ -49,8 +50,8 @@ def forged_report(model: nn.Module, inference: str = "batch") -> AttackReport:
     """A report of 8 digits in two batches, all robust, though the ball is so large that each can be broken."""
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
     with timm_hpm.head_mode(model, inference):
-        report = mixed_surrogate_attack(model, images, labels, THREAT, batch_size=4, surrogates=["fc"],
-                                        attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)})
+        report = run_attack(model, images, labels, THREAT, batch_size=4, surrogates=["fc"],
+                            attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)})
     assert report.correct["clean"] == "1" * 8
     return replace(report, correct=dict.fromkeys(report.correct, "1" * 8), assembled="")
 
@@ -162,8 +163,8 @@ def test_counted_passes_are_those_that_the_report_counts(msa):
     protocol = msa.scaled(PROTOCOLS["standard"], 0.03)
     assert protocol.attacks["apgd-t"] == Budget(3, 9) and protocol.attacks["square"] == Budget(150)
     with msa.counted_sizes() as sizes:
-        cost = mixed_surrogate_attack(digits_model(), images, labels, ThreatModel("Linf", 0.1), batch_size=6,
-                                      protocol=protocol, surrogates_at_once=5).cost
+        cost = run_attack(digits_model(), images, labels, ThreatModel("Linf", 0.1), batch_size=6, protocol=protocol,
+                          surrogates_at_once=5).cost
     assert sizes.keys() == protocol.attacks.keys()
     for name, some in sizes.items():
         assert sum(rows for rows, gradient in some if gradient) == cost[name]["backward_passes"]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from protocols import run_attack
 from sklearn.datasets import load_digits
 from torch import nn
 
-from timm_hpm import PixelModel, ThreatModel, find_head, fit_prototypes, load_split, mixed_surrogate_attack
+from timm_hpm import PixelModel, ThreatModel, find_head, fit_prototypes, load_split
 from timm_hpm.data import DATASETS, SPLITS, as_pixel_model, check_pixels, data_source, random_shift
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.judge import judge
@@ -206,7 +207,7 @@ def test_pixels_rounded_out_of_range_give_the_results_of_clamped_ones():
     results = []
     for images in (rounded, rounded.clamp(0, 1)):
         model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-        report = mixed_surrogate_attack(model, images[:8], labels[:8], ThreatModel("Linf", 0.1), batch_size=8,
+        report = run_attack(model, images[:8], labels[:8], ThreatModel("Linf", 0.1), batch_size=8,
                                         attacks=["apgd-ce"], surrogates=["fc"], budgets={"apgd-ce": Budget(2)})
         fit_prototypes(model, [(images, labels)])
         results.append([report.correct, report.protocol, judge(model, images, labels, 60).tolist(),

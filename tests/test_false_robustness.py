@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from protocols import run_attack, unfinished
 from safetensors import safe_open
 from torch import nn
 
@@ -17,7 +18,6 @@ from timm_hpm import (
     HPMHead,
     NonFiniteLogitsError,
     ThreatModel,
-    mixed_surrogate_attack,
     pgd,
     report_markdown,
     report_page,
@@ -58,7 +58,7 @@ def net() -> nn.Module:
 
 
 def attack(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor], batch_size: int = 100) -> AttackReport:
-    return mixed_surrogate_attack(model.eval(), *digits, THREAT, batch_size=batch_size, budgets=BUDGETS)
+    return run_attack(model.eval(), *digits, THREAT, batch_size=batch_size, budgets=BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_clean_image_answered_with_nan_ends_the_evaluation_in_any_batch(net, d
     images = digits[0][:10].clone()
     images[7, 0, 0, 0] = 0.01
     with pytest.raises(NonFiniteLogitsError, match=r"image 7 .*report/flags\.md#non-finite-logits"):
-        mixed_surrogate_attack(NaNUnderAttack(net).eval(), images, digits[1][:10], THREAT, batch_size=3,
+        run_attack(NaNUnderAttack(net).eval(), images, digits[1][:10], THREAT, batch_size=3,
                                attacks=["square"], budgets={"square": Budget(1)})
 
 
@@ -280,10 +280,11 @@ def test_nan_answers_of_some_images_do_not_stop_the_attack_on_the_others(name, n
 def test_a_gradient_of_nan_makes_no_pixels_of_nan(norm, net, digits, tmp_path):
     few = tuple(part[:20] for part in digits)
     threat = ThreatModel(norm, 0.3)
-    report = mixed_surrogate_attack(zoo("nan gradient", net), *few, threat, budgets=BUDGETS,
-                                    attacks=["apgd-ce", "apgd-t", "fab-t"], save_adversarial=tmp_path / "x.safetensors")
+    report = run_attack(zoo("nan gradient", net), *few, threat, budgets=BUDGETS,
+                                    attacks=["apgd-ce", "apgd-t", "fab-t"], folder=tmp_path,
+                        save_adversarial=True)
     assert {flag.name for flag in report.flags} == {"zero-gradient"}
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+    with safe_open(tmp_path / "adversarial.safetensors", "pt") as file:
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118  (it is no dict)
 
 
@@ -330,24 +331,27 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
     few = tuple(part[:7] for part in digits)
     model = guarded(lost, "batch", few[0])
     arguments = {"survivors_only": survivors_only, "batch_size": 4, "budgets": TINY, "attacks": list(TINY),
-                 "neighbours": [4], "save_adversarial": tmp_path / "x.safetensors", "resume": tmp_path / "progress"}
-    report = mixed_surrogate_attack(model, *few, THREAT, **arguments)
+                 "neighbours": [4], "save_adversarial": True, "folder": tmp_path}
+    report = run_attack(model, *few, THREAT, **arguments)
     assert report.clean_accuracy > 0.7 and report.robust_accuracy == 0 == report.assembled_robust_accuracy
     assert {flag.name for flag in report.flags} - {"zero-loss-gradient"} == {"non-finite-logits"} and report.unreliable
     texts = " ".join(flag.text for flag in report.flags)
     assert "fc/apgd-ce: on the candidates, the true model's logits are not finite for 7 images" in texts
     # An image that is broken already may be asked no more.
     assert survivors_only or "ste/apgd-ce: in the search, the surrogate's logits are not finite for 7 " in texts
-    assert timm_hpm.rejudge(model, tmp_path / "x.safetensors").items() <= report.verdicts.items()
+    assert timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors").items() <= report.verdicts.items()
     # What adversarial neighbours do to an image that is not touched.
     flipped = {row["kind"]: (row["flipped"], row["targets"]) for row in report.neighbours}["adversarial"]
     assert lost == "answers" or flipped[0] == flipped[1] > 0
     assert {example.predicted for example in report.examples} == {-1}
     assert "answered not finite; found by" in report_page(report)
-    # Resumed it is the same, from what is on disk.
-    for path in sorted((tmp_path / "progress").glob("batch*"))[::2]:
+    # Resumed it is the same, from the steps on disk.
+    arguments["folder"] = tmp_path / "resumed"
+    del arguments["neighbours"]
+    unfinished(model, *few, THREAT, **arguments)
+    for path in sorted((tmp_path / "resumed" / "progress").glob("batch*"))[::2]:
         path.unlink()
-    again = mixed_surrogate_attack(model, *few, THREAT, **arguments)
+    again = run_attack(model, *few, THREAT, **arguments)
     assert again.same_results(report) and again.flags == report.flags and again.examples == report.examples
 
 
@@ -369,16 +373,16 @@ def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits):
     model = Fragile(*digits).eval()
     images[5, 0, 0, 0] = 0.85
     options = {"attacks": ["apgd-ce", "square"], "budgets": TINY, "batch_size": 6, "surrogates": ["fc", "ste"]}
-    report = mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    report = run_attack(model, images, labels, THREAT, **options)
     texts = [flag.text for flag in report.flags if flag.name == "batch-not-finite"]
     assert texts and all("of 6 candidates with logits that are not finite, 5 have them only because of" in text
                          for text in texts) and report.unreliable
     for mode in ("sample", "dataset"):
         with timm_hpm.head_mode(model, mode):
-            flags = mixed_surrogate_attack(model, images, labels, THREAT, **options | {"surrogates": None}).flags
+            flags = run_attack(model, images, labels, THREAT, **options | {"surrogates": None}).flags
         assert "batch-not-finite" not in [flag.name for flag in flags]
     images[5, 0, 0, 0] = 0.95
-    for call in (lambda: mixed_surrogate_attack(model, images, labels, THREAT, **options),
+    for call in (lambda: run_attack(model, images, labels, THREAT, **options),
                  lambda: timm_hpm.judge(model, images, labels, 12)):
         with pytest.raises(NonFiniteLogitsError, match="the logits of image 5 are not finite"):
             call()
@@ -390,7 +394,7 @@ def test_a_network_that_ends_in_a_softmax_is_flagged(last, flagged, net, digits)
     few = tuple(part[:8] for part in digits)
     for dtype in (torch.float32, torch.bfloat16):
         model = nn.Sequential(copy.deepcopy(net), last).eval().to(dtype)
-        flags = mixed_surrogate_attack(model, *few, THREAT, attacks=["apgd-ce"], budgets=TINY).flags
+        flags = run_attack(model, *few, THREAT, attacks=["apgd-ce"], budgets=TINY).flags
         assert ("probabilities" in [flag.name for flag in flags]) == flagged
 
 
@@ -404,7 +408,7 @@ def test_a_model_that_has_lost_its_hpm_head_is_flagged():
     for some, flagged in ((model, False), (plain, False), (pooled, True),
                           (nn.Sequential(headless, nn.Linear(model.num_features, 10)), True),
                           (timm_hpm.PixelModel(pooled, [0.5] * 3, [0.5] * 3), True)):
-        flags = mixed_surrogate_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=TINY).flags
+        flags = run_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=TINY).flags
         assert [flag.text for flag in flags if flag.name == "lost-head"] == flagged * [
             f"{type(some).__name__} holds HPMResNet without the HPM head, and predicts by another layer"]
 
@@ -414,9 +418,9 @@ def test_a_surrogate_that_overflows_at_some_points_is_still_attacked(digits):
     few = tuple(part[:30] for part in digits)
     options = {"surrogates": ["fc"], "attacks": ["apgd-ce"], "batch_size": 30, "budgets": {"apgd-ce": Budget(20)}}
     plain = guarded("", "dataset", few[0])
-    without = mixed_surrogate_attack(plain, *few, ThreatModel("Linf", 0.2), **options)
+    without = run_attack(plain, *few, ThreatModel("Linf", 0.2), **options)
     assert 0.1 < without.robust_accuracy < 0.7 and not without.unreliable
-    gaps = mixed_surrogate_attack(guarded("gaps", "dataset", few[0]), *few, ThreatModel("Linf", 0.2), **options)
+    gaps = run_attack(guarded("gaps", "dataset", few[0]), *few, ThreatModel("Linf", 0.2), **options)
     assert any("fc/apgd-ce: in the search, the surrogate's logits are not finite for" in flag.text
                for flag in gaps.flags)
     assert gaps.robust_accuracy <= without.robust_accuracy + 0.1
@@ -425,14 +429,14 @@ def test_a_surrogate_that_overflows_at_some_points_is_still_attacked(digits):
 def test_a_surrogate_that_overflows_ends_no_evaluation(digits):
     few = tuple(part[:8] for part in digits)
     model = guarded("fc", "dataset", few[0])
-    report = mixed_surrogate_attack(model, *few, THREAT, budgets=TINY)
+    report = run_attack(model, *few, THREAT, budgets=TINY)
     assert report.unreliable and report.clean_accuracy > 0.7
     texts = [flag.text for flag in report.flags if flag.name == "non-finite-logits"]
     assert texts.pop().startswith("at random points of the ball around 8 images that no attack broke, 8 answers are")
     assert all("in the search, the surrogate's" in text for text in texts)
     assert {text.partition("/")[0] for text in texts} == {"fc", "mixed"}
     # What was found through the other surrogate is what it is without this one.
-    alone = mixed_surrogate_attack(model, *few, THREAT, budgets=TINY, surrogates=["dataset"])
+    alone = run_attack(model, *few, THREAT, budgets=TINY, surrogates=["dataset"])
     assert [flag.text for flag in alone.flags] == [report.flags[-1].text]
     assert alone.robust_accuracy == report.by_surrogate["dataset"]["worst"]
     assert report.baseline["clean"] > 0.7 and report.baseline["worst"] == 0
@@ -442,7 +446,7 @@ def test_without_gradients_only_square_is_run(net, digits):
     report = attack(zoo("detached", net), digits)
     assert list(report.protocol["attacks"]) == ["square"] and list(report.correct) == ["clean", "model/square"]
     with pytest.raises(ValueError, match=r"have no gradient .* which apgd-ce, fab-t need; look for a detach\(\)"):
-        mixed_surrogate_attack(zoo("detached", net), *digits, THREAT, attacks=["apgd-ce", "fab-t"])
+        run_attack(zoo("detached", net), *digits, THREAT, attacks=["apgd-ce", "fab-t"])
 
 
 @pytest.mark.parametrize("mode", timm_hpm.INFERENCE_MODES)

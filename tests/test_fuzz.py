@@ -24,6 +24,7 @@ from html_page import Page
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
+from protocols import run_attack
 
 import timm_hpm
 from timm_hpm import report_markdown, report_page
@@ -284,7 +285,7 @@ def test_arguments_of_the_attack(model, counts):
     def check(drawn: tuple[str, Any]) -> str:
         name, value = drawn
         usual = {"threat": "Linf:0.1", "attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 1}}
-        return outcome(lambda: timm_hpm.mixed_surrogate_attack(model, images[:2], labels[:2], **usual | {name: value}))
+        return outcome(lambda: run_attack(model, images[:2], labels[:2], **usual | {name: value}))
     counts(fuzz(500, st.tuples(arguments, VALUES), check))
 
 

@@ -15,10 +15,11 @@ import timm
 import torch
 from html_page import Page
 from PIL import Image
+from protocols import run_attack
 from torchvision.transforms.functional import pil_to_tensor
 
 import timm_hpm
-from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack, report_markdown, report_page
+from timm_hpm import AttackReport, ThreatModel, report_markdown, report_page
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.sweep import sweep_page
 from timm_hpm.report import FLAGS, Flag, make_example, svg
@@ -222,7 +223,7 @@ def test_an_evaluation_shows_images_that_were_broken():
     images, labels = images[:40], labels[:40]
     options = {"attacks": ["apgd-ce", "square"], "surrogates": ["fc", "ste"],
                "budgets": {"apgd-ce": Budget(5), "square": Budget(5)}}
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.3), batch_size=20, **options)
+    report = run_attack(model, images, labels, ThreatModel("Linf", 0.3), batch_size=20, **options)
     assert len(report.examples) == 8
     for example in report.examples:
         rows = {name: row[example.image] for name, row in report.correct.items()}
@@ -232,5 +233,5 @@ def test_an_evaluation_shows_images_that_were_broken():
         assert (clean - images[example.image]).abs().max() <= 0.5001 / 255
         assert 0 < (adversarial - clean).abs().max() <= 0.3 + 1.01 / 255
     assert Page(report_page(report)).text.count("found by") == 8
-    alone = mixed_surrogate_attack(model, images[:3], labels[:3], ThreatModel("Linf", 0.3), batch_size=1, **options)
+    alone = run_attack(model, images[:3], labels[:3], ThreatModel("Linf", 0.3), batch_size=1, **options)
     assert len(alone.examples) == sum(map(int, alone.correct["clean"])) - round(3 * alone.robust_accuracy)

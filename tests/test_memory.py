@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from protocols import run_attack, unfinished
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_hpm import ThreatModel, mixed_surrogate_attack
+from timm_hpm import ThreatModel
 from timm_hpm.evaluation import Budget
 from timm_hpm.files import Parts, save_parts
 
@@ -72,23 +73,25 @@ OPTIONS = {"attacks": ["apgd-ce", "joint"], "surrogates": ["fc", "ste"], "batch_
 THREAT = ThreatModel("Linf", 0.15)
 
 
-def test_candidates_are_the_same_with_a_folder_and_without(model, digits, tmp_path):
+def test_candidates_are_the_same_in_each_folder_and_resumed(model, digits, tmp_path):
     paths = [tmp_path / "a" / "adversarial.safetensors", tmp_path / "b" / "adversarial.safetensors"]
-    reports = [mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=path, resume=resume)
-               for path, resume in zip(paths, (None, tmp_path / "progress"), strict=True)]
+    reports = [run_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=path.parent)
+               for path in paths]
     assert reports[0].same_results(reports[1]) and paths[0].read_bytes() == paths[1].read_bytes()
-    assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
+    assert [{file.name for file in path.parent.iterdir()} for path in paths] == [{path.name, "report.json"}
+                                                                                for path in paths]
     assert set(load_file(paths[0])) == {"clean", "labels", "fc/apgd-ce", "ste/apgd-ce", "ste/joint", "assembled"}
-    for left_out in ({}, {"resume": tmp_path / "progress"}):
-        again = mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=paths[0], **left_out)
-        assert again.same_results(reports[0]) and paths[0].read_bytes() == paths[1].read_bytes()
+    paths[0].unlink()
+    unfinished(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=tmp_path / "c")
+    again = run_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=tmp_path / "c")
+    assert again.same_results(reports[0])
+    assert (tmp_path / "c" / "adversarial.safetensors").read_bytes() == paths[1].read_bytes()
 
 
 def test_a_folder_without_candidates_is_refused_where_they_are_to_be_saved(model, digits, tmp_path):
-    mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, resume=tmp_path / "progress")
+    unfinished(model, *digits, THREAT, **OPTIONS, folder=tmp_path)
     with pytest.raises(ValueError, match=r"another run \(save_adversarial: False there, True now\)"):
-        mixed_surrogate_attack(model, *digits, THREAT, **OPTIONS, resume=tmp_path / "progress",
-                               save_adversarial=tmp_path / "adversarial.safetensors")
+        run_attack(model, *digits, THREAT, **OPTIONS, folder=tmp_path, save_adversarial=True)
     assert [path.name for path in tmp_path.iterdir()] == ["progress"]
 
 
@@ -107,11 +110,10 @@ class Interrupting(torch.nn.Module):
         return self.layer(x.flatten(1))
 
 
-def test_a_stopped_evaluation_leaves_nothing_where_it_was_to_save(digits, tmp_path):
+def test_an_evaluation_that_is_stopped_before_its_first_attack_leaves_nothing(digits, tmp_path):
     model = Interrupting().eval()
     with pytest.raises(KeyboardInterrupt):
-        mixed_surrogate_attack(model, *digits, THREAT, attacks=["apgd-ce"], batch_size=2,
-                               save_adversarial=tmp_path / "adversarial.safetensors")
+        run_attack(model, *digits, THREAT, attacks=["apgd-ce"], batch_size=2, folder=tmp_path, save_adversarial=True)
     assert model.calls > 5 and not list(tmp_path.iterdir())
 
 
@@ -124,7 +126,7 @@ import sys
 import torch
 import timm_hpm
 from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
-from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation import PROTOCOLS, Budget
 
 
 class Net(torch.nn.Module):
@@ -142,15 +144,15 @@ def peak():
         return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
 
 
-def evaluate(num_images, folder=None, **options):
+def evaluate(num_images, folder=None, save=False, **protocol):
     images = torch.rand(num_images, 3, SIDE, SIDE)
     with torch.no_grad():
         labels = torch.cat([model(part).argmax(dim=1) for part in images.split(100)])
-    path = folder and folder + "/adversarial.safetensors"
-    report = mixed_surrogate_attack(model, images, labels, threat, batch_size=100, surrogates_at_once=5,
-                                    budgets=BUDGETS, save_adversarial=path, **options)
-    if path:
-        verdicts = timm_hpm.rejudge(model, path)
+    changed = PROTOCOLS["standard"].changed(budgets=BUDGETS, surrogates_at_once=5, **protocol)
+    report = mixed_surrogate_attack(model, images, labels, threat, protocol=changed, batch_size=100, folder=folder,
+                                    save_adversarial=save)
+    if save:
+        verdicts = timm_hpm.rejudge(model, folder + "/adversarial.safetensors")
         assert verdicts.items() <= report.verdicts.items()
     print(peak(), len(report.correct) - 1, report.robust_accuracy, flush=True)
 
@@ -183,7 +185,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks 
 def test_images_that_are_broken_do_not_stay_in_memory(tmp_path, resumable):
     calls = []
     for number in (200, 1200):
-        resume = f", resume={str(tmp_path / str(number))!r}" if resumable else ""
+        resume = f", folder={str(tmp_path / str(number))!r}" if resumable else ""
         calls.append(f"evaluate({number}, attacks=['apgd-ce'], surrogates=['fc', 'ste']{resume})")
     few, many = peaks(64, *calls)
     assert few[1] == many[1] == 2 and many[2] < 0.5
@@ -196,7 +198,7 @@ def test_images_that_are_broken_do_not_stay_in_memory(tmp_path, resumable):
 @linux
 @pytest.mark.slow
 def test_ten_thousand_images_under_every_attack_fit_in_4_gib(tmp_path):
-    few, many, saved = peaks(32, "evaluate(2000)", "evaluate(10_000)", f"evaluate(10_000, {str(tmp_path)!r})")
+    few, many, saved = peaks(32, "evaluate(2000)", "evaluate(10_000)", f"evaluate(10_000, {str(tmp_path)!r}, True)")
     assert few[1] == many[1] == saved[1] == 5 * 5 + 2 * (1 + 2) + 1
     images = 8000 * 3 * 32 ** 2 * 4 / 2 ** 20
     assert many[0] - few[0] <= 2 * images

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from protocols import run_attack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -25,7 +26,6 @@ from timm_hpm import (
     NonFiniteLogitsError,
     PixelModel,
     ThreatModel,
-    mixed_surrogate_attack,
     report_markdown,
 )
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS
@@ -123,7 +123,7 @@ def test_each_component_breaks_a_linear_classifier_as_the_closed_form_says(norm,
     distances = linear_distances(model, images, labels, norm)
     eps = distances[distances > 0].median().item()
     budgets = {"apgd-ce": Budget(30), "apgd-t": Budget(30, 10), "fab-t": Budget(20, 10), "square": Budget(300)}
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, eps), batch_size=50, budgets=budgets)
+    report = run_attack(model, images, labels, ThreatModel(norm, eps), batch_size=50, budgets=budgets)
     assert list(report.by_surrogate) == ["model"]
     check_against_closed_form(report.correct.values(), distances, eps)
     for attack, reach in REACH.items():
@@ -135,7 +135,7 @@ def test_dataset_mode_on_raw_pixels_in_closed_form(norm):
     model, images, labels = prototype_problem("dataset")
     distances = prototype_distances(model, images, labels, norm)
     eps = distances.median().item()
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, eps), batch_size=40, surrogates_at_once=3,
+    report = run_attack(model, images, labels, ThreatModel(norm, eps), batch_size=40, surrogates_at_once=3,
                                     budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4), "fab-t": Budget(20, 4),
                                              "square": Budget(100)})
     assert list(report.by_surrogate) == ["fc", "dataset", "mixed", "true"]
@@ -150,7 +150,7 @@ def test_no_attack_breaks_more_than_the_closed_form_allows_under_any_surrogate(m
     model[1].mix = 0.0
     distances = prototype_distances(model, images, labels, "Linf")
     eps = distances.median().item()
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", eps), surrogates=list(SURROGATES),
+    report = run_attack(model, images, labels, ThreatModel("Linf", eps), surrogates=list(SURROGATES),
                                     surrogates_at_once=5, budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4),
                                                                   "fab-t": Budget(20, 4), "square": Budget(100)})
     check_against_closed_form(report.correct.values(), distances, eps)
@@ -327,8 +327,8 @@ def attacked(request, tmp_path_factory) -> Run:
     labels[[10, 55]] = (labels[[10, 55]] + 1) % 5
     threat = ThreatModel("Linf", prototype_distances(model, images, labels, "Linf").quantile(0.5).item())
     path = tmp_path_factory.mktemp("attacked") / "adversarial.safetensors"
-    report = mixed_surrogate_attack(model, images, labels, threat, batch_size=25, budgets=MIDDLE,
-                                    surrogates_at_once=request.param, save_adversarial=path)
+    report = run_attack(model, images, labels, threat, batch_size=25, budgets=MIDDLE,
+                                    surrogates_at_once=request.param, folder=path.parent, save_adversarial=True)
     candidates = load_file(path)
     del candidates["labels"]
     return Run(model, images, labels, threat, report, path, candidates)
@@ -445,8 +445,8 @@ def test_candidates_of_a_linear_surrogate_fool_it_as_its_closed_form_says(attack
 
 def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, digits, tmp_path):
     path = tmp_path / "adversarial.safetensors"
-    report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
-                                    save_adversarial=path)
+    report = run_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
+                                    folder=path.parent, save_adversarial=True)
     saved = load_file(path)
     assert set(saved) == {"clean", "labels", "assembled"} | ROWS
     assembled = saved.pop("assembled")
@@ -482,8 +482,8 @@ def test_each_mode_attacks_its_own_surrogates_and_is_rejudged_alike(tmp_path, mo
         # The FC classifier is right about few of these labels.
         labels = model(images).argmax(dim=1)
         labels[7] = (labels[7] + 1) % 5
-        report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
-                                        budgets=SMALL, surrogates_at_once=5, save_adversarial=path)
+        report = run_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
+                                        budgets=SMALL, surrogates_at_once=5, folder=path.parent, save_adversarial=True)
     assert list(report.by_surrogate) == [*surrogates, "true"]
     assert report.protocol["inference"] == mode
     judged = timm_hpm.rejudge(model, path)
@@ -502,10 +502,10 @@ def test_one_seed_gives_one_report_and_another_seed_another(tmp_path):
     reports, candidates = [], []
     for run, seed in enumerate((3, 3, 4)):
         torch.manual_seed(run)
-        path = tmp_path / f"{run}.safetensors"
-        reports.append(mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
+        path = tmp_path / str(run) / "adversarial.safetensors"
+        reports.append(run_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
                                               surrogates=["fc", "ste"], budgets=SMALL, seed=seed,
-                                              save_adversarial=path))
+                                              folder=path.parent, save_adversarial=True))
         candidates.append(load_file(path))
     assert all(set(row) == {"0", "1"} for row in reports[0].correct.values())
     assert reports[0].same_results(reports[1])
@@ -520,14 +520,14 @@ def test_the_model_the_random_state_and_the_gradients_are_left_alone(digits_mode
     model = copy.deepcopy(digits_model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, surrogates_at_once=5)
+    run_attack(model, *digits, THREAT, budgets=SMALL, surrogates_at_once=5)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
 def test_true_model_is_searched_even_where_its_twin_is_not_a_surrogate(digits_model, digits):
-    report = mixed_surrogate_attack(digits_model, *digits, THREAT, budgets=SMALL, surrogates=["fc"])
+    report = run_attack(digits_model, *digits, THREAT, budgets=SMALL, surrogates=["fc"])
     assert list(report.by_surrogate) == ["fc", "true"]
     assert set(report.by_surrogate["true"]) == {"square", "worst"}
 
@@ -536,7 +536,7 @@ def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
     torch.manual_seed(0)
     model = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=False).eval()
     labels = timm_hpm.PixelModel(model)(digits[0]).argmax(dim=1)
-    report = mixed_surrogate_attack(model, digits[0], labels, ThreatModel("Linf", 0.05), budgets=SMALL)
+    report = run_attack(model, digits[0], labels, ThreatModel("Linf", 0.05), budgets=SMALL)
     assert set(report.correct["fc/square"]) == {"0", "1"}
     assert report.protocol["surrogates"] == ["fc"] and report.protocol["prototypes_fitted"] is False
     assert report.correct["fc/square"] == report.baseline_correct["fc/square"]
@@ -613,13 +613,13 @@ def test_non_finite_logits_are_an_error_that_names_the_first_bad_image(digits, v
     images = digits[0] * 0.5
     images[[5, 9], 0, 0, 0] = 0.9
     with pytest.raises(NonFiniteLogitsError, match=r"image 5 .*not finite"):
-        mixed_surrogate_attack(Poisoned(0.8, value).eval(), images, digits[1], THREAT, batch_size=4)
+        run_attack(Poisoned(0.8, value).eval(), images, digits[1], THREAT, batch_size=4)
 
 
 def test_nan_logits_under_attack_are_a_flag(digits):
     model, images = Poisoned(0.05).eval(), digits[0] * 0
     labels = torch.full_like(digits[1], int(model(images[:1]).argmax()))
-    report = mixed_surrogate_attack(model, images, labels, THREAT, batch_size=5, budgets=SMALL, attacks=["apgd-ce"])
+    report = run_attack(model, images, labels, THREAT, batch_size=5, budgets=SMALL, attacks=["apgd-ce"])
     assert report.clean_accuracy == 1 and report.unreliable
     # One for the search and one for the judge, over all five batches: what the search met is what it found.
     assert [flag.name for flag in report.flags] == ["non-finite-logits"] * 2
@@ -655,7 +655,7 @@ def test_a_non_finite_answer_is_no_class(digits):
     ({"surrogates": ("fc",) * 0}, r"unknown surrogate \(none given\)"),
     ({"budgets": {"apgd_ce": Budget(1)}}, r"unknown attack 'apgd_ce'; expected some of apgd-ce, "),
     ({"budgets": {"fab-t": Budget(5)}}, r"the budget of fab-t has no targets.*Budget\(5, targets=9\)"),
-    ({"save_adversarial": Path("/dev/null/x.safetensors")}, r"cannot write into the output folder /dev/null"),
+    ({"folder": Path("/dev/null/x")}, r"cannot write into the output folder /dev/null"),
     ({"attacks": ["pgd"]}, r"unknown attack 'pgd'; expected some of apgd-ce, apgd-t, fab-t, square"),
     ({"surrogates_at_once": 0}, r"surrogates_at_once is 0"),
     ({"surrogates_at_once": 1.0}, r"surrogates_at_once is 1.0, of the type float; expected an integer"),
@@ -672,7 +672,9 @@ def test_a_non_finite_answer_is_no_class(digits):
     ({"neighbours": 10}, r"the batch sizes are 10; expected a list"),
     ({"neighbours": [2.5]}, r"a batch size is 2.5, of the type float"),
     ({"neighbours": [10], "neighbours_mixes": [None]}, r"a mix is None"),
-    ({"resume": 5}, r"resume is 5, of the type int; expected a path"),
+    ({"folder": 5}, r"folder is 5, of the type int; expected a path"),
+    ({"save_adversarial": "x"}, r"save_adversarial is 'x'; expected True or False"),
+    ({"save_adversarial": True}, r"save_adversarial needs a folder"),
     ({"accelerator": 2}, r"accelerator is 2, of the type int; expected an Accelerator"),
     ({"about": 5}, r"about is a int; expected a dictionary"),
     ({"about": {"x": {1}}}, r"about\['x'\] cannot be written as JSON"),
@@ -691,7 +693,7 @@ def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, me
     arguments = {"images": images, "labels": labels, "threat": THREAT}
     arguments |= {name: wrong[value]() if str(value) in wrong else value for name, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
-        mixed_surrogate_attack(digits_model, **arguments)
+        run_attack(digits_model, **arguments)
 
 
 def made_in_inference_mode() -> nn.Module:
@@ -708,7 +710,7 @@ def made_in_inference_mode() -> nn.Module:
     (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="meta")).eval(), r"1.weight is on the device meta"),
 ], ids=["lambda", "function", "class", "None", "inference", "meta"])
 def test_an_object_that_cannot_be_attacked_is_refused(digits, model, message):
-    calls = [lambda: mixed_surrogate_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
+    calls = [lambda: run_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
     if isinstance(model, nn.Module):
         calls += [lambda: timm_hpm.pgd(model, *digits, THREAT)]
         if isinstance(model[-1], HPMHead):
@@ -726,7 +728,7 @@ def test_images_with_the_channels_last_are_named(digits, digits_model, colours):
     convolutions = nn.Sequential(nn.Conv2d(colours, 3, 3), nn.Flatten(), nn.Linear(108, 10)).eval()
     images, labels = digits[0].expand(-1, colours, -1, -1).permute(0, 2, 3, 1), digits[1]
     for model in (convolutions, PixelModel(convolutions, [0.5] * colours, [0.5] * colours), digits_model):
-        for call in (lambda m: mixed_surrogate_attack(m, images, labels, THREAT),
+        for call in (lambda m: run_attack(m, images, labels, THREAT),
                      lambda m: timm_hpm.judge(m, images, labels, 8),
                      lambda m: timm_hpm.pgd(m, images, labels, THREAT)):
             with pytest.raises(ValueError, match=r"the shape .*8, 8, .*give images.permute\(0, 3, 1, 2\)"):
@@ -738,11 +740,11 @@ def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(d
     assert torch.equal(timm_hpm.judge(digits_model, digits[0], digits[1].to(dtype), 8),
                        timm_hpm.judge(digits_model, *digits, 8))
     options = {"attacks": ["apgd-ce"], "budgets": SMALL, "surrogates": ["fc"]}
-    reports = [mixed_surrogate_attack(digits_model, digits[0], labels, threat, **options)
+    reports = [run_attack(digits_model, digits[0], labels, threat, **options)
                for labels, threat in ((digits[1], THREAT), (digits[1].to(dtype), str(THREAT)))]
     assert reports[0].same_results(reports[1])
     with pytest.raises(ValueError, match=r"label 200 of image 0 is out of range"):
-        mixed_surrogate_attack(digits_model, digits[0], torch.full((len(digits[0]),), 200, dtype=torch.uint8), THREAT)
+        run_attack(digits_model, digits[0], torch.full((len(digits[0]),), 200, dtype=torch.uint8), THREAT)
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-1, 2), (5, -1)])
@@ -753,12 +755,12 @@ def test_a_budget_that_spends_nothing_is_refused(arguments):
 
 @pytest.mark.parametrize("part", ["", "stages.0.0.bn1"])
 def test_a_model_in_train_mode_is_refused_and_left_as_it_was(digits_model, digits, part, tmp_path):
-    mixed_surrogate_attack(digits_model, *digits, THREAT, surrogates=["fc"], attacks=["apgd-ce"], budgets=SMALL,
-                           save_adversarial=tmp_path / "adversarial.safetensors")
+    run_attack(digits_model, *digits, THREAT, surrogates=["fc"], attacks=["apgd-ce"], budgets=SMALL,
+                           folder=tmp_path, save_adversarial=True)
     model = copy.deepcopy(digits_model)
     model.get_submodule(part).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for ask in (lambda: mixed_surrogate_attack(model, *digits, THREAT),
+    for ask in (lambda: run_attack(model, *digits, THREAT),
                 lambda: timm_hpm.judge(model, *digits, 8),
                 lambda: timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors")):
         with pytest.raises(ValueError, match=rf"train mode \(at {part or 'its top'}\).*call model.eval\(\)"):
@@ -783,7 +785,7 @@ def test_a_head_that_is_not_last_is_refused(digits):
     head.set_prototypes(torch.rand(10, 64))
     model = nn.Sequential(nn.Flatten(), head, nn.Linear(10, 10)).eval()
     with pytest.raises(ValueError, match="something follows the head"):
-        mixed_surrogate_attack(model, *digits, THREAT)
+        run_attack(model, *digits, THREAT)
 
 
 def test_rejudge_refuses_another_file(digits_model, tmp_path):
@@ -795,7 +797,7 @@ def test_rejudge_refuses_another_file(digits_model, tmp_path):
 
 
 def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
-    report = mixed_surrogate_attack(digits_model, *digits, THREAT, batch_size=7, budgets=SMALL, seed=5,
+    report = run_attack(digits_model, *digits, THREAT, batch_size=7, budgets=SMALL, seed=5,
                                     attacks=["apgd-t"], about={"dataset": "digits"})
     report.save(tmp_path / "report.json")
     protocol = json.loads((tmp_path / "report.json").read_text())["protocol"]
@@ -810,11 +812,11 @@ def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
 
 def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
     images, labels = (part[:4] for part in digits)
-    report = mixed_surrogate_attack(digits_model, images, labels, THREAT, attacks=["joint-subset"],
+    report = run_attack(digits_model, images, labels, THREAT, attacks=["joint-subset"],
                                     budgets={"joint-subset": Budget(3, rounds=2)})
     assert report.protocol["attacks"] == {"joint-subset": {"iterations": 3, "rounds": 2}}
     assert "joint-subset iterations 3, rounds 2" in report_markdown(report)
     fast = PROTOCOLS["fast"].changed(budgets={"joint-subset": Budget(3)})
     assert fast.attacks["joint-subset"] == Budget(3, rounds=30), "none given are those of the protocol"
     with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-subset is run in rounds"):
-        mixed_surrogate_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})
+        run_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})

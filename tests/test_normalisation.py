@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from protocols import run_attack
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,7 +18,6 @@ from timm_hpm import (
     ThreatModel,
     compare,
     comparison_markdown,
-    mixed_surrogate_attack,
     report_markdown,
     report_page,
 )
@@ -33,21 +33,21 @@ FEW = ["--num-images", "16", "--batch-size", "16",
 
 
 def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_they_are(model, digits):
-    right = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    right = run_attack(model, *digits, THREAT, **QUICK)
     mean, std = (right.protocol["normalisation"][name] for name in ("mean", "std"))
     assert right.protocol["normalisation"]["source"] == "the pretrained_cfg of hpm_wrn10_2, tag digits_linf"
     model.pretrained_cfg |= {"mean": (-3.0,), "std": (0.05,)}
-    wrong = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    wrong = run_attack(model, *digits, THREAT, **QUICK)
     assert wrong.clean_accuracy < 0.3 and wrong.unreliable
     assert wrong.flags[0].name == "clean-near-chance"
     for given, source in (
-            (mixed_surrogate_attack(model, *digits, THREAT, mean=mean, std=std, **QUICK), "given as mean and std"),
-            (mixed_surrogate_attack(PixelModel(model, mean, std), *digits, THREAT, **QUICK), "given as mean and std"),
+            (run_attack(model, *digits, THREAT, mean=mean, std=std, **QUICK), "given as mean and std"),
+            (run_attack(PixelModel(model, mean, std), *digits, THREAT, **QUICK), "given as mean and std"),
     ):
         assert given.correct == right.correct and not given.unreliable
         assert given.protocol["normalisation"] == {"mean": mean, "std": std, "source": source}
     model.pretrained_cfg["std"] = std
-    half = mixed_surrogate_attack(model, *digits, THREAT, mean=mean, **QUICK)
+    half = run_attack(model, *digits, THREAT, mean=mean, **QUICK)
     assert half.correct == right.correct and half.protocol["normalisation"]["source"] == (
         "mean: given as mean and std; std: the pretrained_cfg of hpm_wrn10_2, tag digits_linf")
 
@@ -66,22 +66,22 @@ def test_mean_and_std_of_a_module_of_its_own(model, digits):
             return self.network(x)
 
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    plain = mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, **QUICK)
+    plain = run_attack(Wrapped().eval(), *digits, THREAT, **QUICK)
     assert plain.protocol["normalisation"] is None
     assert "Pixels go to the model as they are, in [0, 1]" in escaped_lines(plain)[2]
-    given = mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, mean=mean, std=std, **QUICK)
-    assert given.correct == mixed_surrogate_attack(model, *digits, THREAT, **QUICK).correct
+    given = run_attack(Wrapped().eval(), *digits, THREAT, mean=mean, std=std, **QUICK)
+    assert given.correct == run_attack(model, *digits, THREAT, **QUICK).correct
     with pytest.raises(ValueError, match="normalises pixels itself"):
-        mixed_surrogate_attack(PixelModel(model), *digits, THREAT, mean=mean, std=std, **QUICK)
+        run_attack(PixelModel(model), *digits, THREAT, mean=mean, std=std, **QUICK)
     with pytest.raises(ValueError, match="no pretrained_cfg that says its std"):
-        mixed_surrogate_attack(Wrapped().eval(), *digits, THREAT, mean=mean, **QUICK)
+        run_attack(Wrapped().eval(), *digits, THREAT, mean=mean, **QUICK)
     with pytest.raises(ValueError, match="images have 1 channels, the model's mean and std 3"):
-        mixed_surrogate_attack(model, *digits, THREAT, mean=[0.5] * 3, std=[0.5] * 3, **QUICK)
+        run_attack(model, *digits, THREAT, mean=[0.5] * 3, std=[0.5] * 3, **QUICK)
 
 
 def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, digits):
     model.pretrained_cfg |= {"mean": (-3.0,), "std": (0.05,)}
-    report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    report = run_attack(model, *digits, THREAT, **QUICK)
     lines = escaped_lines(report)
     assert lines[2].startswith("**Unreliable**") and lines[4].startswith("- [clean-near-chance](#clean-near-chance): ")
     note = next(i for i, line in enumerate(lines) if line.startswith("Pixels in [0, 1] are normalised by"))
@@ -163,7 +163,7 @@ def test_honest_answers_are_not_off_by_one(num_classes, num_images):
 
 def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
     images, labels = digits
-    report = mixed_surrogate_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
+    report = run_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
     assert {"labels-off-by-one", "clean-near-chance"} <= {flag.name for flag in report.flags} and report.unreliable
     assert "are answered with the class before their label" in report_markdown(report)
 

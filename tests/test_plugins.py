@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from protocols import run_attack
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def plugins(monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_registered_surrogate_is_attacked_alone_and_side_by_side_and_in_joint_if_it_depends_on_the_batch(
         model, digits, plugins, at_once):
-    report = timm_hpm.mixed_surrogate_attack(
+    report = run_attack(
         model, *digits, THREAT, batch_size=16, surrogates=["ste", "shrunken", "lukewarm"],
         attacks=["apgd-ce", "joint"], budgets={"apgd-ce": Budget(3), "joint": Budget(2)}, surrogates_at_once=at_once)
     assert set(report.correct) == {"clean", "ste/apgd-ce", "shrunken/apgd-ce", "lukewarm/apgd-ce", "ste/joint",
@@ -52,10 +53,10 @@ def test_a_registered_surrogate_is_attacked_alone_and_side_by_side_and_in_joint_
 
 def test_a_registered_attack_finds_the_points_that_it_says(model, digits, plugins, tmp_path):
     images, labels = digits
-    report = timm_hpm.mixed_surrogate_attack(model, images, labels, THREAT, batch_size=16, surrogates=["fc"],
-                                             attacks=["corner"], save_adversarial=tmp_path / "candidates.safetensors")
+    report = run_attack(model, images, labels, THREAT, batch_size=16, surrogates=["fc"],
+                                             attacks=["corner"], folder=tmp_path, save_adversarial=True)
     expected = (images + 0.05).clamp(max=1)
-    found = load_file(tmp_path / "candidates.safetensors")
+    found = load_file(tmp_path / "adversarial.safetensors")
     torch.testing.assert_close(found["fc/corner"], expected)
     right = timm_hpm.judge(model, found["fc/corner"], labels, 16)
     assert report.correct["fc/corner"] == "".join("1" if one else "0" for one in right)

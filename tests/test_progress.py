@@ -18,13 +18,14 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from protocols import run_attack, unfinished
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evaluate
 import timm_hpm
-from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, ThreatModel
 from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
 from timm_hpm.evaluation.command import begin
 from timm_hpm.evaluation.config import EvaluateConfig, resumed
@@ -394,7 +395,7 @@ def model() -> nn.Module:
 ])
 def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_path):
     images, labels = digits
-    mixed_surrogate_attack(model, images, labels, THREAT, **QUICK, resume=tmp_path / "progress")
+    unfinished(model, images, labels, THREAT, **QUICK, folder=tmp_path)
     other = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
     if change.get("model") == "other":
         with torch.no_grad():
@@ -407,44 +408,46 @@ def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_pat
     arguments = {"model": model, "images": images, "labels": labels, "threat": THREAT} | QUICK
     arguments |= {name: values.get(name, value) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
-        mixed_surrogate_attack(**arguments, resume=tmp_path / "progress")
+        run_attack(**arguments, folder=tmp_path)
 
 
 def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, tmp_path):
-    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds no progress of an evaluation, but other files"):
-        mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path)
-    folder = tmp_path / "progress"
-    folder.mkdir()
+        run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path)
+    run = tmp_path / "run"
+    folder = run / "progress"
+    folder.mkdir(parents=True)
     # As of a run that was killed when it had written nothing yet.
     (folder / ".run.json.99.tmp").touch()
-    report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder)
+    report = unfinished(model, *digits, THREAT, **QUICK, folder=run)
     step = folder / "batch00001-step00.safetensors"
     step.write_bytes(step.read_bytes()[:-1])
     (folder / ".batch00000-step07.safetensors.99.tmp").touch()
     with pytest.raises(ValueError, match=r"batch00001-step00.safetensors is damaged .*remove it, and it is made again"):
-        mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder)
+        run_attack(model, *digits, THREAT, **QUICK, folder=run)
     step.unlink()
-    assert mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder).same_results(report)
-    assert not list(folder.glob(".*.tmp"))
+    assert run_attack(model, *digits, THREAT, **QUICK, folder=run).same_results(report)
+    assert {path.name for path in run.iterdir()} == {"report.json"}
+    (run / "report.json").unlink()
+    folder.mkdir()
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run.json is damaged"):
-        mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=folder)
+        run_attack(model, *digits, THREAT, **QUICK, folder=run)
 
 
 @pytest.fixture(scope="module")
 def kept_run(model, digits, tmp_path_factory) -> Path:
-    """A folder of progress with candidates and neighbours: two batches, two steps and what is assembled of them."""
+    """A folder of progress with candidates: two batches, two steps and the assembled batches."""
     folder = tmp_path_factory.mktemp("kept")
-    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1, "neighbours": [4]}
-    mixed_surrogate_attack(model, *digits, THREAT, **options, save_adversarial=folder / "adversarial.safetensors",
-                           resume=folder / "kept")
-    return folder / "kept"
+    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1}
+    unfinished(model, *digits, THREAT, **options, folder=folder, save_adversarial=True)
+    return folder / "progress"
 
 
 def read_all(folder: Path, run: dict) -> None:
     progress = ProgressFolder(folder, run)
-    progress.load_neighbours(0)
     for batch in range(2):
         for step, names in enumerate((["fc/apgd-ce"], ["ste/apgd-ce"], ["assembled"])):
             progress.load(batch, step, names)
@@ -455,7 +458,7 @@ def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):
     run, choose = unsealed((kept_run / "run.json").read_text()), random.Random(0)
     read_all(kept_run, run)
     names = [path.name for path in kept_run.iterdir() if path.name != "lock"]
-    assert len(names) == 8
+    assert len(names) == 7
     for name in names:
         original = (kept_run / name).read_bytes()
         damaged = tmp_path / name
@@ -478,19 +481,18 @@ def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):
     ("batch00001-step00", "batch00001-step02", "step 0 instead of 2, names "),
     ("seed/batch00000-step00", "batch00000-step00", "run [0-9a-f]+ instead of [0-9a-f]+"),
     ("eps/batch00001-step00", "batch00001-step00", "run [0-9a-f]+ instead of "),
-    ("eps/neighbours00", "neighbours00", "run [0-9a-f]+ instead of "),
 ])
 def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path, source, target, what):
-    options = QUICK | {"neighbours": [4], "batch_size": 4}
+    options = QUICK | {"batch_size": 4}
     if "/" in source:
         threat = ThreatModel("Linf", 0.05) if source.startswith("eps/") else THREAT
-        mixed_surrogate_attack(model, *digits, threat, **options, seed=1, resume=tmp_path / source.partition("/")[0])
-    ending = ".json" if "neighbours" in source else ".safetensors"
+        unfinished(model, *digits, threat, **options, seed=1, folder=tmp_path / source.partition("/")[0])
+        source = source.replace("/", "/progress/")
     (tmp_path / "kept").mkdir()
     for path in kept_run.iterdir():
         shutil.copy(path, tmp_path / "kept")
-    file = tmp_path / "kept" / (target + ending)
-    shutil.copy((tmp_path if "/" in source else kept_run) / (source + ending), file)
+    file = tmp_path / "kept" / (target + ".safetensors")
+    shutil.copy((tmp_path if "/" in source else kept_run) / (source + ".safetensors"), file)
     with pytest.raises(ValueError, match=rf"{file.name} is damaged .*it is of another place: {what}"):
         read_all(tmp_path / "kept", unsealed((kept_run / "run.json").read_text()))
 
@@ -506,18 +508,19 @@ def test_another_network_of_the_same_weights_is_another_run(model, digits, tmp_p
 
     images, labels = digits
     first = Rounded(255).eval()
-    mixed_surrogate_attack(first, images, labels, THREAT, **QUICK, resume=tmp_path)
-    mixed_surrogate_attack(copy.deepcopy(first), images, labels, THREAT, **QUICK, resume=tmp_path)
+    unfinished(first, images, labels, THREAT, **QUICK, folder=tmp_path)
+    unfinished(copy.deepcopy(first), images, labels, THREAT, **QUICK, folder=tmp_path)
     with pytest.raises(ValueError, match=r"of another run \(clean_margin: -\d+\.\d+ there, -\d+\.\d+ now; "):
-        mixed_surrogate_attack(Rounded(3).eval(), images, labels, THREAT, **QUICK, resume=tmp_path)
+        run_attack(Rounded(3).eval(), images, labels, THREAT, **QUICK, folder=tmp_path)
 
 
 def test_a_finished_step_is_not_made_again(model, digits, tmp_path):
-    first = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path / "progress")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "progress").iterdir()}
-    again = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path / "progress")
+    first = unfinished(model, *digits, THREAT, **QUICK, folder=tmp_path)
+    again = run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path)
     assert again.same_results(first) and again.cost["apgd-ce"] == first.cost["apgd-ce"]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "progress").iterdir()} == times
+    time = (tmp_path / "report.json").stat().st_mtime_ns
+    assert run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path) == again
+    assert [(path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()] == [("report.json", time)]
 
 
 # Protocols
@@ -535,45 +538,44 @@ def test_two_runs_do_not_work_in_one_folder(model, digits, tmp_path):
             self.network = network
 
         def forward(self, x):
-            if (tmp_path / "batch00000-step00.safetensors").exists() and not others:
+            if (tmp_path / "progress" / "batch00000-step00.safetensors").exists() and not others:
                 others.append("")
                 with pytest.raises(ValueError) as error:
-                    mixed_surrogate_attack(self, images, labels, THREAT, **QUICK, resume=tmp_path)
+                    run_attack(self, images, labels, THREAT, **QUICK, folder=tmp_path)
                 others[0] = str(error.value)
             return self.network(x)
 
     asking = Asking(timm_hpm.PixelModel(model)).eval()
-    report = mixed_surrogate_attack(asking, images, labels, THREAT, **QUICK, resume=tmp_path)
-    assert others == [f"another process works on the run in {tmp_path}; wait for it, stop it, or choose another folder"]
-    assert mixed_surrogate_attack(asking, images, labels, THREAT, **QUICK, resume=tmp_path).same_results(report)
+    report = run_attack(asking, images, labels, THREAT, **QUICK, folder=tmp_path)
+    assert others == [f"another process works on the run in {tmp_path / 'progress'}; wait for it, stop it, or choose "
+                      "another folder"]
+    assert run_attack(asking, images, labels, THREAT, **QUICK, folder=tmp_path).same_results(report)
 
 
-def test_a_resumed_run_keeps_its_rows_of_neighbours(model, digits, tmp_path):
-    options = QUICK | {"neighbours": [4], "resume": tmp_path}
-    report = mixed_surrogate_attack(model, *digits, THREAT, **options)
-    kept = tmp_path / "neighbours00.json"
-    record = unsealed(kept.read_text())
-    assert record["rows"] == report.neighbours
-    kept.write_text(sealed(record | {"rows": report.neighbours[:1]}))
-    assert mixed_surrogate_attack(model, *digits, THREAT, **options).neighbours == report.neighbours[:1]
-    kept.write_text("[")
-    with pytest.raises(ValueError, match=r"neighbours00.json is damaged .*remove it, and it is made again"):
-        mixed_surrogate_attack(model, *digits, THREAT, **options)
+def test_a_resumed_run_measures_only_the_neighbours_that_it_lacks(model, digits, tmp_path):
+    options = QUICK | {"neighbours": [4, 5], "folder": tmp_path}
+    report = run_attack(model, *digits, THREAT, **options)
+    assert [row["batch_size"] for row in report.neighbours] == [4] * 3 + [5] * 3
+    # As if the process had been killed between the two sizes.
+    rows = [row | {"flipped": 0.25} for row in report.neighbours[:3]]
+    replace(report, neighbours=rows).save(tmp_path / "report.json")
+    assert run_attack(model, *digits, THREAT, **options).neighbours == [*rows, *report.neighbours[3:]]
+    assert AttackReport.load(tmp_path / "report.json").neighbours == [*rows, *report.neighbours[3:]]
 
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(model, digits, tmp_path):
-    mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path)
-    kept = tmp_path / "batch00001-step00.safetensors"
+    unfinished(model, *digits, THREAT, **QUICK, folder=tmp_path)
+    kept = tmp_path / "progress" / "batch00001-step00.safetensors"
     with safe_open(kept, "pt") as file:
         tensors, step = {name: file.get_tensor(name) for name in file.keys()}, unsealed(file.metadata()["step"])  # noqa: SIM118
     step["found"]["cost"]["seconds"] = 1000.0
     save_file(tensors, kept, {"step": sealed(step)})
-    cost = mixed_surrogate_attack(model, *digits, THREAT, **QUICK, resume=tmp_path).cost
+    cost = run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path).cost
     assert 1000 < cost["apgd-ce"]["seconds"] < cost["all"]["seconds"] < 1100
 
 
 def test_the_digest_of_a_protocol_tells_its_rounds(model, digits):
-    report = mixed_surrogate_attack(model, *digits, THREAT, **QUICK)
+    report = run_attack(model, *digits, THREAT, **QUICK)
     standard = PROTOCOLS["standard"]
     assert standard.changed(["fc"], QUICK["attacks"], QUICK["budgets"]).digest() == report.protocol["protocol_digest"]
     assert standard.summary()["attacks"]["joint-subset"] == {"iterations": 25, "rounds": 30}
@@ -627,14 +629,14 @@ def test_a_budget_that_cannot_be_read_is_named(text):
 
 def test_an_unknown_protocol_is_named(model, digits):
     with pytest.raises(ValueError, match="unknown protocol 'quick'; expected some of standard, fast"):
-        mixed_surrogate_attack(model, *digits, THREAT, protocol="quick")
+        run_attack(model, *digits, THREAT, protocol="quick")
 
 
 def test_a_broken_image_is_attacked_no_more_where_the_protocol_says_so(model, digits):
     budgets = {"apgd-ce": Budget(10), "apgd-t": Budget(10, 2), "square": Budget(20)}
     full = Protocol("full", budgets, ("fc", "ste"))
     survivors = Protocol("survivors", budgets, ("fc", "ste"), survivors_only=True)
-    reports = [mixed_surrogate_attack(model, *digits, ThreatModel("Linf", 0.2), protocol=protocol, surrogates_at_once=2)
+    reports = [run_attack(model, *digits, ThreatModel("Linf", 0.2), protocol=protocol, surrogates_at_once=2)
                for protocol in (full, survivors)]
     broken = [{i for i in range(8) if "0" in {row[i] for row in report.correct.values()}} for report in reports]
     assert 1 <= len(broken[1]) < 8 and abs(len(broken[0]) - len(broken[1])) <= 1

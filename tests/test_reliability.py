@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from protocols import run_attack
 from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import ThreatModel, mixed_surrogate_attack
+from timm_hpm import ThreatModel
 from timm_hpm.data import as_pixel_model
 from timm_hpm.evaluation import Budget
 from timm_hpm.training.trunk import PixelTrunk
@@ -49,7 +50,7 @@ def colours() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def test_images_in_channels_last_are_the_same_images(colours):
     model, images, labels = colours
     threat = ThreatModel("Linf", 0.01)
-    reports = [mixed_surrogate_attack(model, layout, labels, threat, budgets=SMALL, batch_size=5)
+    reports = [run_attack(model, layout, labels, threat, budgets=SMALL, batch_size=5)
                for layout in (images, images.contiguous(memory_format=torch.channels_last),
                               images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))]
     assert reports[0].robust_accuracy < 1
@@ -61,7 +62,7 @@ def test_a_model_of_another_precision_is_judged_in_it(colours, dtype):
     model, images, labels = colours
     model.to(dtype)
     labels = model(images.to(dtype)).argmax(dim=1)
-    report = mixed_surrogate_attack(model, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
+    report = run_attack(model, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
     assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1
     assert report.protocol["precision"] == str(dtype).removeprefix("torch.")
     assert next(model.parameters()).dtype == dtype and not report.unreliable
@@ -79,7 +80,7 @@ class Casting(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_an_hpm_model_that_casts_by_itself_is_attacked_through_every_surrogate(model, digits, dtype):
     images, casting = digits[0], Casting(model, dtype).eval()
-    report = mixed_surrogate_attack(casting, images, casting(images).argmax(dim=1), THREAT, budgets=SMALL)
+    report = run_attack(casting, images, casting(images).argmax(dim=1), THREAT, budgets=SMALL)
     assert {"soft/joint", "ste/joint-subset#2", "ste/apgd-chain"} <= report.correct.keys()
     assert report.clean_accuracy == 1 and report.robust_accuracy < 1 and not report.unreliable
 
@@ -88,7 +89,7 @@ def test_an_hpm_model_that_casts_by_itself_is_attacked_through_every_surrogate(m
 def test_a_model_that_casts_by_itself_is_attacked_in_its_own_precision(colours, dtype):
     _, images, _ = colours
     model = Casting(colours[0], dtype).eval()
-    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), ThreatModel("Linf", 0.01),
+    report = run_attack(model, images, model(images).argmax(dim=1), ThreatModel("Linf", 0.01),
                                     budgets=SMALL)
     assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1 and not report.unreliable
 
@@ -97,7 +98,7 @@ def test_a_model_that_casts_by_itself_is_attacked_in_its_own_precision(colours, 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["DataParallel",
                                                                                                "compile"])
 def test_a_wrapped_model_is_the_model(model, digits, wrap):
-    reports = [mixed_surrogate_attack(some.eval(), *digits, THREAT, budgets=SMALL, batch_size=16)
+    reports = [run_attack(some.eval(), *digits, THREAT, budgets=SMALL, batch_size=16)
                for some in (model, wrap(model))]
     assert reports[0].clean_accuracy == 1, "its normalisation belongs to it"
     assert reports[0].same_results(reports[1])
@@ -158,8 +159,8 @@ def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, wri
         "budgets": TINY, "attacks": ["apgd-ce", "fab-t", "joint"], "surrogates": ["soft", "ste"], "neighbours": [4]}
     found = []
     for name, model in zip(("in", "out"), pair_of(write, place), strict=True):
-        file = tmp_path / f"{name}.safetensors"
-        report = mixed_surrogate_attack(model, *digits, THREAT, batch_size=4, save_adversarial=file,
+        file = tmp_path / name / "adversarial.safetensors"
+        report = run_attack(model, *digits, THREAT, batch_size=4, folder=file.parent, save_adversarial=True,
                                         surrogates_at_once=2, **options)
         assert timm_hpm.rejudge(model, file).items() <= report.verdicts.items()
         judged = [timm_hpm.judge(model, *digits, 8) for _ in range(2)]
@@ -196,28 +197,28 @@ def test_training_and_fitting_do_not_see_that_a_model_writes_into_its_input(plac
 def test_a_scripted_model_is_attacked_and_one_that_cannot_be_copied_is_named(colours):
     model, images, labels = colours
     scripted = torch.jit.trace(model, images)
-    reports = [mixed_surrogate_attack(some, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
+    reports = [run_attack(some, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
                for some in (model, scripted)]
     assert reports[0].robust_accuracy == reports[1].robust_accuracy < 1
     model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"Colours cannot be copied \(.*lock.*\), and attacks work on a copy"):
-        mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL)
+        run_attack(model, images, labels, THREAT, budgets=SMALL)
 
 
 def test_an_hpm_model_in_bf16_is_judged_in_bf16(model, digits, tmp_path):
     path = tmp_path / "adversarial.safetensors"
-    whole = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    whole = run_attack(model, *digits, THREAT, budgets=SMALL)
     model.to(torch.bfloat16)
-    report = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, save_adversarial=path)
+    report = run_attack(model, *digits, THREAT, budgets=SMALL, folder=tmp_path, save_adversarial=True)
     assert report.protocol["precision"] == "bfloat16" and whole.protocol["precision"] == "float32"
     assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
     assert timm_hpm.rejudge(model, path) == {k: v for k, v in report.verdicts.items() if k != "true/square"}
 
 
 def test_under_autocast_the_judge_is_and_the_attacks_are_not(model, digits):
-    whole = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+    whole = run_attack(model, *digits, THREAT, budgets=SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        report = mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL)
+        report = run_attack(model, *digits, THREAT, budgets=SMALL)
     assert report.protocol["precision"] == "autocast to bfloat16" and not report.unreliable
     assert report.protocol["attacked_scale"] == whole.protocol["attacked_scale"]
     assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
@@ -228,7 +229,7 @@ def test_under_autocast_the_judge_is_and_the_attacks_are_not(model, digits):
 def test_few_classes_have_all_attacks_and_as_many_targets_as_there_are(num_classes, norm):
     model = Colours(num_classes).eval()
     images = torch.rand(8, 3, 8, 8)
-    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), ThreatModel(norm, 0.02),
+    report = run_attack(model, images, model(images).argmax(dim=1), ThreatModel(norm, 0.02),
                                     attacks=["apgd-ce", "apgd-t", "fab-t"], batch_size=8,
                                     budgets={"apgd-t": Budget(10, 9), "fab-t": Budget(5, 9)})
     targets = {name: budget["targets"] for name, budget in report.protocol["attacks"].items() if "targets" in budget}
@@ -239,7 +240,7 @@ def test_few_classes_have_all_attacks_and_as_many_targets_as_there_are(num_class
 def test_a_label_beyond_the_model_s_classes_is_named(colours):
     model, images, labels = colours
     with pytest.raises(ValueError, match=r"label 7 of image 3 is out of range; the model has the classes 0 to 4"):
-        mixed_surrogate_attack(model, images, labels.index_fill(0, torch.tensor(3), 7), THREAT)
+        run_attack(model, images, labels.index_fill(0, torch.tensor(3), 7), THREAT)
 
 
 class Noisy(Colours):
@@ -260,7 +261,7 @@ class Counting(Colours):
 @pytest.mark.parametrize(("network", "flag"), [(Noisy, "random-forward"), (Counting, "changes-state")])
 def test_a_model_that_is_not_the_same_from_call_to_call_makes_the_report_unreliable(network, flag):
     model, images = network().eval(), torch.rand(12, 3, 8, 8)
-    report = mixed_surrogate_attack(model, images, model(images).argmax(dim=1), THREAT, attacks=["apgd-ce"],
+    report = run_attack(model, images, model(images).argmax(dim=1), THREAT, attacks=["apgd-ce"],
                                     budgets=SMALL)
     assert report.unreliable and flag in [found.name for found in report.flags]
 
@@ -281,15 +282,15 @@ def test_the_caller_s_random_states_trace_function_and_loggers_are_left_alone(mo
 
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     # Once before: what is imported late makes its logger then.
-    mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
+    run_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
     previous = sys.gettrace()
     sys.settrace(trace)
     try:
         before = states()
-        mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
+        run_attack(model, *digits, THREAT, budgets=SMALL, batch_size=16)
         assert states() == before
         with pytest.raises(ValueError, match="unknown attack"):
-            mixed_surrogate_attack(model, *digits, THREAT, attacks=["none"])
+            run_attack(model, *digits, THREAT, attacks=["none"])
         assert states() == before
     finally:
         sys.settrace(previous)
@@ -324,7 +325,7 @@ def test_a_model_that_draws_leaves_the_caller_s_random_states_and_repeats_its_re
         np.random.seed(seed)
         torch.manual_seed(seed)
         before = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
-        reports.append(mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce", "square"],
+        reports.append(run_attack(model, images, labels, THREAT, attacks=["apgd-ce", "square"],
                                               budgets=SMALL, batch_size=6))
         assert (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()) == before
     assert reports[0].same_results(reports[1])
@@ -334,10 +335,10 @@ def test_a_model_that_draws_leaves_the_caller_s_random_states_and_repeats_its_re
 def test_buffers_that_a_model_changes_are_put_back():
     model, images = Counting().eval(), torch.rand(12, 3, 8, 8)
     labels = model(images).argmax(dim=1)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets=SMALL)
+    report = run_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets=SMALL)
     assert "changes-state" in [flag.name for flag in report.flags] and model.calls == 1
     with pytest.raises(ValueError, match="expected some of"):
-        mixed_surrogate_attack(model, images, labels, THREAT, attacks=["none"])
+        run_attack(model, images, labels, THREAT, attacks=["none"])
     assert model.calls == 1
 
 
@@ -349,7 +350,7 @@ def test_an_hpm_head_of_few_classes_has_all_attacks_and_neighbours(num_classes):
     model.fc.set_prototypes(torch.randn(num_classes, 8 * 36))
     images = torch.rand(8, 3, 8, 8)
     labels = model.eval()(images).argmax(dim=1)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, budgets=SMALL, neighbours=[4])
+    report = run_attack(model, images, labels, THREAT, budgets=SMALL, neighbours=[4])
     assert report.by_surrogate["ste"].keys() == {*SMALL, "worst"} and report.clean_accuracy == 1
     assert {row["kind"] for row in report.neighbours} == {"reshuffled", "chosen", "adversarial"}
 
@@ -357,9 +358,9 @@ def test_an_hpm_head_of_few_classes_has_all_attacks_and_neighbours(num_classes):
 def test_a_caller_in_inference_mode_gets_the_same_report(model, digits):
     images, labels = digits
     options = {"budgets": SMALL, "batch_size": 16, "neighbours": (4,)}
-    expected = mixed_surrogate_attack(model, images, labels, THREAT, **options)
+    expected = run_attack(model, images, labels, THREAT, **options)
     with torch.inference_mode():
-        found = mixed_surrogate_attack(model, images.clone(), labels.clone(), THREAT, **options)
+        found = run_attack(model, images.clone(), labels.clone(), THREAT, **options)
         assert torch.is_inference_mode_enabled()
     assert found.same_results(expected) and "apgd-ce" in expected.by_surrogate["fc"]
 
@@ -369,7 +370,7 @@ def test_a_default_dtype_of_the_caller_s_does_not_matter(model, digits, norm):
     images, labels = (part[:4] for part in digits)
     torch.set_default_dtype(torch.float64)
     try:
-        report = mixed_surrogate_attack(model, images, labels, ThreatModel(norm, 0.1), budgets=SMALL)
+        report = run_attack(model, images, labels, ThreatModel(norm, 0.1), budgets=SMALL)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {"fab-t", "square", "joint", "joint-subset"} <= report.by_surrogate["ste"].keys()
@@ -378,9 +379,9 @@ def test_a_default_dtype_of_the_caller_s_does_not_matter(model, digits, norm):
 def test_arguments_and_answers_that_are_no_tensors_are_named(model, digits):
     images, labels = digits
     with pytest.raises(ValueError, match=r"images is of the type ndarray; expected a tensor \(torch.from_numpy"):
-        mixed_surrogate_attack(model, images.numpy(), labels, THREAT)
+        run_attack(model, images.numpy(), labels, THREAT)
     with pytest.raises(ValueError, match=r"labels is of the type list; expected a tensor"):
-        mixed_surrogate_attack(model, images, labels.tolist(), THREAT)
+        run_attack(model, images, labels.tolist(), THREAT)
 
 
 class Answering(nn.Module):
@@ -403,7 +404,7 @@ class Answering(nn.Module):
 def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
     network = Answering(answer).eval()
     model = timm_hpm.PixelModel(network, [0.5], [0.5]) if wrapped else network
-    for call in (lambda: mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL),
+    for call in (lambda: run_attack(model, *digits, THREAT, budgets=SMALL),
                  lambda: timm_hpm.judge(model, *digits, 16)):
         with pytest.raises(ValueError, match=message):
             call()
@@ -416,7 +417,7 @@ def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
     (lambda x: x, lambda y: y.to(torch.complex64)), (lambda x: x, lambda y: y[:3]), (lambda x: x, lambda y: None)])
 def test_images_and_labels_of_other_kinds_are_named(model, digits, images, labels):
     changed = images(digits[0]), labels(digits[1])
-    for call in (lambda: mixed_surrogate_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
+    for call in (lambda: run_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
                  lambda: timm_hpm.pgd(model, *changed, THREAT),
                  lambda: timm_hpm.fit_prototypes(model, [changed], THREAT)):
         with pytest.raises(ValueError, match=r"^(images|labels) (is|have)"):
@@ -430,7 +431,7 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
     {"std": {0.5: 1}}, {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
-        mixed_surrogate_attack(model, *digits, THREAT, budgets=SMALL, **option)
+        run_attack(model, *digits, THREAT, budgets=SMALL, **option)
 
 
 def test_a_warning_is_counted_over_all_batches(colours):
@@ -440,7 +441,7 @@ def test_a_warning_is_counted_over_all_batches(colours):
 
     model, images = Saturated().eval(), colours[1]
     labels = model(images).argmax(dim=1)
-    report = mixed_surrogate_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)},
+    report = run_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)},
                                     batch_size=4)
     text, = [flag.text for flag in report.flags if flag.name == "saturated-softmax"]
     number = int(re.search(r"apgd-ce on model: the softmax of (\d+) of 12 clean answers is one-hot", text)[1])
@@ -457,5 +458,5 @@ def test_an_attack_that_fails_leaves_the_random_state_alone():
     model, images = Late().eval(), 0.5 * torch.rand(6, 3, 8, 8)
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="too bright"):
-        mixed_surrogate_attack(model, images, model(images).argmax(dim=1), THREAT, budgets=SMALL)
+        run_attack(model, images, model(images).argmax(dim=1), THREAT, budgets=SMALL)
     assert torch.equal(torch.get_rng_state(), state)

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from html_page import Page
+from protocols import run_attack
 
 import timm_hpm
-from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
+from timm_hpm import AttackReport, Protocol, ThreatModel
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.sweep import curves, parse_radii, sweep, sweep_markdown, sweep_page
 from timm_hpm.report import Flag
@@ -43,7 +44,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return images[:10], labels[:10]
 
 
-OPTIONS = {"batch_size": 10, "surrogates": ["fc", "dataset"], "attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(3)}}
+SHORT = Protocol("short", {"apgd-ce": Budget(3)}, ("fc", "dataset"))
+OPTIONS = {"batch_size": 10, "protocol": SHORT}
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +57,21 @@ def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
     assert [(report.protocol["inference"], report.protocol["threat"]) for report in reports] == [
         ("batch", "Linf:0.1"), ("batch", "Linf:0.3"), ("dataset", "Linf:0.1"), ("dataset", "Linf:0.3")]
     with timm_hpm.head_mode(model, "dataset"):
-        alone = mixed_surrogate_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
+        alone = run_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
     assert alone.same_results(reports[3])
     assert timm_hpm.find_head(model).inference == "batch"
 
 
 def test_reports_come_one_by_one_and_the_mode_is_the_callers_between_them(model, digits):
-    one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], **OPTIONS | {"surrogates": ["fc"]})
+    one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], batch_size=10, protocol=SHORT.changed(["fc"]))
     assert next(one_by_one).protocol["inference"] == "fc"
     assert timm_hpm.find_head(model).inference == "batch"
 
 
 def test_a_model_without_an_hpm_head_has_one_curve(digits):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
-    found = list(sweep(net, *digits, "L2", [0.5], **OPTIONS | {"surrogates": None}))
+    found = list(sweep(net, *digits, "L2", [0.5], batch_size=10,
+                       protocol=Protocol("short", {"apgd-ce": Budget(3)})))
     assert list(curves(found)) == ["model"]
     with pytest.raises(ValueError, match="has no HPM head"):
         sweep(net, *digits, "L2", [0.5], ["batch"])

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
+from protocols import run_attack
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -313,7 +314,7 @@ def test_a_quantised_module_is_measured():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}).eval()
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
-    report = timm_hpm.mixed_surrogate_attack(
+    report = run_attack(
         quantised, images, labels, timm_hpm.ThreatModel("Linf", 0.1), batch_size=4, attacks=["square"],
         budgets={"square": timm_hpm.evaluation.Budget(2)}, progress=False)
     assert len(report.protocol["weights_digest"]) == 16

@@ -24,6 +24,7 @@ from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
 from .judge import rejudge, saved_protocol
 from .neighbours import BATCH_SIZES, check_neighbours
+from .protocols import PROTOCOLS
 from .robustbench import parse_known, save_model_info
 from .sweep import SWEEP, own_mode, save_sweep, sweep
 
@@ -98,7 +99,9 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
         _print_notes(config, model, len(images), accelerator)
     begins = is_main and begin(config, output, resume)
     try:
-        return list(sweep(model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+        attacked = model if config.mean is None and config.std is None else as_pixel_model(
+            model, config.mean, config.std)
+        return list(sweep(attacked, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
                           folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
                           progress=True, about=_about(config, model, split), **options))
     except ValueError:
@@ -109,7 +112,7 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
 
 
 def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Returns the arguments of `mixed_surrogate_attack` that the options give, checked against model and images."""
+    """Returns the arguments of `sweep` that the options give, checked against model and images."""
     if config.inference:
         find_head(model)
     neighbours = config.neighbours
@@ -123,10 +126,10 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
     at_once = config.surrogates_at_once
     if at_once is None:
         at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
-    return {"protocol": config.base_protocol, "batch_size": config.batch_size, "surrogates": config.surrogates or None,
-            "attacks": config.attacks or None, "budgets": config.budgets(), "survivors_only": config.survivors_only,
-            "mean": config.mean, "std": config.std, "surrogates_at_once": at_once, "seed": config.seed,
-            "neighbours": neighbours, "neighbours_mixes": config.neighbours_mix}
+    protocol = PROTOCOLS[config.base_protocol].changed(config.surrogates or None, config.attacks or None,
+                                                       config.budgets(), config.survivors_only, at_once)
+    return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours,
+            "neighbours_mixes": config.neighbours_mix}
 
 
 def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, Any]:

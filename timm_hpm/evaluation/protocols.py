@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, Final
 
+from ..data import checked_integer
 from ..surrogates import check_names
 from .budget import Budget
 from .table import ATTACKS
@@ -37,16 +38,22 @@ class Protocol:
         attacks: names of `ATTACKS`, with the budget of each: what `as_budget` reads; those that do not apply to a model
             are left out.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
-        survivors_only: an image that was broken is attacked no more. The worst case counts the same, but the rows of
-            single attacks do not: in those that follow, the image stands at what broke it.
+        survivors_only: a broken image is attacked no more. The worst case is the same, but the rows of single attacks
+            are not: in later rows the image stays at the candidate that broke it.
+        surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets. The
+            candidates change with it, the protocol's name and digest do not.
     """
 
     name: str
     attacks: Mapping[str, Budget]
     surrogates: tuple[str, ...] | None = None
     survivors_only: bool = False
+    surrogates_at_once: int = field(default=1, compare=False)
 
     def __post_init__(self) -> None:
+        checked_integer("surrogates_at_once", self.surrogates_at_once, 1)
+        if not isinstance(self.survivors_only, bool):
+            raise ValueError(f"survivors_only is {self.survivors_only!r:.100}; expected True or False")
         object.__setattr__(self, "attacks", {name: as_budget(name, value) for name, value in self.attacks.items()})
 
     def digest(self) -> str:
@@ -71,12 +78,11 @@ class Protocol:
             attacks: Sequence[str] | None = None,
             budgets: Mapping[str, Budget | int | str] | None = None,
             survivors_only: bool = False,
+            surrogates_at_once: int | None = None,
     ) -> "Protocol":
         """Returns the protocol with other surrogates, attacks or budgets, or for survivors only.
 
-        It is named `"custom"` if that changes it.
-
-        An attack that is not the protocol's own has the standard budget.
+        It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one.
 
         Raises:
             ValueError: unknown attacks, a budget without targets for an attack that needs them, or with rounds for
@@ -99,9 +105,11 @@ class Protocol:
             budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
-                        surrogates=self.surrogates if surrogates is None else tuple(surrogates),
-                        survivors_only=self.survivors_only or survivors_only)
-        return self if other == self else replace(other, name="custom")
+                        surrogates=self.surrogates if surrogates is None else tuple(dict.fromkeys(surrogates)),
+                        survivors_only=self.survivors_only or survivors_only,
+                        surrogates_at_once=self.surrogates_at_once if surrogates_at_once is None
+                        else surrogates_at_once)
+        return other if other == self else replace(other, name="custom")
 
 
 _AUTOATTACK: Final = ("apgd-ce", "apgd-t", "fab-t", "square")

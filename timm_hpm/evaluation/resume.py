@@ -33,6 +33,11 @@ _MEASURED: Final = ("attacked_scale", "clean_margin")
 _RUN: Final = "run.json"
 
 
+def no_cost() -> dict[str, float]:
+    """Returns the cost of no work: seconds, and images that went forward and backward through the backbone."""
+    return {"seconds": 0.0, "forward_passes": 0, "backward_passes": 0}
+
+
 @dataclass
 class Step:
     """What one attack, through surrogates side by side, found on one batch of B images.
@@ -103,20 +108,6 @@ class ProgressFolder:
         check_same_run(f"{self.folder} holds the progress", found, run)
         self._run = _digest(json.dumps(found).encode())
 
-    def load_neighbours(self, number: int) -> list[dict[str, Any]] | None:
-        """Returns the rows of a `measure_neighbours`, or None if they are still to be made."""
-        path = self._neighbours_path(number)
-        if not path.exists():
-            return None
-        with _named(path):
-            record = unsealed(path.read_text(encoding="utf-8"))
-            self._check_place(record, number=number)
-            return record["rows"]
-
-    def save_neighbours(self, number: int, rows: list[dict[str, Any]]) -> None:
-        """Writes the rows of a `measure_neighbours`, whole or not at all."""
-        write_text(self._neighbours_path(number), sealed({"run": self._run, "number": number, "rows": rows}))
-
     def load(self, batch: int, step: int, names: Sequence[str]) -> Step | None:
         """Returns the step of a batch that judged the candidates `names`, or None if it is still to be made."""
         if not self._path(batch, step).exists():
@@ -158,9 +149,6 @@ class ProgressFolder:
                      if record[name] != value]
         if different:
             raise ValueError(f"it is of another place: {', '.join(different)}")
-
-    def _neighbours_path(self, number: int) -> Path:
-        return self.folder / f"neighbours{number:02d}.json"
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"

@@ -2,17 +2,20 @@
 
 import os
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..files import remove_unfinished, write_text
+from ..files import write_text
 from ..head import check_inference, find_head, head_mode, head_name
 from ..report import AttackReport, Flag, svg
 from ..report.html import flag_section, page, table, unreliable_banner
@@ -20,11 +23,13 @@ from ..report.metrics import wilson_interval
 from ..report.tables import INTERVAL, UNRELIABLE, pixels_note
 from ..report.write import write_report
 from ..threat import ThreatModel
-from .msa import mixed_surrogate_attack
-from .resume import remove_progress
+from .msa import REPORT, mixed_surrogate_attack
+from .neighbours import check_neighbours, measure_neighbours
 
 #: The page of all reports.
 SWEEP: Final = "sweep.html"
+#: The page of one report.
+PAGE: Final = "report.html"
 
 # More would be a typing error: a sweep costs as many evaluations.
 _MOST_RADII: Final = 1_000
@@ -56,8 +61,10 @@ def sweep(
         modes: Sequence[str] | None = None,
         *,
         folder: str | os.PathLike | None = None,
-        save_adversarial: bool = False,
         accelerator: Accelerator | None = None,
+        neighbours: Sequence[int] = (),
+        neighbours_mixes: Sequence[float] | None = None,
+        about: Mapping[str, Any] | None = None,
         **options: Any,
 ) -> Iterator[AttackReport]:
     """Yields the report of each inference mode at each radius above 0, mode after mode, as soon as it is there.
@@ -72,13 +79,15 @@ def sweep(
         folder: where each report is written as soon as it is there, with what a stopped sweep needs to go on: a report
             that is there already is not made again, and refused if it is of another run. A single report lies in the
             folder itself, several in folders named by mode and radius (`report_folder`).
-        save_adversarial: whether the candidates are written beside each report, for `rejudge`.
         accelerator: of several processes; the first one writes.
+        neighbours: batch sizes for `measure_neighbours`, which is called for a fitted head in batch mode.
+        neighbours_mixes: values of the head's `mix` for it; None means the head's own.
+        about: further entries of each report's protocol.
         **options: the other arguments of `mixed_surrogate_attack`.
 
     Raises:
-        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, candidates to be saved
-            without a folder, or a report of another run in the folder. Nothing was attacked then.
+        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, other
+            arguments of `mixed_surrogate_attack`, or a report of another run in the folder. Nothing was attacked then.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     if not threats:
@@ -86,7 +95,9 @@ def sweep(
     for mode in modes or ():
         check_inference(mode)
         find_head(model)
-    if save_adversarial and folder is None:
+    if neighbours or neighbours_mixes is not None:
+        check_neighbours(neighbours, neighbours_mixes, len(images))
+    if options.get("save_adversarial") and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
     places = {} if folder is None else {
@@ -95,21 +106,50 @@ def sweep(
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = places.get((mode, threat))
         with nullcontext() if mode == "none" else head_mode(model, mode):
-            report = mixed_surrogate_attack(
-                model, images, labels, threat, accelerator=accelerator,
-                resume=place and place / "progress", finished=place and place / "report.json",
-                save_adversarial=place / "adversarial.safetensors" if place and save_adversarial else None, **options)
-        if place is not None and (accelerator is None or accelerator.is_main_process):
-            if not (place / "report.json").exists():
-                write_report(report, place)
-            # A run may have been stopped between the two.
-            remove_progress(place / "progress", report.protocol)
-            remove_unfinished(place)
+            pairs = _pairs(model, neighbours, neighbours_mixes)
+            asked = {"neighbours": list(neighbours), "neighbours_mixes": neighbours_mixes and list(neighbours_mixes)}
+            report = mixed_surrogate_attack(model, images, labels, threat, folder=place, accelerator=accelerator,
+                                            about={**(about or {}), **(asked if pairs else {})}, **options)
+            measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
+            report = _with_neighbours(report, pairs, measure, place, accelerator)
+        if place is not None and _is_first(accelerator) and not (place / PAGE).exists():
+            write_report(report, place)
         return report
 
-    # Not a generator itself: what is wrong is said at once.
-    there = {entry: one(*entry) for entry, place in places.items() if (place / "report.json").exists()}
+    # Not a generator itself, so that wrong arguments raise at once.
+    there = {entry: one(*entry) for entry, place in places.items() if (place / REPORT).exists()}
     return (there[entry] if entry in there else one(*entry) for entry in plan)
+
+
+def _pairs(model: nn.Module, sizes: Sequence[int], mixes: Sequence[float] | None) -> list[tuple[int, float]]:
+    """Returns the batch sizes and mixes for which neighbours are measured: none unless they can flip an image."""
+    if own_mode(model) != "batch" or not find_head(model).is_fitted():
+        return []
+    return [(size, mix) for mix in mixes or [find_head(model).mix] for size in sizes]
+
+
+def _with_neighbours(report: AttackReport, pairs: Sequence[tuple[int, float]], measure: Callable[..., Any],
+                     place: Path | None, accelerator: Accelerator | None) -> AttackReport:
+    """Returns the report with the rows of `measure_neighbours` for the pairs that it lacks.
+
+    Each process measures one pair at a time, and the report is saved after each round of them.
+    """
+    done = {(row["batch_size"], row["mix"]) for row in report.neighbours}
+    missing = [pair for pair in pairs if pair not in done]
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    for i in range(0, len(missing), processes):
+        rows = [row for size, mix in missing[i + rank:i + rank + 1]
+                for row in measure(batch_sizes=[size], mixes=[mix])]
+        if accelerator is not None:
+            rows = gather_object(rows)
+        report = replace(report, neighbours=[*report.neighbours, *rows])
+        if place is not None and _is_first(accelerator):
+            report.save(place / REPORT)
+    return report
+
+
+def _is_first(accelerator: Accelerator | None) -> bool:
+    return accelerator is None or accelerator.is_main_process
 
 
 def own_mode(model: nn.Module) -> str:

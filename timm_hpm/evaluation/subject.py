@@ -1,0 +1,160 @@
+"""`Subject`: the model that is evaluated, and the description and the checks of it in a report."""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import margin_loss
+from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of, unwrapped
+from ..functional import in_autocast
+from ..head import find_head, head_name
+from ..report import Flag, data_digest, weights_digest
+from ..report.metrics import right_in_all
+from ..threat import ThreatModel
+from .attacked import AttackedModel
+from .checks import change_flag, check_model, head_flag, probability_flag, rough_flag, verdict_flag
+from .judge import check_finite, device_of, image_name, own_logits, pixel_model_for
+from .resume import no_cost
+from .seeding import seeded
+
+# Enough to see what the checks look for.
+_NUM_CHECKED: Final = 32
+
+
+@dataclass
+class Subject:
+    """The model that is evaluated, its attacked copy, and its logits for the first batch before any attack."""
+
+    model: nn.Module
+    pixel_model: nn.Module
+    attacked: AttackedModel
+    device: torch.device
+    example: Tensor
+    answer: Tensor
+    batch_size: int
+    seed: int
+    #: Cost of the checks.
+    cost: dict[str, float] = field(default_factory=no_cost)
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
+        """Returns the subject; raises unless the model answers its first batch as a classifier of these classes."""
+        pixel_model = pixel_model_for(model, images)
+        device = device_of(pixel_model, images)
+        example = images[:batch_size].to(device)
+        # A model may draw random numbers whenever it is asked.
+        with seeded(device, seed, "model"):
+            answer = _first_answer(pixel_model, example)
+        check_pixels(images, labels, answer.shape[1])
+        with seeded(device, seed, "split"), without_autocast(example):
+            attacked = AttackedModel(pixel_model, example)
+        return cls(model, pixel_model, attacked, device, example, answer, batch_size, seed)
+
+    @property
+    def num_classes(self) -> int:
+        return self.answer.shape[1]
+
+    def judges_whole_batches(self) -> bool:
+        """Returns whether a prediction of the true model depends on the other images of its batch."""
+        return self.attacked.batch_dependent(self.attacked.exact_surrogate())
+
+    def flags_before(self, images: Tensor, labels: Tensor) -> list[Flag]:
+        """Returns what is suspicious before any attack, on the first of the images."""
+        images, labels = images[:_NUM_CHECKED].to(self.device), labels[:_NUM_CHECKED].to(self.device)
+
+        def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.cost["forward_passes"] += len(inputs[0])
+
+        with seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
+            flags = check_model(self.pixel_model, images, labels, self.batch_size)
+        flags += [flag for flag in (probability_flag(self.answer), head_flag(self.model)) if flag is not None]
+        self.cost["backward_passes"] += len(images)
+        return flags
+
+    def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
+                    survivors_only: bool, raised: set[str]) -> list[Flag]:
+        """Returns what the verdicts say, and how the model answers now.
+
+        Of a model with an HPM head the gradient of the network with its FC classifier is checked: the head is known.
+        `raised` are the names of the flags so far.
+        """
+        flags = [verdict_flag(correct, survivors_only)]
+        if not raised & {"no-gradient", "zero-gradient"}:
+            survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
+            before = self.attacked.forward_passes, self.attacked.backward_passes
+            with seeded(self.device, self.seed, "survivors"), without_autocast(self.example):
+                flags.append(rough_flag(lambda x: self.attacked.logits("fc", self.attacked.features(x)),
+                                        images[survive].to(self.device), labels[survive].to(self.device), threat,
+                                        self.batch_size))
+            self.cost["forward_passes"] += self.attacked.forward_passes - before[0]
+            self.cost["backward_passes"] += self.attacked.backward_passes - before[1]
+        if "changes-state" not in raised:
+            with seeded(self.device, self.seed, "model"):
+                flags.append(change_flag(self.pixel_model, self.example, self.answer))
+            self.cost["forward_passes"] += len(self.example)
+        return [flag for flag in flags if flag is not None]
+
+    def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
+        """Returns what a report's protocol says of the model, the images, and what they met on.
+
+        `raised` are the names of the flags so far.
+        """
+        margin = None
+        if not raised & {"random-forward", "changes-state"}:
+            # Weights do not tell a network from one that computes something else with them.
+            margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
+        inner = unwrapped(self.model)
+        inner = unwrapped(inner.model) if isinstance(inner, PixelModel) else inner
+        cfg = getattr(inner, "pretrained_cfg", None) or {}
+        head = None if self.attacked.head is None else find_head(self.model)
+        return {
+            "architecture": cfg.get("architecture") or type(inner).__name__,
+            "weights_digest": weights_digest(inner),
+            "normalisation": normalisation_of(self.pixel_model),
+            "num_images": len(images),
+            "data_digest": data_digest(images, labels),
+            "num_classes": self.num_classes,
+            "inference": "none" if head is None else head.inference,
+            "mix": None if head is None else head.mix,
+            "prototypes_fitted": None if head is None else head.is_fitted(),
+            "clean_margin": margin,
+            "precision": _precision(self.model, self.device),
+            "attacked_scale": None if self.attacked.head is None else float(self.attacked.head.scale()),
+            "device": self.device.type,
+            "versions": {"python": platform.python_version()} | {
+                package: version(package) for package in ("timm-hpm", "torch", "timm")},
+        }
+
+
+@torch.no_grad()
+def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
+    """Returns the logits (B, C); raises unless they are logits, finite, and the HPM head's answer if there is one."""
+    answers: list[Tensor] = []
+    name = head_name(pixel_model)
+    head = nn.Identity() if name is None else pixel_model.get_submodule(name)
+    with head.register_forward_hook(lambda module, inputs, output: answers.append(output.clone())):
+        logits = check_logits(ask(pixel_model, images), len(images))
+    check_finite(own_logits(pixel_model, images, logits), partial(image_name, 0))
+    if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
+        raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
+                         "which the surrogates would not see. Attack it without its HPM head")
+    return logits
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which what is on the device of `x` keeps its precision."""
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
+
+
+def _precision(model: nn.Module, device: torch.device) -> str:
+    """Returns the dtype that the judge computes in."""
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        dtype = f"autocast to {torch.get_autocast_dtype(device.type)}"
+    return dtype.replace("torch.", "")

@@ -344,7 +344,7 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
     flipped = {row["kind"]: (row["flipped"], row["targets"]) for row in report.neighbours}["adversarial"]
     assert lost == "answers" or flipped[0] == flipped[1] > 0
     assert {example.predicted for example in report.examples} == {-1}
-    assert "answered not finite; found by" in report_page(report)
+    assert "predicted not finite; found by" in report_page(report)
     # Resumed it is the same, from the steps on disk.
     arguments["folder"] = tmp_path / "resumed"
     del arguments["neighbours"]

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any, Final
 
 from ..data import checked_integer
-from ..surrogates import check_names
+from ..surrogates import PLAIN, SURROGATES, check_names
 from .budget import Budget
 from .table import ATTACKS
 
@@ -105,7 +105,8 @@ class Protocol:
             budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
         other = replace(self, attacks={name: budget_of[name] for name in names},
-                        surrogates=self.surrogates if surrogates is None else tuple(dict.fromkeys(surrogates)),
+                        surrogates=self.surrogates if surrogates is None else check_names(
+                            "surrogate", surrogates, (*SURROGATES, PLAIN)),
                         survivors_only=self.survivors_only or survivors_only,
                         surrogates_at_once=self.surrogates_at_once if surrogates_at_once is None
                         else surrogates_at_once)

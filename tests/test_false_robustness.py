@@ -347,7 +347,6 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, survivors_only
     assert "predicted not finite; found by" in report_page(report)
     # Resumed it is the same, from the steps on disk.
     arguments["folder"] = tmp_path / "resumed"
-    del arguments["neighbours"]
     unfinished(model, *few, THREAT, **arguments)
     for path in sorted((tmp_path / "resumed" / "progress").glob("batch*"))[::2]:
         path.unlink()

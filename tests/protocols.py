@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from timm_hpm import AttackReport, ThreatModel, mixed_surrogate_attack
-from timm_hpm.data import as_pixel_model
 from timm_hpm.evaluation.protocols import find_protocol
 from timm_hpm.evaluation.sweep import sweep
 
@@ -19,11 +18,9 @@ PROTOCOL = {
 
 
 def run_attack(model, images, labels, threat, *, protocol="standard", surrogates=None, attacks=None, budgets=None,
-               survivors_only=False, surrogates_at_once=None, mean=None, std=None, **options: Any) -> AttackReport:
+               survivors_only=False, surrogates_at_once=None, **options: Any) -> AttackReport:
     """Runs a protocol with other surrogates, attacks or budgets; with `neighbours` their rows are in the report."""
     changed = find_protocol(protocol).changed(surrogates, attacks, budgets, survivors_only, surrogates_at_once)
-    if mean is not None or std is not None:
-        model = as_pixel_model(model, mean, std)
     if "neighbours" in options:
         threat = ThreatModel.of(threat)
         report, = sweep(model, images, labels, threat.norm, [threat.eps], protocol=changed, **options)

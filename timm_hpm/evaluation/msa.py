@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
+from ..data import as_pixel_model, check_answers_alike, check_pixels, checked_integer, normal_tensor
 from ..files import locked, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
@@ -48,6 +48,8 @@ def mixed_surrogate_attack(
         progress: bool = False,
         accelerator: Accelerator | None = None,
         about: Mapping[str, Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
 ) -> AttackReport:
     """Attacks a classifier through differentiable surrogates; the classifier itself judges every candidate.
 
@@ -60,8 +62,8 @@ def mixed_surrogate_attack(
     Square on the true model, reported under both.
 
     Arguments:
-        model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1], such as a
-            `PixelModel` with another normalisation; in eval mode. It is not changed: attacks search a frozen copy
+        model: a timm model (normalised by its `pretrained_cfg`, or by `mean` and `std`) or a module of pixels in
+            [0, 1]; in eval mode. It is not changed: attacks search a frozen copy
             (`AttackedModel`), and its parameters and buffers are restored if a forward pass changes them. It is judged
             in its own precision and in the caller's autocast.
         images: (N, channels, H, W), pixels in [0, 1].
@@ -80,6 +82,7 @@ def mixed_surrogate_attack(
         accelerator: of several processes that all make this call: whole batches are dealt out to them, and the report,
             the same on each, does not depend on their number. None means this process only.
         about: further entries of the report's protocol in JSON's types, such as the data set and the weights' origin.
+        mean, std: per-channel normalisation of the pixels in [0, 1]; None means the model's own. See `PixelModel`.
 
     Returns:
         The report, with a verdict for each image and candidate.
@@ -94,6 +97,8 @@ def mixed_surrogate_attack(
     threat, protocol = ThreatModel.of(threat), find_protocol(protocol).changed()
     about = _in_json({} if about is None else about)
     _check_folder(folder, save_adversarial, accelerator)
+    if mean is not None or std is not None:
+        model = as_pixel_model(model, mean, std)
     check_answers_alike(model)
     images = check_pixels(images, labels)
     start = time.perf_counter()

@@ -1,6 +1,5 @@
 """Weights of other classes than the network's, and the config that weights files carry and their loaders heed."""
 
-import argparse
 import json
 import shutil
 import warnings
@@ -17,6 +16,8 @@ import evaluate
 import timm_hpm
 from timm_hpm import CheckpointError, DroppedClassifierWarning, NormalisationWarning, add_hpm_head, find_head, hub
 from timm_hpm.__main__ import main
+from timm_hpm.evaluation.command import weights_of
+from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.models.create import create_model
 from timm_hpm.models.hpm_wrn import hpm_wrn10_2
 from timm_hpm.models.saving import saved_config
@@ -153,8 +154,7 @@ def test_weights_of_ones_own_have_no_tag_but_its_arguments(tmp_path):
         again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
     assert "liu2023" not in (tmp_path / "saved" / "config.json").read_text()
     assert type(again.act1) is type(model.act1) is timm.layers.GELU
-    said = evaluate.weights_of(model, argparse.Namespace(checkpoint=None, pretrained=None, **arguments))
-    assert said == str(tmp_path / "own.pt")
+    assert weights_of(model, EvaluateConfig(**arguments)) == str(tmp_path / "own.pt")
 
 
 def test_a_random_head_has_no_tag(tmp_path):

@@ -247,9 +247,9 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
     Raises:
         ValueError: if `images` are no pixels in [0, 1], or `labels` not their class indices below `num_classes`.
     """
-    labels = class_indices(labels, images)
-    if images.ndim != 4 or not images.numel():
+    if isinstance(images, Tensor) and (images.ndim != 4 or not images.numel()):
         raise _no_images(images)
+    labels = class_indices(labels, images)
     lowest, highest = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
     excess = torch.maximum(-lowest, highest - 1)
     bad = ~(excess <= max(1e-6, 2 * torch.finfo(images.dtype).eps))  # NaN is neither below nor above

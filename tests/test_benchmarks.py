@@ -173,6 +173,7 @@ def test_counted_passes_are_those_that_the_report_counts(msa):
     assert cost["joint"]["forward_passes"] == 2 * 6 * (protocol.attacks["joint"].iterations + 1)
 
 
+@pytest.mark.slow
 def test_protocols_are_compared_on_the_same_images(msa, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [
         "msa.py", "--images", "6", "--batch-size", "3", "--scale", "0.02", "--runs", "1", "--output", str(tmp_path),

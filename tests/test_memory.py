@@ -181,7 +181,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks 
 
 
 @linux
-@pytest.mark.parametrize("resumable", [False, True])
+@pytest.mark.parametrize("resumable", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_images_that_are_broken_do_not_stay_in_memory(tmp_path, resumable):
     calls = []
     for number in (200, 1200):

@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code", "workers"), [
-    (signal.SIGTERM, 0, 0), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
+    pytest.param(signal.SIGTERM, 0, 0, marks=pytest.mark.slow), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
 def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(number, code, workers, tmp_path):
     process = subprocess.Popen(command(*TINY, "--epochs", "500", "--workers", str(workers), "--output", "run"),
                                cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -295,8 +295,9 @@ FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
 
 
 @pytest.mark.parametrize("changes", [
-    {"epochs": 1}, {"epochs": 2, "batch_size": 1000}, {"epochs": 10},
+    {"epochs": 1}, {"epochs": 2, "batch_size": 1000},
     *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        {"epochs": 10},
         {"epochs": 20, "objective": "trades"}, {"epochs": 20, "objective": "clean"},
         {"epochs": 20, "model": "hpm_resnet18", "num_classes": 10, "in_chans": 1},
         {"epochs": 10, "batch_size": 32, "model_kwargs": {"inference": "sample"}})),

@@ -24,7 +24,6 @@ from html_page import Page
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from protocols import run_attack
 
 import timm_hpm
 from timm_hpm import report_markdown, report_page
@@ -279,13 +278,20 @@ def test_configurations_of_training(tmp_path, counts):
 
 def test_arguments_of_the_attack(model, counts):
     images, labels = timm_hpm.load_split("digits", "val").tensors
-    arguments = st.sampled_from(["threat", "protocol", "batch_size", "surrogates", "attacks", "budgets", "seed",
-                                 "about", "surrogates_at_once", "neighbours", "neighbours_mixes"])
+    of_the_protocol = ["surrogates", "attacks", "budgets", "survivors_only", "surrogates_at_once"]
+    arguments = st.sampled_from(["threat", "protocol", "batch_size", "seed", "about", "mean", "std", *of_the_protocol])
 
     def check(drawn: tuple[str, Any]) -> str:
         name, value = drawn
-        usual = {"threat": "Linf:0.1", "attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 1}}
-        return outcome(lambda: run_attack(model, images[:2], labels[:2], **usual | {name: value}))
+        usual = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 1}}
+
+        def attack() -> None:
+            changes = usual | ({name: value} if name in of_the_protocol else {})
+            options = {"threat": "Linf:0.1", "protocol": timm_hpm.PROTOCOLS["fast"].changed(**changes)}
+            if name not in of_the_protocol:
+                options[name] = value
+            timm_hpm.mixed_surrogate_attack(model, images[:2], labels[:2], **options)
+        return outcome(attack)
     counts(fuzz(500, st.tuples(arguments, VALUES), check))
 
 

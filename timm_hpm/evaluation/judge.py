@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,10 @@ def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
             f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
             "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model "
             "(timm_hpm/report/flags.md#non-finite-logits)")
+
+
+# Images whose candidates are checked at once.
+_AT_ONCE: Final = 256
 
 
 def judge(
@@ -135,29 +139,38 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     if now != there:
         raise ValueError(f"the model normalises pixels by mean and std {now}, that of {path} by {there}; give the same "
                          "(evaluate.py --mean, --std; timm_hpm.PixelModel)")
+    del clean  # candidates are in memory one set at a time
     with _mode_of(model, protocol["inference"]) as head:
         if head is not None and head.mix != protocol["mix"]:
             raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
         verdicts = {}
         for name in names:
             candidates = _saved_tensor(path, name)
-            _check_candidates(f"{name} in {path}", candidates, clean, threat)
+            _check_candidates(path, name, candidates, threat)
             verdicts[name] = as_row(judge(model, candidates, labels, protocol["batch_size"],
                                           allow_non_finite=name != "clean"))
         return verdicts
 
 
-def _check_candidates(place: str, candidates: Tensor, clean: Tensor, threat: ThreatModel) -> None:
-    if candidates.shape != clean.shape or candidates.dtype != clean.dtype:
-        raise ValueError(f"{place} has the shape {tuple(candidates.shape)} and dtype {candidates.dtype}; expected "
-                         f"those of the clean images, {tuple(clean.shape)} and {clean.dtype}")
-    outside = ~threat.contains(candidates, clean)
-    if outside.any():
-        first = int(outside.nonzero()[0])
-        distance = float(threat.distance(candidates[first:first + 1], clean[first:first + 1]))
-        raise ValueError(f"image {first} of {place} is outside of the threat model {threat}: its distance is "
-                         f"{distance:.6g} and its pixels go from {float(candidates[first].min()):.6g} to "
-                         f"{float(candidates[first].max()):.6g}. Such a candidate proves nothing; run the attack again")
+def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, threat: ThreatModel) -> None:
+    """Raises a ValueError that names the first candidate outside of the ball around its clean image."""
+    for first in range(0, len(candidates), _AT_ONCE):
+        some = candidates[first:first + _AT_ONCE]
+        # A file that stays open keeps in memory what was read of it.
+        with safe_open(path, "pt") as file:
+            whole = file.get_slice("clean")
+            clean, shape = whole[first:first + _AT_ONCE], tuple(whole.get_shape())
+        if some.shape != clean.shape or some.dtype != clean.dtype:
+            raise ValueError(f"{name} in {path} has the shape {tuple(candidates.shape)} and dtype {candidates.dtype}; "
+                             f"expected those of the clean images, {shape} and {clean.dtype}")
+        outside = ~threat.contains(some, clean)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            distance = float(threat.distance(some[row:row + 1], clean[row:row + 1]))
+            raise ValueError(
+                f"image {first + row} of {name} in {path} is outside of the threat model {threat}: its distance is "
+                f"{distance:.6g} and its pixels go from {float(some[row].min()):.6g} to {float(some[row].max()):.6g}. "
+                "Such a candidate proves nothing; run the attack again")
 
 
 def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:

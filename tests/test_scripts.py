@@ -383,8 +383,8 @@ def test_the_readme_s_example_runs(tmp_path, monkeypatch):
     example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     # The same calls on a smaller budget: the standard one is the slow tests'.
     assert "batch_size=16)" in example
-    names: dict = {}
-    exec(example.replace("batch_size=16)", "batch_size=16, attacks=['apgd-ce'], surrogates=['fc'])"), names)
+    names: dict = {"quick": timm_hpm.PROTOCOLS["fast"].changed(["fc"], ["apgd-ce"])}
+    exec(example.replace("batch_size=16)", "batch_size=16, protocol=quick)"), names)
     assert 0 <= names["report"].robust_accuracy <= names["report"].clean_accuracy <= 1
     assert type(names["model"]) is type(timm.create_model("convnext_tiny", num_classes=10))
     assert names["report"].by_surrogate["fc"]["apgd-ce"] == names["report"].robust_accuracy

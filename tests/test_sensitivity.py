@@ -1,0 +1,140 @@
+"""The sensitivity study: closed forms on linear features, the trap of a saturated cross-entropy, its file and page."""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from html_page import Page
+from torch import nn
+
+import timm_hpm
+from timm_hpm.head import HPMHead, find_head
+from timm_hpm.report.sensitivity_page import sensitivity_markdown, sensitivity_page
+from timm_hpm.sensitivity import Sensitivity, measure_sensitivity
+
+
+class LinearFeatures(nn.Module):
+    """Features A·x of 2×1 pixels, and an HPM head of two classes on them."""
+
+    def __init__(self, log_scale: float = 0.0):
+        super().__init__()
+        self.features = nn.Linear(2, 3, bias=False)
+        self.features.weight.data = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.25, 0.25]])
+        self.head = HPMHead(3, 2)
+        self.head.weight.data = torch.tensor([[0.5, -1.0, 0.0], [-0.5, 1.0, 0.5]])
+        self.head.bias.data.zero_()
+        self.head.set_prototypes(torch.tensor([[0.5, 0.0, 0.0], [0.0, 1.0, 0.5]]))
+        self.head.log_scale.data.fill_(log_scale)
+
+    def forward(self, pixels):
+        return self.head(self.features(pixels.flatten(1)))
+
+
+def images_of(model: LinearFeatures, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in the middle of the pixel range, labelled as the head predicts."""
+    images = 0.35 + 0.3 * torch.rand(16, 1, 2, 1)
+    with torch.no_grad(), timm_hpm.head_mode(model, mode):
+        return images, model(images).argmax(dim=1)
+
+
+@pytest.mark.parametrize("mode", ["fc", "dataset"])
+@pytest.mark.parametrize(("norm", "dual", "eps"), [("Linf", 1, 0.02), ("L2", 2, 0.03)])
+def test_movements_on_linear_features_are_the_closed_forms(mode, norm, dual, eps):
+    model = LinearFeatures().eval()
+    head, a = model.head, model.features.weight.detach()
+    images, labels = images_of(model, mode)
+    # With static prototypes the difference of two ℓ2 logits is linear in the features, too.
+    weight = head.weight if mode == "fc" else 2 * head.scale() * head.prototypes
+    direction = a.T @ (weight[0] - weight[1]).detach()
+    delta = eps * (direction.sign() if norm == "Linf" else direction / direction.norm())
+    z = images.flatten(1) @ a.T
+    spread = 2 ** 0.5 * (z - z.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+
+    row, = measure_sensitivity(model, images, labels, norm, [0, eps], [mode], iterations=20, batch_size=5).rows
+
+    assert row.overall.margin_lost == pytest.approx(eps * float(direction.norm(dual)), rel=1e-3)
+    assert row.overall.feature_shift == pytest.approx(float((a @ delta).norm() / spread), rel=1e-3)
+    assert row.overall.sensitivity == pytest.approx(
+        row.overall.margin_lost / row.overall.margin / row.overall.feature_shift)
+
+
+@pytest.mark.parametrize("mode", ["dataset", "sample"])
+def test_a_saturated_cross_entropy_claims_robustness_that_the_margin_attack_refutes(mode):
+    model = LinearFeatures(log_scale=9.0).eval()
+    images, labels = images_of(model, mode)
+    # Far enough to cross for every image, but the softmax is exactly one-hot at the start.
+    row, = measure_sensitivity(model, images, labels, "Linf", [0.35], [mode], iterations=20).rows
+    assert row.overall.accuracy < 0.2 < 0.4 < row.overall.naive_accuracy
+
+
+def test_no_scale_of_the_logits_changes_the_sensitivity():
+    rows = []
+    for log_scale in (-2.0, 0.0, 6.0):
+        model = LinearFeatures(log_scale).eval()
+        torch.manual_seed(0)
+        images, labels = images_of(model, "dataset")
+        row, = measure_sensitivity(model, images, labels, "Linf", [0.02], ["dataset"], iterations=10).rows
+        rows.append(row.overall)
+    for row in rows[1:]:
+        assert row.sensitivity == pytest.approx(rows[0].sensitivity, rel=1e-3)
+        assert row.accuracy == rows[0].accuracy
+
+
+@pytest.fixture(scope="module")
+def study():
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    images, labels = timm_hpm.load_split("digits", "val").tensors
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = measure_sensitivity(model, images[:30], labels[:30], "Linf", [0.05, 0.2], ("fc", "dataset", "batch"),
+                                 iterations=5, batch_size=15, name="<digits>")
+    assert find_head(model).inference == "batch"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return result
+
+
+def test_classes_add_up_to_the_whole(study):
+    for row in study.rows:
+        parts = row.by_class.values()
+        assert sum(part.images for part in parts) == row.overall.images == 30
+        for name in ("accuracy", "naive_accuracy", "feature_shift", "margin", "margin_lost"):
+            mean = sum(part.images * getattr(part, name) for part in parts) / 30
+            assert getattr(row.overall, name) == pytest.approx(mean, rel=1e-4, abs=1e-6)
+        assert row.overall.accuracy <= row.overall.naive_accuracy <= study.clean[row.head]
+
+
+def test_a_study_is_read_back_as_it_was_saved_and_other_files_are_refused(study, tmp_path):
+    study.save(tmp_path / "study.json")
+    assert Sensitivity.load(tmp_path / "study.json") == study
+    for text in ("{}", "[1]", "no JSON", '{"rows": [1]}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json holds no sensitivity"):
+            Sensitivity.load(tmp_path / "other.json")
+
+
+def test_the_page_shows_every_network_head_and_class_and_nothing_from_outside(study):
+    robust = dataclasses.replace(study, name="robust")
+    text = sensitivity_page([study, robust], [f"digit {i}" for i in range(10)])
+    page = Page(text)
+    assert text.count("<svg") == 2 and "&lt;digits&gt;" in text and "<digits>" not in text
+    assert "digit 9" in text and "HPM, batch" in text
+    assert page.all("svg") and not page.all("script") and not page.all("img")
+    assert sensitivity_markdown(study).count("\n") == 2 + len(study.rows)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"radii": [0]}, "expected a radius above 0"), ({"heads": ()}, "and a head"), ({"heads": ("l2",)}, "l2"),
+    ({"iterations": 0}, "iterations"), ({"norm": "L3"}, "norm"), ({"batch_size": 0}, "batch_size"),
+])
+def test_malformed_arguments_are_named(change, message):
+    model = LinearFeatures().eval()
+    arguments = {"norm": "Linf", "radii": [0.1], "heads": ("fc",), "iterations": 1, "batch_size": 4} | change
+    with pytest.raises(ValueError, match=message):
+        measure_sensitivity(model, torch.rand(4, 1, 2, 1), torch.zeros(4, dtype=torch.long), **arguments)
+
+
+def test_an_unfitted_head_is_refused():
+    model = LinearFeatures().eval()
+    model.head.reset_prototypes()
+    with pytest.raises(ValueError, match="fit_prototypes"):
+        measure_sensitivity(model, torch.rand(4, 1, 2, 1), torch.zeros(4, dtype=torch.long), "Linf", [0.1])

@@ -14,7 +14,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 import yaml
@@ -28,18 +28,8 @@ _RANGES: Final = {"least": (operator.ge, "at least"), "most": (operator.le, "at 
                   "above": (operator.gt, "above"), "below": (operator.lt, "below")}
 
 
-def option(
-        default: Any,
-        group: str,
-        about: str,
-        *flags: str,
-        choices: Collection[str] = (),
-        free: bool = False,
-        least: float | None = None,
-        most: float | None = None,
-        above: float | None = None,
-        below: float | None = None,
-) -> Any:
+def option(default: Any, group: str, about: str, *flags: str, choices: Collection[str] = (), free: bool = False,
+           **bounds: float) -> Any:
     """Returns a dataclass field for an option of a script.
 
     Arguments:
@@ -49,11 +39,37 @@ def option(
         flags: short forms, such as `"-b"`.
         choices: accepted texts; a live table of names may grow later.
         free: whether a run may be resumed with another value.
-        least, most, above, below: bounds of a number, or of each number of a tuple.
+        bounds: of a number, or of each number of a tuple: `least`, `most`, `above`, `below`.
     """
     return field(default=default, metadata={
-        "group": group, "about": about, "flags": flags, "choices": choices, "free": free,
-        "range": {"least": least, "most": most, "above": above, "below": below}})
+        "group": group, "about": about, "flags": flags, "choices": choices, "free": free, "bounds": bounds})
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """The options that a training run and an evaluation share."""
+
+    model: str = option("hpm_wrn10_2", "model", "timm model, with or without an HPM head")
+    model_kwargs: dict[str, Any] | None = option(None, "model", "arguments of timm.create_model, such as mix=0.5")
+    num_classes: int | None = option(None, "model", "number of classes (the model's)")
+    mean: tuple[float, ...] | None = option(
+        None, "model", "per-channel mean of the normalisation of pixels in [0, 1] (the model's; from scratch the data "
+                       "set's)")
+    std: tuple[float, ...] | None = option(
+        None, "model", "per-channel standard deviation of the normalisation (see --mean)", above=0)
+    dataset: str = option("digits", "data", "digits, fashion_mnist, folder, or a name of timm.data.create_dataset; see "
+                                            "docs/data.md")
+    data_dir: str | None = option(None, "data", "folder of the data set")
+    dataset_download: bool = option(False, "data", "download of the data set by torchvision", free=True)
+    class_map: str | None = option(
+        None, "data", "file of class names in the order of the model's classes, as in timm")
+    img_size: int | None = option(None, "data", "side of decoded images in pixels (the model's)")
+    threat: str | None = option(None, "attack", "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
+    # NumPy's random state takes no larger one.
+    seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def check(options: Any) -> None:
@@ -201,12 +217,12 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
-    choices = metadata["choices"]
+    choices = metadata.get("choices", ())
     if choices and value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-    for bound, limit in metadata["range"].items():
+    for bound, limit in metadata.get("bounds", {}).items():
         holds, text = _RANGES[bound]
-        if limit is not None and not holds(value, limit):
+        if not holds(value, limit):
             raise ValueError(f"{name} is {value}; expected {text} {limit}")
 
 

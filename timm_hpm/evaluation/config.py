@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import torch
 
-from ..data import DATASETS, SPLITS
+from ..data import SPLITS
 from ..files import default_folder
 from ..head import INFERENCE_MODES, check_inference
-from ..options import as_dict, check, free_names, option, read_options
+from ..options import CommonOptions, as_dict, free_names, option, read_options
 from ..surrogates import SURROGATES
 from .budget import Budget
 from .neighbours import BATCH_SIZES
@@ -27,37 +27,23 @@ _ATTACK: Final = "attack"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(CommonOptions):
     """The options of an evaluation; see `python evaluate.py --help`.
 
     Raises:
         ValueError: a value of another type, out of its range, or that does not fit another option.
     """
 
-    model: str = option("hpm_wrn10_2", _MODEL, "timm model, with or without an HPM head")
     pretrained: bool | None = option(None, _MODEL, "the model's pretrained weights (unless --checkpoint is given)")
     checkpoint: str | None = option(None, _MODEL, "file of the weights instead, such as train.py's model.safetensors")
-    num_classes: int | None = option(None, _MODEL, "classes of the --checkpoint (the model's)")
-    model_kwargs: dict[str, Any] | None = option(None, _MODEL, "arguments of timm.create_model, such as mix=0.5")
-    mean: tuple[float, ...] | None = option(
-        None, _MODEL, "per-channel mean of the normalisation of pixels in [0, 1] (the model's pretrained_cfg)")
-    std: tuple[float, ...] | None = option(
-        None, _MODEL, "per-channel standard deviation of the normalisation (the model's pretrained_cfg)")
     inference: tuple[str, ...] | None = option(
         None, _MODEL, f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
                       "own (the model's mode)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", _MODEL, "device of PyTorch")
 
-    dataset: str = option("digits", _DATA, f"one of {', '.join(DATASETS)}")
-    data_dir: str | None = option(None, _DATA, "folder of the data set; see docs/data.md")
-    dataset_download: bool = option(False, _DATA, "download of the data set by torchvision", free=True)
-    class_map: str | None = option(
-        None, _DATA, "file of class names in the order of the model's classes, as in timm; see docs/data.md")
-    img_size: int | None = option(None, _DATA, "side of decoded images in pixels (the model's)")
     split: str = option("test", _DATA, f"one of {', '.join(SPLITS)}")
     num_images: int = option(100, _DATA, "number of images, the first of the split; 0 for all", least=0)
 
-    threat: str | None = option(None, _ATTACK, "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
     eps_sweep: str | None = option(
         None, _ATTACK, "radii FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.02 or 0:8/255:2/255, each with "
                        "a report of its own; at 0 the robust accuracy is the clean one")
@@ -84,13 +70,12 @@ class EvaluateConfig:
     surrogates_at_once: int | None = option(
         None, _ATTACK, "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
                        "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
-    seed: int = option(0, _ATTACK, "seed of all randomness", least=0)
     save_adversarial: bool = option(
         False, "output", "adversarial.safetensors, every candidate for --rejudge; by standard on an HPM head in batch "
                          "mode 88 times the images")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for mode in self.inference or ():
             check_inference(mode)
         if self.protocol == "custom" and not self.is_custom:

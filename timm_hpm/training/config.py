@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..options import as_dict, check, free_names, option
+from ..options import CommonOptions, as_dict, free_names, option
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .objectives import OBJECTIVES
@@ -22,38 +22,26 @@ _MACHINE: Final = "machine and output"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(CommonOptions):
     """The options of a training run, under timm's names if timm has them; see `python train.py --help`.
 
     Raises:
         ValueError: a value of another type, out of its range, or that does not fit another option.
     """
 
-    model: str = option("hpm_wrn10_2", _MODEL, "timm model with an HPM head")
-    model_kwargs: dict[str, Any] | None = option(None, _MODEL, "arguments of timm.create_model, such as mix=0.5")
     pretrained: bool = option(False, _MODEL, "initial weights: the model's pretrained ones, else random ones")
     initial_checkpoint: str | None = option(None, _MODEL, "file of the initial weights, ours or another project's")
-    num_classes: int | None = option(None, _MODEL, "number of classes; another number makes a new head (the model's)")
     in_chans: int | None = option(None, _MODEL, "channels of the images (the model's)")
-    mean: tuple[float, ...] | None = option(
-        None, _MODEL, "per-channel mean of the normalisation (the weights'; from scratch the data set's)")
-    std: tuple[float, ...] | None = option(
-        None, _MODEL, "per-channel standard deviation of the normalisation (see --mean)", above=0)
     freeze_backbone: bool = option(False, _MODEL, "training of the head alone")
     grad_checkpointing: bool = option(False, _MODEL, "gradient checkpointing: less memory, one more forward pass")
 
-    dataset: str = option("digits", _DATA, "digits, fashion_mnist, folder, or a name of timm.data.create_dataset")
     data_dir: str | None = option(None, _DATA, "folder of the data set", free=True)
-    dataset_download: bool = option(False, _DATA, "download of the data set by torchvision", free=True)
-    class_map: str | None = option(None, _DATA, "file of class names in the order of their indices, as in timm")
-    img_size: int | None = option(None, _DATA, "side of decoded images in pixels (the model's)")
     shift: int = option(1, _DATA, "augmentation: largest random shift in pixels", least=0)
     hflip: float = option(0.0, _DATA, "augmentation: probability of a horizontal flip", least=0, most=1)
     random_resized_crop: bool = option(False, _DATA, "augmentation: random resized crops, and flips")
     batch_size: int = option(128, _DATA, "images per process and forward pass", "-b", least=1)
     workers: int = option(0, _DATA, "data loading workers per process", "-j", least=0, free=True)
 
-    threat: str | None = option(None, _ATTACK, "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
     objective: str = option("pgd-at", _ATTACK, "training objective: its attack and its loss", choices=OBJECTIVES)
     trades_beta: float = option(6.0, _ATTACK, "weight of TRADES' divergence", least=0)
     attack_steps: int = option(10, _ATTACK, "PGD steps; 1 is FGSM with random start", least=1)
@@ -87,8 +75,6 @@ class TrainConfig:
     smoothing: float = option(0.0, _OPTIMISATION, "label smoothing of the loss", least=0, below=1)
     model_ema: bool = option(False, _OPTIMISATION, "moving average of the weights, which is then the kept model")
     model_ema_decay: float = option(0.9998, _OPTIMISATION, "EMA decay of the weights per update", least=0, most=1)
-    # NumPy's random state takes no larger one.
-    seed: int = option(0, _OPTIMISATION, "seed of all randomness", least=0, below=2**32)
 
     device: str | None = option(None, _MACHINE, "cpu ignores accelerators (Accelerate's choice)", choices=("cpu",),
                                 free=True)
@@ -102,7 +88,7 @@ class TrainConfig:
     log_with: str | None = option(None, _MACHINE, "tracker of Accelerate", choices=TRACKERS, free=True)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.threat is not None:
             ThreatModel.parse(self.threat)
         if self.prototype_epoch is not None and self.prototype_epoch > self.epochs:

@@ -219,7 +219,7 @@ class _Study:
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         with head_mode(self.head, mode):
             for x, y in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-                for points, loss in zip(found, (partial(margin_loss, labels=y), cross_entropy(y)), strict=True):
+                for points, loss in ((found[0], partial(margin_loss, labels=y)), (found[1], cross_entropy(y))):
                     points.append(apgd(self._logits, x, y, threat, iterations, loss).largest)
         return torch.cat(found[0]), torch.cat(found[1])
 

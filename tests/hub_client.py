@@ -127,6 +127,11 @@ def shell(words: list[str]) -> int:
     return main(words)
 
 
+def evaluate(words: list[str]) -> int:
+    from evaluate import main as evaluation
+    return evaluation(words)
+
+
 def run(code: str) -> None:
     exec(compile(code, "card", "exec"), {})
 

@@ -1,7 +1,6 @@
-"""A stand-in for the Hugging Face Hub on loopback: the part of its HTTP surface that pushing and pulling a model needs.
+"""A stand-in for the Hugging Face Hub on loopback: what pushing and pulling a model needs of it, and faults on demand.
 
-It keeps repositories in memory, speaks both ways of uploading (content inside the commit, and LFS) and fails on demand.
-Clients reach it by HF_ENDPOINT, with HF_HUB_DISABLE_XET=1.
+Clients reach it by HF_ENDPOINT, with HF_HUB_DISABLE_XET=1. Weights go through LFS, other files inside the commit.
 """
 
 import base64
@@ -9,7 +8,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,33 +20,33 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """A repository: its commits by their hash, with their messages, and branches and tags by name."""
+    """A repository: its commits by their hash, their messages, and branches and tags by name."""
 
-    private: bool
+    private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
-    messages: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: Files, message: str) -> str:
         """Commits `files` to `ref`, and returns the commit's hash."""
         oid = hashlib.sha1(f"{len(self.commits)} {ref} {message}".encode()).hexdigest()
-        self.commits[oid], self.messages[oid], self.refs[ref] = dict(files), message, oid
+        self.commits[oid], self.refs[ref] = dict(files), oid
+        self.messages.append(message)
         return oid
 
 
 @dataclass
 class Faults:
-    """Faults on demand, by file name; all off at first."""
+    """Faults on demand; all off at first."""
 
-    #: The connection breaks after so many bytes of a download, so many times.
+    #: By file name: the connection breaks after so many bytes of a download, `breaks` times.
     break_after: dict[str, int] = field(default_factory=dict)
     breaks: int = 1000
-    #: A download ends after so many bytes, as if that were all, though the file's metadata has the true size.
+    #: By file name: a download ends after so many bytes, as if that were all.
     shorten_to: dict[str, int] = field(default_factory=dict)
-    #: The server hangs up after so many bytes of each commit, or of each upload to LFS.
-    stop_commit_after: int | None = None
-    stop_lfs_after: int | None = None
-    #: Paths (regular expressions) that answer with a status, and the text of that answer.
+    #: The server hangs up inside the body of a request to a path that matches this regular expression.
+    hang_up: str = "(?!)"
+    #: Paths (regular expressions) that answer with a status and a text.
     answer: dict[str, tuple[int, str]] = field(default_factory=dict)
     #: Error texts repeat the Authorization header, as no server should.
     echo_token: bool = False
@@ -59,32 +58,23 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         tokens: the account of each valid token; it may write to repositories of its name and of "org".
         repos: by id.
-        lfs_objects: by SHA-256.
-        lfs: whether `*.safetensors` go through LFS.
-        faults: see `Faults`.
-        requests: method, path and whether it carried a token, of every request.
+        requests: method and path of every request, and whether it carried a token.
     """
 
     daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.tokens: dict[str, str] = {}
         self.repos: dict[str, Repo] = {}
-        self.lfs_objects: dict[str, bytes] = {}
-        self.lfs = True
+        self.lfs_objects: Files = {}
         self.faults = Faults()
         self.requests: list[tuple[str, str, bool]] = []
-        self.lock = threading.RLock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, repo_id: str, files: Files) -> None:
         """Adds files to a repository, made if it is missing."""
-        repo = self.repos.setdefault(repo_id, Repo(private=False))
+        repo = self.repos.setdefault(repo_id, Repo())
         repo.commit("main", {**repo.commits.get(repo.refs.get("main", ""), {}), **files}, "add")
 
     def files(self, repo_id: str, revision: str = "main") -> Files:
@@ -99,28 +89,29 @@ class HubServer(ThreadingHTTPServer):
 @contextmanager
 def running() -> Iterator[HubServer]:
     """Yields a server that answers until the end of the block."""
-    server = HubServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
-    finally:
         server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-def is_private(data: dict[str, Any]) -> bool:
-    """Returns whether a request asks for a private repository; older clients send the second form."""
-    return data.get("visibility") == "private" or bool(data.get("private"))
-
-
-class Answer(Exception):
+class Refusal(Exception):
     """Ends a request with a status other than 200."""
 
     def __init__(self, status: int, text: str, code: str = ""):
         super().__init__(text)
         self.status, self.text, self.code = status, text, code
+
+
+ROUTES: list[tuple[str, str, Callable[..., Any]]] = []
+
+
+def route(methods: str, path: str) -> Callable:
+    """Makes a method of `Handler` answer requests; it returns the JSON of its answer, or None if it has answered."""
+    def register(method: Callable[..., Any]) -> Callable[..., Any]:
+        ROUTES.append((methods, path.replace("ID", "([^/]+/[^/]+)").replace("NAME", "([^/]+)"), method))
+        return method
+    return register
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -132,215 +123,35 @@ class Handler(BaseHTTPRequestHandler):
         """The tests look at `HubServer.requests`."""
 
     def do_GET(self) -> None:
-        self.dispatch()
+        path, faults = urlsplit(self.path).path, self.server.faults
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.server.requests.append((self.command, unquote(path), bool(token)))
+        try:
+            for pattern, (status, text) in faults.answer.items():
+                if re.search(pattern, path):
+                    raise Refusal(status, text)
+            if token and token not in self.server.tokens:
+                raise Refusal(401, "Invalid credentials in Authorization header")
+            self.account = self.server.tokens.get(token)
+            self.body = self.read_body(hang_up=re.search(faults.hang_up, path) is not None)
+            if self.body is None:
+                return
+            for methods, pattern, answer in ROUTES:
+                if self.command in methods and (match := re.fullmatch(pattern, path)):
+                    data = answer(self, *map(unquote, match.groups()))
+                    return None if data is None else self.send_json(data)
+            raise Refusal(404, f"no such route: {self.command} {path}")
+        except Refusal as refusal:
+            text = refusal.text + (f" (got {self.headers.get('Authorization')})" if faults.echo_token else "")
+            self.send_json({"error": text}, refusal.status, {"X-Error-Message": text, "X-Error-Code": refusal.code})
 
     do_HEAD = do_POST = do_PUT = do_GET
 
-    def dispatch(self) -> None:
-        parts = urlsplit(self.path)
-        self.route = unquote(parts.path)
-        with self.server.lock:
-            self.server.requests.append((self.command, self.route, "Authorization" in self.headers))
-        try:
-            for pattern, (status, text) in self.server.faults.answer.items():
-                if re.search(pattern, self.route):
-                    raise Answer(status, text)
-            self.account = self.authenticate()
-            for method, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, parts.path)
-                if match and self.command in method:
-                    data = getattr(self, name)(*map(unquote, match.groups()))
-                    if data is not None:
-                        self.send_json(data)
-                    return
-            raise Answer(404, f"no such route: {self.command} {self.route}")
-        except Answer as answer:
-            text = answer.text
-            if self.server.faults.echo_token:
-                text += f" (got {self.headers.get('Authorization')})"
-            headers = {"X-Error-Message": text} | ({"X-Error-Code": answer.code} if answer.code else {})
-            self.send_json({"error": text}, answer.status, headers)
-
-    # Accounts
-
-    def authenticate(self) -> str | None:
-        """Returns the account of the request's token, None without one."""
-        header = self.headers.get("Authorization", "")
-        if not header:
-            return None
-        account = self.server.tokens.get(header.removeprefix("Bearer "))
-        if account is None:
-            raise Answer(401, "Invalid credentials in Authorization header")
-        return account
-
-    def repo(self, repo_id: str, *, write: bool = False) -> Repo:
-        repo = self.server.repos.get(repo_id)
-        if write and self.account is None:
-            raise Answer(401, "Invalid username or password.")
-        if repo is None or (repo.private and not self.may_write(repo_id)):
-            raise Answer(401 if self.account is None else 404, "Repository not found", "RepoNotFound")
-        if write and not self.may_write(repo_id):
-            raise Answer(403, "Forbidden: you need write access")
-        return repo
-
-    def may_write(self, repo_id: str) -> bool:
-        return self.account is not None and repo_id.partition("/")[0] in (self.account, "org")
-
-    def at(self, repo_id: str, revision: str, *, write: bool = False) -> tuple[Repo, str]:
-        """Returns a repository and the commit's hash of a branch, tag or hash."""
-        repo = self.repo(repo_id, write=write)
-        oid = repo.refs.get(revision, revision)
-        if oid not in repo.commits:
-            raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return repo, oid
-
-    # Routes
-
-    # A handler returns the JSON of its answer, or None if it has answered itself.
-
-    def whoami(self) -> Any:
-        if self.account is None:
-            raise Answer(401, "Invalid username or password.")
-        return {"type": "user", "name": self.account, "orgs": [{"name": "org"}]}
-
-    def validate_yaml(self) -> Any:
-        self.read_json()
-        return {"errors": [], "warnings": []}
-
-    def create(self) -> None:
-        data = self.read_json()
-        if self.account is None:
-            raise Answer(401, "Invalid username or password.")
-        repo_id = f"{data.get('organization') or self.account}/{data['name']}"
-        if not self.may_write(repo_id):
-            raise Answer(403, "You don't have the rights to create a model under this namespace")
-        with self.server.lock:
-            exists = repo_id in self.server.repos
-            if not exists:
-                self.server.repos[repo_id] = repo = Repo(private=is_private(data))
-                repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
-
-    def branch(self, repo_id: str, name: str) -> Any:
-        repo, oid = self.at(repo_id, self.read_json().get("startingPoint") or "main", write=True)
-        repo.refs[name] = oid
-        return {}
-
-    def tag(self, repo_id: str, revision: str) -> Any:
-        name = self.read_json()["tag"]
-        repo, oid = self.at(repo_id, revision, write=True)
-        repo.refs[name] = oid
-        return {}
-
-    def settings(self, repo_id: str) -> Any:
-        private = is_private(self.read_json())
-        self.repo(repo_id, write=True).private = private
-        return {}
-
-    def preupload(self, repo_id: str, revision: str) -> Any:
-        data = self.read_json()
-        repo, oid = self.at(repo_id, revision, write=True)
-        return {"files": [
-            {"path": path, "shouldIgnore": False, "uploadMode": self.mode(path),
-             "oid": self.oid(path, repo.commits[oid][path]) if path in repo.commits[oid] else None}
-            for path in (file["path"] for file in data["files"])]}
-
-    def mode(self, path: str) -> str:
-        return "lfs" if self.server.lfs and path.endswith(".safetensors") else "regular"
-
-    def oid(self, path: str, content: bytes) -> str:
-        """Returns the hash by which a client recognises an unchanged file."""
-        if self.mode(path) == "lfs":
-            return hashlib.sha256(content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-    def lfs_batch(self, repo_id: str) -> Any:
-        data = self.read_json()
-        self.repo(repo_id, write=True)
-        objects = [{"oid": wanted["oid"], "size": wanted["size"]} | (
-            {} if wanted["oid"] in self.server.lfs_objects else
-            {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}})
-            for wanted in data["objects"]]
-        return {"transfer": "basic", "objects": objects}
-
-    def lfs_put(self, oid: str) -> Any:
-        content = self.read_body(self.server.faults.stop_lfs_after)
-        if content is None:
-            return None
-        assert hashlib.sha256(content).hexdigest() == oid
-        self.server.lfs_objects[oid] = content
-        return {}
-
-    def commit(self, repo_id: str, revision: str) -> Any:
-        body = self.read_body(self.server.faults.stop_commit_after)
-        if body is None:
-            return None
-        header, *changes = map(json.loads, body.splitlines())
-        with self.server.lock:
-            repo, oid = self.at(repo_id, revision, write=True)
-            files = dict(repo.commits[oid])
-            for change in changes:
-                value = change["value"]
-                if change["key"] == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif change["key"] == "lfsFile":
-                    files[value["path"]] = self.server.lfs_objects[value["oid"]]
-                else:
-                    assert change["key"] == "deletedFile"
-                    del files[value["path"]]
-            oid = repo.commit(revision, files, header["value"]["summary"])
-        return {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
-
-    def info(self, repo_id: str, revision: str = "main") -> Any:
-        repo, oid = self.at(repo_id, revision)
-        return {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
-                "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []}
-
-    def tree(self, repo_id: str, revision: str) -> Any:
-        repo, oid = self.at(repo_id, revision)
-        return [self.entry(path, content) for path, content in repo.commits[oid].items()]
-
-    def entry(self, path: str, content: bytes) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": self.oid(path, content)}
-        if self.mode(path) == "lfs":
-            entry["lfs"] = {"oid": self.oid(path, content), "size": len(content), "pointerSize": 100}
-        return entry
-
-    def resolve(self, repo_id: str, revision: str, path: str) -> None:
-        repo, oid = self.at(repo_id, revision)
-        content = repo.commits[oid].get(path)
-        headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
-        if content is None:
-            raise Answer(404, "Entry not found", "EntryNotFound")
-        headers["ETag"] = f'"{self.oid(path, content)}"'
-        if self.mode(path) == "lfs":
-            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers["ETag"]}
-        faults, start, status = self.server.faults, 0, 200
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and self.command == "GET":
-            start, status = int(asked[1]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        sent = content[start:]
-        if self.command == "GET" and path in faults.shorten_to:
-            sent = sent[:faults.shorten_to[path]]
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(sent))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            if path in faults.break_after and faults.breaks:
-                faults.breaks -= 1
-                sent = sent[:faults.break_after[path]]
-            self.wfile.write(sent)
-
-    # Bodies
-
-    def read_body(self, stop_after: int | None = None) -> bytes | None:
-        """Returns the request's body; None where the server hung up inside it."""
+    def read_body(self, hang_up: bool) -> bytes | None:
+        """Returns the request's body; None if the server hung up inside it."""
         length = int(self.headers.get("Content-Length", 0))
-        if stop_after is not None:
-            self.rfile.read(min(stop_after, length))
-            self.close_connection = True
+        if hang_up:
+            self.rfile.read(length // 2)
             return None
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(length)
@@ -351,34 +162,162 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def read_json(self) -> dict[str, Any]:
-        return json.loads(self.read_body() or b"{}")
-
     def send_json(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(data).encode()
+        self.send(json.dumps(data).encode(), status, {**(headers or {}), "Content-Type": "application/json"})
+
+    def send(self, content: bytes, status: int, headers: dict[str, str], stop_after: int | None = None) -> None:
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Type": "application/json",
-                            "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(content[:stop_after])
+
+    # Accounts
+
+    def may_write(self, repo_id: str) -> bool:
+        return self.account is not None and repo_id.partition("/")[0] in (self.account, "org")
+
+    def repo(self, repo_id: str, *, write: bool = False) -> Repo:
+        repo = self.server.repos.get(repo_id)
+        if repo is None or (repo.private and not self.may_write(repo_id)):
+            raise Refusal(401 if self.account is None else 404, "Repository not found", "RepoNotFound")
+        if write and not self.may_write(repo_id):
+            raise Refusal(403, "Forbidden: you need write access")
+        return repo
+
+    def at(self, repo_id: str, revision: str, *, write: bool = False) -> tuple[Repo, str]:
+        """Returns a repository and the commit's hash of a branch, tag or hash."""
+        repo = self.repo(repo_id, write=write)
+        oid = repo.refs.get(revision, revision)
+        if oid not in repo.commits:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return repo, oid
+
+    # Routes
+
+    @route("GET", "/api/whoami-v2")
+    def whoami(self) -> Any:
+        if self.account is None:
+            raise Refusal(401, "Invalid username or password.")
+        return {"type": "user", "name": self.account, "orgs": [{"name": "org"}]}
+
+    @route("POST", "/api/validate-yaml")
+    def validate_yaml(self) -> Any:
+        return {"errors": [], "warnings": []}
+
+    @route("POST", "/api/repos/create")
+    def create(self) -> None:
+        data = json.loads(self.body)
+        repo_id = f"{data.get('organization') or self.account}/{data['name']}"
+        if self.account is None:
+            raise Refusal(401, "Invalid username or password.")
+        if not self.may_write(repo_id):
+            raise Refusal(403, "Forbidden: the namespace needs write access")
+        exists = repo_id in self.server.repos
+        if not exists:
+            self.server.repos[repo_id] = repo = Repo(is_private(data))
+            repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
+
+    @route("POST", "/api/models/ID/branch/NAME")
+    def branch(self, repo_id: str, name: str) -> Any:
+        repo, oid = self.at(repo_id, json.loads(self.body).get("startingPoint") or "main", write=True)
+        repo.refs[name] = oid
+        return {}
+
+    @route("POST", "/api/models/ID/tag/NAME")
+    def tag(self, repo_id: str, revision: str) -> Any:
+        repo, oid = self.at(repo_id, revision, write=True)
+        repo.refs[json.loads(self.body)["tag"]] = oid
+        return {}
+
+    @route("PUT", "/api/models/ID/settings")
+    def settings(self, repo_id: str) -> Any:
+        self.repo(repo_id, write=True).private = is_private(json.loads(self.body))
+        return {}
+
+    @route("POST", "/api/models/ID/preupload/NAME")
+    def preupload(self, repo_id: str, revision: str) -> Any:
+        repo, oid = self.at(repo_id, revision, write=True)
+        paths, known = [file["path"] for file in json.loads(self.body)["files"]], repo.commits[oid]
+        return {"files": [{"path": path, "shouldIgnore": False, "uploadMode": "lfs" if is_lfs(path) else "regular",
+                           "oid": content_id(path, known[path]) if path in known else None} for path in paths]}
+
+    @route("POST", r"/ID\.git/info/lfs/objects/batch")
+    def lfs_batch(self, repo_id: str) -> Any:
+        self.repo(repo_id, write=True)
+        return {"transfer": "basic", "objects": [
+            {"oid": wanted["oid"], "size": wanted["size"]} | (
+                {} if wanted["oid"] in self.server.lfs_objects else
+                {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}})
+            for wanted in json.loads(self.body)["objects"]]}
+
+    @route("PUT", "/lfs/([0-9a-f]{64})")
+    def lfs_put(self, oid: str) -> Any:
+        assert hashlib.sha256(self.body).hexdigest() == oid
+        self.server.lfs_objects[oid] = self.body
+        return {}
+
+    @route("POST", "/api/models/ID/commit/NAME")
+    def commit(self, repo_id: str, revision: str) -> Any:
+        header, *changes = map(json.loads, self.body.splitlines())
+        repo, oid = self.at(repo_id, revision, write=True)
+        files = dict(repo.commits[oid])
+        for change in changes:
+            value = change["value"]
+            if change["key"] == "deletedFile":
+                del files[value["path"]]
+            else:
+                files[value["path"]] = (self.server.lfs_objects[value["oid"]] if change["key"] == "lfsFile"
+                                        else base64.b64decode(value["content"]))
+        oid = repo.commit(revision, files, header["value"]["summary"])
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
+
+    @route("GET", "/api/models/ID")
+    @route("GET", "/api/models/ID/revision/NAME")
+    def info(self, repo_id: str, revision: str = "main") -> Any:
+        repo, oid = self.at(repo_id, revision)
+        return {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
+                "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []}
+
+    @route("GET", "/api/models/ID/tree/NAME")
+    def tree(self, repo_id: str, revision: str) -> Any:
+        repo, oid = self.at(repo_id, revision)
+        return [{"type": "file", "path": path, "size": len(content), "oid": content_id(path, content)}
+                for path, content in repo.commits[oid].items()]
+
+    @route("GET HEAD", "/ID/resolve/NAME/(.+)")
+    def resolve(self, repo_id: str, revision: str, path: str) -> None:
+        repo, oid = self.at(repo_id, revision)
+        content = repo.commits[oid].get(path)
+        if content is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes", "ETag": f'"{content_id(path, content)}"'}
+        if is_lfs(path):
+            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers["ETag"]}
+        if self.command == "HEAD":
+            return self.send(content, 200, headers)
+        faults, start, status = self.server.faults, 0, 200
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start, status = int(asked[1]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        stop_after = faults.break_after.get(path) if faults.breaks else None
+        faults.breaks -= stop_after is not None
+        self.send(content[start:][:faults.shorten_to.get(path)], status, headers, stop_after)
 
 
-_ID = r"([^/]+/[^/]+)"
-ROUTES: list[tuple[tuple[str, ...], str, str]] = [
-    (("GET",), "/api/whoami-v2", "whoami"),
-    (("POST",), "/api/validate-yaml", "validate_yaml"),
-    (("POST",), "/api/repos/create", "create"),
-    (("POST",), f"/api/models/{_ID}/branch/([^/]+)", "branch"),
-    (("POST",), f"/api/models/{_ID}/tag/([^/]+)", "tag"),
-    (("PUT",), f"/api/models/{_ID}/settings", "settings"),
-    (("POST",), f"/api/models/{_ID}/preupload/([^/]+)", "preupload"),
-    (("POST",), f"/api/models/{_ID}/commit/([^/]+)", "commit"),
-    (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", "lfs_batch"),
-    (("PUT",), "/lfs/([0-9a-f]{64})", "lfs_put"),
-    (("GET",), f"/api/models/{_ID}", "info"),
-    (("GET",), f"/api/models/{_ID}/revision/([^/]+)", "info"),
-    (("GET",), f"/api/models/{_ID}/tree/([^/]+)", "tree"),
-    (("GET", "HEAD"), f"/{_ID}/resolve/([^/]+)/(.+)", "resolve"),
-]
+def is_private(data: dict[str, Any]) -> bool:
+    """Returns whether a request asks for a private repository; older clients send the second form."""
+    return data.get("visibility") == "private" or bool(data.get("private"))
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+def content_id(path: str, content: bytes) -> str:
+    """Returns the hash by which a client recognises an unchanged file: of LFS, or of a git blob."""
+    if is_lfs(path):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -426,7 +426,7 @@ def change_state(path: Path, change) -> None:
     (lambda state: state.update(config=[]), "config is"),
     (lambda state: state.update(digests=3), "digests is 3"),
     (lambda state: state.update(progress="x"), "progress is 'x'"),
-    (lambda state: state["progress"].update(epoch=True), "epoch is True; expected a whole number"),
+    (lambda state: state["progress"].update(epoch=True), "epoch is True, a bool; expected int"),
     (lambda state: state["progress"].update(batches=-1), "batches is -1"),
     (lambda state: state["progress"].update(updates="1"), "updates is '1'"),
     (lambda state: state["progress"].update(processes=None), "processes is None"),

@@ -14,9 +14,9 @@ from .trunk import PixelTrunk
 class AveragedModel:
     """Averages the weights and buffers of a model over its updates, by timm's `ModelEmaV3` with its warm-up.
 
-    The decay rises with the updates up to `decay`, so a short run does not keep its initial weights. The average has
-    features of its own, so its prototypes are the class means of those features over this epoch's images, weighted
-    by the head's `ema_decay`. A class without an image in this epoch keeps its prototype.
+    The decay rises with the updates up to `decay`, so a short run does not keep its initial weights. The average's
+    prototypes are the class means of its own features over this epoch's images, weighted by the head's `ema_decay`. A
+    class without an image in this epoch keeps its prototype.
 
     Arguments:
         model: a timm model with an HPM head, on its device.
@@ -49,9 +49,8 @@ class AveragedModel:
         for total, parts in zip((self.sums, self.counts), zip(*self._new, strict=True), strict=False):
             total.mul_(self.head.ema_decay).add_(reduced(sum(parts)))  # type: ignore[arg-type]
         self._new.clear()
-        seen = (self.counts > 0).unsqueeze(1)
         means = self.sums / self.counts.clamp(min=1e-12).unsqueeze(1)
-        self.head.prototypes.copy_(torch.where(seen, means, prototypes))
+        self.head.prototypes.copy_(torch.where((self.counts > 0).unsqueeze(1), means, prototypes))
 
     def class_sums(self) -> dict[str, Tensor]:
         """Returns the sums of features (C, d) and the counts (C,) of this epoch, for a checkpoint."""
@@ -60,5 +59,5 @@ class AveragedModel:
     def load(self, state: dict[str, Tensor], class_sums: dict[str, Tensor]) -> None:
         """Restores the state dict of the average and its `class_sums`."""
         self.module.load_state_dict(state)
-        self.sums.copy_(class_sums["sums"])
-        self.counts.copy_(class_sums["counts"])
+        for name, tensor in self.class_sums().items():
+            tensor.copy_(class_sums[name])

@@ -99,6 +99,11 @@ class TrainConfig(CommonOptions):
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
 
+    @property
+    def has_weights(self) -> bool:
+        """Returns whether the run starts from weights, not at random."""
+        return self.pretrained or self.initial_checkpoint is not None
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all options in YAML's and JSON's types."""
         return as_dict(self)

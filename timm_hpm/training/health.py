@@ -30,19 +30,19 @@ def epoch_signs(row: Mapping[str, Any], epochs: int, num_classes: int, scale_cha
 
 
 def kept_signs(row: Mapping[str, Any], labels: Tensor) -> dict[str, str]:
-    """Returns the sign in the metrics `row` of the kept epoch, for the validation labels (N,).
+    """Returns the sign in the metrics `row` of the kept epoch, for the validation labels (N,), if there is one.
 
-    Accuracy at chance, which is the share of the commonest class and two standard errors more; or a head that is more
-    than 3 points less accurate than its own FC classifier.
+    Either accuracy at chance (the share of the commonest class and two standard errors more), or a head more than 3
+    points less accurate than its own FC classifier.
     """
     share = labels.bincount().max().item() / len(labels)
-    if row["val_clean"] > share + 2 * math.sqrt(share * (1 - share) / len(labels)):
-        behind = row["val_fc_clean"] - row["val_clean"]
-        return {} if behind <= _FAR_BEHIND else {"behind": (
-            f"the kept epoch {row['epoch']} has {100 * row['val_clean']:.1f} % clean accuracy on {len(labels)} "
-            f"validation images, and its own FC classifier {100 * row['val_fc_clean']:.1f} %: the features have not "
-            "settled around the prototypes; train longer (--epochs, or a smaller --batch-size), or keep the FC "
-            "classifier (--model-kwargs inference=fc)")}
-    return {"chance": f"the kept epoch {row['epoch']} is at chance: it has {100 * row['val_clean']:.1f} % clean "
-                      f"accuracy on {len(labels)} validation images, and one class for all has {100 * share:.1f} %; "
-                      "train longer (--epochs), or with another learning rate (--lr)"}
+    found = (f"the kept epoch {row['epoch']} has {100 * row['val_clean']:.1f} % clean accuracy on {len(labels)} "
+             "validation images")
+    if row["val_clean"] <= share + 2 * math.sqrt(share * (1 - share) / len(labels)):
+        return {"chance": f"{found}, which is at chance: one class for all has {100 * share:.1f} %; train longer "
+                          "(--epochs), or with another learning rate (--lr)"}
+    if row["val_fc_clean"] - row["val_clean"] > _FAR_BEHIND:
+        return {"behind": f"{found}, and its own FC classifier {100 * row['val_fc_clean']:.1f} %: the features have "
+                          "not settled around the prototypes; train longer (--epochs, or a smaller --batch-size), or "
+                          "keep the FC classifier (--model-kwargs inference=fc)"}
+    return {}

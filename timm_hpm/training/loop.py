@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..data import PixelModel, random_flip, random_shift
 from ..files import locked, remove_unfinished, writable_folder
-from ..head import HPMHead, find_head
+from ..head import find_head
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
 from .average import AveragedModel
@@ -33,11 +33,12 @@ from .config import TrainConfig
 from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .health import epoch_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
+from .recovery import Progress
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
 from .setup import Data, check_launcher, create_optimizer, create_trainable, in_effect, open_data, size_argument
 from .signals import Stopped, StopRequest, noted_signals, obey_parent, shielded_batches
-from .state import Progress, RunState
+from .state import RunState
 from .trunk import PixelTrunk, inputs_only
 from .validation import Validation
 
@@ -46,12 +47,10 @@ def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = Fals
           log: Callable[[str], None] = print, progress: bool = False) -> dict[str, Any]:
     """Trains a model and writes it into the folder `output`; under `accelerate launch` or `torchrun`, on all processes.
 
-    A batch costs `attack_steps` forward and backward passes for the inputs, and one for the parameters (TRADES: two,
-    and one more forward pass for the attack). The attack runs in eval mode: BatchNorm uses its running statistics and
-    does not change them. The model then learns in train mode. The prototypes follow the detached features of all
-    processes' images of an update and are equal on all processes. Before the epoch `prototype_epoch` a head without
-    prototypes predicts by its FC classifier; then they are fitted once. The run keeps the epoch of the best robust
-    accuracy on the validation split, because robust overfitting is the rule.
+    The attack runs in eval mode: BatchNorm uses its running statistics and does not change them. The model then learns
+    in train mode. The prototypes follow the detached features of all processes' images of an update. Before the epoch
+    `prototype_epoch` a head without prototypes predicts by its FC classifier; then they are fitted once. The run keeps
+    the epoch of the best robust validation accuracy. docs/training.md has the details, and the cost of a batch.
 
     All randomness is a function of the seed, the epoch, the batch and the process. A resumed run on the same machine
     with the same number of processes therefore ends with the same weights as an uninterrupted one.
@@ -106,9 +105,7 @@ class Run:
                 str(tracker.value) for tracker in get_available_trackers()}:
             raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install "
                                       f"{config.log_with}")
-        folder = writable_folder(output)
-        self.log = log
-        self.show_progress = progress
+        folder, self.log, self.show_progress = writable_folder(output), log, progress
         self.accelerator = accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no",
@@ -134,18 +131,17 @@ class Run:
                                 model_args=size_argument(config))
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.head: HPMHead = find_head(self.model)
+        self.head = find_head(self.model)
         self.trunk = PixelTrunk(self.model, config.batch_prototypes)
         self.frozen = self._freeze()
         self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None
-        self.progress = Progress(log_scale=self.head.log_scale.item())
+        self.progress = Progress(num_processes(), log_scale=self.head.log_scale.item())
         self.stop = StopRequest(asked_to_stop)
-        #: Training rate of the last epoch on all processes; None if the resumed epoch had no batch left.
-        self.images_per_second: float | None = None
         self._prepare()
         accelerator.wait_for_everyone()
-        if resume:
-            self._restore()
+        if resume and (checkpoint := self.folder.newest_checkpoint()):
+            self.state.load(checkpoint, self.config)
+            self.folder.restore_best(checkpoint)
         self.folder.begin()
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
@@ -188,23 +184,23 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Trains to the end; returns the row of the kept epoch."""
         while self.progress.epoch < self.config.epochs:
-            self._train_epoch()
-            self._finish_epoch()
+            self._finish_epoch(self._train_epoch())
         return self.progress.best
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> float | None:
+        """Trains on the batches that are left of the epoch; returns the images per second, None if none was left."""
         state = self.progress
         start, images = time.perf_counter(), 0
         if state.batches == len(self.loader):  # stopped between the last update and the validation
-            self.images_per_second = None  # no batch, no rate
-            return
+            return None
         loader = self.accelerator.skip_first_batches(self.loader, state.batches) if state.batches else self.loader
         for part in (self.loader, loader, self.data.train):
             part.set_epoch(state.epoch)
         if self.ema is not None and not state.batches:
             self.ema.begin_epoch()
         sums: list[tuple[Tensor, Tensor]] = []
-        with self._bar(state) as bar:
+        with tqdm(total=len(self.loader), initial=state.batches, desc=f"epoch {state.epoch}", unit="batch", leave=False,
+                  disable=not (self.show_progress and self.accelerator.is_main_process)) as bar:
             for images_, labels in shielded_batches(loader):
                 self._fit_if_due(state.epoch + state.batches / len(self.loader))
                 seed_at(self.config.seed, "batch", state.epoch, state.batches)
@@ -216,7 +212,7 @@ class Run:
                 bar.update()
                 if self.accelerator.sync_gradients:
                     self.after_update(sums)
-        self.images_per_second = images / (time.perf_counter() - start)
+        return images / (time.perf_counter() - start)
 
     def learn(self, images: Tensor, labels: Tensor, sums: list[tuple[Tensor, Tensor]]) -> float:
         """Learns from a batch; returns the mean loss over the processes, and appends the class sums to `sums`."""
@@ -281,7 +277,7 @@ class Run:
         total, *stops = reduced(torch.cat([loss.detach().float().view(1), self.stop.votes().to(loss.device)])).tolist()
         mean = total / num_processes()
         self.stop.agree(stops)
-        if mean - mean != 0:
+        if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; lower the "
                 "learning rate (--lr), or clip the gradient (--clip-grad). The last checkpoint and the best epoch so "
@@ -311,21 +307,20 @@ class Run:
 
     # The ends of epochs
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, images_per_second: float | None) -> None:
         state, config = self.progress, self.config
         self.state.check_finite()
         self._fit_if_due(state.epoch + 1)
         row: dict[str, Any] = {
             "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
-        kept = self.model if self.ema is None else self.ema.module
+        kept, trunk = (self.model, self.trunk) if self.ema is None else (self.ema.module, self.ema.trunk)
         self._set_mode(training=False)
         try:
-            row |= self.validation(kept, self.trunk if self.ema is None else PixelTrunk(kept),
-                                   tuple(dict.fromkeys(["fc", self._surrogate()])))
+            row |= self.validation(kept, trunk, tuple(dict.fromkeys(["fc", self._surrogate()])))
         except Stopped:
             self._save()
             raise
-        state.rows.append(row)
+        state.rows += (row,)
         # A head without prototypes is unfinished.
         complete = self.head.is_fitted() or self.head.inference == "fc"
         # Of equally good epochs the last one is kept.
@@ -333,8 +328,8 @@ class Run:
         if is_best:
             state.best = row
         if self.accelerator.is_main_process:
-            self.log("  ".join(f"{name} {value:.4g}" for name, value in row.items())
-                     + (f"  images/s {self.images_per_second:.4g}" if self.images_per_second else ""))
+            rate = {"images/s": images_per_second} if images_per_second else {}
+            self.log("  ".join(f"{name} {value:.4g}" for name, value in (row | rate).items()))
             if is_best:
                 self.folder.write_best(kept, row)
             self.folder.write_metrics(state.rows)
@@ -369,13 +364,6 @@ class Run:
             self.folder.write_checkpoint(self.state.checkpoint(self.config, self.folder.metadata(self.model)))
         self.accelerator.wait_for_everyone()
 
-    def _restore(self) -> None:
-        """Takes up the newest undamaged checkpoint, if there is one."""
-        checkpoint = self.folder.newest_checkpoint()
-        if checkpoint is not None:
-            self.state.load(checkpoint, self.config)
-            self.folder.restore_best(checkpoint)
-
     # Helpers
 
     def _surrogate(self) -> str:
@@ -386,7 +374,3 @@ class Run:
         self.trained.train(training)
         if self.frozen is not None:
             self.frozen.eval()  # so that its BatchNorm keeps its statistics
-
-    def _bar(self, state: Progress) -> Any:
-        return tqdm(total=len(self.loader), initial=state.batches, desc=f"epoch {state.epoch}", unit="batch",
-                    leave=False, disable=not (self.show_progress and self.accelerator.is_main_process))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..evaluation.resume import sealed, unsealed
 from ..files import remove, writing
+from ..options import check
 
 _STATE: Final = "state.json"
 _MODEL: Final = "model.safetensors"
@@ -32,6 +33,48 @@ class DamagedCheckpointWarning(UserWarning):
 
 
 @dataclass
+class Progress:
+    """The position of a run, and its results so far.
+
+    Arguments:
+        processes: number of processes of the run.
+        updates: updates made.
+        epoch: number of the epoch, from 0.
+        batches: batches of that epoch that are done.
+        loss: sum of their losses.
+        rows: the metrics of each finished epoch.
+        best: the row of the best epoch; {} before there is one.
+        log_scale: that of the head when its prototypes were fitted, or at the start if it came with some.
+        warnings: signs that the run does not learn, by name.
+    """
+
+    processes: int
+    updates: int = 0
+    epoch: int = 0
+    batches: int = 0
+    loss: float = 0.0
+    rows: tuple[dict[str, Any], ...] = ()
+    best: dict[str, Any] = field(default_factory=dict)
+    log_scale: float = 0.0
+    warnings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("processes", "updates", "epoch", "batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if len(self.rows) != self.epoch:
+            raise ValueError(f"rows is {self.rows!r:.100}; expected {self.epoch} rows")
+        for number, row in enumerate(self.rows):
+            finite = all(type(value) in (int, float) and math.isfinite(value) for value in row.values())
+            if not (finite and row.keys() == self.rows[0].keys() >= {"val_clean", "val_robust"}
+                    and row.get("epoch") == number):
+                raise ValueError(f"row {number} is {row!r:.100}; expected the finite numbers of that epoch")
+        if self.best and self.best not in self.rows:
+            raise ValueError(f"best is {self.best!r:.100}; expected {{}} or one of the rows")
+
+
+@dataclass
 class Checkpoint:
     """The state of a run.
 
@@ -41,8 +84,7 @@ class Checkpoint:
         model: the model's state dict, as safetensors takes it.
         average: that of the averaged model; None without one.
         optimizer: states of the optimizer, the schedule and the gradient scaler: tensors and plain values.
-        progress: the position of the run and its results so far, in JSON's types; `"epoch"`, and the number of its
-            `"batches"` that are done.
+        progress: the fields of a `Progress`.
         config: the options of the run.
         metadata: metadata of the weights' files, as `weights_metadata` returns it.
         best: the folder of the best epoch's files, which the checkpoint copies; None if there is no such epoch yet.
@@ -90,12 +132,10 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         raise OSError(f"cannot write {folder / _OPTIMIZER}: {error}. Free space on its disk, or raise the limits of "
                       "disk use and of a file's size (ulimit -f)") from error
     if checkpoint.best is not None:
-        (folder / BEST).mkdir()
-        for path in checkpoint.best.iterdir():
-            shutil.copyfile(path, folder / BEST / path.name)
+        shutil.copytree(checkpoint.best, folder / BEST)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-    state = {"digests": digests, "progress": checkpoint.progress, "config": checkpoint.config}
+    state = {"digests": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
+             "progress": checkpoint.progress, "config": checkpoint.config}
     (folder / _STATE).write_text(sealed(state), encoding="utf-8")
     for path in (*files, folder / _STATE):
         with path.open("rb") as file:
@@ -119,44 +159,19 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _read(path: Path) -> Checkpoint:
     state = unsealed((path / _STATE).read_text(encoding="utf-8"))
-    _check_state(state)
-    for name, digest in state["digests"].items():
-        if _digest(path / name) != digest:
+    if not isinstance(state, dict) or state.keys() != {"digests", "progress", "config"}:
+        raise ValueError(f"{_STATE}: it is {state!r:.100}; expected digests, progress and config")
+    for name, value in state.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{_STATE}: {name} is {value!r:.100}; expected names and values")
+    Progress(**state["progress"])
+    for name in {_MODEL, _OPTIMIZER, *state["digests"]}:
+        if _digest(path / name) != state["digests"].get(name):
             raise ValueError(f"{name} is not as it was written")
     average = load_file(path / _AVERAGE) if _AVERAGE in state["digests"] else None
     optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
     best = path / BEST if state["progress"]["best"] else None
     return Checkpoint(load_file(path / _MODEL), average, optimizer, state["progress"], state["config"], best=best)
-
-
-def _check_state(state: Any) -> None:
-    """Raises a ValueError that names the first invalid entry of a state."""
-    def expect(right: bool, name: str, value: Any, expected: str) -> None:
-        if not right:
-            raise ValueError(f"{_STATE}: {name} is {value!r:.100}; expected {expected}")
-
-    expect(isinstance(state, dict) and state.keys() == {"digests", "progress", "config"}, "it", state,
-           "digests, progress and config")
-    digests, progress, config = state["digests"], state["progress"], state["config"]
-    expect(isinstance(config, dict), "config", config, "the options of a run")
-    expect(isinstance(digests, dict) and {_MODEL, _OPTIMIZER} <= digests.keys(), "digests", digests,
-           f"those of {_MODEL}, {_OPTIMIZER}, ...")
-    expect(isinstance(progress, dict), "progress", progress, "the position of the run")
-    for name in ("epoch", "batches", "updates", "processes"):
-        value = progress.get(name)
-        expect(type(value) is int and value >= 0, name, value, "a whole number from 0")
-    expect(_is_number(progress.get("loss")), "loss", progress.get("loss"), "a finite number")
-    rows, best = progress.get("rows"), progress.get("best")
-    expect(isinstance(rows, list) and len(rows) == progress["epoch"], "rows", rows, f"{progress['epoch']} rows")
-    for number, row in enumerate(rows):
-        expect(isinstance(row, dict) and row.keys() == rows[0].keys() >= {"val_clean", "val_robust"}
-               and row.get("epoch") == number and all(map(_is_number, row.values())), f"row {number}", row,
-               "the finite numbers of that epoch")
-    expect(best == {} or best in rows, "best", best, "{} or one of the rows")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _newest_first(folder: Path) -> list[Path]:

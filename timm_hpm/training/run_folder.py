@@ -93,7 +93,7 @@ class RunFolder:
                 with replacing(file) as target:
                     shutil.copyfile(kept, target)
 
-    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+    def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes `metrics.csv` and `curve.svg`."""
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")

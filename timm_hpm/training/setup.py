@@ -42,26 +42,19 @@ def create_trainable(config: TrainConfig) -> Any:
     Raises:
         ValueError: an unknown model, one without an HPM head, or weights that do not fit it.
     """
-    given = {name: getattr(config, name) for name in ("num_classes", "in_chans") if getattr(config, name) is not None}
+    given = _given(config, "num_classes", "in_chans")
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
         raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
-    pretrained = config.pretrained
     if config.initial_checkpoint is not None:
         # The way of a public checkpoint: its format is converted, and a head of another size starts anew.
-        pretrained = True
-        own = {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name) is not None}
-        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **own}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
-        model = create_model(config.model, pretrained=pretrained, new_head=True, **given, **size_argument(config),
+        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **_given(config, "mean", "std")}
+    model = _quietly_created(config, pretrained=config.has_weights, new_head=True, **given, **size_argument(config),
                              **(config.model_kwargs or {}))
     if find_head(model).inference == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
-    model.pretrained_cfg["tag"] = None  # the trained weights are no published ones
-    for name in ("mean", "std"):
-        if getattr(config, name) is not None:
-            model.pretrained_cfg[name] = getattr(config, name)
+    # The trained weights are no published ones.
+    model.pretrained_cfg.update(tag=None, **_given(config, "mean", "std"))
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -72,6 +65,25 @@ def create_trainable(config: TrainConfig) -> Any:
         raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
                          "of one image; expected at least 2, or --freeze-backbone")
     return model
+
+
+def size_argument(config: TrainConfig) -> dict[str, Any]:
+    """Returns the `img_size` of timm.create_model that a network of a fixed size needs for images of another."""
+    if config.img_size is None:
+        return {}
+    cfg = _quietly_created(config, pretrained=False, num_classes=0).pretrained_cfg
+    same = all(side == config.img_size for side in cfg["input_size"][1:])
+    return {"img_size": config.img_size} if cfg.get("fixed_input_size") and not same else {}
+
+
+def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
+        return create_model(config.model, **arguments)
 
 
 def check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -102,17 +114,6 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
     return optimizer
 
 
-def size_argument(config: TrainConfig) -> dict[str, Any]:
-    """Returns the `img_size` of timm.create_model that a network of a fixed size needs for images of another."""
-    if config.img_size is None:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnfittedHeadWarning)
-        cfg = create_model(config.model, pretrained=False, num_classes=0).pretrained_cfg
-    same = all(side == config.img_size for side in cfg["input_size"][1:])
-    return {"img_size": config.img_size} if cfg.get("fixed_input_size") and not same else {}
-
-
 def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
     """Returns the options with the defaults that depend on the model and the data.
 
@@ -129,10 +130,8 @@ def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
         "threat": str(threat), "attack_step_size": default_step_size(threat, config.attack_steps),
         "prototype_epoch": 0.0 if _is_trained(config, model, data) else _late(config, len(data.train)),
         "warmup_epochs": config.epochs / 4 if config.sched == "onecycle" else 0.0,
-        "num_classes": model.num_classes, "in_chans": channels,
+        "num_classes": model.num_classes, "in_chans": channels, "img_size": height if height == width else None,
         "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"])}
-    if height == width:
-        defaults["img_size"] = height
     return replace(config, **{name: value for name, value in defaults.items()
                               if getattr(config, name) is None and name not in (config.model_kwargs or {})})
 
@@ -152,7 +151,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
     head = find_head(model)
     if head.is_fitted() or head.inference == "fc":
         return True
-    if not config.pretrained and config.initial_checkpoint is None:
+    if not config.has_weights:
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
     mode = model.training
@@ -173,20 +172,17 @@ def open_data(config: TrainConfig, model: Any) -> Data:
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
                                "download": config.dataset_download, "class_map": config.class_map}
-    crop_seed = config.seed if config.random_resized_crop else None
-    plain = open_split_for(model, config.dataset, "train", **options)
-    train = plain if crop_seed is None else open_split_for(
-        model, config.dataset, "train", random_resized_crop_seed=crop_seed, **options)
+    plain = train = open_split_for(model, config.dataset, "train", **options)
+    if config.random_resized_crop:
+        train = open_split_for(model, config.dataset, "train", random_resized_crop_seed=config.seed, **options)
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
     for name in OF_TRAINING:  # of the weights that it begins with
         cfg.pop(name, None)
     # timm saves the names only if the number is right.
     cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)
-    if data.train.mean is not None and not config.pretrained and config.initial_checkpoint is None:
-        for name in ("mean", "std"):
-            if getattr(config, name) is None:
-                cfg[name] = getattr(data.train, name)
+    if data.train.mean is not None and not config.has_weights:
+        cfg.update({"mean": data.train.mean, "std": data.train.std} | _given(config, "mean", "std"))
     pixels = data.train[0][0].unsqueeze(0)
     for name in ("mean", "std"):
         if len(cfg[name]) != len(pixels[0]):

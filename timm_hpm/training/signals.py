@@ -52,15 +52,10 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 class StopRequest:
-    """The signals that ask a run to stop: those of this process, and the one that all processes agree on.
-
-    Arguments:
-        asked: signals of this process, which `noted_signals` appends.
-    """
+    """The signals of this process (`asked`), and the one that stops all processes (`number`; 0 means none yet)."""
 
     def __init__(self, asked: Sequence[int] = ()):
         self.asked = asked
-        #: The signal that stops the run on all processes; 0 before there is one.
         self.number = 0
 
     def votes(self) -> Tensor:
@@ -93,13 +88,10 @@ def shielded_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def obey_parent(worker: int) -> None:
-    """Makes a DataLoader worker ignore SIGINT and SIGTERM, unless its own parent sends the SIGTERM.
+    """Makes a DataLoader worker ignore SIGINT and SIGTERM, unless its own parent sends the SIGTERM; a `worker_init_fn`.
 
     A terminal, `timeout`, SLURM and systemd signal all processes of a run at once. Without its workers the run could
     not finish the update that a checkpoint needs. The parent must still be able to end a worker as it exits.
-
-    Arguments:
-        worker: its number, as of any `worker_init_fn`; not used.
     """
     if not _HAS_MASKS:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """`RunState`: everything that the updates of a training run change, and its way into a checkpoint and back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,32 +9,7 @@ from ..models.saving import tensors_of
 from .average import AveragedModel
 from .config import FREE, TrainConfig
 from .distributed import num_processes
-from .recovery import Checkpoint
-
-
-@dataclass
-class Progress:
-    """The position of a run, and its results so far.
-
-    Arguments:
-        updates: updates made.
-        epoch: number of the epoch, from 0.
-        batches: batches of that epoch that are done.
-        loss: sum of their losses.
-        rows: the metrics of each finished epoch.
-        best: the row of the best epoch; {} before there is one.
-        log_scale: that of the head when its prototypes were fitted, or at the start if it came with some.
-        warnings: signs that the run does not learn, by name.
-    """
-
-    updates: int = 0
-    epoch: int = 0
-    batches: int = 0
-    loss: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    log_scale: float = 0.0
-    warnings: dict[str, str] = field(default_factory=dict)
+from .recovery import Checkpoint, Progress
 
 
 @dataclass
@@ -55,8 +30,8 @@ class RunState:
         average = None
         if self.average is not None:
             average, optimizer["average"] = tensors_of(self.average.module), self.average.class_sums()
-        return Checkpoint(tensors_of(self.model), average, optimizer,
-                          vars(self.progress) | {"processes": num_processes()}, config.to_dict(), metadata)
+        return Checkpoint(tensors_of(self.model), average, optimizer, dict(vars(self.progress)), config.to_dict(),
+                          metadata)
 
     def load(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
         """Takes up the state of a checkpoint.
@@ -64,11 +39,10 @@ class RunState:
         Raises:
             ValueError: a checkpoint of other options, of another number of processes, or of another version.
         """
-        own = config.to_dict()
+        own, processes = config.to_dict(), checkpoint.progress["processes"]
+        place = f"the checkpoint after update {checkpoint.progress['updates']}"
         if any(checkpoint.config.get(name) != own[name] for name in own if name not in FREE):
-            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} is of another run than "
-                             "args.yaml beside it; take one of them away")
-        processes = checkpoint.progress.pop("processes")
+            raise ValueError(f"{place} is of another run than args.yaml beside it; take one of them away")
         if processes != num_processes():
             raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
                              f"launch {processes}, or the batch and the schedule would be others")
@@ -82,13 +56,12 @@ class RunState:
                 self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
             vars(self.progress).update(vars(Progress(**checkpoint.progress)))
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"the checkpoint after update {checkpoint.progress['updates']} does not fit this run "
-                             f"({error}); remove it if another version wrote it, or start another run") from error
+            raise ValueError(f"{place} does not fit this run ({error}); remove it if another version wrote it, or "
+                             "start another run") from error
 
     def check_finite(self) -> None:
         """Raises a FloatingPointError if an update has left a weight that is not finite."""
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all()
-        if not bool(finite):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             progress = self.progress
             raise FloatingPointError(
                 f"update {progress.updates} (batch {progress.batches - 1} of epoch {progress.epoch}) "

@@ -19,7 +19,7 @@ BATCH_PROTOTYPES: Final = ("local", "global")
 class PixelTrunk(nn.Module):
     """A timm model that maps pixels in [0, 1] to features, HPM logits and FC logits.
 
-    It shares parameters, buffers and submodules with `model`, which stays whole and answers as before.
+    It shares parameters, buffers and submodules with `model`, which stays whole.
 
     Arguments:
         model: a timm model with an HPM head.
@@ -30,8 +30,6 @@ class PixelTrunk(nn.Module):
 
     def __init__(self, model: Any, batch_prototypes: str = "local"):
         super().__init__()
-        if batch_prototypes not in BATCH_PROTOTYPES:
-            raise ValueError(f"batch_prototypes is {batch_prototypes!r}; expected one of {', '.join(BATCH_PROTOTYPES)}")
         self.head = find_head(model)
         self.backbone = PixelModel(without_head(model))
         self.batch_prototypes = batch_prototypes

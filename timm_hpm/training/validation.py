@@ -23,14 +23,9 @@ from .trunk import PixelTrunk, inputs_only
 
 @dataclass(frozen=True)
 class Validation:
-    """Validates a model on a split, whose batches the processes share out.
+    """Validates a model on a split, in batches of `config.batch_size` images that the processes share out.
 
-    Arguments:
-        split: the validation images.
-        config: the run's options; `batch_size` is the size of a judged batch.
-        threat: the threat model of the run.
-        accelerator: gives the device and the precision of the attack.
-        stop: a single process stops between two batches, several after the last one.
+    A single process that is asked to stop does so between two batches, several do after the last one.
     """
 
     split: ImageSplit
@@ -60,7 +55,7 @@ class Validation:
         pairs = self.stop.batches(loader) if num_processes() == 1 else shielded_batches(loader)
         for number, (images, labels) in zip(own, pairs, strict=True):
             images, labels = images.to(device), labels.to(device)
-            right = clean = judge(judged, images, labels, size)
+            robust = clean = judge(judged, images, labels, size)
             with head_mode(model, "fc"):
                 fc = judge(judged, images, labels, size)
             for name in surrogates:
@@ -68,9 +63,9 @@ class Validation:
                 with self.accelerator.autocast(), inputs_only(trunk):
                     adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
                                       steps=config.val_attack_steps)
-                right = right & judge(judged, adversarial, labels, size, allow_non_finite=True)
-            counts += torch.stack([clean.sum(), right.sum(), fc.sum()]).to(counts)
-        clean_count, right_count, fc_count, *votes = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
-        self.stop.agree(votes)
-        return {name: count / len(self.split) for name, count in (
-            ("val_clean", clean_count), ("val_robust", right_count), ("val_fc_clean", fc_count))}
+                robust = robust & judge(judged, adversarial, labels, size, allow_non_finite=True)
+            counts += torch.stack([clean.sum(), robust.sum(), fc.sum()]).to(counts)
+        *counted, interrupts, terminations = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
+        self.stop.agree([interrupts, terminations])
+        return {name: count / len(self.split)
+                for name, count in zip(("val_clean", "val_robust", "val_fc_clean"), counted, strict=True)}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Which of timm's architectures take an HPM head: walks all those with pretrained weights, without their weights.
+"""Tries an HPM head on each of timm's architectures with pretrained weights, without their weights.
 
     python benchmarks/coverage.py                       # about 10 minutes on one CPU core; rewrites docs/coverage.md
     python benchmarks/coverage.py --filter 'resnet*' --output -
 
 Each architecture is made on the meta device with 10 classes and given an HPM head. It counts if a forward pass shows
-that the head sees pooled features (B, d) and that its answer is the model's, and if `reset_classifier(0)`,
+that the head's input is pooled features (B, d) and that its logits are the model's, and if `reset_classifier(0)`,
 `reset_classifier(5)` and `remove_hpm_head` work.
 """
 
@@ -53,9 +53,9 @@ def check(model: nn.Module) -> str:
     head, seen = timm_hpm.find_head(model), []
     with head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output))):
         logits = model(torch.empty(2, *model.pretrained_cfg["input_size"], device="meta"))
-    (shape, answer), = seen
-    assert shape == (2, head.in_features), f"the head sees features of the shape {tuple(shape)}"
-    assert answer is logits and logits.shape == (2, 10), "the model's answer is not its head's"
+    (shape, output), = seen
+    assert shape == (2, head.in_features), f"the head's input has the shape {tuple(shape)}"
+    assert output is logits and logits.shape == (2, 10), "the model's logits are not its head's"
     model.reset_classifier(0)
     assert head_name(model) is None, "reset_classifier(0) leaves an HPM head"
     model.reset_classifier(5)
@@ -64,43 +64,51 @@ def check(model: nn.Module) -> str:
     return kind
 
 
-def walk(names: list[str]) -> tuple[dict[str, list[str]], dict[tuple[str, str], list[str]]]:
-    """Returns the architectures that take a head by its kind, and the others by their module and the reason."""
+def walk(names: list[str]) -> tuple[dict[str, list[str]], dict[str, list[tuple[str, str]]]]:
+    """Returns the architectures that take a head by its kind, and the modules and names of the others by the reason."""
     supported, refused = defaultdict(list), defaultdict(list)
     for name in names:
         try:
             supported[check(timm.create_model(name, num_classes=10, device="meta").eval())].append(name)
         except Exception as error:
             module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-            refused[module, f"{type(error).__name__}: {error}"].append(name)
+            refused[reason(error)].append((module, name))
     return supported, refused
+
+
+def reason(error: Exception) -> str:
+    """Returns the start of an error, without the class of the model that it begins with."""
+    return str(error).partition(": ")[0].partition(" ")[2]
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Returns a Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines)
+    lines = ["| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in (head, *rows)]
+    return "\n".join((lines[0], "|---" * len(head) + "|", *lines[1:]))
 
 
-def report(supported: dict[str, list[str]], refused: dict[tuple[str, str], list[str]], without_classes: int) -> str:
+def report(supported: dict[str, list[str]], refused: dict[str, list[tuple[str, str]]], without_classes: int) -> str:
     """Returns the document."""
     count = sum(map(len, supported.values()))
     total = count + sum(map(len, refused.values()))
     kinds = sorted(supported.items(), key=lambda item: -len(item[1]))
-    reasons = sorted(refused.items(), key=lambda item: item[0])
-    return f"""# Which timm models take an HPM head
+    reasons = sorted(refused.items(), key=lambda item: -len(item[1]))
+    return f"""# timm models that take an HPM head
+
+    python benchmarks/coverage.py
 
 `add_hpm_head`, `register_hpm` and `reset_classifier` work on **{count} of {total}** architectures with
-pretrained weights (timm {timm.__version__}). {without_classes} of them have no classifier by default and are counted as
-they are with 10 classes. Printed by `python benchmarks/coverage.py`, which defines the checks.
+pretrained weights (timm {timm.__version__}). {without_classes} of them have no classifier by default and are given one
+of 10 classes.
 
-{table(("the classifier that the HPM head replaces", "architectures", "such as"),
-       [(kind, str(len(names)), ", ".join(f"`{name}`" for name in names[:3])) for kind, names in kinds])}
+{table(("classifier that the HPM head replaces", "architectures", "such as"),
+       [(kind, str(len(names)), f"`{names[0]}`") for kind, names in kinds])}
 
-The other {total - count} are refused, with the model left as it was:
+The other {total - count} are refused with an `UnsupportedHeadError`, and the model is left as it was:
 
-{table(("timm module", "architectures", "such as", "the error"),
-       [(f"`{module}`", str(len(names)), f"`{names[0]}`", error) for (module, error), names in reasons])}
+{table(("error: the model ...", "architectures", "in timm's modules"),
+       [(f"... {why}", str(len(names)), ", ".join(f"`{module}`" for module in sorted({module for module, _ in names})))
+        for why, names in reasons])}
 """
 
 

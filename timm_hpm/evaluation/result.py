@@ -1,6 +1,7 @@
 """`make_report`: the report of a run, from its steps."""
 
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from itertools import chain
 from typing import Any
 
@@ -51,6 +52,7 @@ def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Fla
         cost=_total_cost(steps, subject.cost),
         flags=flags,
         examples=first_examples(chain.from_iterable(step.examples for step in steps)),
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
     )
 
 

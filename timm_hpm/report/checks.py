@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..head import INFERENCE_MODES
 from ..threat import ThreatModel
@@ -13,108 +13,98 @@ _LARGEST: Final = 1e15
 _DEEPEST: Final = 8
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # NaN is not
+class Rule(NamedTuple):
+    """A check of a value in JSON's types, and the expected value in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
 
 
-def _amount(value: Any) -> bool:
-    return _number(value) and value >= 0
+def _matching(pattern: str, words: str) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, words)
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int and abs(value) <= _LARGEST
+def _or_none(rule: Rule) -> Rule:
+    return Rule(lambda value: value is None or rule.holds(value), f"{rule.words}, or null")
 
 
-def _count(value: Any) -> bool:
-    return _whole(value) and value > 0
+def _array(rule: Rule) -> Rule:
+    return Rule(lambda value: isinstance(value, list) and all(map(rule.holds, value)),
+                f"an array, with entries that are {rule.words}")
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+def _object(rule: Rule) -> Rule:
+    return Rule(lambda value: isinstance(value, dict) and all(map(rule.holds, value.values())),
+                f"an object, with entries that are {rule.words}")
 
 
-def _digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
-
-
-def _truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _picture(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[A-Za-z0-9+/]+=*", value) is not None
-
-
-def _threat(value: Any) -> bool:
+def _is_threat(value: Any) -> bool:
     try:
         return bool(ThreatModel.parse(value))
     except (ValueError, AttributeError):
         return False
 
 
-def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or holds(value)
+_NUMBER: Final = Rule(  # NaN is not
+    lambda value: type(value) in (int, float) and -_LARGEST <= value <= _LARGEST, "a number")
+_AMOUNT: Final = Rule(lambda value: _NUMBER.holds(value) and value >= 0, "a number of 0 or more")
+_WHOLE: Final = Rule(lambda value: type(value) is int and abs(value) <= _LARGEST, "a whole number")
+_COUNT: Final = Rule(lambda value: _WHOLE.holds(value) and value > 0, "a whole number above 0")
+_STRING: Final = Rule(lambda value: isinstance(value, str), "a text")
+_TEXT: Final = Rule(lambda value: isinstance(value, str) and value != "", "a text")
+_TRUTH: Final = Rule(lambda value: isinstance(value, bool), "true or false")
+_ANY_OBJECT: Final = Rule(lambda value: isinstance(value, dict), "an object")
+_ANY_ARRAY: Final = Rule(lambda value: isinstance(value, list), "an array")
+_DIGEST: Final = _matching("[0-9a-f]{16}", "16 hexadecimal digits")
+_DATE: Final = _matching(r"(\d{4}-\d\d-\d\d)?", "a day such as 2026-11-28, or nothing")
+_PICTURE: Final = _matching("[A-Za-z0-9+/]+=*", "a picture in base64")
+_BUDGET: Final = Rule(
+    lambda value: _object(_COUNT).holds(value) and "iterations" in value
+    and set(value) <= {"iterations", "targets", "rounds"}, "budgets of iterations, targets and rounds above 0")
+_NORMALISATION: Final = Rule(
+    lambda value: isinstance(value, dict) and isinstance(value.get("source", ""), str)
+    and all(_array(_NUMBER).holds(value.get(name)) for name in ("mean", "std")),
+    "an object with mean and std, arrays of numbers")
 
-
-def _array(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(holds, value))
-
-
-def _object(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
-
-
-def _budget(value: Any) -> bool:
-    return _object(_count)(value) and "iterations" in value and set(value) <= {"iterations", "targets", "rounds"}
-
-
-def _normalisation(value: Any) -> bool:
-    return (isinstance(value, dict) and all(_array(_number)(value.get(name)) for name in ("mean", "std"))
-            and isinstance(value.get("source", ""), str))
-
-
-# Entries of the protocol that `mixed_surrogate_attack` always writes: the check, and its words.
-_PROTOCOL: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "architecture": (_text, "a text, the model's architecture"),
-    "weights_digest": (_digest, "16 hexadecimal digits"),
-    "data_digest": (_digest, "16 hexadecimal digits"),
-    "threat": (_threat, "a threat model such as 'Linf:8/255'"),
-    "num_images": (_count, "a whole number above 0"),
-    "num_classes": (_count, "a whole number above 0"),
-    "batch_size": (_count, "a whole number above 0"),
-    "inference": (lambda value: value in (*INFERENCE_MODES, "none"), f"one of {', '.join(INFERENCE_MODES)}, none"),
-    "mix": (_or_none(_number), "a number or null"),
-    "prototypes_fitted": (_or_none(_truth), "true, false or null"),
-    "surrogates": (_array(_text), "an array of texts"),
-    "attacks": (_object(_budget), "an object of budgets, with iterations, targets and rounds above 0"),
-    "seed": (_whole, "a whole number"),
-    "device": (_text, "a text"),
-    "versions": (_object(_text), "an object of texts"),
+# Entries of the protocol that `mixed_surrogate_attack` always writes.
+_PROTOCOL: Final = {
+    "architecture": _TEXT,
+    "weights_digest": _DIGEST,
+    "data_digest": _DIGEST,
+    "threat": Rule(_is_threat, "a threat model such as 'Linf:8/255'"),
+    "num_images": _COUNT,
+    "num_classes": _COUNT,
+    "batch_size": _COUNT,
+    "inference": Rule(lambda value: value in (*INFERENCE_MODES, "none"), f"one of {', '.join(INFERENCE_MODES)}, none"),
+    "mix": _or_none(_NUMBER),
+    "prototypes_fitted": _or_none(_TRUTH),
+    "surrogates": _array(_TEXT),
+    "attacks": _object(_BUDGET),
+    "seed": _WHOLE,
+    "device": _TEXT,
+    "versions": _object(_TEXT),
 }
 # Entries that it or evaluate.py may add.
-_TEXTS: Final = ("model", "weights", "dataset", "split", "precision", "protocol", "protocol_digest")
-_OPTIONAL: Final = dict.fromkeys(_TEXTS, (_text, "a text")) | {
-    "normalisation": (_or_none(_normalisation), "an object with mean and std, arrays of numbers, or null"),
-    "clean_margin": (_or_none(_number), "a number or null"),
-    "attacked_scale": (_or_none(_number), "a number or null"),
-    "survivors_only": (_truth, "true or false"),
-    "surrogates_at_once": (_count, "a whole number above 0"),
-    "neighbours": (_or_none(_array(_count)), "an array of whole numbers above 0"),
-    "neighbours_mixes": (_or_none(_array(_number)), "an array of numbers, or null"),
-    "class_names": (_or_none(_array(lambda value: isinstance(value, str))), "an array of texts, or null"),
-    "options": (_or_none(lambda value: isinstance(value, dict)), "an object"),
+_OPTIONAL: Final = dict.fromkeys(
+    ("model", "weights", "dataset", "split", "precision", "protocol", "protocol_digest"), _TEXT) | {
+    "normalisation": _or_none(_NORMALISATION),
+    "clean_margin": _or_none(_NUMBER),
+    "attacked_scale": _or_none(_NUMBER),
+    "survivors_only": _TRUTH,
+    "surrogates_at_once": _COUNT,
+    "neighbours": _or_none(_array(_COUNT)),
+    "neighbours_mixes": _or_none(_array(_NUMBER)),
+    "class_names": _or_none(_array(_STRING)),
+    "options": _or_none(_ANY_OBJECT),
 }
-_EXAMPLE: Final = {
-    "image": (_amount, "0 or more"), "label": (_amount, "0 or more"), "predicted": (_whole, "a whole number"),
-    "found_by": (_text, "a text"), "amplification": (_amount, "a number"),
-    "clean": (_picture, "base64"), "perturbation": (_picture, "base64"), "adversarial": (_picture, "base64"),
+_COST: Final = dict.fromkeys(("seconds", "forward_passes", "backward_passes"), _AMOUNT)
+# Rows of the fields that are arrays.
+_ROWS: Final = {
+    "flags": {"name": _TEXT, "text": _STRING},
+    "examples": {"image": _AMOUNT, "label": _AMOUNT, "predicted": _WHOLE, "found_by": _TEXT, "amplification": _AMOUNT,
+                 "clean": _PICTURE, "perturbation": _PICTURE, "adversarial": _PICTURE},
+    "neighbours": {"batch_size": _COUNT, "mix": _NUMBER, "kind": _TEXT, "targets": _COUNT, "flipped": _AMOUNT},
 }
-_NEIGHBOURS: Final = {
-    "batch_size": (_count, "a whole number above 0"), "mix": (_number, "a number"), "kind": (_text, "a text"),
-    "targets": (_count, "a whole number above 0"), "flipped": (_amount, "a number"),
-}
-_COST: Final = dict.fromkeys(("seconds", "forward_passes", "backward_passes"), (_amount, "a number of 0 or more"))
-_FLAG: Final = {"name": (_text, "a text"), "text": (lambda value: isinstance(value, str), "a text")}
 
 
 def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
@@ -127,30 +117,32 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
     Raises:
         ValueError: if a field is malformed; the message names the first.
     """
-    for name in ("protocol", "correct", "baseline_correct", "cost"):
-        _expect(isinstance(values[name], dict), name, values[name], "an object")
-    for name in ("flags", "examples", "neighbours"):
-        _expect(isinstance(values[name], list), name, values[name], "an array")
-    correct, total = values["correct"], _check_rows(values)
+    objects = dict.fromkeys(("protocol", "correct", "baseline_correct", "cost"), _ANY_OBJECT)
+    for name, rule in (objects | dict.fromkeys(_ROWS, _ANY_ARRAY)).items():
+        _expect(rule.holds(values[name]), name, values[name], rule.words)
+    _expect(_DATE.holds(values.get("date", "")), "date", values.get("date"), _DATE.words)
+    correct, total = values["correct"], _check_verdicts(values)
     protocol = values["protocol"]
-    _check_entries("the protocol's", protocol, _PROTOCOL)
-    _check_entries("the protocol's", protocol, {name: rule for name, rule in _OPTIONAL.items() if name in protocol})
+    _check_entries("the protocol's", protocol,
+                   _PROTOCOL | {name: rule for name, rule in _OPTIONAL.items() if name in protocol})
     _expect(protocol["num_images"] == total, "the protocol's num_images", protocol["num_images"],
             f"{total}, the number of verdicts in a row")
     for name, value in protocol.items():
         _expect(_is_shallow(value, _DEEPEST), f"the protocol's {name}", value, f"at most {_DEEPEST} levels")
-    for name, row in values["cost"].items():
-        _check_row(f"the cost of {name}", row, _COST)
-    for name, rules in (("flags", _FLAG), ("examples", _EXAMPLE), ("neighbours", _NEIGHBOURS)):
-        for i, row in enumerate(values[name]):
-            _check_row(f"row {i} of {name}", row, rules)
+    rows = [(f"the cost of {name}", row, _COST) for name, row in values["cost"].items()]
+    rows += [(f"row {i} of {name}", row, rules) for name, rules in _ROWS.items() for i, row in enumerate(values[name])]
+    for name, row, rules in rows:
+        _expect(isinstance(row, dict), name, row, f"an object with {', '.join(rules)}")
+        _check_entries(f"{name}: its", row, rules)
+        unknown = sorted(row.keys() - rules.keys())
+        _expect(not unknown, f"{name}: its other entries", unknown, f"only {', '.join(rules)}")
     _expect(all(example["image"] < total for example in values["examples"]), "examples",
             [example["image"] for example in values["examples"]], f"images below {total}")
     for name, right in (("num_images", total), ("clean_accuracy", correct["clean"].count("1") / total)):
         _expect(computed.get(name, right) == right, name, computed.get(name), f"{right}, by its verdicts")
 
 
-def _check_rows(values: Mapping[str, Any]) -> int:
+def _check_verdicts(values: Mapping[str, Any]) -> int:
     """Checks the verdicts; returns the number of images."""
     correct, baseline, assembled = values["correct"], values["baseline_correct"], values["assembled"]
     _expect("clean" in correct, "correct", list(correct), "the row clean among its rows")
@@ -163,17 +155,10 @@ def _check_rows(values: Mapping[str, Any]) -> int:
     return len(correct["clean"])
 
 
-def _check_row(name: str, row: Any, rules: Mapping[str, Any]) -> None:
-    _expect(isinstance(row, dict), name, row, f"an object with {', '.join(rules)}")
-    _check_entries(f"{name}: its", row, rules)
-    unknown = sorted(row.keys() - rules.keys())
-    _expect(not unknown, f"{name}: its other entries", unknown, f"only {', '.join(rules)}")
-
-
-def _check_entries(whose: str, entries: Mapping[str, Any], rules: Mapping[str, Any]) -> None:
-    for name, (holds, expected) in rules.items():
-        _expect(name in entries, f"{whose} {name}", None, f"{expected}; it is missing")
-        _expect(holds(entries[name]), f"{whose} {name}", entries[name], expected)
+def _check_entries(whose: str, entries: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    for name, rule in rules.items():
+        _expect(name in entries, f"{whose} {name}", None, f"{rule.words}; it is missing")
+        _expect(rule.holds(entries[name]), f"{whose} {name}", entries[name], rule.words)
 
 
 def _is_shallow(value: Any, levels: int) -> bool:

@@ -39,11 +39,6 @@ class Example:
     perturbation: str
     adversarial: str
 
-    @property
-    def answer(self) -> str:
-        """The prediction for the adversarial image, in words."""
-        return "not finite" if self.predicted < 0 else str(self.predicted)
-
 
 def make_example(image: int, label: int, predicted: int, found_by: str, clean: Tensor, adversarial: Tensor) -> Example:
     """Returns the example of a `clean` and an `adversarial` image, both (channels, H, W) with pixels in [0, 1]."""

@@ -1,4 +1,4 @@
-"""A report as one HTML file that opens offline, without scripts. Each picture is one function of this file.
+"""A report as one HTML file that opens offline, without scripts. Each part of the page is one function of this file.
 
 A new picture is a function that takes the report and returns parts of HTML, and a line in `report_page`.
 """
@@ -10,45 +10,59 @@ from typing import Final
 
 from . import svg
 from .command import evaluate_command, shell_lines
+from .convergence import falls
 from .flags import Flag, paragraph
-from .metrics import attack_of, wilson_interval, worst_accuracy
+from .metrics import wilson_interval
 from .schema import AttackReport
 from .tables import (
     INTERVAL,
-    NEIGHBOURS_NOTE,
-    NEIGHBOURS_TITLE,
+    ROBUST,
     UNRELIABLE,
+    WORDS,
+    Table,
     accuracies,
-    cell,
+    attack_table,
+    cost_table,
     interval_text,
     neighbours_table,
+    percent,
     pixels_note,
+    protocol_table,
 )
 
 _STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 1.5em auto;
        padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+h1 { font-size: 1.5em; margin: 0; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+.wide, pre { overflow-x: auto; } pre { font-size: 12px; background: #f6f6f6; padding: .5em .8em; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; }
-th, td:first-child { overflow-wrap: normal; }
+th, td:first-child { overflow-wrap: normal; } abbr { cursor: help; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { max-width: 100%; height: auto; } pre { overflow-x: auto; }
-.large { display: flex; flex-wrap: wrap; gap: 1em 2.5em; }
-.large div { font-size: 13px; color: #555; width: 220px; }
-.large b { display: block; font-size: 26px; color: #111; }
+svg { max-width: 100%; height: auto; }
+.small { color: #555; font-size: 13px; }
+.headline { margin: 1em 0; } .headline b { display: block; font-size: 56px; line-height: 1.1; color: #111; }
+.others { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1em 1.5em; }
+.others b { display: block; font-size: 22px; color: #111; }
+.legend { list-style: none; padding: 0; columns: 340px; font-size: 13px; }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; }
 .unreliable { background: #fdecea; border-left: 5px solid #c62828; padding: .5em 1em; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(370px, 1fr)); gap: 1em; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1em; }
 .examples figure { margin: 0; } .examples figcaption { font-size: 12px; }
-.examples .three { display: flex; gap: 5px; } .examples .three span { width: 118px; font-size: 11px; color: #555; }
-.examples img { display: block; width: 118px; image-rendering: pixelated; border: 1px solid #ccc; }
+.examples .three { display: flex; gap: 5px; }
+.examples .three span { width: 33%; max-width: 118px; font-size: 11px; color: #555; }
+.examples img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid #ccc; }
+@media (max-width: 600px) {
+    svg text { font-size: 19px; } .headline b { font-size: 44px; } th, td { padding: 2px 5px; }
+}
 """
 
 
 def page(title: str, body: Iterable[str]) -> str:
     """Returns a whole HTML file of a title and parts of HTML."""
     return (f"<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n<title>{escape(title)}</title>\n"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
             "<link rel='icon' href='data:,'>\n"  # or a browser asks for one
             f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n" + "\n".join(body)
             + "\n</body>\n</html>\n")
@@ -56,18 +70,18 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def report_page(report: AttackReport) -> str:
     """Returns a report as a whole HTML file."""
+    neighbours = neighbours_table(report)
     return page(f"Mixed Surrogate Attack: {report.name}", [
+        *_head(report),
         *unreliable_banner(report.flags),
-        f"<p>{escape(pixels_note(report.protocol))}</p>",
-        _summary(report),
+        *_headline(report),
         *flag_section(report.flags),
-        "<h2>Accuracy under each attack</h2>", *_by_surrogate(report),
-        *_neighbours(report),
-        *_progress(report),
+        *_by_surrogate(report),
+        *(_section(neighbours) if neighbours.rows else []),
+        *_convergence(report),
         *_examples(report),
-        *_command(report),
-        "<h2>Protocol</h2>", table(["", ""], [[name, cell(value)] for name, value in report.protocol.items()]),
-        "<h2>Cost</h2>", *_cost(report),
+        *_section(protocol_table(report)),
+        *_section(cost_table(report)),
     ])
 
 
@@ -98,102 +112,110 @@ def _from_markdown(text: str) -> str:
     return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))
 
 
-def _point(accuracy: float, report: AttackReport, x: float = 0.0) -> svg.Point:
-    return svg.Point(x, accuracy, *wilson_interval(accuracy, report.num_images))
+def _head(report: AttackReport) -> list[str]:
+    protocol, command = report.protocol, evaluate_command(report.protocol)
+    mode = protocol.get("inference", "none")
+    facts = [" ".join(str(protocol[name]) for name in ("dataset", "split") if name in protocol),
+             f"{report.num_images} images", str(protocol.get("threat", "")),
+             "" if mode == "none" else f"inference mode {mode}", report.date]
+    return [f"<p class='small'>{escape(' · '.join(filter(None, facts)))}</p>",
+            *([f"<pre>{escape(shell_lines(command))}</pre>"] if command else []),
+            f"<p class='small'>{escape(pixels_note(protocol))}</p>"]
 
 
-def _summary(report: AttackReport) -> str:
-    shown = "".join(f"<div><b>{100 * value:.1f} %</b> ({interval_text(value, report.num_images)})<br>"
-                    f"{escape(name)}</div>" for name, value in accuracies(report).items())
-    return (f"<div class='large'>{shown}</div><p>Accuracies on {report.num_images} images, "
-            f"{escape(str(report.protocol.get('threat', '')))}; in brackets the {INTERVAL}.</p>")
-
-
-def _command(report: AttackReport) -> list[str]:
-    command = evaluate_command(report.protocol)
-    return ["<h2>Command</h2>", f"<pre>{escape(shell_lines(command))}</pre>"] if command else []
+def _headline(report: AttackReport) -> list[str]:
+    """Returns the number that a paper would quote, and the others, smaller, beneath it."""
+    found, total = accuracies(report), report.num_images
+    robust = found.pop(ROBUST)
+    under = f" under {report.protocol['threat']}" if "threat" in report.protocol else ""
+    others = "".join(
+        f"<div class='small'><b>{percent(value)} %</b>{escape(name)} ({interval_text(value, total)})<br>"
+        f"{escape(meaning)}</div>" for name, (value, meaning) in found.items())
+    return [f"<p class='headline'><b>{percent(robust.value)} %</b>robust accuracy{escape(under)} "
+            f"({interval_text(robust.value, total)})<br><span class='small'>{escape(robust.meaning)} In brackets the "
+            f"{INTERVAL}.</span></p>", f"<div class='others'>{others}</div>"]
 
 
 def _by_surrogate(report: AttackReport) -> list[str]:
-    if not report.by_surrogate:
+    content = attack_table(report)
+    if not content.rows:
         return ["<p>No attack was run.</p>"]
-    groups = {surrogate: {attack: _point(value, report) for attack, value in row.items()}
+    total = report.num_images
+    groups = {surrogate: {attack: svg.Point(0, value, *wilson_interval(value, total)) for attack, value in row.items()}
               for surrogate, row in report.by_surrogate.items()}
     if report.baseline:
-        groups["FC classifier"] = {
-            attack: _point(value, report) for attack, value in report.baseline.items() if attack != "clean"}
+        groups["FC classifier"] = {attack: svg.Point(0, value, *wilson_interval(value, total))
+                                   for attack, value in report.baseline.items() if attack != "clean"}
+    attacks = [*dict.fromkeys(attack for group in groups.values() for attack in group if attack != "worst"), "worst"]
+    content.rows.extend([surrogate, *(percent(row[attack].y) if attack in row else "" for attack in content.head[1:])]
+                        for surrogate, row in list(groups.items())[len(content.rows):])
     lines = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
-    attacks = list(dict.fromkeys(attack for group in groups.values() for attack in group))
-    attacks.sort(key=lambda attack: attack == "worst")
-    rows = [[surrogate, *(f"{100 * row[attack].y:.1f}" if attack in row else "" for attack in attacks)]
-            for surrogate, row in groups.items()]
-    note = "FC classifier: that of the same network, under the attacks on it." if report.baseline else ""
-    if report.protocol.get("survivors_only"):
-        note += (" This protocol attacks an image no more once it is misclassified: later rows keep its successful "
-                 "candidate, so that rows do not compare attacks.")
-    shown = "Accuracy of the true model on the candidates of each attack on each surrogate"
-    return [svg.dots(groups, attacks, lines, shown), f"<p>{shown}; bars are {INTERVAL}s. {note}</p>",
-            table(["surrogate, %", *attacks], rows)]
+    return [f"<h2>{content.title}</h2>", f"<p>{content.note} Bars are {INTERVAL}s.</p>",
+            svg.dots(groups, attacks, lines, content.note), _legend(attacks, groups), table(*content[2:])]
 
 
-def _progress(report: AttackReport) -> list[str]:
-    by_attack: dict[str, list[str]] = {}
-    for name, row in report.correct.items():
-        by_attack.setdefault(attack_of(name), []).append(row)
-    seen, seconds = by_attack.pop("clean"), 0.0
-    if not by_attack or not by_attack.keys() <= report.cost.keys():
+def _legend(attacks: Sequence[str], surrogates: Iterable[str]) -> str:
+    """Returns the colours of the attacks, and a few words on each attack and surrogate."""
+    rows = [f"<i style='background:{colour}'></i>{_with_words(name)}" for name, colour in svg.colours(attacks).items()]
+    rows += map(_with_words, surrogates)
+    return f"<ul class='legend'>{''.join(f'<li>{row}</li>' for row in rows)}</ul>"
+
+
+def _with_words(name: str) -> str:
+    return f"<b>{escape(name)}</b>" + (f": {WORDS[name]}" if name in WORDS else "")
+
+
+def _convergence(report: AttackReport) -> list[str]:
+    steps = [svg.Step(fall.passes, fall.robust, fall.attack, f"after {fall.attack}, {fall.passes:,.0f} passes: "
+                      f"{percent(fall.robust)} %") for fall in falls(report)]
+    if not steps:
         return []
-    after = {}
-    for attack, cost in report.cost.items():
-        if attack in by_attack:
-            seen += by_attack[attack]
-            seconds += cost["seconds"]
-            after[attack] = _point(worst_accuracy(seen), report, seconds)
-    return ["<h2>Progress over time</h2>",
-            svg.steps(report.clean_accuracy, after, "seconds spent on attacks",
-                      "robust accuracy after each attack, over time"),
-            "<p>Accuracy in the worst case over the clean images and all attacks so far, against the seconds of these "
-            "attacks, summed over surrogates, batches and processes. Attacks are in the order of their first start; a "
-            "run repeats them for each batch, and for surrogates that are not attacked side by side.</p>"]
-
-
-def _neighbours(report: AttackReport) -> list[str]:
-    if not report.neighbours:
-        return []
-    return [f"<h2>{NEIGHBOURS_TITLE}</h2>", f"<p>{NEIGHBOURS_NOTE}</p>",
-            table(*neighbours_table(report), numbers_from=0)]
+    return ["<h2>Has it converged?</h2>",
+            svg.stairs(report.clean_accuracy, steps, "passes for each image (doubling has one width)",
+                       "robust accuracy against the passes spent"),
+            "<p>Accuracy in the worst case over the clean images and all attacks so far, against the forward and "
+            "backward passes for each image, in the order of the attacks' first start. The last doubling of the passes "
+            "is shaded.</p>"]
 
 
 def _examples(report: AttackReport) -> list[str]:
     if not report.examples:
         return []
+    names = report.protocol.get("class_names") or []
+
+    def class_name(number: int) -> str:
+        name = names[number] if 0 <= number < len(names) else ""
+        return "not finite" if number < 0 else escape(str(number) if name in ("", str(number)) else f"{number} {name}")
+
     parts = ["<h2>Misclassified images</h2>", "<div class='examples'>"]
     for example in report.examples:
+        label, predicted = class_name(example.label), class_name(example.predicted)
         pictures = "".join(
             f"<span><img src='data:image/png;base64,{escape(data, quote=True)}' alt='{alt} of image {example.image}'>"
             f"{caption}</span>"
             for data, alt, caption in (
-                (example.clean, "clean", f"clean: {example.label}"),
+                (example.clean, "clean", f"clean: {label}"),
                 (example.perturbation, "perturbation", f"perturbation × {example.amplification:.1f}"),
-                (example.adversarial, "adversarial", f"adversarial: {example.answer}")))
+                (example.adversarial, "adversarial", f"adversarial: {predicted}")))
         parts.append(f"<figure><div class='three'>{pictures}</div><figcaption>image {example.image}, class "
-                     f"{example.label}, predicted {example.answer}; found by {escape(example.found_by)}</figcaption>"
-                     "</figure>")
+                     f"{label}, predicted {predicted}; found by {escape(example.found_by)}</figcaption></figure>")
     return [*parts, "</div><p>The first images that an attack flipped. Captions are predictions of the true model; the "
                     "perturbation is amplified as written, around a mid grey.</p>"]
 
 
-def _cost(report: AttackReport) -> list[str]:
-    seconds = {name: row["seconds"] for name, row in report.cost.items() if name != "all"}
-    rows = [[name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
-            for name, row in report.cost.items()]
-    plot = [svg.bars(seconds, "s", "seconds by attack")] if seconds else []
-    return [*plot, table(["attack", "seconds", "images forward", "images backward"], rows)]
+def _section(content: Table) -> list[str]:
+    return [f"<h2>{content.title}</h2>", f"<p>{content.note}</p>" if content.note else "", table(*content[2:])]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1) -> str:
-    """Returns a table; its columns from `numbers_from` on are right-aligned if they have a title."""
-    kinds = ["" if not title or i < numbers_from else " class='number'" for i, title in enumerate(head)]
-    lines = ["".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(row, kinds, strict=True))
-             for tag, row in [("th", head), *(("td", row) for row in rows)]]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1) -> str:
+    """Returns a table; columns from `numbers_from` on are right-aligned, and known names explained under the mouse."""
+    lines = ""
+    for tag, row in [("th", head), *(("td", row) for row in rows)]:
+        cells = []
+        for i, text in enumerate(row):
+            kind = " class='number'" if i >= numbers_from and head[i] else ""
+            named = text in WORDS and (tag == "th" or i == 0)
+            shown = f"<abbr title='{escape(WORDS[text], quote=True)}'>{text}</abbr>" if named else escape(text)
+            cells.append(f"<{tag}{kind}>{shown}</{tag}>")
+        lines += f"<tr>{''.join(cells)}</tr>"
+    return f"<div class='wide'><table>{lines}</table></div>"

@@ -10,15 +10,18 @@ from .flags import paragraph
 from .schema import AttackReport
 from .tables import (
     INTERVAL,
-    NEIGHBOURS_NOTE,
-    NEIGHBOURS_TITLE,
     ROBUST,
     UNRELIABLE,
-    accuracies,
+    Table,
+    accuracy_table,
+    attack_table,
     cell,
+    cost_table,
     interval_text,
     neighbours_table,
+    percent,
     pixels_note,
+    protocol_table,
 )
 
 # The character after a bracket makes it a link, and an underscore between letters begins no emphasis.
@@ -41,33 +44,24 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers_from: int = 1) -> list[str]:
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], numbers_from: int = 1) -> list[str]:
     """Returns the lines of a table with escaped cells; columns from `numbers_from` on are right-aligned."""
-    return ["| " + " | ".join(head) + " |",
+    return ["| " + " | ".join(map(escaped, head)) + " |",
             "|" + "".join("---|" if i < numbers_from else "---:|" for i in range(len(head))),
             *("| " + " | ".join(map(escaped, row)) + " |" for row in rows)]
 
 
-def accuracy_table(report: AttackReport) -> list[str]:
-    """Returns the lines of the table of the accuracies with their intervals."""
-    lines = table(["accuracy", "%", INTERVAL], (
-        [name, f"{100 * value:.1f}", interval_text(value, report.num_images)]
-        for name, value in accuracies(report).items()))
-    return [line.replace(f"| {ROBUST} |", f"| **{ROBUST}** |") for line in lines]
+def section(content: Table) -> list[str]:
+    """Returns the lines of a table under its title."""
+    return ["", f"## {content.title}", "", *([content.note, ""] if content.note else []), *table(*content[2:])]
 
 
 def results(report: AttackReport) -> list[str]:
     """Returns the lines of the tables: accuracy by surrogate and attack, the worst cases, neighbours."""
-    by_surrogate = report.by_surrogate
-    attacks = list(dict.fromkeys(attack for row in by_surrogate.values() for attack in row if attack != "worst"))
-    lines = ["Accuracy of the true model in %, on the candidates of each attack on each surrogate.", "", *table(
-        ["surrogate", *map(escaped, attacks), "worst"],
-        ([surrogate, *(f"{100 * row[attack]:.1f}" if attack in row else "" for attack in [*attacks, "worst"])]
-         for surrogate, row in by_surrogate.items())), "", *accuracy_table(report)]
-    if report.neighbours:
-        head, rows = neighbours_table(report)
-        lines += ["", f"## {NEIGHBOURS_TITLE}", "", NEIGHBOURS_NOTE, "", *table(head, rows, numbers_from=0)]
-    return lines
+    attacks = attack_table(report)
+    accuracy = [line.replace(f"| {ROBUST} |", f"| **{ROBUST}** |") for line in table(*accuracy_table(report)[2:])]
+    neighbours = neighbours_table(report)
+    return [attacks.note, "", *table(*attacks[2:]), "", *accuracy, *(section(neighbours) if neighbours.rows else [])]
 
 
 def report_markdown(report: AttackReport) -> str:
@@ -81,15 +75,11 @@ def report_markdown(report: AttackReport) -> str:
         lines += [*(f"- [{flag.name}](#{flag.name}): {escaped(flag.text)}" for flag in report.flags), ""]
     if pixels_note(report.protocol):
         lines += [escaped(pixels_note(report.protocol)), ""]
-    lines += [*results(report), ""]
+    lines += results(report)
     command = evaluate_command(report.protocol)
     if command:
-        lines += ["## Command", "", fenced(shell_lines(command), "sh"), ""]
-    lines += ["## Protocol", "",
-              *table(["", ""], ([name, cell(value)] for name, value in report.protocol.items()), numbers_from=2)]
-    lines += ["", "## Cost", "", *table(["attack", "seconds", "images forward", "images backward"], (
-        [name, f"{row['seconds']:.1f}", f"{row['forward_passes']:.0f}", f"{row['backward_passes']:.0f}"]
-        for name, row in report.cost.items()))]
+        lines += ["", "## Command", "", fenced(shell_lines(command), "sh")]
+    lines += [*section(protocol_table(report)), *section(cost_table(report))]
     if report.flags:
         lines += ["", "## Warnings"]
         for name in dict.fromkeys(flag.name for flag in report.flags):
@@ -103,7 +93,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     lines += table(
         ["accuracy", "a % (interval)", "b % (interval)", "b − a (interval)", "right only in a", "right only in b",
          "McNemar p"],
-        ([row.name, *(f"{100 * value:.1f} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
+        ([row.name, *(f"{percent(value)} ({interval_text(value, row.num_images)})" for value in (row.a, row.b)),
           f"{100 * row.difference:+.1f} ({100 * row.difference_interval[0]:+.1f} to "
           f"{100 * row.difference_interval[1]:+.1f})", row.only_a, row.only_b, f"{row.p_value:.2g}"]
          for row in comparison.rows))

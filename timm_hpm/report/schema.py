@@ -22,6 +22,9 @@ from .metrics import attack_of, most_errors_accuracy, standard_error, wilson_int
 #: Written and read.
 SCHEMA_VERSION: Final = 2
 
+# Fields that older reports of this version lack.
+_NEW: Final = ("date",)
+
 #: The row of attacks on the true model itself, without a surrogate.
 TRUE_MODEL: Final = "true"
 
@@ -83,6 +86,7 @@ class AttackReport:
             candidate, or the clean image if there is none; empty in other modes, whose predictions do not depend on
             the batch.
         neighbours: the rows of `measure_neighbours`; they enter no accuracy.
+        date: day of the measurement in UTC, such as "2026-11-28"; empty in older reports.
     """
 
     protocol: dict[str, Any]
@@ -93,6 +97,7 @@ class AttackReport:
     examples: list[Example] = field(default_factory=list)
     assembled: str = ""
     neighbours: list[dict[str, Any]] = field(default_factory=list)
+    date: str = ""
 
     @property
     def name(self) -> str:
@@ -163,7 +168,7 @@ class AttackReport:
         return any(flag.unreliable for flag in self.flags)
 
     def same_results(self, other: "AttackReport") -> bool:
-        """Returns whether protocol, verdicts, passes and flags are equal: all but the seconds."""
+        """Returns whether protocol, verdicts, passes and flags are equal: all but date and seconds."""
         return _without_time(self) == _without_time(other)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,7 +185,7 @@ class AttackReport:
             "realised_robust_accuracy": self.realised_robust_accuracy,
             "by_surrogate": self.by_surrogate,
             "baseline": self.baseline,
-        } | asdict(self)
+        } | {name: value for name, value in asdict(self).items() if value or name not in _NEW}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, whole or not at all; makes the folder if it is missing."""
@@ -198,7 +203,7 @@ class AttackReport:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]
             if type(version) is int and version == SCHEMA_VERSION:
-                values = {name: data[name] for name in cls.__dataclass_fields__}
+                values = {name: data[name] for name in cls.__dataclass_fields__ if name not in _NEW or name in data}
                 check_report(values, data)
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
                                        "examples": [Example(**example) for example in values["examples"]]})
@@ -223,7 +228,7 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:
-    data = asdict(report)
+    data = asdict(report) | {"date": ""}
     for row in data["cost"].values():
         row.pop("seconds")
     return data

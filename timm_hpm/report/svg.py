@@ -1,15 +1,19 @@
 """Plots as SVG for a page: without scripts, and without fonts and pictures of other servers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from math import ceil, floor, log10
+from math import ceil, floor, log2
 from typing import Final, NamedTuple
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a grey for the last entry.
-COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a grey.
+COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#999999")
+# The same in every report.
+_FIXED: Final = dict(zip(
+    ("apgd-ce", "apgd-t", "fab-t", "square", "apgd-chain", "joint", "joint-subset"), COLOURS, strict=False)) | {
+    "worst": "#000000"}
 
-_WIDTH: Final = 760
-_LEFT, _RIGHT, _TOP, _BOTTOM = 130, 24, 60, 44
+_WIDTH: Final = 640
+_LEFT, _RIGHT, _TOP, _BOTTOM = 130, 24, 60, 48
 
 
 class Point(NamedTuple):
@@ -31,36 +35,40 @@ class Point(NamedTuple):
         return f"{100 * self.y:.1f} % ({100 * self.ends[0]:.1f} to {100 * self.ends[1]:.1f})"
 
 
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """Returns a colour for each name: an attack's own, and for other names the colours that are left, in order."""
+    names = list(dict.fromkeys(names))
+    taken = {_FIXED[name] for name in names if name in _FIXED}
+    free = [colour for colour in COLOURS if colour not in taken] or list(COLOURS)
+    others = [name for name in names if name not in _FIXED]
+    return {name: _FIXED.get(name) or free[others.index(name) % len(free)] for name in names}
+
+
 def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines: Mapping[str, float],
          label: str) -> str:
     """Returns a plot of accuracies: a band for each group, in it a dot with an error bar for each name.
 
     Arguments:
         groups: group to name to accuracy (`Point.x` is not used).
-        names: all names, in the order of their colours.
+        names: all names, by which `colours` chooses.
         lines: accuracies drawn as vertical lines, with their names.
         label: description of the plot for screen readers.
     """
     values = [point for group in groups.values() for point in group.values()]
     low = _floor_tenth(min([*(point.ends[0] for point in values), *lines.values()]))
-    row, gap = 15, 10
+    row, gap, colour = 15, 12, colours(names)
     height = _TOP + sum(row * len(group) + gap for group in groups.values()) + _BOTTOM
     x = _Scale(low, 1.0, _LEFT, _WIDTH - _RIGHT)
-    parts = _legend(names)
-    parts += _x_axis(x, _TOP, height - _BOTTOM, _ticks(low), lambda value: f"{100 * value:.0f}")
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, height - 8, "accuracy, %", "middle"))
+    parts = _x_axis(x, _TOP, height - _BOTTOM, _ticks(low), lambda value: f"{100 * value:.0f}", "accuracy, %")
     for i, (name, value) in enumerate(lines.items()):
         parts.append(_line(x(value), _TOP, x(value), height - _BOTTOM, "#555", f"stroke-dasharray='{4 + 4 * i} 3'"))
-        parts.append(_text(x(value) + 4, _TOP - 5 - 13 * i, f"{name} {100 * value:.1f}", "end", 11))
+        parts.append(_text(x(value) + 4, _TOP - 6 - 20 * i, f"{name} {100 * value:.1f}", "end"))
     y = _TOP + gap / 2
     for title, group in groups.items():
         parts.append(_text(_LEFT - 8, y + row * len(group) / 2 + 4, title, "end"))
         for name, point in group.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            middle = y + row / 2
-            mark = _line(x(point.ends[0]), middle, x(point.ends[1]), middle, colour,
-                         "stroke-width='2'")
-            mark += f"<circle cx='{x(point.y):.1f}' cy='{middle:.1f}' r='4.5' fill='{colour}'/>"
+            ends = _line(x(point.ends[0]), y + row / 2, x(point.ends[1]), y + row / 2, colour[name], "stroke-width='2'")
+            mark = ends + _dot(x(point.y), y + row / 2, colour[name])
             parts.append(_titled(mark, f"{title}, {name}: {point.text}"))
             y += row
         y += gap
@@ -69,61 +77,63 @@ def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines:
 
 
 def curves(curves: Mapping[str, Sequence[Point]], x_label: str, label: str) -> str:
-    """Returns a plot of accuracies against x, one curve a name, with error bars."""
+    """Returns a plot of accuracies against x, one curve a name, with error bars and a legend."""
     points = [point for curve in curves.values() for point in curve]
-    height, names = 400, list(curves)
-    x = _Scale(min(point.x for point in points), max(point.x for point in points), _LEFT - 70, _WIDTH - _RIGHT)
+    height, colour, left = 400, colours(curves), _LEFT - 70
+    x = _Scale(min(point.x for point in points), max(point.x for point in points), left, _WIDTH - _RIGHT)
     y = _Scale(0.0, 1.0, height - _BOTTOM, _TOP)
     ticks = sorted({point.x for point in points})
-    parts = _legend(names, _LEFT - 70)
-    parts += _x_axis(x, _TOP, height - _BOTTOM, ticks[::ceil(len(ticks) / 12)], lambda value: f"{value:.4g}")
-    parts += _y_axis(y, x.start, _WIDTH - _RIGHT)
-    parts.append(_text((x.start + _WIDTH - _RIGHT) / 2, height - 8, x_label, "middle"))
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in curve)
-        parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
+    parts = _x_axis(x, _TOP, y.start, ticks[::ceil(len(ticks) / 12)], lambda value: f"{value:.4g}", x_label)
+    parts += _y_axis(y, left, _WIDTH - _RIGHT)
+    place, line = float(left), 12
+    for name in curves:
+        if place > left and place + 14 + 7.2 * len(name) > _WIDTH:
+            place, line = left, line + 16
+        parts += [_dot(place + 5, line, colour[name]), _text(place + 14, line + 4, name)]
+        place += 30 + 7.2 * len(name)
+    for name, curve in curves.items():
+        parts.append(_path([(x(point.x), y(point.y)) for point in curve], colour[name]))
         for point in curve:
             low, high = point.ends
-            mark = _line(x(point.x), y(low), x(point.x), y(high), colour)
-            mark += f"<circle cx='{x(point.x):.1f}' cy='{y(point.y):.1f}' r='3.5' fill='{colour}'/>"
+            mark = _line(x(point.x), y(low), x(point.x), y(high), colour[name]) + _dot(
+                x(point.x), y(point.y), colour[name])
             parts.append(_titled(mark, f"{name} at {point.x:.4g}: {point.text}"))
     return _svg(height, parts, label)
 
 
-def steps(start: float, points: Mapping[str, Point], x_label: str, label: str) -> str:
-    """Returns a plot of accuracies that follow each other: a stair from `start` at 0, with a step at each point's x."""
-    height, names = 300, list(points)
-    values, last = [point.y for point in points.values()], max(point.x for point in points.values())
-    low = _floor_tenth(min(values))
-    x = _Scale(0, last, _LEFT - 70, _WIDTH - _RIGHT)
-    y = _Scale(low, 1.0, height - _BOTTOM, _TOP - 20)
-    parts = _legend(names, x.start)
-    parts += _x_axis(x, _TOP - 20, y.start, _round_ticks(last), lambda value: f"{value:,.6g}")
-    parts += _y_axis(y, x.start, _WIDTH - _RIGHT)
-    parts.append(_text((x.start + _WIDTH - _RIGHT) / 2, height - 8, x_label, "middle"))
-    path = f"{x(0):.1f},{y(start):.1f} " + " ".join(
-        f"{x(point.x):.1f},{y(value):.1f}"
-        for before, point in zip([start, *values[:-1]], points.values(), strict=True) for value in (before, point.y))
-    parts.append(f"<polyline points='{path}' fill='none' stroke='#555' stroke-width='2'/>")
-    for i, (name, point) in enumerate(points.items()):
-        mark = f"<circle cx='{x(point.x):.1f}' cy='{y(point.y):.1f}' r='4.5' fill='{COLOURS[i % len(COLOURS)]}'/>"
-        parts.append(_titled(mark, f"after {name}, at {point.x:,.1f}: {point.text}"))
-    return _svg(height, parts, label)
+class Step(NamedTuple):
+    """A step of `stairs`: its place x, the fraction y after it, and the names of its colour and under the mouse."""
+
+    x: float
+    y: float
+    name: str
+    text: str
 
 
-def bars(values: Mapping[str, float], unit: str, label: str) -> str:
-    """Returns a plot of amounts of a unit, one horizontal bar a name."""
-    row = 24
-    height = 10 + row * len(values)
-    x = _Scale(0, max([*values.values(), 1e-9]), _LEFT, _WIDTH - 100)
-    parts = []
-    for i, (name, value) in enumerate(values.items()):
-        y = 5 + row * i
-        parts.append(_text(_LEFT - 8, y + 15, name, "end"))
-        parts.append(f"<rect x='{_LEFT}' y='{y + 3}' width='{max(x(value) - _LEFT, 1):.1f}' height='{row - 8}' "
-                     f"fill='{COLOURS[i % len(COLOURS)]}'/>")
-        parts.append(_text(x(value) + 6, y + 15, f"{value:,.1f} {unit}"))
+def stairs(start: float, points: Sequence[Step], x_label: str, label: str) -> str:
+    """Returns a plot of an accuracy that falls from `start`, on an axis in which a doubling of x has one width.
+
+    The last doubling is shaded. Every x is above 0.
+    """
+    height, left, right, top = 300, _LEFT - 70.0, _WIDTH - _RIGHT, _TOP - 40
+    low, last = _floor_tenth(points[-1].y), points[-1].x
+    first = min(points[0].x, last / 2) / 2
+    scale = _Scale(log2(first), log2(last), left, right)
+    y = _Scale(low, 1.0, height - _BOTTOM, top)
+    places, colour = [scale(log2(point.x)) for point in points], colours(point.name for point in points)
+    shade = scale(log2(last / 2))
+    parts = [f"<rect x='{shade:.1f}' y='{top}' width='{right - shade:.1f}' height='{y.start - top:.1f}' "
+             "fill='#f0f0f0'/>"]
+    tens = [10.0 ** power * factor for power in range(-3, 16) for factor in (1, 3)]
+    parts += _x_axis(lambda value: scale(log2(value)), top, y.start, [x for x in tens if first <= x <= last],
+                     lambda value: f"{value:,.6g}", x_label)
+    parts += _y_axis(y, left, right)
+    path = [(left, y(start))]
+    for place, point in zip(places, points, strict=True):
+        path += [(place, path[-1][1]), (place, y(point.y))]
+    parts.append(_path(path, "#555"))
+    parts += [_titled(_dot(place, y(point.y), colour[point.name]), point.text)
+              for place, point in zip(places, points, strict=True)]
     return _svg(height, parts, label)
 
 
@@ -147,8 +157,17 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "
     return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='{colour}' {more}/>"
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}'>{escape(text)}</text>"
+def _path(points: Iterable[tuple[float, float]], colour: str) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f"<polyline points='{places}' fill='none' stroke='{colour}' stroke-width='2'/>"
+
+
+def _dot(x: float, y: float, colour: str) -> str:
+    return f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='{colour}'/>"
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f"<text x='{x:.1f}' y='{y:.1f}' font-size='12' text-anchor='{anchor}'>{escape(text)}</text>"
 
 
 def _titled(mark: str, title: str) -> str:
@@ -156,19 +175,12 @@ def _titled(mark: str, title: str) -> str:
     return f"<g><title>{escape(title)}</title>{mark}</g>"
 
 
-def _legend(names: Sequence[str], left: float = _LEFT) -> list[str]:
-    parts, x = [], left
-    for i, name in enumerate(names):
-        parts.append(f"<circle cx='{x + 5:.0f}' cy='12' r='5' fill='{COLOURS[i % len(COLOURS)]}'/>")
-        parts.append(_text(x + 14, 16, name))
-        x += 30 + 7.2 * len(name)
+def _x_axis(x: Callable[[float], float], top: float, bottom: float, ticks: Sequence[float],
+            text: Callable[[float], str], label: str) -> list[str]:
+    parts = [_text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 40, label, "middle")]
+    for tick in ticks:
+        parts += [_line(x(tick), top, x(tick), bottom, "#ddd"), _text(x(tick), bottom + 18, text(tick), "middle")]
     return parts
-
-
-def _x_axis(x: _Scale, top: float, bottom: float, ticks: Sequence[float],
-            text: Callable[[float], str]) -> list[str]:
-    return [part for tick in ticks for part in (
-        _line(x(tick), top, x(tick), bottom, "#ddd"), _text(x(tick), bottom + 16, text(tick), "middle"))]
 
 
 def _y_axis(y: _Scale, left: float, right: float) -> list[str]:
@@ -182,14 +194,5 @@ def _floor_tenth(value: float) -> float:
 
 def _ticks(low: float) -> list[float]:
     """Returns round fractions from `low`, a tenth, to 1."""
-    parts = 10 if low < 0.7 else 20 if low < 0.9 else 50
+    parts = 10 if low < 0.9 else 50
     return [i / parts for i in range(round(parts * low), parts + 1)]
-
-
-def _round_ticks(high: float) -> list[float]:
-    """Returns round numbers from 0 to `high`, at most eleven."""
-    if high <= 0:
-        return [0.0]
-    power = 10.0 ** floor(log10(high))
-    step = power / 5 if high < 2 * power else power / 2 if high < 5 * power else power
-    return [i * step for i in range(floor(high / step) + 1)]

@@ -1,7 +1,7 @@
-"""Texts and tables that Markdown and HTML share."""
+"""Texts and tables of a report that Markdown and HTML share."""
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .metrics import wilson_interval
 from .schema import AttackReport
@@ -15,22 +15,102 @@ INTERVAL: Final = "95 % Wilson interval"
 #: The first sentence if a flag makes the numbers unreliable.
 UNRELIABLE: Final = "these numbers should not be quoted; the warnings say why."
 
-NEIGHBOURS_TITLE: Final = "Neighbours in the batch"
-NEIGHBOURS_NOTE: Final = (
-    "How often a correctly classified clean image flips if an adversary controls the rest of its batch, and how often "
-    "a prediction changes if all images are reshuffled. None of this enters the accuracies above.")
+#: A sentence on each attack and each surrogate that the package has.
+WORDS: Final = {
+    "apgd-ce": "AutoPGD on the cross-entropy (AutoAttack)",
+    "apgd-t": "AutoPGD on the targeted DLR loss, one target class after another (AutoAttack)",
+    "fab-t": "FAB, which looks for the nearest boundary to each target class (AutoAttack)",
+    "square": "a random search without gradients (AutoAttack)",
+    "apgd-chain": "AutoPGD through one surrogate after another",
+    "joint": "moves all images of a batch for the number of its errors",
+    "joint-subset": "moves all images of a batch against a few victims, in rounds",
+    "worst": "point-wise worst case of the attacks in its row",
+    "model": "the classifier itself",
+    "fc": "the FC classifier of the network",
+    "dataset": "ℓ2 distance to the prototypes of the data set",
+    "soft": "the head with a softmax in place of its one-hot assignment",
+    "ste": "the head itself, with its straight-through gradient",
+    "mixed": "mean of the log-softmax of fc, dataset and soft",
+    "true": "the true model itself, without gradients",
+    "FC classifier": "the FC classifier of the same network, judged under the attacks on it",
+}
 
 
-def accuracies(report: AttackReport) -> dict[str, float]:
-    """Returns the accuracies of a report by name, fractions in [0, 1]."""
-    found = {"clean": report.clean_accuracy, ROBUST: report.robust_accuracy}
+class Accuracy(NamedTuple):
+    """An accuracy of a report, a fraction in [0, 1], and its meaning."""
+
+    value: float
+    meaning: str
+
+
+class Table(NamedTuple):
+    """A table with its title and introduction; its columns from `numbers_from` on are numbers."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+    numbers_from: int = 1
+
+
+def accuracies(report: AttackReport) -> dict[str, Accuracy]:
+    """Returns the accuracies of a report by name."""
+    found = {"clean": Accuracy(report.clean_accuracy, "Classified correctly without an attack."),
+             ROBUST: Accuracy(report.robust_accuracy, "Classified correctly when clean and under every attack.")}
     if report.assembled:
-        found["robust, in the judged batches with most errors"] = report.realised_robust_accuracy
-        found["robust, in batches assembled of what broke each image"] = report.assembled_robust_accuracy
+        found["robust, in the judged batches with most errors"] = Accuracy(
+            report.realised_robust_accuracy,
+            "Each batch is scored by its most damaging version: one adversary can cause so many errors at once.")
+        found["robust, in batches assembled of what broke each image"] = Accuracy(
+            report.assembled_robust_accuracy,
+            "Batches of the first successful candidate of each image; some of them undo each other.")
     if report.baseline:
-        found["FC classifier of the same network, clean"] = report.baseline["clean"]
-        found["FC classifier of the same network, under AutoAttack's components"] = report.baseline["worst"]
+        found["FC classifier of the same network, clean"] = Accuracy(
+            report.baseline["clean"], "The same network without its HPM head.")
+        found["FC classifier of the same network, under AutoAttack's components"] = Accuracy(
+            report.baseline["worst"], "The same network without its HPM head, under the attacks on it.")
     return found
+
+
+def accuracy_table(report: AttackReport) -> Table:
+    """Returns the table of the `accuracies`."""
+    return Table("", "", ["accuracy", "%", INTERVAL], [
+        [name, percent(accuracy.value), interval_text(accuracy.value, report.num_images)]
+        for name, accuracy in accuracies(report).items()])
+
+
+def attack_table(report: AttackReport) -> Table:
+    """Returns the table of the accuracies by surrogate and attack."""
+    attacks = [*dict.fromkeys(
+        attack for row in report.by_surrogate.values() for attack in row if attack != "worst"), "worst"]
+    note = "Accuracy of the true model in %, on the candidates of each attack on each surrogate."
+    if report.protocol.get("survivors_only"):
+        note += (" This protocol attacks an image no more once it is misclassified: later rows keep its successful "
+                 "candidate, so that rows do not compare attacks.")
+    return Table("Accuracy under each attack", note, ["surrogate", *attacks], [
+        [surrogate, *(percent(row[attack]) if attack in row else "" for attack in attacks)]
+        for surrogate, row in report.by_surrogate.items()])
+
+
+def neighbours_table(report: AttackReport) -> Table:
+    """Returns the table of the neighbours in a batch, whose rows are empty if none were measured."""
+    note = ("How often a correctly classified clean image flips if an adversary controls the rest of its batch, and "
+            "how often a prediction changes if all images are reshuffled. None of this enters the accuracies above.")
+    return Table("Neighbours in the batch", note, ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
+        [*(str(row[name]) for name in ("batch_size", "mix", "kind", "flipped", "targets")),
+         percent(row["flipped"] / row["targets"])] for row in report.neighbours], 0)
+
+
+def protocol_table(report: AttackReport) -> Table:
+    """Returns the table of the protocol."""
+    return Table("Protocol", "", ["", ""], [[name, cell(value)] for name, value in report.protocol.items()], 2)
+
+
+def cost_table(report: AttackReport) -> Table:
+    """Returns the table of the cost of each attack."""
+    return Table("Cost", "", ["attack", "seconds", "images forward", "images backward"], [
+        [name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
+        for name, row in report.cost.items()])
 
 
 def pixels_note(protocol: Mapping[str, Any]) -> str:
@@ -40,24 +120,20 @@ def pixels_note(protocol: Mapping[str, Any]) -> str:
         return "Pixels go to the model as they are, in [0, 1]: it is a module without normalisation of its own."
     if not isinstance(normalisation, Mapping):
         return ""
-    values = {name: normalisation.get(name) for name in ("mean", "std")}
     mean, std = (", ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in value)
-                 if isinstance(value, list) else str(value) for value in values.values())
+                 if isinstance(value, list) else str(value) for value in map(normalisation.get, ("mean", "std")))
     return (f"Pixels in [0, 1] are normalised by mean ({mean}) and std ({std}); source: "
             f"{normalisation.get('source', 'the report does not say')}.")
 
 
-def neighbours_table(report: AttackReport) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows of the table of neighbours in a batch."""
-    return ["batch size", "mix", "neighbours", "flipped", "of", "%"], [
-        [str(row["batch_size"]), str(row["mix"]), str(row["kind"]), str(row["flipped"]), str(row["targets"]),
-         f"{100 * row['flipped'] / row['targets']:.1f}"] for row in report.neighbours]
+def percent(fraction: float) -> str:
+    """Returns a fraction in %, with one decimal."""
+    return f"{100 * fraction:.1f}"
 
 
 def interval_text(accuracy: float, num_images: int) -> str:
     """Returns the `INTERVAL` of an accuracy, in %."""
-    low, high = wilson_interval(accuracy, num_images)
-    return f"{100 * low:.1f} to {100 * high:.1f}"
+    return " to ".join(map(percent, wilson_interval(accuracy, num_images)))
 
 
 def cell(value: Any) -> str:

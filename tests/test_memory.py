@@ -1,4 +1,4 @@
-"""Memory: files of tensors that are written part by part, and evaluations of many images, in real processes."""
+"""Memory of evaluations: files written part by part, and the peaks of real processes."""
 
 import os
 import subprocess
@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from protocols import run_attack, unfinished
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_hpm import ThreatModel
-from timm_hpm.evaluation import Budget
 from timm_hpm.files import Parts, save_parts
-
-NUM_DIGITS = 8
 
 # Files, part by part
 
@@ -55,66 +50,13 @@ def stopped():
     ([TENSORS["images"].flatten(2)], ValueError, r"the shape \(5, 3, 16\)"),
     (None, KeyboardInterrupt, "stopped"),
 ])
-@pytest.mark.parametrize("before", [None, b"an older file"])
+@pytest.mark.parametrize("before", [{}, {"tensors.safetensors": b"an older file"}])
 def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error, message, before):
-    path = tmp_path / "tensors.safetensors"
-    if before:
-        path.write_bytes(before)
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
-        save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, path, {})
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == ({path: before} if before else {})
-
-
-# What an evaluation leaves beside the file of its candidates
-
-
-OPTIONS = {"attacks": ["apgd-ce", "joint"], "surrogates": ["fc", "ste"], "batch_size": 3,
-           "budgets": {"apgd-ce": Budget(2), "joint": Budget(2), "joint-subset": Budget(2)}}
-THREAT = ThreatModel("Linf", 0.15)
-
-
-def test_candidates_are_the_same_in_each_folder_and_resumed(model, digits, tmp_path):
-    paths = [tmp_path / "a" / "adversarial.safetensors", tmp_path / "b" / "adversarial.safetensors"]
-    reports = [run_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=path.parent)
-               for path in paths]
-    assert reports[0].same_results(reports[1]) and paths[0].read_bytes() == paths[1].read_bytes()
-    assert [{file.name for file in path.parent.iterdir()} for path in paths] == [{path.name, "report.json"}
-                                                                                for path in paths]
-    assert set(load_file(paths[0])) == {"clean", "labels", "fc/apgd-ce", "ste/apgd-ce", "ste/joint", "assembled"}
-    paths[0].unlink()
-    unfinished(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=tmp_path / "c")
-    again = run_attack(model, *digits, THREAT, **OPTIONS, save_adversarial=True, folder=tmp_path / "c")
-    assert again.same_results(reports[0])
-    assert (tmp_path / "c" / "adversarial.safetensors").read_bytes() == paths[1].read_bytes()
-
-
-def test_a_folder_without_candidates_is_refused_where_they_are_to_be_saved(model, digits, tmp_path):
-    unfinished(model, *digits, THREAT, **OPTIONS, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"another run \(save_adversarial: False there, True now\)"):
-        run_attack(model, *digits, THREAT, **OPTIONS, folder=tmp_path, save_adversarial=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["progress"]
-
-
-class Interrupting(torch.nn.Module):
-    """A classifier that a user stops after some calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(64, 10)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > 5:
-            raise KeyboardInterrupt
-        return self.layer(x.flatten(1))
-
-
-def test_an_evaluation_that_is_stopped_before_its_first_attack_leaves_nothing(digits, tmp_path):
-    model = Interrupting().eval()
-    with pytest.raises(KeyboardInterrupt):
-        run_attack(model, *digits, THREAT, attacks=["apgd-ce"], batch_size=2, folder=tmp_path, save_adversarial=True)
-    assert model.calls > 5 and not list(tmp_path.iterdir())
+        save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, tmp_path / "tensors.safetensors", {})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 # Processes
@@ -181,13 +123,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks 
 
 
 @linux
-@pytest.mark.parametrize("resumable", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_images_that_are_broken_do_not_stay_in_memory(tmp_path, resumable):
-    calls = []
-    for number in (200, 1200):
-        resume = f", folder={str(tmp_path / str(number))!r}" if resumable else ""
-        calls.append(f"evaluate({number}, attacks=['apgd-ce'], surrogates=['fc', 'ste']{resume})")
-    few, many = peaks(64, *calls)
+def test_images_that_are_broken_do_not_stay_in_memory(tmp_path):
+    few, many = peaks(64, *(f"evaluate({number}, {str(tmp_path / str(number))!r}, attacks=['apgd-ce'], "
+                            "surrogates=['fc', 'ste'])" for number in (200, 1200)))
     assert few[1] == many[1] == 2 and many[2] < 0.5
     # The images themselves, and what an allocator does not give back. What broke an image in an attack, what did in
     # the assembled batch, and each set of candidates, would be as much again.

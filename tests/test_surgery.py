@@ -7,10 +7,8 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from timm.models import get_notrace_functions, get_notrace_modules
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import timm_hpm
 from timm_hpm import (
@@ -42,7 +40,6 @@ KINDS = {
     "attention pooling": ("resnet50_clip", {}, 64),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-scripts = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 ENTRIES = ("log_scale", "num_updates", "prototypes")
 
 
@@ -91,19 +88,6 @@ def test_an_unfitted_head_answers_as_the_model_did_and_the_fc_mode_goes_on_to(ki
 
 
 @kinds
-def test_the_head_sees_pooled_features_and_its_answer_is_the_model_s(kind):
-    model, x = create(kind)
-    fit(add_hpm_head(model))
-    seen = []
-    with find_head(model).register_forward_hook(lambda head, inputs, output: seen.append((inputs[0], output))):
-        logits = model(x)
-    (features, answer), = seen
-    assert features.shape == (3, find_head(model).in_features)
-    assert torch.equal(answer, logits)
-    assert torch.equal(find_head(model)(features), logits)
-
-
-@kinds
 def test_reset_classifier_makes_a_head_of_the_same_kind_and_features_in_between(kind):
     model, x = create(kind)
     plain = deepcopy(model)
@@ -134,7 +118,6 @@ def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
     with torch.no_grad():
         expected = model(x)
         copy, ema = deepcopy(model), ModelEmaV3(model, decay=0.5)
-        assert type(copy) is type(ema.module) is type(model)
         assert torch.equal(copy(x), expected) and torch.equal(ema.module(x), expected)
         find_head(model).prototypes.zero_()
         assert torch.equal(copy(x), expected)
@@ -160,41 +143,9 @@ def test_the_trunk_of_training_answers_as_the_model(kind):
     assert len(calls) == 1 and features.shape == (len(x), find_head(model).in_features)
     assert all(map(torch.equal, answers, expected))
     assert torch.equal(trunk.surrogate_logits("ste", pixels), expected[0])
-    # The model is still whole, and what happens to the trunk's parameters happens to its own.
+    # The model is still whole, and the trunk's parameters are its own.
     assert {id(parameter) for parameter in trunk.parameters()} == {id(parameter) for parameter in model.parameters()}
     assert torch.equal(PixelModel(model)(pixels), expected[0])
-    before = model.state_dict()
-    trunk.to(torch.float64)
-    assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
-    assert find_head(model).prototypes.dtype == torch.float32
-    assert model.state_dict().keys() == before.keys()
-
-
-@kinds
-def test_every_parameter_has_a_gradient(kind):
-    model, x = create(kind)
-    fit(add_hpm_head(model)).train()
-    model(x).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def fx_model(model: nn.Module) -> nn.Module:
-    options = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
-    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
-    return create_feature_extractor(
-        model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=options)
-
-
-@scripts
-@pytest.mark.parametrize("kind", ["linear", "1x1 convolution", "MLP", "attention pooling"])
-def test_fx_answers_the_same_and_a_linear_head_can_be_scripted(kind):
-    model, x = create(kind)
-    fit(add_hpm_head(model))
-    with torch.inference_mode():
-        expected = model(x)
-        assert torch.equal(*fx_model(model)(x).values(), expected)
-        if kind == "linear":  # timm's tests of models ask for it
-            assert torch.allclose(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 # What stays and what travels
@@ -207,46 +158,25 @@ def test_a_fresh_process_unpickles_the_models(tmp_path):
         fit(add_hpm_head(model, mix=0.3, inference="sample"))
         cases.append((model, x, model(x).detach()))
     torch.save(cases, tmp_path / "cases.pt")
-    # It imports neither timm_hpm nor the models' classes by itself.
+    # It imports neither timm_hpm nor the models' classes by itself; one thread, as here, for the same rounding.
     code = """
 import sys, torch
-torch.set_num_threads(1)  # as many as here, for the same rounding
+torch.set_num_threads(1)
 for model, x, logits in torch.load(sys.argv[1], weights_only=False):
     assert torch.equal(model(x), logits)
     model.reset_classifier(3)
     assert model(x).shape == (3, 3) and model.head_config["mix"] == 0.3
-    print(type(model).__name__, type(model).__bases__[1].__module__)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "cases.pt"],
-                          capture_output=True, text=True, check=False)
-    classes = [
-        "HPMResNet", "timm.models.resnet", "HPMDLA", "timm.models.dla", "HPMByobNet", "timm.models.byobnet"]
-    assert done.stdout.split() == classes, done.stderr
+    subprocess.run([sys.executable, "-c", code, tmp_path / "cases.pt"], check=True)
 
 
 def test_the_class_is_the_same_for_the_same_base_and_its_name_says_what_it_is():
     first, second = (add_hpm_head(timm.create_model("test_resnet")) for _ in range(2))
     assert type(first) is type(second)
     assert type(first).__name__ == "HPMResNet" and isinstance(first, timm.models.ResNet)
-    # Without a cfg the classifier is found by `get_classifier`; pruning for features takes the head away.
+    # Without a cfg the classifier is found by `get_classifier`.
     model = timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4)
     assert find_head(add_hpm_head(model)) is model.fc
-    model = add_hpm_head(timm.create_model("test_vit"))
-    model.prune_intermediate_layers(1)
-    assert head_name(model) is None
-
-
-def test_parameters_stay_the_same_objects():
-    model = timm.create_model("test_resnet")
-    model.fc.bias.requires_grad_(False)
-    weight, bias = model.fc.weight, model.fc.bias
-    add_hpm_head(model)
-    assert model.fc.weight is weight and model.fc.bias is bias and not bias.requires_grad
-    remove_hpm_head(model)
-    assert model.fc.weight is weight and model.fc.bias is bias
-    model.fc = nn.Linear(model.fc.in_features, 1000, bias=False)
-    assert add_hpm_head(model).fc.bias is None
-    assert remove_hpm_head(model).fc.bias is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -258,58 +188,35 @@ def test_device_dtype_and_training_mode_stay(training):
         assert head.prototypes.dtype == torch.float32
         assert {module.training for module in model.modules()} == {training}
         model.reset_classifier(5)
-    remove_hpm_head(model)
-    assert {module.training for module in model.modules()} == {training}
     model = add_hpm_head(timm.create_model("test_resnet", device="meta"))
     model.reset_classifier(5)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 @pytest.mark.parametrize(("name", "positional", "keyword"), [
-    ("test_resnet", ("max",), {}),
-    ("test_convnext", (), {"reset_other": True}),
-    ("caformer_s18", ("avg", True), {}),
-    ("pnasnet5large", (), {"device": "meta", "dtype": torch.float64}),
-    ("repvit_m0_9", (), {"distillation": False}),
-])
+    ("test_resnet", ("max",), {}), ("test_convnext", (), {"reset_other": True}), ("caformer_s18", ("avg", True), {}),
+    ("pnasnet5large", (), {"device": "meta", "dtype": torch.float64}), ("repvit_m0_9", (), {"distillation": False})])
 def test_reset_classifier_takes_the_arguments_of_the_model_s_own(name, positional, keyword):
     model, plain = (timm.create_model(name, device="meta", num_classes=0) for _ in range(2))
     add_hpm_head(model)
     for net in (model, plain):
         net.reset_classifier(5, *positional, **keyword)
     name = head_name(model)
-    expected = plain.get_submodule(name).weight
-    assert (model.get_submodule(name).weight.shape, model.get_submodule(name).weight.dtype) == (
-        expected.shape, expected.dtype)
+    found, expected = (net.get_submodule(name).weight for net in (model, plain))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert model.state_dict().keys() - plain.state_dict().keys() == {f"{name}.{entry}" for entry in ENTRIES}
 
 
-def test_weight_decay_spares_the_scale_and_what_the_model_spares():
-    vit = add_hpm_head(timm.create_model("test_vit"))
-    own = timm.create_model("test_vit").no_weight_decay()
-    assert "pos_embed" in own and vit.no_weight_decay() == own | {"head.log_scale"}
-    assert add_hpm_head(timm.create_model("test_resnet")).no_weight_decay() == {"fc.log_scale"}
-
-
-def test_a_model_without_classes_gets_its_head_by_reset_classifier():
-    model = add_hpm_head(timm.create_model("test_vit", num_classes=0), mix=0.2)
-    assert head_name(model) is None
-    assert model(torch.randn(1, 3, 160, 160)).shape == (1, model.num_features)
-    model.reset_classifier(10)
-    assert find_head(model).mix == 0.2 and model(torch.randn(1, 3, 160, 160)).shape == (1, 10)
-    model.reset_classifier(0)
-    assert type(remove_hpm_head(model)).__name__ == "VisionTransformer"
-
-
-@pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1"])
-def test_a_model_whose_get_classifier_fails_without_classes_comes_back(name):
-    model = add_hpm_head(timm.create_model(name))
-    model.reset_classifier(0)
-    model.reset_classifier(6)
-    assert find_head(model).out_features == 6
-    bare = add_hpm_head(timm.create_model(name, num_classes=0))
-    bare.reset_classifier(6)
-    assert find_head(bare).out_features == 6
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("efficientvit_m0", 224), ("shvit_s1", 224)])
+def test_a_model_without_classes_gets_its_head_by_reset_classifier(name, size):
+    """Also if its `get_classifier` fails without classes."""
+    equipped = add_hpm_head(timm.create_model(name))
+    bare = add_hpm_head(timm.create_model(name, num_classes=0), mix=0.2)
+    equipped.reset_classifier(0)
+    for model, mix in ((equipped, 0.5), (bare, 0.2)):
+        assert head_name(model) is None
+        model.eval().reset_classifier(6)
+        assert find_head(model).mix == mix and model(torch.randn(1, 3, size, size)).shape == (1, 6)
 
 
 # Bad input
@@ -358,57 +265,51 @@ def test_a_classifier_that_does_not_fit_is_refused(classifier, message):
 
 
 def test_an_equipped_model_is_refused():
-    natives = [timm.create_model("hpm_wrn10_2", num_classes=classes) for classes in (10, 0)]
-    added = [add_hpm_head(timm.create_model("test_resnet", num_classes=classes)) for classes in (10, 0)]
-    for model in (*natives, *added):
-        before = state_of(model)
-        with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first") as error:
-            add_hpm_head(model)
-        assert not isinstance(error.value, UnsupportedHeadError)
-        assert state_of(model) == before
-    for wrap, message in ((PixelModel, r"PixelModel is no timm classifier.*before it is wrapped"),
-                          (torch.compile, "OptimizedModule is no timm classifier")):
-        with pytest.raises(UnsupportedHeadError, match=message):
-            add_hpm_head(wrap(timm.create_model("test_resnet")))
+    for classes in (10, 0):
+        for model in (timm.create_model("hpm_wrn10_2", num_classes=classes),
+                      add_hpm_head(timm.create_model("test_resnet", num_classes=classes))):
+            before = state_of(model)
+            with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first") as error:
+                add_hpm_head(model)
+            assert not isinstance(error.value, UnsupportedHeadError) and state_of(model) == before
 
 
-def test_remove_hpm_head_refuses_a_head_that_was_not_added():
-    with pytest.raises(ValueError, match="ResNet has no HPM head to remove: it has none"):
-        remove_hpm_head(timm.create_model("test_resnet"))
-    with pytest.raises(ValueError, match=r"PreActNet has no HPM head to remove: it is built around one"):
-        remove_hpm_head(timm.create_model("hpm_wrn10_2"))
+@pytest.mark.parametrize(("wrap", "message"), [
+    (PixelModel, r"PixelModel is no timm classifier.*before it is wrapped"),
+    (torch.compile, "OptimizedModule is no timm classifier")])
+def test_a_wrapped_model_is_refused(wrap, message):
+    with pytest.raises(UnsupportedHeadError, match=message):
+        add_hpm_head(wrap(timm.create_model("test_resnet")))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"mix": 2}, r"mix is 2; expected a number in \[0, 1\]"),
-    ({"ema_decay": -1}, "ema_decay is -1"),
-    ({"inference": "oracle"}, "unknown inference mode 'oracle'"),
-])
-@pytest.mark.parametrize("num_classes", [10, 0])
-def test_bad_arguments_are_refused_and_the_model_is_left_alone(arguments, message, num_classes):
-    model = timm.create_model("test_resnet", num_classes=num_classes)
+@pytest.mark.parametrize(("name", "message"), [
+    ("test_resnet", "ResNet has no HPM head to remove: it has none"),
+    ("hpm_wrn10_2", "PreActNet has no HPM head to remove: it is built around one")])
+def test_remove_hpm_head_refuses_a_head_that_was_not_added(name, message):
     with pytest.raises(ValueError, match=message):
-        add_hpm_head(model, **arguments)
+        remove_hpm_head(timm.create_model(name))
+
+
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_bad_arguments_are_refused_and_the_model_is_left_alone(num_classes):
+    model = timm.create_model("test_resnet", num_classes=num_classes)
+    for name, value in (("mix", 2), ("ema_decay", -1), ("inference", "oracle")):
+        with pytest.raises(ValueError, match=f"{value}"):
+            add_hpm_head(model, **{name: value})
     assert type(model) is timm.models.ResNet and head_name(model) is None
 
 
-@pytest.mark.parametrize("kind", [
-    "linear", "linear behind a token", "linear behind a norm", "linear behind an MLP", "1x1 convolution",
-    "1x1 convolution in a wrapper", "MLP", "attention pooling"])
+@pytest.mark.parametrize("kind", ["linear", "linear behind a norm", "1x1 convolution", "attention pooling"])
 def test_a_refused_reset_leaves_the_model_as_it_was(kind):
     model, x = create(kind)
     fit(add_hpm_head(model))
     before, attributes, expected = state_of(model), dict(vars(model)), model(x)
     with pytest.raises(UnsupportedHeadError, match="without pooling"):
         model.reset_classifier(5, "")
-    assert state_of(model) == before and vars(model) == attributes
-    assert torch.equal(model(x), expected)
     with pytest.raises(TypeError):
         model.reset_classifier(5, no_such_option=True)
-    assert torch.equal(model(x), expected)
-
+    assert state_of(model) == before and vars(model) == attributes and torch.equal(model(x), expected)
     model.reset_classifier(0, "")
-    assert model(x).ndim > 2
     with pytest.raises(UnsupportedHeadError, match="pass a global_pool such as 'avg'"):
         model.reset_classifier(5)
     assert model.num_classes == 0 and model(x).ndim > 2

@@ -136,7 +136,7 @@ NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flip
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
-    ("protocol", {}, "the protocol's architecture is None, expected a text, .*; it is missing"),
+    ("protocol", {}, "the protocol's architecture is None, expected a text; it is missing"),
     ("protocol", PROTOCOL | {"num_images": 9}, "the protocol's num_images is 9, expected 10, the number of verdicts"),
     ("protocol", PROTOCOL | {"threat": "8/255"}, "the protocol's threat is '8/255', expected a threat model"),
     ("protocol", PROTOCOL | {"a": {"a": [[[[[[[[1]]]]]]]]}}, "the protocol's a is .*, expected at most 8 levels"),
@@ -207,7 +207,7 @@ def test_markdown_holds_the_numbers(report):
     assert markdown.startswith("# Mixed Surrogate Attack: hpm_wrn10_2\n")
     for name, cells in (
             ("surrogate", "apgd-ce square worst"), ("fc", "80.0 80.0 70.0"), ("ste", "80.0  80.0"),
-            ("true", " 80.0 80.0"), ("threat", "Linf:0.1"), ("apgd-ce", "12.2 2010 2000"), ("all", "20.5 4020 2001")):
+            ("true", " 80.0 80.0"), ("threat", "Linf:0.1"), ("apgd-ce", "12.2 2,010 2,000"), ("all", "20.5 4,020 2,001")):
         assert table_row(markdown, name) == cells.split(" ")
     for name, value, interval in (
             ("clean", "80.0", "49.0 to 94.3"), ("**robust, worst case over all rows**", "50.0", "23.7 to 76.3"),

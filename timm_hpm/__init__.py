@@ -13,6 +13,7 @@ from .attacks import pgd
 from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
 from .evaluation import PROTOCOLS, Budget, NonFiniteLogitsError, Protocol, judge, mixed_surrogate_attack, rejudge
+from .evaluation.evaluate import evaluate
 from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
@@ -48,6 +49,7 @@ __all__ = [
     "cards",
     "compare",
     "comparison_markdown",
+    "evaluate",
     "find_head",
     "fit_prototypes",
     "head_mode",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_hpm import ThreatModel, pgd
@@ -64,16 +63,6 @@ def test_one_step_from_the_clean_image_is_the_scaled_gradient(threat):
     torch.testing.assert_close(default, images + threat.eps * unit, rtol=0, atol=1e-6)
 
 
-def test_one_step_from_a_random_start_is_fgsm_with_a_step_of_one_and_a_quarter_radii():
-    model, images, labels = linear(), interior_images(), torch.arange(20) % 2
-    torch.manual_seed(1)
-    x = pgd(model, images, labels, LINF, steps=1)
-    torch.manual_seed(1)
-    step = -1.25 * LINF.eps * descent(model, labels).sign()
-    expected = LINF.project(LINF.random_start(images) + step, images)
-    torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, 10])
 def test_the_default_step_is_two_and_a_half_radii_over_the_steps(steps):
     model, labels = linear(), torch.zeros(1).long()
@@ -88,16 +77,6 @@ def test_the_default_step_is_two_and_a_half_radii_over_the_steps(steps):
     moved = LINF.distance(torch.cat([*seen[1:], x]), images.expand(steps, -1, -1, -1))
     expected = [min(LINF.eps, step * min(2.5 / steps, 1.25) * LINF.eps) for step in range(1, steps + 1)]
     assert moved.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_on_a_convex_loss_every_linf_step_gains():
-    model, images, labels = linear(5), torch.rand(30, 1, 4, 4), torch.arange(30) % 5
-    losses = [F.cross_entropy(model(images), labels, reduction="none")]
-    for steps in range(1, 6):
-        x = pgd(model, images, labels, LINF, steps=steps, step_size=0.02, random_start=False)
-        losses.append(F.cross_entropy(model(x), labels, reduction="none"))
-    gains = torch.stack(losses).diff(dim=0)
-    assert gains.min() >= -1e-6 and (gains[0] > 1e-3).all()
 
 
 @both
@@ -131,32 +110,16 @@ def test_parameters_and_images_gather_no_gradient_and_no_grad_does_not_matter():
         assert torch.equal(pgd(model, images, labels, LINF, random_start=False), x)
 
 
-@both
-def test_the_random_start_follows_the_seed_and_the_clean_start_has_none(threat):
-    model, images, labels = linear(3), interior_images(), torch.arange(20) % 3
-
-    def attack(seed: int, random_start: bool) -> Tensor:
-        torch.manual_seed(seed)
-        return pgd(model, images, labels, threat, steps=2, step_size=threat.eps / 10, random_start=random_start)
-
-    assert torch.equal(attack(1, True), attack(1, True))
-    assert not torch.equal(attack(1, True), attack(2, True))
-    assert torch.equal(attack(1, False), attack(2, False))
-    assert (threat.distance(attack(1, False), images) <= 0.2 * threat.eps * (1 + 1e-4)).all()
-
-
 @pytest.mark.parametrize("steps", [0, -1, True, 2.0, "4", None])
 def test_steps_that_are_no_positive_integer_are_refused(steps):
     with pytest.raises(ValueError, match=r"steps is .*(; expected at least 1|, of the type .*; expected an integer)"):
         pgd(linear(), interior_images(), torch.zeros(20).long(), LINF, steps=steps)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
-                                   torch.uint64])
-def test_labels_may_be_of_any_integer_dtype_and_the_threat_a_text(dtype):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint64])
+def test_labels_may_be_of_any_integer_dtype(dtype):
     model, images, labels = linear(), interior_images(), torch.arange(20) % 2
-    found = [pgd(model, images, of_some_dtype, threat, random_start=False)
-             for of_some_dtype, threat in ((labels, LINF), (labels.to(dtype), str(LINF)))]
+    found = [pgd(model, images, given, LINF, random_start=False) for given in (labels, labels.to(dtype))]
     assert torch.equal(*found) and not torch.equal(found[0], images)
 
 
@@ -175,6 +138,7 @@ def test_every_attack_reads_the_text_of_a_threat(threat):
         return margin_loss(model(x), labels[rows])
 
     for attack in (
+            lambda threat: pgd(model, clean, labels, threat),
             lambda threat: apgd(model, clean, labels, threat, 3, cross_entropy(labels)).largest,
             lambda threat: fab(model, clean, labels, (labels + 1) % 3, threat, 3),
             lambda threat: square_search(margin, torch.arange(20), clean, threat, 3)):

@@ -29,7 +29,7 @@ def ours(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, 
     return square_search(margin, torch.arange(len(images)), images, threat, queries)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 12, 300])
+@pytest.mark.parametrize("queries", [1, 12, 300])
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 11, 10), (3, 16, 16)])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_every_point_is_autoattack_s(norm, shape, queries):
@@ -58,8 +58,7 @@ def test_images_that_autoattack_cannot_tile_are_searched_too(shape):
     assert (found != start).any()
 
 
-@pytest.mark.parametrize("shape", [(1, 70, 10), (3, 70, 5), (1, 35, 5), (2, 21, 3), (1, 64, 1), (1, 7, 1),
-                                   (1, 1, 64), (3, 5, 70), (1, 1, 1), (2, 13, 2)])
+@pytest.mark.parametrize("shape", [(1, 70, 10), (3, 70, 5), (2, 21, 3), (1, 64, 1), (1, 1, 64), (1, 1, 1)])
 def test_narrow_images_begin_on_the_sphere(shape):
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3)), torch.full((6, *shape), 0.5)

@@ -85,7 +85,7 @@ def test_logits_equal_plain_loops(surrogate, mode):
 
 @pytest.mark.parametrize("mode", INFERENCE_MODES)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answer(surrogate, mode):
+def test_a_surrogate_depends_on_the_batch_exactly_if_a_neighbour_changes_its_logits(surrogate, mode):
     head, features = problem(mode)
     split = AttackedModel(nn.Sequential(nn.Flatten(), head).eval(), features)
     moved = features.clone()
@@ -95,7 +95,7 @@ def test_a_surrogate_is_said_to_couple_exactly_where_a_neighbour_changes_an_answ
 
 
 @pytest.mark.parametrize("mode", INFERENCE_MODES)
-def test_the_twin_answers_as_the_true_model(mode):
+def test_the_exact_surrogate_has_the_logits_of_the_model(mode):
     head, features = problem(mode)
     model = nn.Sequential(nn.Flatten(), head).eval()
     split = AttackedModel(model, features)

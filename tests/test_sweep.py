@@ -16,12 +16,8 @@ from timm_hpm.report import Flag
 
 
 @pytest.mark.parametrize(("text", "radii"), [
-    ("0:0.2:0.05", [0, 0.05, 0.1, 0.15, 0.2]),
-    ("0:0.3:0.1", [0, 0.1, 0.2, 0.3]),
-    ("2/255:8/255:3/255", [2 / 255, 5 / 255, 8 / 255]),
-    ("0.5:0.5:1", [0.5]),
-    ("0:1:0.4", [0, 0.4, 0.8]),
-])
+    ("0:0.2:0.05", [0, 0.05, 0.1, 0.15, 0.2]), ("2/255:8/255:3/255", [2 / 255, 5 / 255, 8 / 255]),
+    ("0.5:0.5:1", [0.5]), ("0:1:0.4", [0, 0.4, 0.8])])
 def test_radii_end_where_they_should(text, radii):
     assert parse_radii(text) == radii
 
@@ -59,13 +55,9 @@ def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
     with timm_hpm.head_mode(model, "dataset"):
         alone = run_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
     assert alone.same_results(reports[3])
-    assert timm_hpm.find_head(model).inference == "batch"
-
-
-def test_reports_come_one_by_one_and_the_mode_is_the_callers_between_them(model, digits):
     one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], batch_size=10, protocol=SHORT.changed(["fc"]))
     assert next(one_by_one).protocol["inference"] == "fc"
-    assert timm_hpm.find_head(model).inference == "batch"
+    assert timm_hpm.find_head(model).inference == "batch", "the caller's, also between two reports"
 
 
 def test_a_model_without_an_hpm_head_has_one_curve(digits):
@@ -77,15 +69,13 @@ def test_a_model_without_an_hpm_head_has_one_curve(digits):
         sweep(net, *digits, "L2", [0.5], ["batch"])
 
 
-def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits):
-    with pytest.raises(ValueError, match=r"radii are \[0\]; expected at least one above 0"):
-        sweep(model, *digits, "Linf", [0])
-    with pytest.raises(ValueError, match=r"eps is 2\.0 for Linf"):
-        sweep(model, *digits, "Linf", [0.1, 2])
-    with pytest.raises(ValueError, match="save_adversarial needs a folder"):
-        sweep(model, *digits, "Linf", [0.1], save_adversarial=True)
-    with pytest.raises(ValueError, match="unknown inference mode 'hard'"):
-        sweep(model, *digits, "Linf", [0.1], ["batch", "hard"])
+@pytest.mark.parametrize(("arguments", "options", "message"), [
+    (([0],), {}, r"radii are \[0\]; expected at least one above 0"), (([0.1, 2],), {}, r"eps is 2\.0 for Linf"),
+    (([0.1],), {"save_adversarial": True}, "save_adversarial needs a folder"),
+    (([0.1], ["batch", "hard"]), {}, "unknown inference mode 'hard'")])
+def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(model, *digits, "Linf", *arguments, **options)
 
 
 def test_curves_begin_clean_and_hold_the_robust_accuracies(reports):

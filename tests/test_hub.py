@@ -356,7 +356,7 @@ def test_a_server_that_stops_in_the_middle_of_an_upload(server, client, loader):
 
 def test_a_server_in_trouble(server, client):
     server.faults.answer = {"/api/repos/create": (507, "no room")}
-    with pytest.raises(Failed, match=r"HubError: cannot push to org/x: the Hub answered HTTP 507 .*no room.*later"):
+    with pytest.raises(Failed, match=r"HubError: cannot push to org/x: the Hub returned HTTP 507 .*no room.*later"):
         client("push", repo_id="org/x", token=TOKEN)
 
 

@@ -88,7 +88,7 @@ def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, dig
     said = "by mean (-3) and std (0.05); source: the pretrained_cfg of hpm_wrn10_2, tag digits_linf."
     assert said in lines[note] and note < lines.index("| surrogate | apgd-ce | worst |")
     page = report_page(report)
-    assert page.index("Unreliable") < page.index(said) < page.index("class='large'")
+    assert page.index("Unreliable") < page.index(said) < page.index("class='headline'")
     swept = sweep_markdown([report]).splitlines()
     assert swept[0].startswith("**Unreliable**") and "batch, Linf:0.1: clean-near-chance" in swept[2]
     assert any(said in line for line in swept[:7]) and said in sweep_page([report]).partition("<svg")[0]

@@ -20,7 +20,6 @@ from .report.tables import cell
 from .threat import ThreatModel
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
-METHOD_URL: Final = "https://arxiv.org/abs/2606.01746"
 
 # Data sets by their names in `timm_hpm.data` and in tags: the Hub's id, and how a sentence calls it.
 _DATASETS: Final = {
@@ -36,31 +35,10 @@ _MOST_CLASSES: Final = 100
 
 _ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
 
-_MODES = """\
-| mode | prediction | depends on the batch |
-|---|---|---|
-| `batch` | ℓ2 distance to prototypes mixed with the batch's own (the paper's form) | yes |
-| `sample` | each image is a batch of its own | no |
-| `dataset` | ℓ2 distance to the data set's prototypes | no |
-| `fc` | the FC classifier | no |
-
-In the mode `batch` an adversary who chooses the other images of a batch, even clean ones, can change a prediction. No
-accuracy of this card counts that: `evaluate.py` measures it beside them. A service that batches images of several
-users must use another mode: `timm_hpm.find_head(model).inference = "sample"`."""
-
-_UNFITTED = """\
+_UNFITTED: Final = """\
 **No prototypes yet.** Until they are fitted, the head predicts exactly as the weights' own FC classifier.
 `timm_hpm.fit_prototypes(model, loader, threat)` fits them, with a loader of pixels in [0, 1] and labels;
 `docs/release.md` of timm_hpm goes from there to measured weights."""
-
-_WHOSE = f"""\
-The method is that of [arXiv 2606.01746]({METHOD_URL}): an ℓ2-reclassifier on prototypes mixed of
-the data set's, kept by an exponential moving average, and the batch's, made through a straight-through estimator; and
-attacks with AutoAttack on several surrogates of it. We could read its abstract and the caption of its first figure,
-not its equations or tables. Ours are the equations as implemented, the choice of surrogates, and the inference modes
-other than `batch`; {{figures}}. `docs/method.md` of timm_hpm has the details.
-
-The attacks include AutoAttack's components; please cite Croce and Hein (arXiv 2003.01690) with them."""
 
 
 def model_card(
@@ -92,24 +70,25 @@ def model_card(
         register: whether the loader must register the architecture first.
         training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
     """
-    opening, sections = _split(notes)
+    opening, _, sections = f"\n{notes.strip()}".partition("\n## ")
     fitted = head is not None and head.is_fitted()
-    parts = [
-        f"# {escaped(title)}",
-        opening or _opening(cfg, parameters, fitted),
-        _usage(name, cfg, register),
-        _classes(cfg, report),
-        "" if fitted else _UNFITTED,
-        sections,
-        _training(training),
-        _evaluation(name, report) if report else _not_measured(cfg),
-        f"## Inference modes, and dependence on the batch\n\n{_mode_sentence(head)}\n\n{_MODES}",
-        "## The paper's part and ours\n\n" + _WHOSE.format(
-            figures="so is every figure above, and none the paper's" if report else "no figure here is the paper's"),
-        _origin(cfg),
-    ]
+    parts = {
+        "title": escaped(title),
+        "opening": opening.strip() or _opening(cfg, parameters, fitted),
+        "usage": _usage(name, cfg, register),
+        "classes": _classes(cfg, report),
+        "unfitted": "" if fitted else _UNFITTED,
+        "sections": sections and f"## {sections}",
+        "training": _training(training),
+        "evaluation": _evaluation(name, report) if report else _not_measured(cfg),
+        "mode": _mode_sentence(head),
+        "figures": "so is every figure above, and none the paper's" if report else "no figure here is the paper's",
+        "origin": _origin(cfg),
+    }
     data = _data(title, cfg, report, license, base_model)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8").strip()
+    text = "\n\n".join(part.format(**parts) for part in template.split("\n\n") if part.format(**parts))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
 def tag_card(name: str, folder: str | Path | None = None) -> str:
@@ -141,11 +120,6 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
         **found)
 
 
-def _split(notes: str) -> tuple[str, str]:
-    opening, mark, sections = f"\n{notes.strip()}".partition("\n## ")
-    return opening.strip(), (mark + sections).strip()
-
-
 def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
     size = "" if parameters is None else f" ({_count(parameters)} parameters)"
     head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
@@ -163,7 +137,7 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
         f"model = timm.create_model({_literal(name)}, pretrained=True).eval()",
         f"pixel_model = timm_hpm.PixelModel(model)      # {_shape(size)}, pixels in [0, 1], to logits (B, {classes})",
     ]
-    text = "## Usage\n\n" + fenced("\n".join(lines), "python")
+    text = fenced("\n".join(lines), "python")
     if name.startswith("hf-hub:"):
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
         arguments = _literal(repo_id) + (f", revision={_literal(revision)}" if revision else "")
@@ -201,7 +175,7 @@ def _evaluation(name: str, report: AttackReport) -> str:
     there = {"model": name} if options is None else {
         "model": name, "options": {option: options.get(option) for option in DATA_OPTIONS}}
     command = evaluate_command(report.protocol | there)
-    parts = ["## Evaluation", fenced(shell_lines(command), "sh") if command else
+    parts = [fenced(shell_lines(command), "sh") if command else
              "Measured from Python by `timm_hpm.mixed_surrogate_attack`: no command line repeats it.",
              "\n".join(results(report))]
     if report.baseline:
@@ -257,7 +231,7 @@ def _protocol(report: AttackReport) -> list[tuple[str, str]]:
 
 
 def _not_measured(cfg: Mapping[str, Any]) -> str:
-    text = "## Evaluation\n\ntimm_hpm has measured nothing of these weights."
+    text = "timm_hpm has measured nothing of these weights."
     notes = "\n".join(f"- {note}" for note in cfg.get("notes") or ())
     return f"{text} Others say of them:\n\n{notes}" if notes else text
 
@@ -316,7 +290,7 @@ def _results(report: AttackReport) -> list[EvalResult]:
     protocol = report.protocol
     dataset = protocol.get("dataset", "unknown")
     hub_id, text = _DATASETS.get(dataset, (dataset, dataset))
-    where: dict[str, Any] = {
+    common: dict[str, Any] = {
         "task_type": "image-classification", "dataset_type": hub_id, "dataset_name": text,
         "dataset_split": protocol.get("split"), "metric_type": "accuracy",
     }
@@ -325,7 +299,7 @@ def _results(report: AttackReport) -> list[EvalResult]:
         (f"Clean accuracy of {report.num_images} images", report.clean_accuracy),
         (f"Robust accuracy of {report.num_images} images, {attacked}", report.robust_accuracy),
     ]
-    return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **where) for name, value in metrics]
+    return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **common) for name, value in metrics]
 
 
 def _wrapped(paragraph: str) -> str:

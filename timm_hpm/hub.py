@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -65,24 +66,22 @@ def push(
 ) -> str:
     """Uploads a model with its card to the Hub, in one commit, and returns its URL.
 
-    The files are first built in a temporary folder and loaded from there: a model that cannot be pulled is not pushed.
-    The repository and the branch are made if they are missing. A second push replaces all files; without `report` it
-    removes the report of the first, which was of another model.
+    The saved files are loaded first: a model that cannot be pulled is not pushed. A missing repository or branch is
+    made. A second push replaces all files; without `report` it removes the report of the first.
 
     Arguments:
         model: a model with an HPM head, made by `timm.create_model` (with `add_hpm_head`, or an `hpm_*` name).
         repo_id: "organisation/name", or "name" in the account of the token.
         report: the result of `mixed_surrogate_attack` on this very model, or its file.
-        private: whether a new repository is private. A public one stays public: private=True is refused for it.
-        revision: branch to push to; None for `main`.
+        private: whether a new repository is private; refused for a public one.
+        revision: branch; None for `main`.
         token: None for that of `hf auth login` or HF_TOKEN.
         commit_message: first line of the commit.
-        license: the Hub's name of a licence, such as "mit"; None for the licence in the weights' pretrained cfg.
-            Weights without one there have no licence until their owner gives it.
+        license: the Hub's name of a licence, such as "mit"; None for that of the weights' pretrained cfg, if any.
         base_model: Hub id of the model that this one was trained from.
         notes: Markdown for the card: the text before the first `## ` opens it, the rest follows the usage.
-        training: options and metrics of the training, as train.py writes them into `config.json`; None for those of
-            the weights' file, if the model still has its weights.
+        training: options and metrics as train.py writes them into `config.json`; None for those of the weights' file,
+            if the model still has its weights.
 
     Raises:
         ValueError: if the model has no HPM head, the report is of another model, or the token is malformed.
@@ -111,8 +110,8 @@ def pull(
 ) -> Any:
     """Returns the model of a repository on the Hub, in eval mode; it is downloaded once and then read from the cache.
 
-    In addition to `timm.create_model("hf-hub:...", pretrained=True)` it takes a token, names the repository in every
-    error, and registers `hpm_{base}` if the model was made by `add_hpm_head` from another architecture of timm's.
+    Other than `timm.create_model("hf-hub:...", pretrained=True)` it takes a token, names the repository in every error,
+    and registers `hpm_{base}` if `add_hpm_head` made the model.
 
     Arguments:
         repo_id: "organisation/name".
@@ -125,19 +124,19 @@ def pull(
         ValueError: if the token is malformed.
         HubError: if the repository cannot be reached or read, or holds no model of timm's.
     """
-    where = repo_id if revision is None else f"{repo_id}@{revision}"
+    source = repo_id if revision is None else f"{repo_id}@{revision}"
     token = _usable_token(token)
     place = None if output is None else writable_folder(output)
     names = (CONFIG, WEIGHTS) if place is None else (CONFIG, WEIGHTS, CARD, REPORT)
-    with _explained(f"cannot pull {where}", token):
+    with _explained(f"cannot pull {source}", token):
         folder = Path(hf.snapshot_download(
             repo_id, revision=revision, token=token, cache_dir=None if cache_dir is None else Path(cache_dir),
             allow_patterns=list(names), **_LIBRARY))
-    model = _load(folder, where).eval()
+    model = _load(folder, source).eval()
     model.pretrained_cfg.pop("file", None)
-    model.pretrained_cfg.update(source="hf-hub", hf_hub_id=where)
+    model.pretrained_cfg.update(source="hf-hub", hf_hub_id=source)
     if place is not None:
-        with _explained(f"cannot write {where} into {place}", token):
+        with _explained(f"cannot write {source} into {place}", token):
             for name in names:
                 if (folder / name).is_file():
                     with replacing(place / name) as path:
@@ -158,9 +157,7 @@ def save(
         notes: str = "",
         training: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the files of a push into `folder`: weights, config, card and report.
-
-    timm loads it by `timm.create_model("local-dir:folder", pretrained=True)`.
+    """Writes the files of a push into `folder`, for `timm.create_model("local-dir:folder", pretrained=True)`.
 
     Arguments:
         model, report, license, base_model, notes, training: see `push`.
@@ -223,26 +220,23 @@ def _training_of(model: Any) -> dict[str, Any] | None:
 
 def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
     """Raises a ValueError if a report is not of this model in its present state."""
-    now = {"architecture": model.pretrained_cfg.get("architecture"), "num_classes": head.out_features,
-           "prototypes_fitted": head.is_fitted(), "inference": head.inference, "mix": head.mix,
-           "weights_digest": weights_digest(model), "normalisation": normalisation_of(PixelModel(model))}
+    now: dict[str, Any] = {
+        "architecture": model.pretrained_cfg.get("architecture"), "num_classes": head.out_features,
+        "prototypes_fitted": head.is_fitted(), "inference": head.inference, "mix": head.mix,
+        "weights_digest": weights_digest(model), "normalisation": _float32(normalisation_of(PixelModel(model)))}
+    measured = {**now, **report.protocol}
+    # None: of a caller's own module.
+    measured["normalisation"] = _float32(measured["normalisation"]) or now["normalisation"]
     for name, value in now.items():
-        measured = report.protocol.get(name, value)
-        if name == "architecture" and measured == f"hpm_{value}":
-            continue
-        if name == "normalisation":
-            if measured is None:  # a caller's own module
-                continue
-            measured, value = _float32(measured), _float32(value)
-        if measured != value:
-            raise ValueError(f"the report was measured with {name} {measured!r}, the model has {value!r}. A card may "
-                             "only quote the report of its own model: push the model as it was measured (for instance "
-                             "find_head(model).inference = 'sample'), or measure this one")
+        if measured[name] != value and not (name == "architecture" and measured[name] == f"hpm_{value}"):
+            raise ValueError(f"the report was measured with {name} {measured[name]!r}, the model has {value!r}. A card "
+                             "may only quote the report of its own model: push the model as it was measured (for "
+                             "instance find_head(model).inference = 'sample'), or measure this one")
 
 
 def _float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
-    found = normalisation or {}
-    return {name: [float(np.float32(x)) for x in found[name]] for name in ("mean", "std") if name in found}
+    return {name: np.asarray(normalisation[name], np.float32).tolist()
+            for name in ("mean", "std")} if normalisation else {}
 
 
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
@@ -296,11 +290,11 @@ def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, tok
     return url if revision is None else f"{url}/tree/{quote(revision, safe='')}"
 
 
-def _load(folder: Path, where: str) -> Any:
-    """Returns the model in a folder of timm's format; `where` is its repository, for the errors."""
+def _load(folder: Path, source: str) -> Any:
+    """Returns the model in a folder of timm's format; `source` is its repository, for the errors."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise HubError(f"cannot load {where}: it has no {name}, so it is no model that timm_hpm or timm pushed "
+            raise HubError(f"cannot load {source}: it has no {name}, so it is no model that timm_hpm or timm pushed "
                            "with safetensors (pickled weights are not read). Check the name and the revision")
     fault = f"its {CONFIG} is damaged or not timm's"
     try:
@@ -314,55 +308,53 @@ def _load(folder: Path, where: str) -> Any:
         fault = f"{WEIGHTS} and {CONFIG} do not give a model of the architecture {architecture!r}"
         return create_model(f"local-dir:{folder}", pretrained=True)
     except (ValueError, OSError, SafetensorError) as error:
-        raise HubError(f"cannot load {where}: {fault} ({shortened(str(error), 600)}). Remove {folder} to download it "
+        raise HubError(f"cannot load {source}: {fault} ({shortened(str(error), 600)}). Remove {folder} to download it "
                        "again; if the error stays, pull another revision, or have the model pushed again") from None
 
 
 @contextmanager
 def _explained(doing: str, token: str | None) -> Iterator[None]:
-    """Turns every error of the block into a HubError."""
+    """Turns every error of the block into a HubError, without its cause: a server's text may quote the token."""
     try:
         yield
     except HubError:
         raise
     except Exception as error:
-        explanation = _explanation(error, doing, token)
-        # Without the cause: its text may quote the server's answer, and that the token.
-        raise explanation from None
+        raise _explanation(error, doing, token) from None
 
 
 def _explanation(error: BaseException, doing: str, token: str | None) -> HubError:
     cause = _telling(error)
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    detail = shortened(without_tokens(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token), 400)
-    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or "No space left" in str(cause):
-        why = (f"the disk is full ({detail}). Free space, or choose another place by cache_dir= or HF_HOME (downloads) "
-               "or TMPDIR (uploads), and repeat")
-    elif isinstance(cause, hf_errors.HFValidationError):
-        why = f"that is no name of a repository ({detail}). Expected 'organisation/name'"
-    elif isinstance(cause, hf_errors.GatedRepoError):
-        why = f"its owner grants access by request ({detail}). Ask for it on its page on the Hub, then log in"
-    elif isinstance(cause, hf_errors.RepositoryNotFoundError):
-        why = (f"the Hub knows no such repository for this login (HTTP {status}): it does not exist, or it is private. "
-               f"Check the name. {_LOG_IN}")
-    elif isinstance(cause, hf_errors.RevisionNotFoundError):
-        why = "it has no such revision. Expected a branch, tag or commit of it; see 'Files and versions' on its page"
-    elif status == 401:
-        why = f"the Hub refused the login (HTTP 401; {detail}). The token is missing, wrong or expired. {_LOG_IN}"
-    elif status == 403:
-        why = f"the login may not do that (HTTP 403; {detail}). The token needs write access to the repository"
-    elif isinstance(cause, hf_errors.OfflineModeIsEnabled) or hf.constants.HF_HUB_OFFLINE:
-        why = ("HF_HUB_OFFLINE is set and the cache does not hold it. Unset it, or pull once with a network and the "
-               "same cache_dir and HF_HOME")
-    elif status is not None:
-        why = f"the Hub answered HTTP {status} ({detail}). Repeat it later"
-    elif "Consistency check failed" in str(cause):
-        why = f"a file arrived cut short ({detail}). Repeat it: the download resumes"
-    elif _is_of_transport(cause) or isinstance(cause, ConnectionError | TimeoutError):
-        why = f"the connection to {hf.constants.ENDPOINT} failed ({detail}). Check the network and proxy and repeat"
-    else:
-        why = f"{detail}. Mend the cause and repeat"
-    return HubError(f"{doing}: {why}")
+    text, is_a = str(cause), partial(isinstance, cause)
+    detail = shortened(without_tokens(f"{type(cause).__name__}: {' '.join(text.split())}", token), 400)
+    causes = (
+        ((is_a(OSError) and getattr(cause, "errno", None) == errno.ENOSPC) or "No space left" in text,
+         f"the disk is full ({detail}). Free space, or choose another place by cache_dir= or HF_HOME (downloads) or "
+         "TMPDIR (uploads), and repeat"),
+        (is_a(hf_errors.HFValidationError),
+         f"that is no name of a repository ({detail}). Expected 'organisation/name'"),
+        (is_a(hf_errors.GatedRepoError),
+         f"its owner grants access by request ({detail}). Ask for it on its page on the Hub, then log in"),
+        (is_a(hf_errors.RepositoryNotFoundError),
+         f"the Hub knows no such repository for this login (HTTP {status}): it does not exist, or it is private. Check "
+         f"the name. {_LOG_IN}"),
+        (is_a(hf_errors.RevisionNotFoundError),
+         "it has no such revision. Expected a branch, tag or commit of it; see 'Files and versions' on its page"),
+        (status == 401,
+         f"the Hub refused the login (HTTP 401; {detail}). The token is missing, wrong or expired. {_LOG_IN}"),
+        (status == 403,
+         f"the login may not do that (HTTP 403; {detail}). The token needs write access to the repository"),
+        (is_a(hf_errors.OfflineModeIsEnabled) or hf.constants.HF_HUB_OFFLINE,
+         "HF_HUB_OFFLINE is set and the cache does not hold it. Unset it, or pull once with a network and the same "
+         "cache_dir and HF_HOME"),
+        (status is not None, f"the Hub returned HTTP {status} ({detail}). Repeat it later"),
+        ("Consistency check failed" in text, f"a file arrived cut short ({detail}). Repeat it: the download resumes"),
+        (_is_of_transport(cause) or is_a(ConnectionError | TimeoutError),
+         f"the connection to {hf.constants.ENDPOINT} failed ({detail}). Check the network and proxy and repeat"),
+        (True, f"{detail}. Mend the cause and repeat"),
+    )
+    return HubError(f"{doing}: {next(why for applies, why in causes if applies)}")
 
 
 def _telling(error: BaseException) -> BaseException:

@@ -74,7 +74,7 @@ class EncodedImages:
 
 
 def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:
-    """Returns an image of more than 8 bits in the mode F, from 0 to 1; raises a ValueError if its range is unknown."""
+    """Returns an image of more than 8 bits in mode F, from 0 to 1; raises a ValueError if its range is unknown."""
     tags: Any = getattr(image, "tag_v2", {})
     # Of TIFF: 16 bits, unsigned, and black is 0.
     plain = (tags.get(258), tags.get(339, (1,)), tags.get(262)) == ((16,), (1,), 1)

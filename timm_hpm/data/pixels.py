@@ -19,17 +19,17 @@ _SEVERAL_DEVICES: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class PixelModel(WholeLoading):
-    """A classifier of pixels in [0, 1]: normalises, calls the model, answers in float32.
+    """A classifier of pixels in [0, 1]: normalises, calls the model, returns float32 logits.
 
     Arguments:
         model: takes images normalised by `mean` and `std`.
         mean, std: one value a channel; None takes the model's `pretrained_cfg`.
 
     Attributes:
-        source: where mean and std come from, in words.
+        source: the origin of mean and std, in words.
 
     Raises:
-        ValueError: no mean and std to be had, or a std that is not positive.
+        ValueError: if there is no mean or std, or the std is not positive.
     """
 
     def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None):
@@ -64,14 +64,14 @@ class PixelModel(WholeLoading):
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of `pixels` (B, channels, H, W) in [0, 1]."""
         logits = self.model(self.normalise(pixels))
-        # `check_logits` names another answer.
+        # `check_logits` names another output.
         return logits.float() if isinstance(logits, Tensor) else logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1].
 
         Raises:
-            ValueError: another number of channels than the model's mean and std have.
+            ValueError: if `pixels` have another number of channels than mean and std.
         """
         if pixels.shape[1] != len(self.mean):
             raise ValueError(f"images have {pixels.shape[1]} channels, the model's mean and std {len(self.mean)}; "
@@ -110,15 +110,14 @@ def random_flip(images: Tensor, probability: float = 0.5) -> Tensor:
 
 def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None,
                    std: Iterable[float] | None = None) -> nn.Module:
-    """Returns `model` as a classifier of pixels in [0, 1], in which form attacks and measurements take it.
+    """Returns `model` as a classifier of pixels in [0, 1].
 
-    A timm model is wrapped by `mean` and `std`, one value a channel, or what its `pretrained_cfg` says; any other
-    module is taken to expect pixels already, unless they are given. Of one that is wrapped for several devices the
-    model on the first is taken: an answer may depend on the whole batch.
+    A timm model is normalised by `mean` and `std`, one value a channel, or those of its `pretrained_cfg`; another
+    module takes pixels as they are, unless mean and std are given. DataParallel is taken off: predictions may depend on
+    the whole batch.
 
     Raises:
-        ValueError: if mean or std are given for a PixelModel, which has its own, or only one for a module without
-            `pretrained_cfg`.
+        ValueError: if mean or std are given for a PixelModel, or only one for a module without `pretrained_cfg`.
     """
     while isinstance(model, _SEVERAL_DEVICES):
         model = model.module
@@ -140,11 +139,11 @@ def normalisation_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns what `torch.compile`, DataParallel and DistributedDataParallel have wrapped, or `model` itself."""
+    """Returns a model without the wrappers of `torch.compile`, DataParallel and DistributedDataParallel."""
     while True:
-        # Nothing is compiled before torch._dynamo, which takes its time, was imported.
         if isinstance(model, _SEVERAL_DEVICES):
             model = model.module
+        # Nothing is compiled before torch._dynamo, a slow import, is there.
         elif "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         else:
@@ -152,12 +151,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
-    """Returns what `model` outputs for `pixels` (B, channels, H, W), which stay as they are.
-
-    A model may write into its input: it gets one that is nobody else's, and no leaf that requires a gradient.
+    """Returns the output of `model` for `pixels` (B, channels, H, W), of which it gets a copy that it may write into.
 
     Raises:
-        ValueError: the model fails on images that seem to be (B, H, W, channels).
+        ValueError: if the model fails on images that seem to be (B, H, W, channels).
     """
     # A PixelModel makes its model's input itself.
     own = type(model) is PixelModel and not model._forward_pre_hooks
@@ -173,20 +170,20 @@ def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         raise
 
 
-def check_logits(answer: Any, rows: int) -> Tensor:
-    """Returns what a model answered to `rows` images; raises a ValueError unless that is logits (rows, C)."""
-    if not isinstance(answer, Tensor):
-        raise ValueError(f"the model answers with a {type(answer).__name__}; expected logits (B, C), a tensor: wrap it "
-                         "in a module that returns them alone")
-    if answer.ndim != 2 or len(answer) != rows or answer.shape[1] < 2 or not (
-            answer.is_floating_point() and answer.layout == torch.strided):
-        raise ValueError(f"the model answers {rows} images with the shape {tuple(answer.shape)} and dtype "
-                         f"{answer.dtype}, {answer.layout}; expected logits (B, C) in floating point, dense, C above 1")
-    return answer
+def check_logits(output: Any, rows: int) -> Tensor:
+    """Returns the output of a model for `rows` images; raises a ValueError unless it is logits (rows, C)."""
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model returns a {type(output).__name__}; expected logits (B, C), a tensor: wrap it in a "
+                         "module that returns them alone")
+    if output.ndim != 2 or len(output) != rows or output.shape[1] < 2 or not (
+            output.is_floating_point() and output.layout == torch.strided):
+        raise ValueError(f"the model returns for {rows} images the shape {tuple(output.shape)} and dtype "
+                         f"{output.dtype}, {output.layout}; expected logits (B, C) in floating point, dense, C above 1")
+    return output
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises a ValueError unless `model` is a module with weights that hold values and let gradients through."""
+    """Raises a ValueError unless `model` is a module whose weights hold values and let gradients through."""
     check_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -198,16 +195,16 @@ def check_weights(model: nn.Module) -> None:
 
 
 def check_answers_alike(model: nn.Module) -> None:
-    """Raises a ValueError unless `model` passes `check_weights` and is in eval mode, as a judge must not change it."""
+    """Raises a ValueError unless `model` passes `check_weights` and is in eval mode."""
     check_weights(model)
     in_training = [name for name, module in model.named_modules() if module.training]
     if in_training:
-        raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), where its answers change "
-                         "from call to call; call model.eval()")
+        raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), and its predictions "
+                         "would change from call to call; call model.eval()")
 
 
 def normal_tensor(x: Tensor) -> Tensor:
-    """Returns `x`, or a copy that gradients can be taken by where it was made in inference mode."""
+    """Returns `x`, or a copy that can have gradients if it was made in inference mode."""
     return x.clone() if x.is_inference() else x
 
 

@@ -1,4 +1,4 @@
-"""The data sets: where their images lie, how they are read, and what is usual for them."""
+"""The data sets: their files, how they are read, and the usual threat model and normalisation."""
 
 import difflib
 import gzip
@@ -31,10 +31,13 @@ _STREAMED: Final = ("hfids/", "tfds/", "wds/")
 
 
 class Part(NamedTuple):
-    """One part of a data set as it lies on disk: its images, labels (N,), int64, and the classes that they number.
+    """One part of a data set as it lies on disk.
 
-    `images` is a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`. `class_names` is None if
-    the data set names no classes.
+    Arguments:
+        images: a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
+        labels: (N,), int64.
+        num_classes: number of classes.
+        class_names: their names in order; None if the data set has none.
     """
 
     images: Tensor | EncodedImages
@@ -57,14 +60,13 @@ class DataSource:
     """A data set: how to read it, and what is usual for it.
 
     Arguments:
-        parts: takes `data_dir` and returns which of "train", "val" and "test" the data set has by itself.
-        read: takes a part, `data_dir` and `download`, and returns the part.
-        threat: the threat model it is usually measured under.
-        mean, std: what its models usually normalise by, one value a channel; None where nothing is usual.
-        num_classes: None where only the files say.
-        image_size: (channels, height, width) of images that lie in memory as they are; None where they are decoded.
-        classes: takes `data_dir` and returns the names of all classes in the order of their numbers; None if each part
-            numbers them alike by itself.
+        parts: `data_dir` to the parts, of "train", "val" and "test", that the data set has by itself.
+        read: a part, `data_dir` and `download` to the part.
+        threat: its usual threat model.
+        mean, std: the usual normalisation of its models, one value a channel; None if there is none.
+        num_classes: None if only the files say.
+        image_size: (channels, height, width) of images in memory; None if they are decoded from files.
+        classes: `data_dir` to the names of all classes in order; None if all parts number them alike.
     """
 
     parts: Callable[[Path | None], Collection[str]]
@@ -81,7 +83,7 @@ def data_source(dataset: str) -> DataSource:
     """Returns the `DataSource` of a name: one of `DATASETS`, "" for "folder", or "hfds/" and a name of the Hub.
 
     Raises:
-        ValueError: an unknown data set, or one that can only be streamed; the message says what is near.
+        ValueError: if the data set is unknown (the message names similar ones), or can only be streamed.
     """
     prefix, slash, name = dataset.partition("/")
     if prefix.lower() == "hfds" and name:
@@ -127,7 +129,7 @@ def _train_and_test(data_dir: Path | None) -> Collection[str]:
 def _read_fashion_mnist(part: str, data_dir: Path | None, download: bool) -> Part:
     folders = [_DEBIAN_FASHION_MNIST]
     if data_dir is not None:
-        # The second is where torchvision puts them.
+        # The second is torchvision's.
         folders = [data_dir, data_dir / "FashionMNIST" / "raw", *folders]
     prefix = {"train": "train", "test": "t10k"}[part]
     images = _read_idx(_find(f"{prefix}-images-idx3-ubyte", folders), dimensions=3)
@@ -147,10 +149,9 @@ def _find(name: str, folders: list[Path]) -> Path:
 
 
 def _read_idx(file: Path, dimensions: int) -> Tensor:
-    """Returns the bytes of an idx file, gzipped or not, as a uint8 tensor of as many dimensions as it should have.
+    """Returns the bytes of an idx file, gzipped or not, as a uint8 tensor; raises unless it has these `dimensions`.
 
-    Source: http://yann.lecun.com/exdb/mnist: two zeros, 8 for bytes, the number of dimensions, each dimension's size
-    as a big-endian uint32, the values.
+    Source: http://yann.lecun.com/exdb/mnist
     """
     start = 4 + 4 * dimensions
     try:
@@ -173,10 +174,10 @@ def _read_idx(file: Path, dimensions: int) -> Tensor:
 
 
 def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> Part:
-    """Reads a part of torchvision's data set `name`, whose "test" is what timm calls "validation"."""
-    where = data_dir or Path("data")
+    """Reads a part of torchvision's data set `name`; timm calls its "test" "validation"."""
+    place = data_dir or Path("data")
     try:
-        dataset = create_dataset(f"torch/{name}", str(where), split={"train": "train", "test": "validation"}[part],
+        dataset = create_dataset(f"torch/{name}", str(place), split={"train": "train", "test": "validation"}[part],
                                  download=download)
     except (RuntimeError, AssertionError, URLError) as error:
         if name == "imagenet":
@@ -184,8 +185,8 @@ def _read_torch(name: str, part: str, data_dir: Path | None, download: bool) -> 
         elif download:
             hint = "see that this machine can download, or bring the files from one that can"
         else:
-            hint = f"fetch it with --dataset-download --data-dir {where}, or choose another --data-dir"
-        raise FileNotFoundError(f"no undamaged torch/{name} in {where} ({str(error).partition(chr(10))[0]}); "
+            hint = f"fetch it with --dataset-download --data-dir {place}, or choose another --data-dir"
+        raise FileNotFoundError(f"no undamaged torch/{name} in {place} ({str(error).partition(chr(10))[0]}); "
                                 f"{hint}") from error
     return _torchvision_part(dataset)
 
@@ -224,7 +225,7 @@ def _folder_classes(data_dir: Path | None) -> tuple[str, ...]:
 
 
 def _hfds_parts(name: str, data_dir: Path | None) -> dict[str, str]:
-    """Returns what a data set of the Hub calls each part."""
+    """Returns the names of a Hub data set for its parts."""
     try:
         from datasets import get_dataset_split_names
     except ModuleNotFoundError as error:
@@ -239,7 +240,7 @@ def _read_hfds(name: str, part: str, data_dir: Path | None, download: bool) -> P
                              split=_hfds_parts(name, data_dir)[part])
     reader = dataset.reader
     for column in (reader.image_key, reader.label_key):
-        # The reader has added an image column of nothing where there was none.
+        # The reader adds an image column of None if there is none.
         if column not in reader.dataset.column_names or (len(reader.dataset) and reader.dataset[0][column] is None):
             raise ValueError(f"hfds/{name} has no column {column!r}; save it as a folder of images, train/ and test/ "
                              "with one subfolder a class in each")

@@ -1,4 +1,4 @@
-"""`open_split`: the images to train on, to choose an epoch by and to measure with, of which no two share any."""
+"""`open_split`: the images to train on, to choose an epoch by and to measure with; no two splits share an image."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ from .sources import DataSource, Part, data_source
 
 SPLITS: Final = ("train", "val", "test")
 
-# Of the splits only: what is trained, chosen and measured must never share an image, whatever the run's own seed.
+# Of the splits only, whatever the run's seed.
 _SPLIT_SEED: Final = 0
-# What is held out for validation where nobody says how much.
+# Held out for validation by default.
 _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
 # So that a whole split is not in memory twice.
@@ -43,7 +43,7 @@ class ImageSplit(Dataset):
         num_channels: channels of an image.
         in_memory: whether the images lie in memory, small and all of one size; others are read from files, resized.
         threat: the threat model that the data set is usually measured under, such as "Linf:8/255".
-        mean, std: what models of it usually normalise by, one value a channel; None where nothing is usual.
+        mean, std: the usual normalisation of its models, one value a channel; None if there is none.
     """
 
     def __init__(self, name: str, source: DataSource, part: Part, indices: Tensor, num_channels: int,
@@ -81,14 +81,14 @@ class ImageSplit(Dataset):
         return _as_pixels(image).expand(self.num_channels, -1, -1), int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Returns what `__getitem__` does of each index, faster where the images lie in memory; for a DataLoader."""
+        """Returns the pairs of all `indices`, faster than one by one if the images lie in memory; for a DataLoader."""
         if not isinstance(self._images, Tensor) or self._transform:
             return [self[index] for index in indices]
         chosen = torch.as_tensor(indices)
         return list(zip(_as_pixels(self._images[self._indices[chosen]]), self.labels[chosen].tolist(), strict=True))
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the random crops from now on, which are a function of the seed, the epoch and an image's index."""
+        """Sets the epoch: the random crops are a function of the seed, the epoch and an image's index."""
         self._epoch.fill_(epoch)
 
     @contextmanager
@@ -108,35 +108,33 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
                download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
                class_map: str | os.PathLike | None = None, random_resized_crop_seed: int | None = None) -> ImageSplit:
-    """Opens a split of a data set, without reading more of it than it must.
+    """Opens a split of a data set.
 
-    A validation split that the data set has not is held out from its training images: stratified by class, always
-    the same ones. Files are often sorted by class, so their splits come in an order that is shuffled, once for all.
+    A missing validation split is held out from the training images: stratified by class, always the same ones. Splits
+    of files are shuffled, always in the same way.
 
     Arguments:
         dataset: one of `DATASETS`, or "hfds/" and a data set of the Hugging Face Hub; see docs/data.md.
         split: `"train"`, `"val"` or `"test"`.
-        data_dir: where its files are; None takes what the system has of "fashion_mnist", and data/ for "torch/...".
-        input_size: (channels, height, width) of the model. Images from files are made so: grey or colour, resized by
-            `crop_pct` and cropped at the centre, as timm does. Those in memory must be so already. None takes these
-            as they are.
+        data_dir: folder of its files; None for the system's "fashion_mnist", and data/ for "torch/...".
+        input_size: (channels, height, width) of the model. Images from files become grey or colour, are resized by
+            `crop_pct` and cropped at the centre, as timm does; those in memory must fit. None takes these as they are.
         crop_pct: the part of the resized image's shorter side that is kept.
         interpolation: "bicubic", "bilinear" or another of timm's.
-        download: whether a "torch/..." data set that is missing may be downloaded; by one process at a time.
-        num_classes: the model's, which all labels must be below.
-        val_fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images. "train" and
-            "val" share no image if both are opened with the same.
-        class_map: timm's: a file with the name of a class in each line, in the order of the model's classes (.txt), or
-            a pickled dict of names and numbers (.pkl). Images of other classes are left out. None takes the data set's
-            own numbers; those of class folders are torchvision's, the place of the name in sorted order.
-        random_resized_crop_seed: None, or the seed of random resized crops and flips in place of the centre crop; see
-            `ImageSplit.set_epoch`.
+        download: whether a missing "torch/..." data set may be downloaded; by one process at a time.
+        num_classes: the model's; all labels must be below it.
+        val_fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images. Open "train" and
+            "val" with the same.
+        class_map: timm's: a file with a class name in each line, in the order of the model's classes (.txt), or a
+            pickled dict of names and numbers (.pkl). Images of other classes are left out. None takes the data set's
+            own numbers; class folders are numbered in sorted order, as torchvision does.
+        random_resized_crop_seed: seed of random resized crops and flips; None for the centre crop.
 
     Raises:
-        ValueError: an unknown data set or split, images or labels that do not fit the model, no image, a damaged
-            file; the message says how to mend it.
-        OSError: files that are not there; the message says how to fetch them.
-        ModuleNotFoundError: a package that the data set comes with is missing; the message says how to install it.
+        ValueError: if the data set or split is unknown, images or labels do not fit the model, there is no image, or a
+            file is damaged; the message gives the remedy.
+        OSError: if files are missing; the message says how to fetch them.
+        ModuleNotFoundError: if a package is missing; the message says how to install it.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -158,7 +156,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     if isinstance(part.images, Tensor):
         size = part.images.shape[1:]
         _check_size(name, tuple(size), None if input_size is None else tuple(input_size))
-        # What is not of the split leaves the memory.
+        # Other images leave the memory.
         part = part._replace(images=part.images[indices], labels=part.labels[indices])
         indices = torch.arange(len(indices))
     else:
@@ -190,10 +188,8 @@ def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:
 def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
     """Returns the first `n` images (n, C, H, W), float32 in [0, 1], and labels (n,) of a split, 0 for all.
 
-    No other image is read.
-
     Raises:
-        ValueError: a number below 0 or above the split's.
+        ValueError: if `n` is below 0 or above the number of images.
     """
     if not 0 <= n <= len(split):
         raise ValueError(f"asked for the first {n} images; {split} has {len(split)} (0 for all)")
@@ -206,7 +202,7 @@ def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def check_every_class(split: ImageSplit, num_classes: int) -> None:
-    """Raises a ValueError unless each of `num_classes` has an image in `split`: no prototype comes of nothing."""
+    """Raises a ValueError unless each of `num_classes` has an image in `split`, for its prototype."""
     missing = (split.labels.bincount(minlength=num_classes)[:num_classes] == 0).nonzero().flatten().tolist()
     if missing:
         names = dict(enumerate(split.class_names or ()))
@@ -219,12 +215,12 @@ def check_every_class(split: ImageSplit, num_classes: int) -> None:
 def hold_out(labels: Tensor, fraction: float | None = None) -> tuple[Tensor, Tensor]:
     """Returns the indices, ascending, of the images to train on and of those held out for validation.
 
-    Each class gives its share, rounded so that the sum is right, and keeps at least one image to train on. Which
-    images depends on nothing but the labels.
+    Each class gives its share, rounded so that the sum is right, and keeps at least one image to train on. The choice
+    depends on the labels only.
 
     Arguments:
         labels: (N,), int64.
-        fraction: how much is held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
+        fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
     """
     counts = labels.bincount()
     total = max(1, round(len(labels) * (fraction or _VAL_FRACTION)))
@@ -250,11 +246,11 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
     if split == "test":
         own = "test" if "test" in has else "val"
     else:
-        # The one thing to measure with is nothing to choose by.
+        # If there is only one of them, it is to measure with.
         own = split if "val" in has and "test" in has else "train"
     if own not in has:
-        where = "" if data_dir is None else f" in {data_dir}"
-        raise FileNotFoundError(f"there are no images for the split {split}{where}: it has {', '.join(has)} only; "
+        place = "" if data_dir is None else f" in {data_dir}"
+        raise FileNotFoundError(f"there are no images for the split {split}{place}: it has {', '.join(has)} only; "
                                 "expected train/, and test/ or val/ or both, with one subfolder a class in each")
     part = source.read(own, data_dir, download)
     indices = torch.arange(len(part.labels))

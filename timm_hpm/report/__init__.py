@@ -6,19 +6,6 @@ from .flags import FLAGS, Flag
 from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
 
 __all__ = [
-    "ASSEMBLED",
-    "FLAGS",
-    "NUM_EXAMPLES",
-    "SCHEMA_VERSION",
-    "TRUE_MODEL",
-    "AttackReport",
-    "Comparison",
-    "Example",
-    "Flag",
-    "PairedRow",
-    "compare",
-    "data_digest",
-    "make_example",
-    "mcnemar_p_value",
-    "weights_digest",
+    "ASSEMBLED", "FLAGS", "NUM_EXAMPLES", "SCHEMA_VERSION", "TRUE_MODEL", "AttackReport", "Comparison", "Example",
+    "Flag", "PairedRow", "compare", "data_digest", "make_example", "mcnemar_p_value", "weights_digest",
 ]

@@ -14,7 +14,7 @@ class PairedRow:
     """One accuracy of two reports, a and b, on the same images.
 
     Arguments:
-        name: which accuracy.
+        name: of the accuracy.
         num_images: N, number of images.
         a, b: the two accuracies, fractions in [0, 1].
         only_a, only_b: number of images that are right in the one report only.
@@ -80,11 +80,9 @@ class Comparison:
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test: of images right in one report only, either is as likely.
+    """Returns the two-sided p-value of McNemar's exact test: `only_a` is binomial(only_a + only_b, 1/2).
 
-    Under that hypothesis `only_a` is binomial(only_a + only_b, 1/2); the p-value is 1 if no image differs.
-
-    Source: McNemar, Psychometrika 12 (1947).
+    It is 1 if no image differs. Source: McNemar, Psychometrika 12 (1947).
     """
     total, term, tail = only_a + only_b, 1, 0
     for k in range(min(only_a, only_b) + 1):
@@ -104,26 +102,21 @@ def compare(a: AttackReport, b: AttackReport) -> Comparison:
             raise ValueError(f"the {name} report does not say which images it is of (no data_digest in its protocol); "
                              "evaluate again with this version")
     if a.protocol["data_digest"] != b.protocol["data_digest"]:
+        images = (f"{report.num_images} images of {report.protocol.get('dataset', 'an unnamed data set')} "
+                  f"(data_digest {report.protocol['data_digest']})" for report in (a, b))
         raise ValueError("the reports are of different images or labels, which cannot be paired: "
-                         f"{_images(a)} and {_images(b)}. Evaluate both on the same images in the same order")
+                         f"{' and '.join(images)}. Evaluate both on the same images in the same order")
     rows = [paired("clean", [a.correct["clean"]], [b.correct["clean"]]),
             paired("robust, worst case", a.verdicts.values(), b.verdicts.values())]
     if a.baseline_correct and b.baseline_correct:
         rows.append(paired("FC classifier, worst case", a.baseline_correct.values(), b.baseline_correct.values()))
-    names = dict.fromkeys([*a.protocol, *b.protocol])
-    differing = {name: (a.protocol.get(name), b.protocol.get(name)) for name in names
-                 if a.protocol.get(name) != b.protocol.get(name)}
-    return Comparison(rows, differing, [name for name, report in (("a", a), ("b", b)) if report.unreliable])
+    pairs = {name: (a.protocol.get(name), b.protocol.get(name)) for name in {**a.protocol, **b.protocol}}
+    return Comparison(rows, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+                      [name for name, report in (("a", a), ("b", b)) if report.unreliable])
 
 
 def paired(name: str, a: Collection[str], b: Collection[str]) -> PairedRow:
-    """Returns the row of two sets of verdicts, `verdicts.right_in_all`, on the same images."""
+    """Returns the row of two sets of verdicts, `metrics.right_in_all`, on the same images."""
     pairs = list(zip(right_in_all(a), right_in_all(b), strict=True))
     return PairedRow(name, len(pairs), worst_accuracy(a), worst_accuracy(b), pairs.count((True, False)),
                      pairs.count((False, True)))
-
-
-def _images(report: AttackReport) -> str:
-    protocol = report.protocol
-    return (f"{report.num_images} images of {protocol.get('dataset', 'an unnamed data set')} "
-            f"(data_digest {protocol['data_digest']})")

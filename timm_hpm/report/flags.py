@@ -2,28 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 #: The name of every flag, and whether it makes a report unreliable.
-FLAGS: Final = {
-    "clean-near-chance": True,
-    "labels-off-by-one": True,
-    "no-gradient": True,
-    "zero-gradient": True,
-    "random-forward": True,
-    "batch-dependent": True,
-    "changes-state": True,
-    "black-box-stronger": True,
-    "rough-gradient": True,
-    "non-finite-logits": True,
-    "batch-not-finite": True,
-    "probabilities": True,
-    "lost-head": False,
-    "saturated-softmax": False,
-    "zero-loss-gradient": False,
-}
+FLAGS: Final = dict.fromkeys((
+    "clean-near-chance", "labels-off-by-one", "no-gradient", "zero-gradient", "random-forward", "batch-dependent",
+    "changes-state", "black-box-stronger", "rough-gradient", "non-finite-logits", "batch-not-finite", "probabilities",
+), True) | dict.fromkeys(("lost-head", "saturated-softmax", "zero-loss-gradient"), False)
 
 
 @dataclass(frozen=True)
@@ -53,11 +39,5 @@ class Flag:
 
 def paragraph(name: str) -> str:
     """Returns the paragraph of flags.md on a flag, in Markdown: its meaning and the remedy."""
-    return _paragraphs()[name]
-
-
-@cache
-def _paragraphs() -> dict[str, str]:
     text = Path(__file__).with_name("flags.md").read_text(encoding="utf-8")
-    parts = re.findall(r"^## ([a-z-]+)\n\n(.+?)\n(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL)
-    return dict(parts)
+    return dict(re.findall(r"^## ([a-z-]+)\n\n(.+?)\n(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL))[name]

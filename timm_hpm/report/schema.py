@@ -190,7 +190,7 @@ class AttackReport:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, whole or not at all; makes the folder if it is missing."""
         writable_folder(Path(path).parent)
-        write_text(path, f"{_as_json(self.to_dict())}\n")
+        write_text(path, f"{json.dumps(self.to_dict(), indent=1)}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
@@ -232,15 +232,3 @@ def _without_time(report: AttackReport) -> dict[str, Any]:
     for row in data["cost"].values():
         row.pop("seconds")
     return data
-
-
-def _as_json(value: Any, levels: int = 2) -> str:
-    """Returns JSON with a line for each entry of the first `levels` levels: such a file has readable differences."""
-    if levels == 0 or not value or not isinstance(value, dict | list):
-        return json.dumps(value)
-    if isinstance(value, dict):
-        ends, entries = "{}", [f"{json.dumps(name)}: {_as_json(part, levels - 1)}" for name, part in value.items()]
-    else:
-        ends, entries = "[]", [_as_json(part, levels - 1) for part in value]
-    margin = "\n" + (3 - levels) * " "
-    return ends[0] + margin + f",{margin}".join(entries) + margin[:-1] + ends[1]

@@ -72,8 +72,8 @@ def report_page(report: AttackReport) -> str:
     """Returns a report as a whole HTML file."""
     neighbours = neighbours_table(report)
     return page(f"Mixed Surrogate Attack: {report.name}", [
-        *_head(report),
         *unreliable_banner(report.flags),
+        *_head(report),
         *_headline(report),
         *flag_section(report.flags),
         *_by_surrogate(report),

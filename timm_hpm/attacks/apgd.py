@@ -77,9 +77,8 @@ def apgd(
         moved = ball.project(moved.sub_(x).mul_(new).add_(x).add_((x - before).mul_(1 - new)))
         before, x = x, moved
         loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
-        if wrong.any():
-            fooled = fooled | wrong
-            _put(fooling, wrong, x)
+        fooled = fooled | wrong
+        _put(fooling, wrong, x)
         losses[i] = loss
         larger = loss > best_loss
         best_loss = torch.where(larger, loss, best_loss)
@@ -99,9 +98,8 @@ def apgd(
 
 
 def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
-    """Copies `values` (R, ...) `into` (R, ...) at the images `where` (R,) says so; on a CPU faster than torch.where."""
-    rows = where.nonzero().squeeze(1)
-    into.index_copy_(0, rows, values.index_select(0, rows))
+    """Copies `values` (R, ...) `into` (R, ...) at the images `where` (R,), without asking the device which they are."""
+    torch.where(per_image(where, values), values, into, out=into)
 
 
 class _Ball:

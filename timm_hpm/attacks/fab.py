@@ -21,6 +21,8 @@ _OVERSHOOT: Final = 1.05
 _STEP_BACK: Final = 0.9
 #: Largest weight of the clean image's projection against the latest point's.
 _LARGEST_BIAS: Final = 0.1
+#: Steps of Newton's method between two looks whether it has ended.
+_STEPS_A_LOOK: Final = 5
 
 
 @torch.no_grad()
@@ -59,8 +61,6 @@ def fab(
         moved, clean_moved = steps.mul_(_OVERSHOOT).add_(both)
         x = torch.lerp(moved, clean_moved, bias).clamp_(0, 1)
         fooled = logits_fn(x).argmax(dim=1) != labels
-        if not fooled.any():
-            continue
         distance = threat.distance(x, clean)
         nearer = fooled & (distance < nearest)
         nearest = torch.where(nearer, distance, nearest)
@@ -115,10 +115,13 @@ def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
     needed, whole, mask = needed.unsqueeze(-1), slopes * ends, torch.empty_like(ends)
     slope = torch.gt(ends, 0, out=mask).mul_(slopes).sum(dim=-1, keepdim=True)
     size = torch.where(needed > 0, needed / slope, 0)
+    step = 0
     while True:
-        # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end.
+        step += 1
+        # Newton's method on a concave function, from the left: sizes only grow, and in steps from end to end. Once the
+        # slope stays, further steps change nothing; on a GPU it is cheaper to make some than to look after each.
         before, slope = slope, torch.gt(ends, size, out=mask).mul_(slopes).sum(dim=-1, keepdim=True)
-        if torch.equal(slope, before):
+        if (ends.is_cpu or step % _STEPS_A_LOOK == 0) and torch.equal(slope, before):
             return size
         gone = torch.le(ends, size, out=mask).mul_(whole).sum(dim=-1, keepdim=True)
         new = (needed - gone) / slope

@@ -7,8 +7,10 @@ no use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose poi
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +107,7 @@ class _L2Search:
 
     def __init__(self, clean: Tensor, eps: float):
         self.clean, self.eps = clean, eps
+        self.eps_squared = (torch.tensor(eps, dtype=clean.dtype) ** 2).item()  # as rounded as AutoAttack's
         count, channels, height, width = clean.shape
         tile = max(min(height // 5, width), 1)
         margin = max(height - 5 * tile, 0) // 2
@@ -133,7 +136,7 @@ class _L2Search:
         source = _window(height, width, side)
         both = torch.zeros_like(delta)
         both[to] = both[source] = 1.0
-        room = torch.clamp(delta.new_tensor(self.eps) ** 2 - _image_length(delta) ** 2, min=0)
+        room = torch.clamp(self.eps_squared - _image_length(delta) ** 2, min=0)
         energy = (room / channels + _length(delta * both, (-2, -1)) ** 2).sqrt()
         bump = _bump(side, delta) * _signs([count, channels, 1, 1], delta) + delta[to] / (1e-12 + length)
         bump = bump / (1e-12 + _length(bump, (-2, -1))) * energy
@@ -158,26 +161,36 @@ def _image_length(x: Tensor) -> Tensor:
 
 
 def _signs(shape: list[int], like: Tensor) -> Tensor:
-    return torch.rand(shape, dtype=like.dtype).to(like.device).mul_(2).sub_(1).sign_()
+    return torch.rand(shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1).sign_()
 
 
 def _window(height: int, width: int, side: int) -> tuple[Any, slice, slice]:
-    top, left = (int((size - side) * torch.rand(1)) for size in (height, width))
+    top, left = (int((size - side) * _chance()) for size in (height, width))
     return ..., slice(top, top + side), slice(left, left + side)
+
+
+def _chance() -> np.float32:
+    """Returns a uniform random number in [0, 1), drawn by the host, which needs it."""
+    return torch.rand(1).numpy()[0]
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
     """Returns two halves of opposite sign (side, side), each largest in its middle, upright or lying; of length 1."""
-    bump = torch.zeros(side, side, dtype=like.dtype, device=like.device)
-    bump[:side // 2] = _half_bump(side // 2, side, like)
-    bump[side // 2:] = -_half_bump(side - side // 2, side, like)
-    bump /= _length(bump, (0, 1))
+    bump = _upright_bump(side, like.dtype, like.device)
     # Laid out alike either way, it is summed in AutoAttack's order.
-    return bump.t().contiguous() if torch.rand(1) > 0.5 else bump
+    return bump.t().contiguous() if _chance() > 0.5 else bump
 
 
-def _half_bump(height: int, width: int, like: Tensor) -> Tensor:
-    bump = torch.zeros(height, width, dtype=like.dtype)
+@lru_cache(maxsize=32)
+def _upright_bump(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    bump = torch.zeros(side, side, dtype=dtype)
+    bump[:side // 2] = _half_bump(side // 2, side, dtype)
+    bump[side // 2:] = -_half_bump(side - side // 2, side, dtype)
+    return (bump / _length(bump, (0, 1))).to(device)
+
+
+def _half_bump(height: int, width: int, dtype: torch.dtype) -> Tensor:
+    bump = torch.zeros(height, width, dtype=dtype)
     top, left = height // 2, width // 2
     for ring in range(max(height, width) // 2 + 1):
         rows, columns = (slice(max(first - ring, 0), first + ring + 1) for first in (top, left))

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 import timm_hpm
@@ -19,9 +19,9 @@ from timm_hpm import (
     find_head,
     register_hpm,
 )
-from timm_hpm.head import HPMConvHead, head_name
+from timm_hpm.head import head_name
 from timm_hpm.models import hpm_timm
-from timm_hpm.models._builder import _HEAD_ARGS, _HEAD_ENTRIES
+from timm_hpm.models._builder import _HEAD_ENTRIES
 
 VARIANTS = [f"hpm_{base}" for base in hpm_timm._BASES]
 # timm's own small networks: one with a plain classifier, one with a norm in front, one with positions that are
@@ -59,17 +59,10 @@ def test_a_variant_is_its_base_with_an_hpm_head(name):
         f"{cfg['classifier']}.{entry}" for entry in _HEAD_ENTRIES}
 
 
-def test_the_head_s_names_are_the_head_s():
-    head = HPMHead(2, 2)
-    assert set(_HEAD_ENTRIES) == head.state_dict().keys() - nn.Linear(2, 2).state_dict().keys()
-    assert set(_HEAD_ARGS) == head.config().keys()
-
-
 def test_an_entrypoint_is_importable_and_says_what_it_is():
     entrypoint = timm.models.model_entrypoint("hpm_resnet18")
     assert entrypoint is hpm_timm.hpm_resnet18 and "hpm_resnet18" in hpm_timm.__all__
-    assert entrypoint.__module__ == "timm_hpm.models.hpm_timm" and "`resnet18`" in entrypoint.__doc__
-    assert pickle.loads(pickle.dumps(entrypoint)) is entrypoint
+    assert "`resnet18`" in entrypoint.__doc__ and pickle.loads(pickle.dumps(entrypoint)) is entrypoint
 
 
 # register_hpm
@@ -89,31 +82,16 @@ def test_a_base_without_classes_takes_them():
     assert headless.num_classes == 0 and head_name(headless) is None
     headless.reset_classifier(4)
     model = timm.create_model(name, num_classes=4, device="meta", mix=0.2)
-    assert find_head(headless).mix == find_head(model).mix == 0.2
-    assert headless.state_dict().keys() == model.state_dict().keys()
+    assert find_head(headless).mix == 0.2 and headless.state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize(("base", "nearest"), [
-    ("resnet500", "resnet50"),
-    ("hpm_resnet18", "resnet18"),
-    ("resnet50.a1_in1k", "resnet50"),
-    ("swin_tiny_patch4_window8_224", "swin_tiny_patch4_window7_224"),
-])
-def test_an_unknown_base_is_refused_with_the_nearest(base, nearest):
-    with pytest.raises(ValueError, match=rf"unknown base '{base}'; expected .*nearest: .*\b{nearest}\b"):
+@pytest.mark.parametrize(("base", "advice"), [
+    ("resnet500", r"expected .*nearest: .*\bresnet50\b"), ("hpm_resnet18", r"nearest: .*\bresnet18\b"),
+    ("resnet50.a1_in1k", r"nearest: .*\bresnet50\b"), ("zzzzzzzz", r"see timm.list_models")])
+def test_an_unknown_base_is_refused_with_the_nearest(base, advice):
+    with pytest.raises(ValueError, match=rf"unknown base '{base}'.*{advice}"):
         register_hpm(base)
     assert not timm.list_models(f"hpm_{base}")
-
-
-def test_a_base_without_near_names_is_refused():
-    with pytest.raises(ValueError, match=r"unknown base 'zzzzzzzz'.*see timm.list_models"):
-        register_hpm("zzzzzzzz")
-
-
-def test_a_base_with_two_heads_fails_when_it_is_made():
-    name = register_hpm("deit_tiny_distilled_patch16_224")
-    with pytest.raises(UnsupportedHeadError, match="2 classifiers: head"):
-        timm.create_model(name)
 
 
 # What the entrypoints pass on
@@ -129,36 +107,6 @@ def test_model_arguments_pass_through():
         timm.create_model("hpm_test_vit", mix=3)
     with pytest.raises(UnsupportedHeadError, match="without pooling"):
         timm.create_model("hpm_test_vit", global_pool="")
-
-
-@pytest.mark.parametrize("base", SIZE)
-def test_without_classes(base):
-    model = timm.create_model(f"hpm_{base}", num_classes=0, global_pool="", mix=0.2).eval()
-    plain = timm.create_model(base, num_classes=0, global_pool="").eval()
-    plain.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, SIZE[base], SIZE[base])
-    assert torch.equal(model(x), plain(x))
-    model.reset_classifier(3, "avg")
-    assert find_head(model).mix == 0.2 and model(x).shape == (2, 3)
-
-
-@pytest.mark.parametrize("feature_cls", ["list", "getter"])
-def test_features_only(feature_cls):
-    model = timm.create_model("hpm_test_resnet", features_only=True, feature_cls=feature_cls, mix=0.2).eval()
-    plain = timm.create_model("test_resnet", features_only=True, feature_cls=feature_cls).eval()
-    assert type(model) is type(plain) and model.state_dict().keys() == plain.state_dict().keys()
-    plain.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 64, 64)
-    for ours, theirs in zip(model(x), plain(x), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_the_same_seed_gives_the_base_s_weights():
-    torch.manual_seed(1)
-    plain = timm.create_model("test_resnet")
-    torch.manual_seed(1)
-    model = timm.create_model("hpm_test_resnet")
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
 
 
 # Loading
@@ -238,25 +186,13 @@ def test_other_channels_keep_the_head(base, source, load):
         assert torch.allclose(model(x.repeat(1, 3, 1, 1)), source(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "getter"])
-def test_pretrained_features_only(base, source, load, feature_cls):
+def test_pretrained_features_only(base, source, load):
     x = images(base)
-    if base == "wrn10_2":
-        options, levels = {}, {}
-    else:
-        options, levels = {"out_indices": (-1,)}, {"indices": 1}
-        feature_cls = "getter"
-    expected = source.forward_intermediates(x, intermediates_only=True, **levels)
-    for features, theirs in zip(load(features_only=True, feature_cls=feature_cls, **options)(x), expected, strict=True):
+    native = base == "wrn10_2"
+    options = {} if native else {"feature_cls": "getter", "out_indices": (-1,)}
+    expected = source.forward_intermediates(x, intermediates_only=True, **({} if native else {"indices": 1}))
+    for features, theirs in zip(load(features_only=True, **options)(x), expected, strict=True):
         assert torch.equal(features, theirs)
-
-
-def test_a_forced_new_head_keeps_no_stale_prototypes(source, load):
-    model = load({"num_classes": -1}, num_classes=10)
-    assert_same_body(model, source)
-    head = find_head(model)
-    assert not torch.equal(head.weight, find_head(source).weight)
-    assert not head.is_fitted() and not head.prototypes.any() and not head.log_scale.any()
 
 
 def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, source, load, tmp_path):
@@ -276,71 +212,21 @@ def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, source
         load({"file": str(tmp_path / "damaged.safetensors")})
 
 
-@pytest.mark.parametrize("base", SIZE)
-def test_weights_of_a_head_load_into_the_plain_base(base, source):
-    plain, x = timm.create_model(base, num_classes=10).eval(), images(base)
-    keys = plain.load_state_dict(source.state_dict(), strict=False)
-    assert not keys.missing_keys
-    assert set(keys.unexpected_keys) == {f"{head_name(source)}.{entry}" for entry in _HEAD_ENTRIES}
-    with timm_hpm.head_mode(source, "fc"):
-        assert torch.equal(plain(x), source(x))
-
-
 def test_checkpoint_path_and_a_folder(base, source, tmp_path):
     x = images(base)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "checkpoint.pth")
     model = timm.create_model(f"hpm_{base}", num_classes=10, checkpoint_path=tmp_path / "checkpoint.pth").eval()
     assert torch.equal(model(x), source(x))
-
-    source = fit(timm.create_model(f"hpm_{base}", num_classes=10, mix=0.25))
+    find_head(source).mix = 0.25
     save_for_hf(source, tmp_path / "hub", safe_serialization=True,
                 model_config={"model_args": {"mix": 0.25, "num_classes": 10}})
     model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     assert find_head(model).mix == 0.25 and torch.equal(model(x), source(x))
-    assert model.pretrained_cfg["source"] == "local-dir"
-    with pytest.warns(DroppedClassifierWarning):
-        model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=4).eval()
-    assert model(x).shape == (3, 4) and not find_head(model).is_fitted()
 
 
-def test_positions_of_another_image_size_are_resized_while_loading(tmp_path):
-    source = fit(timm.create_model("hpm_test_vit", num_classes=10))
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 10}
-    model = timm.create_model("hpm_test_vit", pretrained=True, pretrained_cfg_overlay=overlay, img_size=64).eval()
-    assert model.pos_embed.shape != source.pos_embed.shape
-    assert torch.equal(find_head(model).prototypes, find_head(source).prototypes)
-    assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
-
-
-def test_a_foreign_format_of_the_base_is_converted(tmp_path):
-    """Facebook's ConvNeXt checkpoints have other names; timm's own filter renames them."""
-    plain = timm.create_model("convnext_atto", num_classes=10).eval()
-    theirs = {}
-    for key, value in plain.state_dict().items():
-        key = key.replace("head.norm.", "norm.").replace("head.fc.", "head.").replace("stem.", "downsample_layers.0.")
-        key = key.replace(".downsample.", ".downsample_layers.").replace(".conv_dw.", ".dwconv.")
-        for stage in range(4):
-            key = key.replace(f"stages.{stage}.blocks.", f"stages.{stage}.")
-            key = key.replace(f"stages.{stage}.downsample_layers.", f"downsample_layers.{stage}.")
-        theirs[key.replace(".mlp.fc1.", ".pwconv1.").replace(".mlp.fc2.", ".pwconv2.")] = value
-    torch.save({"model": theirs}, tmp_path / "theirs.pth")
-    overlay = {"file": str(tmp_path / "theirs.pth"), "num_classes": 10}
-    with pytest.warns(UnfittedHeadWarning):
-        model = timm.create_model(register_hpm("convnext_atto"), pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(x), plain(x))
-
-
-def test_a_tag_without_weights_and_an_unknown_one_are_refused():
-    for name in ("hpm_resnet34", "hpm_wrn10_2.untrained"):
-        with pytest.raises(RuntimeError, match="No pretrained weights exist"):
-            timm.create_model(name, pretrained=True)
-    for name in ("hpm_resnet18.a1_in1k", "hpm_wrn10_2.digits_l7"):
-        with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
-            timm.create_model(name, pretrained="a1" in name)
-
-
-def test_convolution_variants_have_a_convolution_s_head():
-    assert type(find_head(timm.create_model("hpm_dla46x_c"))) is HPMConvHead
-    assert get_pretrained_cfg("hpm_dla46x_c").classifier == "fc"
+@pytest.mark.parametrize(("name", "pretrained", "message"), [
+    ("hpm_resnet34", True, "No pretrained weights exist"), ("hpm_resnet18.a1_in1k", True, "Invalid pretrained tag"),
+    ("hpm_wrn10_2.untrained", True, "No pretrained weights exist"), ("hpm_wrn10_2.l7", False, "Invalid pretrained")])
+def test_a_tag_without_weights_and_an_unknown_one_are_refused(name, pretrained, message):
+    with pytest.raises(RuntimeError, match=message):
+        timm.create_model(name, pretrained=pretrained)

@@ -14,10 +14,7 @@ _OF_PRINTING: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 
 def run_command(name: str, main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error.
-
-    A console of a narrow encoding gets "?" for a character that it lacks, a closed one gets nothing.
-    """
+    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error."""
     sys.stdout, sys.stderr = (_usable(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     use_any_console()
     code: int | str

@@ -64,6 +64,9 @@ class CommonOptions:
     class_map: str | None = option(
         None, "data", "file of class names in the order of the model's classes, as in timm")
     img_size: int | None = option(None, "data", "side of decoded images in pixels (the model's)")
+    val_fraction: float | None = option(
+        None, "data", "fraction of the training images held out for validation, of a data set without a validation "
+                      "split (0.1, at most 5,000 images)", above=0, below=1)
     threat: str | None = option(None, "attack", "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
     # NumPy's random state takes no larger one.
     seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)

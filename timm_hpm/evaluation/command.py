@@ -91,7 +91,8 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     is_main = accelerator is None or accelerator.is_main_process
     model = load_model(config, accelerator)
     split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
-                           download=config.dataset_download, class_map=config.class_map)
+                           download=config.dataset_download, class_map=config.class_map,
+                           val_fraction=None if config.split == "test" else config.val_fraction)
     threat = ThreatModel.parse(config.threat or split.threat)
     images, labels = first_images(split, config.num_images)
     options = _attack_options(config, model, images)

@@ -1,5 +1,6 @@
 """`TrainConfig`: every option of a training run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -7,11 +8,11 @@ from ..options import CommonOptions, as_dict, free_names, option
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .objectives import OBJECTIVES
-from .schedules import SCHEDULES
 from .trunk import BATCH_PROTOTYPES
 
 AMP_DTYPES: Final = ("bfloat16", "float16")
 TRACKERS: Final = ("tensorboard", "wandb")
+SCHEDULES: Final = ("onecycle", "cosine", "tanh", "step", "multistep", "poly", "constant")
 
 _MODEL: Final = "model"
 _DATA: Final = "data"
@@ -44,6 +45,11 @@ class TrainConfig(CommonOptions):
 
     objective: str = option("pgd-at", _ATTACK, "training objective: its attack and its loss", choices=OBJECTIVES)
     trades_beta: float = option(6.0, _ATTACK, "weight of TRADES' divergence", least=0)
+    mart_lambda: float = option(5.0, _ATTACK, "weight of MART's divergence", least=0)
+    awp_gamma: float = option(
+        0.0, _ATTACK, "adversarial weight perturbation, relative to each weight's norm, such as 0.005; 0 for none",
+        least=0, below=1)
+    awp_warmup: float = option(0.0, _ATTACK, "epochs before the weight perturbation", least=0)
     attack_steps: int = option(10, _ATTACK, "PGD steps; 1 is FGSM with random start", least=1)
     attack_step_size: float | None = option(
         None, _ATTACK, "PGD step size in units of pixels in [0, 1], such as 2/255 (2.5·eps/steps)", above=0)
@@ -65,9 +71,17 @@ class TrainConfig(CommonOptions):
     lr: float = option(0.1, _OPTIMISATION, "peak learning rate", above=0)
     momentum: float = option(0.9, _OPTIMISATION, "momentum of sgd", least=0, most=1)
     weight_decay: float = option(5e-4, _OPTIMISATION, "weight decay; none for biases, norms and the scale", least=0)
-    sched: str = option("onecycle", _OPTIMISATION, "learning rate schedule", choices=SCHEDULES)
+    sched: str = option("onecycle", _OPTIMISATION, "learning rate schedule: timm's, or onecycle", choices=SCHEDULES)
     warmup_epochs: float | None = option(
         None, _OPTIMISATION, "epochs of rising learning rate (a quarter of all with onecycle, else 0)", least=0)
+    warmup_lr: float | None = option(
+        None, _OPTIMISATION, "initial learning rate of the warm-up (a 25th of --lr with onecycle, else 1e-5)", above=0)
+    warmup_prefix: bool = option(False, _OPTIMISATION, "start of the schedule after the warm-up, not under it")
+    min_lr: float = option(0.0, _OPTIMISATION, "final learning rate of onecycle, cosine, tanh and poly", least=0)
+    decay_epochs: float = option(90.0, _OPTIMISATION, "epochs between the decays of step", above=0)
+    decay_milestones: tuple[float, ...] = option(
+        (90.0, 180.0, 270.0), _OPTIMISATION, "epochs of the decays of multistep", above=0)
+    decay_rate: float = option(0.1, _OPTIMISATION, "decay of step and multistep; power of poly", above=0)
     layer_decay: float | None = option(
         None, _OPTIMISATION, "ratio of each layer's learning rate to the next layer's", above=0, most=1)
     clip_grad: float | None = option(None, _OPTIMISATION, "largest norm of the gradient", above=0)
@@ -96,6 +110,9 @@ class TrainConfig(CommonOptions):
                              "no more, or the head would never have prototypes")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}, of {self.epochs} epochs; expected less")
+        for name in ("min_lr", "warmup_lr"):
+            if (getattr(self, name) or 0.0) > self.lr:
+                raise ValueError(f"{name} is {getattr(self, name)}, above the peak {self.lr} (lr); expected no more")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
 
@@ -109,5 +126,10 @@ class TrainConfig(CommonOptions):
         return as_dict(self)
 
 
-#: Options that change no weight: a run may be resumed with others.
-FREE: Final = free_names(TrainConfig)
+_FREE: Final = free_names(TrainConfig)
+
+
+def differing(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the options by which a run must not be resumed; more epochs extend it."""
+    return [name for name in given if saved.get(name) != given[name] and name not in _FREE
+            and not (name == "epochs" and saved.get(name, 0) < given[name])]

@@ -19,7 +19,6 @@ from accelerate.utils import (
     set_seed,
 )
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -29,16 +28,16 @@ from ..head import find_head
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
 from .average import AveragedModel
+from .awp import perturbed_weights
 from .config import TrainConfig
 from .distributed import average_, num_processes, process_index, reduced, seed_at
-from .health import epoch_signs, kept_signs
+from .health import epoch_signs, forget_kept_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
-from .recovery import Progress
+from .recovery import Progress, RunState
 from .run_folder import RunFolder
-from .schedules import SCHEDULES
+from .schedules import create_schedule
 from .setup import Data, check_launcher, create_optimizer, create_trainable, in_effect, open_data, size_argument
 from .signals import Stopped, StopRequest, noted_signals, obey_parent, shielded_batches
-from .state import RunState
 from .trunk import PixelTrunk, inputs_only
 from .validation import Validation
 
@@ -126,7 +125,8 @@ class Run:
         self.config = broadcast_object_list([in_effect(config, self.model, self.data)])[0]
         self.threat = ThreatModel.parse(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
-        self.loss_options = LossOptions(config.fc_loss_weight, config.smoothing, config.trades_beta)
+        self.loss_options = LossOptions(config.fc_loss_weight, config.smoothing, config.trades_beta,
+                                        config.mart_lambda)
         self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process,
                                 model_args=size_argument(config))
         if config.channels_last:
@@ -142,6 +142,9 @@ class Run:
         if resume and (checkpoint := self.folder.newest_checkpoint()):
             self.state.load(checkpoint, self.config)
             self.folder.restore_best(checkpoint)
+            if checkpoint.config["epochs"] < self.config.epochs:
+                forget_kept_signs(self.progress.warnings)
+                self.folder.write_warnings(self.progress.warnings.values())
         self.folder.begin()
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
@@ -172,10 +175,8 @@ class Run:
             raise ValueError(f"batch_size is {config.batch_size} on {num_processes()} processes; expected no more than "
                              f"the {len(self.data.train)} training images in all")
         self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
-        total = config.epochs * self.updates_per_epoch
-        factor, rising = SCHEDULES[config.sched], (config.warmup_epochs or 0.0) / config.epochs
         # Not prepared: Accelerate would step it once per process.
-        self.schedule = LambdaLR(optimizer, lambda update: factor(min(update / total, 1.0), rising))
+        self.schedule = create_schedule(config, optimizer, self.updates_per_epoch)
         self.state = RunState(self.model, self.ema, self.optimizer, self.schedule, accelerator.scaler, self.progress)
         self.validation = Validation(self.data.val, config, self.threat, accelerator, self.stop)
 
@@ -223,10 +224,11 @@ class Run:
         batches = self._attacked(images, labels)
         self._set_mode(training=True)
         with accelerator.accumulate(self.trained):
-            answers: list[Answers] = self.trained(*batches)
-            loss = self.objective.loss(answers, labels, self.loss_options)
-            mean = self._checked(loss)
-            accelerator.backward(loss)
+            with perturbed_weights(self.trunk, partial(self._loss, batches, labels), self._gamma()):
+                answers: list[Answers] = self.trained(*batches)
+                loss = self.objective.loss(answers, labels, self.loss_options)
+                mean = self._checked(loss)
+                accelerator.backward(loss)
             if accelerator.sync_gradients and config.clip_grad is not None:
                 accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
             self.optimizer.step()
@@ -239,6 +241,18 @@ class Run:
                     for batch in batches[first:]:
                         self.ema.see(batch, labels)
         return mean
+
+    def _loss(self, batches: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Returns the loss of this process's batches, scaled for float16, to perturb the weights by."""
+        scaler = self.accelerator.scaler
+        with self.accelerator.autocast():
+            loss = self.objective.loss(self.trunk(*batches), labels, self.loss_options)
+        return loss if scaler is None else scaler.scale(loss)
+
+    def _gamma(self) -> float:
+        state = self.progress
+        begun = state.epoch + state.batches / len(self.loader) >= self.config.awp_warmup
+        return self.config.awp_gamma if begun else 0.0
 
     def _attacked(self, images: Tensor, labels: Tensor) -> list[Tensor]:
         """Returns the batches to learn from: clean images (B, ...), adversarial ones, or clean and adversarial ones."""
@@ -260,9 +274,8 @@ class Run:
             sums.clear()
         # BatchNorm's running statistics: each process has seen other images, and attacks use them.
         average_([buffer for buffer in self.trunk.backbone.buffers() if buffer.is_floating_point()])
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.schedule.step()
         self.progress.updates += 1
+        self.schedule.step(self.progress.updates)
         if self.ema is not None:
             self.ema.update(self.model, self.progress.updates)
         interval = self.config.recovery_interval
@@ -311,8 +324,8 @@ class Run:
         state, config = self.progress, self.config
         self.state.check_finite()
         self._fit_if_due(state.epoch + 1)
-        row: dict[str, Any] = {
-            "epoch": state.epoch, "lr": self.schedule.get_last_lr()[-1], "loss": state.loss / max(state.batches, 1)}
+        row: dict[str, Any] = {"epoch": state.epoch, "lr": self.optimizer.param_groups[-1]["lr"],
+                               "loss": state.loss / max(state.batches, 1)}
         kept, trunk = (self.model, self.trunk) if self.ema is None else (self.ema.module, self.ema.trunk)
         self._set_mode(training=False)
         try:
@@ -353,7 +366,7 @@ class Run:
                 state.warnings[sign] = text
                 if self.accelerator.is_main_process:
                     self.log(f"warning: {text}")
-                    self.folder.write_warnings(state.warnings.values())
+                self.folder.write_warnings(state.warnings.values())
 
     # Checkpoints
 

@@ -1,7 +1,7 @@
 """Training objectives: each one object, with the attack that crafts its images and the loss that it minimises.
 
 The losses here are weighted means over the HPM head's logits and its FC classifier's: the head assigns images to
-prototypes by the FC classifier's prediction, so that classifier must keep learning. If the head predicts by its FC
+prototypes by the FC classifier's prediction, so that classifier must keep learning. If the model predicts by its FC
 classifier alone, both parts are that classifier's loss.
 """
 
@@ -48,11 +48,13 @@ class LossOptions:
         fc_weight: weight of the FC classifier's loss; the HPM head's is 1.
         smoothing: label smoothing in [0, 1), the weight that all classes share equally.
         trades_beta: weight of the divergence in `trades`.
+        mart_lambda: weight of the divergence in `mart`.
     """
 
     fc_weight: float = 1.0
     smoothing: float = 0.0
     trades_beta: float = 6.0
+    mart_lambda: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,35 @@ def craft_trades(attack: TrainingAttack, images: Tensor, labels: Tensor) -> Tens
     return attack.pgd(images, labels, away_from(reference))
 
 
-def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+def mart(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+    """Returns MART's loss: `boosted_cross_entropy` of the adversarial answers, plus λ times their divergence.
+
+    That is the KL divergence from the clean answers, weighted by 1 minus the clean probability of the label.
+    Source: Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
+    """
+    clean, adversarial = answers
+
+    def loss(logits: Tensor, reference: Tensor) -> Tensor:
+        doubt = 1 - reference.softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        divergence = kl_divergence(logits, reference, reduction="none").sum(dim=1)
+        return boosted_cross_entropy(logits, labels, options.smoothing) + options.mart_lambda * (
+            divergence * doubt).mean()
+
+    return _over_both(loss, adversarial, options.fc_weight, clean)
+
+
+def boosted_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the mean of −log p_y − log(1 − max p_k over the classes k other than y), for `logits` (B, C)."""
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    rival = others.argmax(dim=1, keepdim=True)
+    without_rival = logits.scatter(1, rival, -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing) - without_rival.mean()
+
+
+def kl_divergence(logits: Tensor, reference: Tensor, reduction: str = "sum") -> Tensor:
     """Returns the sum over the images of KL(softmax(`reference`) ‖ softmax(`logits`)) in nats; both are (B, C)."""
-    return F.kl_div(F.log_softmax(logits, dim=1), F.log_softmax(reference, dim=1), reduction="sum", log_target=True)
+    return F.kl_div(F.log_softmax(logits, dim=1), F.log_softmax(reference, dim=1), reduction=reduction,
+                    log_target=True)
 
 
 def away_from(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -123,6 +151,7 @@ OBJECTIVES: Final = {
     for objective in (
         Objective("pgd-at", cross_entropy),
         Objective("trades", trades, craft_trades, uses_clean=True),
+        Objective("mart", mart, uses_clean=True),
         Objective("clean", cross_entropy, craft=None),
     )
 }

@@ -18,20 +18,17 @@ from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, wri
 from ..options import read_options
 from ..report import svg
 from ..report.command import evaluate_command, shell_line
-from .config import FREE, TrainConfig
+from .config import TrainConfig, differing
 from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
 
 OPTIONS: Final = "args.yaml"
 
 
 class RunFolder:
-    """Writes a run's files.
+    """Writes a run's files into the folder `path`, if this process `is_main`.
 
     Arguments:
-        path: an existing folder.
-        config: the options of the run.
         resume: whether the folder is to hold a run of the same options already.
-        is_main: whether this process is the one that writes.
         model_args: arguments of timm.create_model that older versions of timm do not record.
 
     Raises:
@@ -40,16 +37,12 @@ class RunFolder:
 
     def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool,
                  model_args: dict[str, Any] | None = None):
-        self.path = path
-        self.config = config
-        self.is_main = is_main
-        self.model_args = model_args or {}
+        self.path, self.config, self.is_main, self.model_args = path, config, is_main, model_args or {}
         # Folder of the best epoch's files: in a checkpoint, or made for the next one.
         self._best: Path | None = None
         if resume:
             saved, given = saved_options(path).to_dict(), config.to_dict()
-            different = [f"{name} ({saved[name]!r} there, {given[name]!r} given)" for name in given
-                         if saved[name] != given[name] and name not in FREE]
+            different = [f"{name} ({saved[name]!r} there, {given[name]!r} given)" for name in differing(saved, given)]
             if different:
                 raise ValueError(f"the run in {path} has other options: {', '.join(different)}. Resume it with its own "
                                  "(--resume alone), or start another in another --output")
@@ -103,16 +96,18 @@ class RunFolder:
         write_text(self.path / "curve.svg", _curve(rows))
 
     def metadata(self, model: Any) -> dict[str, str]:
-        """Returns the metadata of the weights in a checkpoint of `model`."""
         return weights_metadata(model_config(model, **self._model_args(model)))
 
     def _model_args(self, model: Any) -> dict[str, Any]:
-        """Returns the arguments of `timm.create_model`, which older versions of timm do not record."""
         return {**(self.config.model_kwargs or {}), **self.model_args, "num_classes": model.num_classes}
 
     def write_warnings(self, texts: Iterable[str]) -> None:
-        """Writes `warnings.txt`, a line each."""
-        write_text(self.path / "warnings.txt", "".join(f"{text}\n" for text in texts))
+        """Writes `warnings.txt`, a line each; removes it if there are none."""
+        text, file = "".join(f"{text}\n" for text in texts), self.path / "warnings.txt"
+        if self.is_main and text:
+            write_text(file, text)
+        elif self.is_main:
+            remove(file)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint below `checkpoints/`, and then the files of a best epoch that is new."""
@@ -125,7 +120,6 @@ class RunFolder:
                 remove(staged)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest undamaged checkpoint; None if there is none."""
         return newest_checkpoint(self.path / "checkpoints")
 
 
@@ -148,17 +142,16 @@ def measuring_command(path: Path) -> str:
     """
     config, split = saved_options(path), "test"
     encoded = data_source(config.dataset).image_size is None
-    opened = partial(open_split, config.dataset, data_dir=config.data_dir, class_map=config.class_map,
-                     input_size=(3, 32, 32) if encoded else None)
+    data: dict[str, Any] = {"data_dir": config.data_dir, "class_map": config.class_map}
+    opened = partial(open_split, config.dataset, input_size=(3, 32, 32) if encoded else None)
     try:
-        available = len(opened(split=split))
+        available = len(opened(split, **data))
     except (ValueError, OSError):
-        split = "val"
-        available = len(opened(split=split))
+        split, data = "val", data | {"val_fraction": config.val_fraction}
+        available = len(opened(split, **data))
     return shell_line(evaluate_command({
         "model": f"local-dir:{path}", "dataset": config.dataset, "split": split, "threat": config.threat,
-        "num_images": min(100, available), "options": {"data_dir": config.data_dir, "class_map": config.class_map}}
-        | ({"device": config.device} if config.device else {})))
+        "num_images": min(100, available), "options": data} | ({"device": config.device} if config.device else {})))
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,35 +1,50 @@
-"""Learning rates as functions of the fraction of the training that is done."""
+"""Learning rates as functions of the number of updates: timm's schedules, and the one-cycle policy."""
 
 import math
-from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
+
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+
+from .config import TrainConfig
+
+_LOW: Final = 0.04
 
 
-def cosine(done: float, warmup: float = 0.0) -> float:
-    """Returns the learning rate over its peak: a linear rise over the fraction `warmup`, then half a cosine to zero.
+class OneCycleScheduler(Scheduler):
+    """A cosine from `low` times the peak up, then one down to `min_lr`. Source: Smith and Topin, arXiv 1708.07120.
 
-    `done` is the fraction of all updates that have been made, in [0, 1].
+    Arguments:
+        total: number of updates of the run.
+        rising: fraction of them in which the learning rate rises.
     """
-    if done < warmup:
-        return done / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
+
+    def __init__(self, optimizer: Any, total: int, rising: float, low: float = _LOW, min_lr: float = 0.0):
+        super().__init__(optimizer, "lr")
+        self.total, self.rising, self.low, self.min_lr = total, rising, low, min_lr
+        self.step(0)
+
+    def _get_lr(self, t: int) -> list[float]:
+        done = min(t / self.total, 1.0)
+        if done < self.rising:
+            part = self.low + (1 - self.low) * 0.5 * (1 - math.cos(math.pi * done / self.rising))
+            return [peak * part for peak in self.base_values]
+        part = 0.5 * (1 + math.cos(math.pi * (done - self.rising) / max(1 - self.rising, 1e-9)))
+        return [self.min_lr + (peak - self.min_lr) * part for peak in self.base_values]
 
 
-def one_cycle(done: float, warmup: float) -> float:
-    """Returns the learning rate over its peak: a cosine from 1/25 up over the fraction `warmup`, then one to zero.
-
-    `done` is the fraction of all updates that have been made, in [0, 1]. Source: Smith and Topin, arXiv 1708.07120.
-    """
-    low = 0.04
-    if done < warmup:
-        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * done / warmup))
-    return cosine(done, warmup)
-
-
-def constant(done: float, warmup: float) -> float:
-    """Returns the learning rate over its peak: a linear rise over the fraction `warmup`, then 1."""
-    return min(1.0, done / warmup) if warmup else 1.0
-
-
-SCHEDULES: Final[dict[str, Callable[[float, float], float]]] = {
-    "cosine": cosine, "onecycle": one_cycle, "constant": constant}
+def create_schedule(config: TrainConfig, optimizer: Any, updates_per_epoch: int) -> Scheduler:
+    """Returns the schedule of a run, which steps by the number of updates made."""
+    total, warmup = config.epochs * updates_per_epoch, (config.warmup_epochs or 0.0) * updates_per_epoch
+    if config.sched == "onecycle":
+        low = _LOW if config.warmup_lr is None else config.warmup_lr / config.lr
+        return OneCycleScheduler(optimizer, total, warmup / total, low, config.min_lr)
+    constant = config.sched == "constant"  # not among older timm's
+    return create_scheduler_v2(
+        optimizer, "step" if constant else config.sched,
+        num_epochs=math.ceil(total - warmup) if config.warmup_prefix else total,
+        decay_epochs=config.decay_epochs * updates_per_epoch,
+        decay_milestones=[round(epoch * updates_per_epoch) for epoch in config.decay_milestones],
+        decay_rate=1.0 if constant else config.decay_rate, min_lr=config.min_lr,
+        warmup_lr=1e-5 if config.warmup_lr is None else config.warmup_lr, warmup_epochs=warmup,  # type: ignore[arg-type]
+        warmup_prefix=config.warmup_prefix)[0]

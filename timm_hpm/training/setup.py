@@ -103,15 +103,12 @@ def check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
 def create_optimizer(config: TrainConfig, model: Any) -> Any:
     """Returns timm's optimizer for a model, or raises a ValueError if timm does not make it."""
     try:
-        optimizer = create_optimizer_v2(
+        return create_optimizer_v2(
             model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
             layer_decay=config.layer_decay)
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
                          "Names are those of timm.optim.list_optimizers()") from error
-    for group in optimizer.param_groups:
-        group["lr"] *= group.get("lr_scale", 1.0)
-    return optimizer
 
 
 def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
@@ -171,7 +168,8 @@ def open_data(config: TrainConfig, model: Any) -> Data:
     """
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
-                               "download": config.dataset_download, "class_map": config.class_map}
+                               "download": config.dataset_download, "class_map": config.class_map,
+                               "val_fraction": config.val_fraction}
     plain = train = open_split_for(model, config.dataset, "train", **options)
     if config.random_resized_crop:
         train = open_split_for(model, config.dataset, "train", random_resized_crop_seed=config.seed, **options)

@@ -1,0 +1,189 @@
+"""MART and adversarial weight perturbation: closed forms, invariants, and whole runs; and runs that are extended."""
+
+import csv
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+from timm_hpm.training import TrainConfig, train
+from timm_hpm.training.awp import perturbed_weights
+from timm_hpm.training.objectives import LossOptions, boosted_cross_entropy, mart
+from timm_hpm.training.run_folder import saved_options
+
+TINY = {"device": "cpu", "pretrained": True, "epochs": 1, "lr": 0.01, "attack_steps": 1, "val_attack_steps": 1,
+        "batch_size": 350}
+
+
+def run(folder, resume=False, **options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    kept = train(TrainConfig(**TINY | options), folder, resume=resume, log=lambda line: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return kept
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# MART
+
+
+def test_the_boosted_cross_entropy_punishes_the_rival_too():
+    # Probabilities 1/2, 1/4, 1/4 with label 0; and with label 1, whose rival is class 0.
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
+    for label, expected in ((0, math.log(2) - math.log(3 / 4)), (1, math.log(4) - math.log(1 / 2))):
+        assert boosted_cross_entropy(logits, torch.tensor([label])).item() == pytest.approx(expected)
+    # Far from every float's limit, where 1 − p is 0: the exact logarithm, with a gradient.
+    wrong = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    loss = boosted_cross_entropy(wrong, torch.tensor([1]))
+    assert loss.item() == pytest.approx(200) and torch.autograd.grad(loss, wrong)[0].tolist() == [[2, -2]]
+
+
+def test_mart_in_closed_form():
+    def answers(*probabilities):
+        logits = torch.tensor([probabilities]).log()
+        return torch.zeros(1, 3), logits, logits.flip(1)
+
+    clean, adversarial, label = answers(0.8, 0.2), answers(0.4, 0.6), torch.tensor([0])
+
+    def expected(p, q):  # clean and adversarial probability of the label, of two classes
+        divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        return -2 * math.log(q) + 3 * divergence * (1 - p)
+
+    options = LossOptions(fc_weight=0.0, mart_lambda=3.0)
+    assert mart([clean, adversarial], label, options).item() == pytest.approx(expected(0.8, 0.4), rel=1e-5)
+    both = mart([clean, adversarial], label, LossOptions(fc_weight=0.5, mart_lambda=3.0)).item()
+    assert both == pytest.approx((expected(0.8, 0.4) + 0.5 * expected(0.2, 0.6)) / 1.5, rel=1e-5)
+    # Clean images that the model is sure of, or alike answers, leave the boosted cross-entropy.
+    for first in (answers(1 - 1e-7, 1e-7), adversarial):
+        assert mart([first, adversarial], label, options).item() == pytest.approx(-2 * math.log(0.4), rel=1e-4)
+
+
+def test_mart_agrees_with_its_authors_formula_where_that_does_not_saturate():
+    torch.manual_seed(0)
+    natural, attacked, labels = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 5
+    p, q = natural.softmax(dim=1), attacked.softmax(dim=1)
+    rival = q.scatter(1, labels[:, None], -1).argmax(dim=1)
+    boosted = F.cross_entropy(attacked, labels) + F.nll_loss((1 - q).log(), rival)
+    doubt = 1 - p.gather(1, labels[:, None]).squeeze(1)
+    whole = boosted + 5 * ((p * (p / q).log()).sum(dim=1) * doubt).mean()
+    got = mart([(natural, natural, natural), (attacked, attacked, attacked)], labels, LossOptions(fc_weight=0.0))
+    assert got.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+# Adversarial weight perturbation
+
+
+def net() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    return model, torch.rand(8, 1, 8, 8), torch.arange(8) % 5
+
+
+@pytest.mark.parametrize("gamma", [0.01, 0.2])
+def test_each_weight_moves_by_gamma_of_its_norm_up_the_loss_and_back_exactly(gamma):
+    model, images, labels = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def loss():
+        return F.cross_entropy(model(images), labels)
+
+    gradients = dict(zip(before, torch.autograd.grad(loss(), [model[0].weight]), strict=False))
+    model.load_state_dict(before)
+    with perturbed_weights(model, loss, gamma):
+        inside = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name, tensor in inside.items():
+        moved = tensor.double() - before[name].double()
+        if tensor.ndim < 2:  # biases, BatchNorm and its statistics
+            assert not moved.any(), name
+        else:
+            assert moved.norm() / before[name].double().norm() == pytest.approx(gamma, rel=1e-4)
+    moved = inside["0.weight"] - before["0.weight"]
+    assert F.cosine_similarity(moved.flatten(), gradients["0.weight"].flatten(), dim=0) > 0.9999
+
+
+def test_the_gradient_is_that_of_the_perturbed_weights_and_an_error_takes_them_back():
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))  # of the norm 5
+    module = nn.Module()
+    module.weight = weight
+
+    def loss():
+        return weight.square().sum() / 2  # whose gradient is the weight itself
+
+    with perturbed_weights(module, loss, 0.1):
+        loss().backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[3.3, 4.4]]))
+    assert weight.tolist() == [[3, 4]]
+    with pytest.raises(RuntimeError, match="broken"), perturbed_weights(module, loss, 0.1):
+        raise RuntimeError("broken")
+    assert weight.tolist() == [[3, 4]]
+    for flat in (lambda: weight.sum() * 0, lambda: weight.sum() * torch.inf):  # no direction
+        with perturbed_weights(module, flat, 0.1):
+            assert weight.tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart", "clean"])
+def test_without_perturbation_a_run_is_the_plain_one_and_with_it_another(objective, tmp_path):
+    plain = run(tmp_path / "plain", objective=objective)
+    run(tmp_path / "zero", objective=objective, awp_gamma=0.0, awp_warmup=0.5)
+    run(tmp_path / "late", objective=objective, awp_gamma=0.01, awp_warmup=1)
+    kept = run(tmp_path / "awp", objective=objective, awp_gamma=0.01)
+    state = weights(tmp_path / "plain")
+    for name in ("zero", "late"):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in weights(tmp_path / name).items())
+    found = weights(tmp_path / "awp")
+    assert not torch.equal(found["conv1.weight"], state["conv1.weight"])
+    assert kept["loss"] > plain["loss"] and kept["val_clean"] > 0.9
+
+
+# More epochs
+
+
+def test_a_finished_run_is_extended_by_more_epochs(tmp_path):
+    run(tmp_path / "run", epochs=1, sched="constant", checkpoint_hist=9)
+    run(tmp_path / "whole", epochs=3, sched="constant", checkpoint_hist=9)
+    kept = run(tmp_path / "run", resume=True, epochs=3, sched="constant", checkpoint_hist=9)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and kept["epoch"] in (0, 1, 2)
+    # A constant rate is the same in both; only the options in the files' metadata tell them apart.
+    found, whole = (load_file(tmp_path / name / "checkpoints" / "epoch-00003-batch-00000000" / "model.safetensors")
+                    for name in ("run", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+    assert saved_options(tmp_path / "run").epochs == 3
+    with pytest.raises(ValueError, match=r"epochs \(3 there, 2 given\)"):
+        run(tmp_path / "run", resume=True, epochs=2, sched="constant")
+
+
+def test_an_extended_run_forgets_that_it_ended_at_chance(tmp_path):
+    options = {"pretrained": False, "lr": 0.1, "batch_size": 1000, "warmup_epochs": 0.5,
+               "model_kwargs": {"inference": "fc"}}
+    run(tmp_path, epochs=1, **options)
+    assert "at chance" in (tmp_path / "warnings.txt").read_text()
+    kept = run(tmp_path, resume=True, epochs=30, **options)
+    assert kept["val_clean"] > 0.5
+    assert not (tmp_path / "warnings.txt").exists() or "at chance" not in (tmp_path / "warnings.txt").read_text()
+
+
+def test_the_validation_fraction_is_held_out(tmp_path):
+    from PIL import Image
+
+    for part, number in (("train", 20), ("test", 2)):
+        for i in range(number):
+            place = tmp_path / "images" / part / f"{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 8 * i).save(place / f"{i}.png")
+    options = TINY | {"dataset": "folder", "data_dir": str(tmp_path / "images"), "img_size": 8, "batch_size": 4,
+                      "num_classes": 2, "threat": "Linf:0.1", "pretrained": False, "mean": (0.5,), "std": (0.5,)}
+    from timm_hpm.training import Run
+
+    for fraction, held_out in ((None, 2), (0.4, 8)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = Run(TrainConfig(**options | {"val_fraction": fraction}), tmp_path / str(fraction))
+        assert (len(found.data.train), len(found.data.val)) == (20 - held_out, held_out)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -28,6 +28,7 @@ _DATASETS: Final = {
     "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
     "svhn": ("ufldl-stanford/svhn", "SVHN"),
     "tiny": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
+    "tiny_imagenet": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
     "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
 }
 # A card lists so many classes.
@@ -257,7 +258,7 @@ def _origin(cfg: Mapping[str, Any]) -> str:
 def _dataset(cfg: Mapping[str, Any], report: AttackReport | None) -> str | None:
     """Returns our name of the data set: the report's, or one that the tag names."""
     if report is not None:
-        return report.protocol.get("dataset")
+        return report.protocol.get("dataset", "").removeprefix("torch/") or None
     if not cfg.get("notes"):  # weights of one's own, built by any tag
         return None
     return next((part for part in str(cfg.get("tag") or "").split("_") if part in _DATASETS), None)
@@ -288,7 +289,7 @@ def _data(
 
 def _results(report: AttackReport) -> list[EvalResult]:
     protocol = report.protocol
-    dataset = protocol.get("dataset", "unknown")
+    dataset = protocol.get("dataset", "unknown").removeprefix("torch/")
     hub_id, text = _DATASETS.get(dataset, (dataset, dataset))
     common: dict[str, Any] = {
         "task_type": "image-classification", "dataset_type": hub_id, "dataset_name": text,

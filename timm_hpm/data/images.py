@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -11,6 +11,7 @@ from typing import IO, Any, Final, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageFile
+from torch import Tensor
 
 MODES: Final = {1: "L", 3: "RGB"}
 _MAX_16_BIT: Final = 65535
@@ -71,6 +72,31 @@ class EncodedImages:
             self._has_warned.fill_(True)
             warnings.warn(f"{name} has transparent pixels; it is shown on white, as is every such image of its data "
                           "set", stacklevel=2)
+
+
+class Part(NamedTuple):
+    """One part of a data set as it lies on disk.
+
+    Arguments:
+        images: a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
+        labels: (N,), int64.
+        num_classes: number of classes.
+        class_names: their names in order; None if the data set has none.
+    """
+
+    images: Tensor | EncodedImages
+    labels: Tensor
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def renumbered(self, numbers: Mapping[str, int]) -> "Part":
+        """Returns the part with each class's number in `numbers`, and the label −1 for classes that are not there."""
+        own = self.class_names or tuple(map(str, range(self.num_classes)))
+        table = torch.tensor([numbers.get(name, -1) for name in own])
+        labels = torch.where(self.labels < 0, self.labels, table[self.labels.clamp(min=0)])
+        names = {number: name for name, number in reversed(list(numbers.items()))}
+        total = max(names) + 1
+        return Part(self.images, labels, total, tuple(names.get(number, "") for number in range(total)))
 
 
 def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:

@@ -4,11 +4,11 @@ import difflib
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final
 from urllib.error import URLError
 
 import numpy as np
@@ -17,7 +17,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
-from .images import EncodedImages, class_folders, image_folder, open_path
+from .images import EncodedImages, Part, class_folders, image_folder, open_path
+from .official import read_stl10, read_svhn, read_tiny_imagenet
 
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_HINT: Final = ("fetch it with: apt-get install dataset-fashion-mnist (Debian, Ubuntu); or put the four "
@@ -28,31 +29,6 @@ _MOST_IDX_BYTES: Final = 1 << 28
 _FOLDER_NAMES: Final = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"),
                         "test": ("test", "testing")}
 _STREAMED: Final = ("hfids/", "tfds/", "wds/")
-
-
-class Part(NamedTuple):
-    """One part of a data set as it lies on disk.
-
-    Arguments:
-        images: a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
-        labels: (N,), int64.
-        num_classes: number of classes.
-        class_names: their names in order; None if the data set has none.
-    """
-
-    images: Tensor | EncodedImages
-    labels: Tensor
-    num_classes: int
-    class_names: tuple[str, ...] | None
-
-    def renumbered(self, numbers: Mapping[str, int]) -> "Part":
-        """Returns the part with each class's number in `numbers`, and the label −1 for classes that are not there."""
-        own = self.class_names or tuple(map(str, range(self.num_classes)))
-        table = torch.tensor([numbers.get(name, -1) for name in own])
-        labels = torch.where(self.labels < 0, self.labels, table[self.labels.clamp(min=0)])
-        names = {number: name for name, number in reversed(list(numbers.items()))}
-        total = max(names) + 1
-        return Part(self.images, labels, total, tuple(names.get(number, "") for number in range(total)))
 
 
 @dataclass(frozen=True)
@@ -124,6 +100,10 @@ def _read_digits(part: str, data_dir: Path | None, download: bool) -> Part:
 
 def _train_and_test(data_dir: Path | None) -> Collection[str]:
     return "train", "test"
+
+
+def _train_and_val(data_dir: Path | None) -> Collection[str]:
+    return "train", "val"
 
 
 def _read_fashion_mnist(part: str, data_dir: Path | None, download: bool) -> Part:
@@ -272,5 +252,11 @@ DATASETS: Final = {
     "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,), (1, 28, 28)),
     "torch/kmnist": _torch("kmnist", 10, "Linf:0.1", image_size=(1, 28, 28)),
     "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,), (1, 28, 28)),
+    "svhn": DataSource(_train_and_test, read_svhn, "Linf:8/255", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 10,
+                       (3, 32, 32)),
+    "stl10": DataSource(_train_and_test, read_stl10, "Linf:8/255", (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713),
+                        10, (3, 96, 96)),
+    "tiny_imagenet": DataSource(_train_and_val, read_tiny_imagenet, "Linf:8/255", IMAGENET_DEFAULT_MEAN,
+                                IMAGENET_DEFAULT_STD, 200),
     "torch/imagenet": _torch("imagenet", 1000, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from .images import MODES, EncodedImages
-from .sources import DataSource, Part, data_source
+from .images import MODES, EncodedImages, Part
+from .sources import DataSource, data_source
 
 SPLITS: Final = ("train", "val", "test")
 

@@ -42,6 +42,7 @@ from timm_hpm.convert import convert
 from timm_hpm.files import new_folder
 from timm_hpm.formats import FORMATS, native_state_dict, plain_state_dict
 from timm_hpm.models.create import load_checkpoint
+from timm_hpm.models.tags import XCIT_WEIGHTS
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -246,6 +247,19 @@ def test_small_image_xcit(tmp_path, data, overlay, bare):
     assert_same_logits(model, original)
 
 
+@pytest.mark.parametrize(("name", "size"), [
+    ("hpm_cifar_xcit_small_12_p4_32.debenedetti2022_cifar10_linf", 32),
+    ("hpm_cifar_xcit_small_12_p4_32.debenedetti2022_cifar100_linf", 32),
+    ("hpm_xcit_small_12_p16_224.debenedetti2022_imagenet_linf", 224)])
+def test_the_tag_of_an_xcit_gives_robustbench_s_logits(tmp_path, name, size):
+    """The tag says the classes and the normalisation; the public file holds the weights alone."""
+    make = getattr(robustbench("xcit"), name.partition(".")[2].replace("_", "light_xcit_s12_", 1))
+    original = randomised(make(num_classes=timm.get_pretrained_cfg(name).num_classes))
+    inner = original.model if size == 32 else original
+    torch.save({"state_dict": inner.state_dict()}, tmp_path / "theirs.pth.tar")
+    assert_same_logits(load(name, tmp_path / "theirs.pth.tar"), original, size)
+
+
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_small_image_xcits_have_robustbench_s_entries(size):
     make = getattr(robustbench("xcit"), f"debenedetti2022light_xcit_{size[0]}12_cifar10_linf")
@@ -344,7 +358,10 @@ def test_every_family_has_its_tags():
         "ResNet50", "ResNet101", "ResNet152", "Wide_ResNet50_2", "ConvNext_Small", "ConvNext_Base", "ConvNext_Large",
         "ViT_small_patch16_224", "ViT_base_patch16_224", "Swin_small_patch4_window7_224",
         "Swin_base_patch4_window7_224", "Swin_large_patch4_window7_224"}
-    assert len(tags) == 5
+    assert {url.removeprefix(XCIT_WEIGHTS) for url in tags[XCIT_WEIGHTS.rpartition("/")[0]]} == {
+        "-s-imagenet-linf.pth.tar",
+        *(f"-{size}-{data}-linf.pth.tar" for size in "sml" for data in ("cifar10", "cifar100"))}
+    assert len(tags) == 6
 
 
 @pytest.mark.parametrize("name", PUBLIC)

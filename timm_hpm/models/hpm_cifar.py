@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints import function_error
 from ..formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
 from ._builder import build_variant
-from .tags import cifar_cfg, pretrained_tags
+from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
 _XCIT_PAPERS = ("arXiv:2209.07399", "arXiv:2106.09681", "arXiv:2606.01746")
@@ -26,6 +26,22 @@ _XCITS = {
     "hpm_cifar_xcit_large_12_p4_32": (768, 16),
 }
 
+# Debenedetti et al. 2022, "A Light Recipe to Train Robust Vision Transformers": the letter in the file's name, and the
+# published accuracies in % (clean, AutoAttack) on CIFAR-10 and CIFAR-100, whose normalisation is the authors' own.
+_DEBENEDETTI2022 = {
+    "hpm_cifar_xcit_small_12_p4_32": ("s", (90.06, 56.14), (67.34, 32.19)),
+    "hpm_cifar_xcit_medium_12_p4_32": ("m", (91.30, 57.27), (69.21, 34.21)),
+    "hpm_cifar_xcit_large_12_p4_32": ("l", (91.73, 57.58), (70.76, 35.08)),
+}
+_CIFAR100 = {"num_classes": 100, "mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
+
+
+def _xcit_cfg(**kwargs: Any) -> dict[str, Any]:
+    return cifar_cfg(**{"pool_size": None, "fixed_input_size": True, "first_conv": "patch_embed.proj.0.0",
+                        "classifier": "head", "origin_url": "https://github.com/dedeswim/vits-robustness-torch",
+                        "paper_ids": _XCIT_PAPERS, **kwargs})
+
+
 default_cfgs = pretrained_tags({
     "hpm_cifar_resnet18.untrained": cifar_cfg(
         pool_size=(4, 4),
@@ -33,16 +49,18 @@ default_cfgs = pretrained_tags({
         paper_ids=_RESNET_PAPERS,
     ),
     **{
-        f"{name}.untrained": cifar_cfg(
-            pool_size=None,
-            fixed_input_size=True,
-            first_conv="patch_embed.proj.0.0",
-            classifier="head",
-            origin_url="https://github.com/dedeswim/vits-robustness-torch",
-            paper_ids=_XCIT_PAPERS,
+        f"{name}.debenedetti2022_{data}_linf": _xcit_cfg(
+            url=f"{XCIT_WEIGHTS}-{letter}-{data}-linf.pth.tar",
+            license="mit",
+            paper_name="A Light Recipe to Train Robust Vision Transformers",
+            notes=weight_notes(
+                "Linf:8/255", f"{clean:.2f} % clean, {robust:.2f} % under AutoAttack (its authors' README)"),
+            **fields,
         )
-        for name in _XCITS
+        for name, (letter, *published) in _DEBENEDETTI2022.items()
+        for (data, fields), (clean, robust) in zip((("cifar10", {}), ("cifar100", _CIFAR100)), published, strict=True)
     },
+    **{f"{name}.untrained": _xcit_cfg() for name in _XCITS},
 })
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..formats import plain_state_dict, xcit_state_dict
 from ._builder import build_variant
-from .tags import pretrained_tags, variant_cfg, weight_notes
+from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
 _BASES = (
     # residual networks
@@ -103,6 +103,20 @@ def _public_tags(base: str) -> dict[str, dict[str, Any]]:
                     f"Linf:{eps}/255" if norm == "linf" else f"L2:{eps}",
                     f"{clean:.2f} % clean (its authors' README; no robust accuracy there)"),
             }
+    if base == "xcit_small_12_p16_224":
+        tags["debenedetti2022_imagenet_linf"] = {
+            **_IMAGENET,
+            "url": f"{XCIT_WEIGHTS}-s-imagenet-linf.pth.tar",
+            "mean": (0.0,) * 3,  # trained on pixels in [0, 1]
+            "std": (1.0,) * 3,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "license": "mit",
+            "origin_url": "https://github.com/dedeswim/vits-robustness-torch",
+            "paper_ids": ("arXiv:2209.07399", "arXiv:2606.01746"),
+            "paper_name": "A Light Recipe to Train Robust Vision Transformers",
+            "notes": weight_notes("Linf:4/255", "72.34 % clean, 41.78 % under AutoAttack (its authors' README)"),
+        }
     if base in _LIU2023:
         file, published, model_args = _LIU2023[base]
         tags["liu2023_imagenet_linf"] = {

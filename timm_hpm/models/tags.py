@@ -18,6 +18,8 @@ _OF_WEIGHTS: Final = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "label_offset",
     "label_names", "label_descriptions", "description", "paper_name", "notes",
 )
+#: The start of the addresses of Debenedetti et al.'s robust XCiTs.
+XCIT_WEIGHTS: Final = "https://github.com/RobustBench/robustbench/releases/download/v1.1/debenedetti2022light-xcit"
 # "arch.tag" to model arguments.
 _TAG_ARGS: dict[str, dict[str, Any]] = {}
 

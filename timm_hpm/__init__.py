@@ -22,6 +22,7 @@ from .report import AttackReport, compare
 from .report.html import report_page
 from .report.markdown import comparison_markdown, report_markdown
 from .report.write import write_report
+from .subset import keep_classes
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
 
@@ -56,6 +57,7 @@ __all__ = [
     "hub",
     "inference_mode",
     "judge",
+    "keep_classes",
     "load_split",
     "mixed_surrogate_attack",
     "models",

@@ -226,6 +226,8 @@ def _protocol(report: AttackReport) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{package} {version}" for package, version in protocol["versions"].items())
          + f", {protocol['device'].upper()}"),
     ]
+    if protocol.get("class_subset"):
+        rows.insert(2, ("classes", protocol["class_subset"]))
     if protocol.get("normalisation"):
         rows.insert(2, ("normalisation", cell(protocol["normalisation"])))
     return rows

@@ -94,7 +94,7 @@ class Part(NamedTuple):
         own = self.class_names or tuple(map(str, range(self.num_classes)))
         table = torch.tensor([numbers.get(name, -1) for name in own])
         labels = torch.where(self.labels < 0, self.labels, table[self.labels.clamp(min=0)])
-        names = {number: name for name, number in reversed(list(numbers.items()))}
+        names = {number: name for name, number in reversed(list(numbers.items())) if number >= 0}
         total = max(names) + 1
         return Part(self.images, labels, total, tuple(names.get(number, "") for number in range(total)))
 

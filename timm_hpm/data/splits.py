@@ -107,7 +107,8 @@ class ImageSplit(Dataset):
 def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
                download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
-               class_map: str | os.PathLike | None = None, random_resized_crop_seed: int | None = None) -> ImageSplit:
+               class_map: str | os.PathLike | Mapping[str, int] | None = None,
+               random_resized_crop_seed: int | None = None) -> ImageSplit:
     """Opens a split of a data set.
 
     A missing validation split is held out from the training images: stratified by class, always the same ones. Splits
@@ -126,8 +127,9 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         val_fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images. Open "train" and
             "val" with the same.
         class_map: timm's: a file with a class name in each line, in the order of the model's classes (.txt), or a
-            pickled dict of names and numbers (.pkl). Images of other classes are left out. None takes the data set's
-            own numbers; class folders are numbered in sorted order, as torchvision does.
+            pickled dict of names and numbers (.pkl). Images of other classes are left out. A mapping must have exactly
+            the data set's classes, −1 for those left out, and may have more of these. None takes the data set's own
+            numbers; class folders are numbered in sorted order, as torchvision does.
         random_resized_crop_seed: seed of random resized crops and flips; None for the centre crop.
 
     Raises:
@@ -141,7 +143,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; expected a number above 0 and below 1")
     source = data_source(dataset)
-    numbers = None if class_map is None else _class_map(class_map, data_dir)
+    numbers = class_map if class_map is None or isinstance(class_map, Mapping) else _class_map(class_map, data_dir)
     part, indices = _read(source, split, None if data_dir is None else Path(data_dir), download, val_fraction, numbers)
     name = f"the split {split} of {dataset or 'folder'}"
     if not len(indices):
@@ -255,9 +257,12 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
     part = source.read(own, data_dir, download)
     indices = torch.arange(len(part.labels))
     if numbers is not None:
+        named = any(number < 0 for number in numbers.values())
+        if named:
+            _check_classes(part, numbers)
         part = part.renumbered(numbers)
         indices = (part.labels >= 0).nonzero().flatten()
-        if len(indices) < len(part.labels):
+        if len(indices) < len(part.labels) and not named:
             warnings.warn(f"{len(part.labels) - len(indices)} of {len(part.labels)} images of {own} are of classes "
                           "that the class map leaves out", stacklevel=4)
     elif source.classes is not None:
@@ -267,6 +272,16 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
             raise ValueError("the data set has a validation split of its own; leave out val_fraction")
         return part, indices
     return part, indices[hold_out(part.labels[indices], val_fraction)[split == "val"]]
+
+
+def _check_classes(part: Part, numbers: Mapping[str, int]) -> None:
+    own = part.class_names or tuple(map(str, range(part.num_classes)))
+    unknown = [name for name in own if name not in numbers]
+    absent = [name for name, number in numbers.items() if number >= 0 and name not in own]
+    if unknown or absent:
+        raise ValueError(f"the data set has {len(unknown)} classes that the model has not ({', '.join(unknown[:5])}) "
+                         f"and lacks {len(absent)} of the subset ({', '.join(absent[:5])}); expected the same names: "
+                         "rename the folders, or mend the subset")
 
 
 def _numbered_as_trained(part: Part, classes: Sequence[str], own: str) -> Part:

@@ -20,6 +20,7 @@ from ..models.create import class_names, create_model, open_split_for, usable_de
 from ..report import TRUE_MODEL, AttackReport
 from ..report.command import DATA_OPTIONS, MODEL_OPTIONS
 from ..report.tables import pixels_note
+from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
 from .judge import rejudge, saved_protocol
@@ -91,7 +92,8 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     is_main = accelerator is None or accelerator.is_main_process
     model = load_model(config, accelerator)
     split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
-                           download=config.dataset_download, class_map=config.class_map,
+                           download=config.dataset_download,
+                           class_map=model.class_map if config.class_subset else config.class_map,
                            val_fraction=None if config.split == "test" else config.val_fraction)
     threat = ThreatModel.parse(config.threat or split.threat)
     images, labels = first_images(split, config.num_images)
@@ -140,6 +142,8 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
                if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})}
     about = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
              "split": config.split, "options": options}
+    if config.class_subset:
+        about["class_subset"] = f"{model.num_classes} of the model's {len(model.class_map)} classes"
     return about | ({"class_names": list(names)} if names else {})
 
 
@@ -199,6 +203,8 @@ def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -
     if config.checkpoint and own:
         arguments["pretrained_cfg_overlay"] = {**(arguments.get("pretrained_cfg_overlay") or {}), **own}
     model = create_model(config.model, pretrained=pretrained, checkpoint=config.checkpoint, **arguments)
+    if config.class_subset:
+        keep_classes(model, read_subset(config.class_subset))
     return model.to(device if accelerator is None else accelerator.device).eval()
 
 

@@ -42,6 +42,9 @@ class EvaluateConfig(CommonOptions):
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", _MODEL, "device of PyTorch")
 
     split: str = option("test", _DATA, f"one of {', '.join(SPLITS)}")
+    class_subset: str | None = option(
+        None, _DATA, "file of the classes that are kept, one a line, by name or number: the logits of the others take "
+                     "part in no prediction and no attack, for a 1,000-class model on ImageNet-100, -A or -R (all)")
     num_images: int = option(100, _DATA, "number of images, the first of the split; 0 for all", least=0)
 
     eps_sweep: str | None = option(
@@ -90,6 +93,8 @@ class EvaluateConfig(CommonOptions):
         if self.num_classes is not None and other != self.num_classes:
             raise ValueError(f"--num-classes is {self.num_classes} and --model-kwargs num_classes={other}; give one of "
                              "them")
+        if self.class_subset and self.class_map:
+            raise ValueError("--class-subset and --class-map both number the classes; give one of them")
         self.radii()
 
     @property

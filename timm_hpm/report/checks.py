@@ -86,7 +86,7 @@ _PROTOCOL: Final = {
 }
 # Entries that it or evaluate.py may add.
 _OPTIONAL: Final = dict.fromkeys(
-    ("model", "weights", "dataset", "split", "precision", "protocol", "protocol_digest"), _TEXT) | {
+    ("model", "weights", "dataset", "split", "class_subset", "precision", "protocol", "protocol_digest"), _TEXT) | {
     "normalisation": _or_none(_NORMALISATION),
     "clean_margin": _or_none(_NUMBER),
     "attacked_scale": _or_none(_NUMBER),

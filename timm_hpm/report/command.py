@@ -11,7 +11,7 @@ from ..evaluation.protocols import PROTOCOLS
 
 #: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
 MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
-DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map", "val_fraction")
+DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map", "class_subset", "val_fraction")
 
 _WIDTH: Final = 110
 

@@ -116,7 +116,7 @@ def _head(report: AttackReport) -> list[str]:
     protocol, command = report.protocol, evaluate_command(report.protocol)
     mode = protocol.get("inference", "none")
     facts = [" ".join(str(protocol[name]) for name in ("dataset", "split") if name in protocol),
-             f"{report.num_images} images", str(protocol.get("threat", "")),
+             f"{report.num_images} images", str(protocol.get("class_subset", "")), str(protocol.get("threat", "")),
              "" if mode == "none" else f"inference mode {mode}", report.date]
     return [f"<p class='small'>{escape(' · '.join(filter(None, facts)))}</p>",
             *([f"<pre>{escape(shell_lines(command))}</pre>"] if command else []),

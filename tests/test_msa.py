@@ -5,8 +5,8 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -116,7 +116,7 @@ def check_against_closed_form(rows: Iterable[str], distances: torch.Tensor, eps:
 REACH = {"apgd-ce": 0.65, "apgd-t": 0.8, "fab-t": 0.98, "square": 0.14}
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 5, 11])
+@pytest.mark.parametrize("num_classes", [2, 3, 11])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_each_component_breaks_a_linear_classifier_as_the_closed_form_says(norm, num_classes):
     model, images, labels = linear_problem(num_classes, num_images=120)
@@ -130,29 +130,16 @@ def test_each_component_breaks_a_linear_classifier_as_the_closed_form_says(norm,
         check_against_closed_form([report.correct[f"model/{attack}"]], distances, eps, reach)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_dataset_mode_on_raw_pixels_in_closed_form(norm):
-    model, images, labels = prototype_problem("dataset")
-    distances = prototype_distances(model, images, labels, norm)
-    eps = distances.median().item()
-    report = run_attack(model, images, labels, ThreatModel(norm, eps), batch_size=40, surrogates_at_once=3,
-                                    budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4), "fab-t": Budget(20, 4),
-                                             "square": Budget(100)})
-    assert list(report.by_surrogate) == ["fc", "dataset", "mixed", "true"]
-    check_against_closed_form(report.correct.values(), distances, eps)
-
-
-@pytest.mark.parametrize("mode", ["dataset", "batch"])
-def test_no_attack_breaks_more_than_the_closed_form_allows_under_any_surrogate(mode):
-    # The unbreakable images of the dataset mode stay so whatever surrogate the candidate came from; in batch mode
-    # with mix = 0 the head is the same classifier.
+@pytest.mark.parametrize(("mode", "norm"), [("dataset", "Linf"), ("dataset", "L2"), ("batch", "Linf")])
+def test_prototypes_on_raw_pixels_are_broken_as_the_closed_form_says_under_every_surrogate(mode, norm):
+    # In batch mode with mix = 0 the head is the same classifier.
     model, images, labels = prototype_problem(mode)
     model[1].mix = 0.0
-    distances = prototype_distances(model, images, labels, "Linf")
+    distances = prototype_distances(model, images, labels, norm)
     eps = distances.median().item()
-    report = run_attack(model, images, labels, ThreatModel("Linf", eps), surrogates=list(SURROGATES),
-                                    surrogates_at_once=5, budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4),
-                                                                  "fab-t": Budget(20, 4), "square": Budget(100)})
+    report = run_attack(model, images, labels, ThreatModel(norm, eps), surrogates=list(SURROGATES),
+                        surrogates_at_once=5, budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4),
+                                                       "fab-t": Budget(20, 4), "square": Budget(100)})
     check_against_closed_form(report.correct.values(), distances, eps)
 
 
@@ -281,36 +268,7 @@ def test_components_find_the_points_of_autoattack(digits_model, norm, eps):
             assert torch.equal(found[broken], expected[broken]), attack
 
 
-def test_square_leaves_fooled_images_at_their_candidates():
-    model, images, labels = prototype_problem("batch")
-    split = AttackedModel(model, images)
-    batch = AttackBatch(split, ["fc", "ste"], images[:20], labels[:20])
-    threat = ThreatModel("Linf", 0.06)
-    points = ATTACKS["square"].run(batch, threat, Budget(60), Notes())
-    placed = (batch.points != batch.clean).flatten(1).any(dim=1)
-    assert 3 <= placed[20:].sum() <= 17, "the problem tests nothing"
-    assert torch.equal(batch.points[placed], points[placed])
-    # Where a row stands the head sees its candidate: those fooled last are fooled among all the others.
-    with torch.no_grad():
-        expected = model(batch.points[20:]) * split.head.scale() / model[1].scale()
-    torch.testing.assert_close(batch.current_logits()[20:], expected, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(expected.argmax(dim=1), model(images[:20]).argmax(dim=1))
-
-
 # The whole attack, on a head whose answers depend much on their batch
-
-
-@dataclass
-class Run:
-    """A Mixed Surrogate Attack in batches of 25, 25 and 10 images, with what it was given and what it saved."""
-
-    model: nn.Module
-    images: torch.Tensor
-    labels: torch.Tensor
-    threat: ThreatModel
-    report: AttackReport
-    path: Path
-    candidates: dict[str, torch.Tensor]
 
 
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
@@ -321,17 +279,18 @@ MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4)
           "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, rounds=12)}
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=lambda at_once: f"{at_once} at once")
-def attacked(request, tmp_path_factory) -> Run:
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory) -> SimpleNamespace:
+    """A Mixed Surrogate Attack in batches of 25, 25 and 10 images, with what it was given and what it saved."""
     model, images, labels = prototype_problem("batch")
     labels[[10, 55]] = (labels[[10, 55]] + 1) % 5
     threat = ThreatModel("Linf", prototype_distances(model, images, labels, "Linf").quantile(0.5).item())
     path = tmp_path_factory.mktemp("attacked") / "adversarial.safetensors"
     report = run_attack(model, images, labels, threat, batch_size=25, budgets=MIDDLE,
-                                    surrogates_at_once=request.param, folder=path.parent, save_adversarial=True)
+                                    surrogates_at_once=3, folder=path.parent, save_adversarial=True)
     candidates = load_file(path)
     del candidates["labels"]
-    return Run(model, images, labels, threat, report, path, candidates)
+    return SimpleNamespace(model=model, images=images, labels=labels, report=report, path=path, candidates=candidates)
 
 
 @torch.no_grad()
@@ -371,102 +330,56 @@ def test_the_first_broken_images_are_its_examples(attacked):
 
 
 def test_the_assembled_batch_holds_the_first_candidate_that_broke_each_image(attacked):
-    at_once, attacks = attacked.report.protocol["surrogates_at_once"], list(COMPONENTS)
-    names = list(SURROGATES)
-    order = [f"{surrogate}/{attack}" for i in range(0, 5, at_once) for attack in attacks
-             for surrogate in names[i:i + at_once]]
+    report, names = attacked.report, list(SURROGATES)
+    order = [f"{surrogate}/{attack}" for some in (names[:3], names[3:]) for attack in COMPONENTS for surrogate in some]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
     order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(12))
               for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
-        found_by = next((name for name in ["clean", *order] if attacked.report.correct[name][i] == "0"), "clean")
+        found_by = next((name for name in ["clean", *order] if report.correct[name][i] == "0"), "clean")
         standing[i] = attacked.candidates[found_by][i]
-    assert attacked.report.assembled == verdicts(attacked.model, standing, attacked.labels, 25)
-    assert attacked.report.assembled_robust_accuracy == attacked.report.assembled.count("1") / 60
-    assert attacked.report.robust_accuracy < attacked.report.assembled_robust_accuracy < attacked.report.clean_accuracy
+    assert report.assembled == verdicts(attacked.model, standing, attacked.labels, 25)
+    assert report.robust_accuracy < report.assembled_robust_accuracy < report.clean_accuracy
 
 
 def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
     report = attacked.report
-    names = ["clean", *[f"fc/{attack}" for attack in COMPONENTS]]
-    assert list(report.baseline_correct) == names
+    assert list(report.baseline_correct) == ["clean", *[f"fc/{attack}" for attack in COMPONENTS]]
     with timm_hpm.head_mode(attacked.model, "fc"):
-        for name in names:
-            assert report.baseline_correct[name] == verdicts(attacked.model, attacked.candidates[name],
-                                                             attacked.labels, 25)
-            assert differing(report.baseline_correct[name], report.correct[name]) >= 5, name
-            assert set(report.baseline_correct[name]) == {"0", "1"}
-
-
-def test_square_on_the_true_model_is_square_on_the_straight_through_surrogate(attacked):
-    rows = attacked.report.correct
-    assert rows["true/square"] == rows["ste/square"]
-    assert all(differing(rows["true/square"], rows[f"{other}/square"]) for other in SURROGATES if other != "ste")
+        for name, row in report.baseline_correct.items():
+            assert row == verdicts(attacked.model, attacked.candidates[name], attacked.labels, 25)
+            assert set(row) == {"0", "1"} and differing(row, report.correct[name]) >= 5, name
 
 
 def test_worst_cases_are_counted_image_by_image(attacked):
     report, table = attacked.report, attacked.report.by_surrogate
     assert list(table) == [*SURROGATES, "true"]
     for surrogate in SURROGATES:
-        attacks = [attack for attack in table[surrogate] if attack != "worst"]
-        names = {attack: [f"{surrogate}/{name}" for name in ATTACKS[attack].rows(12)] for attack in attacks}
-        assert {name for some in names.values() for name in some} == {
-            name for name in ROWS if name.startswith(surrogate)}
-        rows = {attack: [report.correct[name] for name in some] for attack, some in names.items()}
-        assert all(table[surrogate][attack] == robust_images(rows[attack]).sum().item() / 60 for attack in attacks)
-        assert all(table[surrogate][attack] == rows[attack][0].count("1") / 60 for attack in COMPONENTS)
-        worst = robust_images([row for some in rows.values() for row in some])
-        assert table[surrogate]["worst"] == worst.sum().item() / 60
+        rows = {attack: [report.correct[f"{surrogate}/{name}"] for name in ATTACKS[attack].rows(12)]
+                for attack in table[surrogate] if attack != "worst"}
+        assert sum(map(len, rows.values())) == sum(name.startswith(f"{surrogate}/") for name in ROWS)
+        assert all(table[surrogate][attack] == robust_images(some).sum().item() / 60 for attack, some in rows.items())
+        everything = [row for some in rows.values() for row in some]
+        assert table[surrogate]["worst"] == robust_images(everything).sum().item() / 60
     assert report.robust_accuracy == robust_images(report.verdicts.values()).sum().item() / 60
     assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
-    assert report.robust_accuracy < min(row[attack] for row in table.values() for attack in COMPONENTS if attack in row)
     assert report.robust_accuracy < report.clean_accuracy == report.correct["clean"].count("1") / 60 < 1
     assert report.baseline["worst"] == robust_images(report.baseline_correct.values()).sum().item() / 60
     assert set(report.baseline) == {"clean", *COMPONENTS, "worst"}
 
 
-@pytest.mark.parametrize("surrogate", ["fc", "dataset"])
-def test_candidates_of_a_linear_surrogate_fool_it_as_its_closed_form_says(attacked, surrogate):
-    # These two are linear classifiers of the pixels, whatever the head's mode and whatever runs beside them.
-    distances_of = linear_distances if surrogate == "fc" else prototype_distances
-    with timm_hpm.head_mode(attacked.model, surrogate):
-        distances = distances_of(attacked.model, attacked.images, attacked.labels, "Linf")
-        rows = {attack: verdicts(attacked.model, attacked.candidates[f"{surrogate}/{attack}"], attacked.labels, 60)
-                for attack in COMPONENTS}
-    for attack, row in rows.items():
-        robust = robust_images([row])
-        # Few of Square's queries are enough only where the clean image is wrong.
-        reach = 0.0 if attack == "square" else REACH[attack]
-        assert not robust[distances <= reach * attacked.threat.eps].any(), attack
-        assert robust[distances > 1.01 * attacked.threat.eps].all(), attack
-    check_against_closed_form(rows.values(), distances, attacked.threat.eps)
-
-
 def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, digits, tmp_path):
-    path = tmp_path / "adversarial.safetensors"
     report = run_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
-                                    folder=path.parent, save_adversarial=True)
-    saved = load_file(path)
+                        folder=tmp_path, save_adversarial=True)
+    saved = load_file(tmp_path / "adversarial.safetensors")
     assert set(saved) == {"clean", "labels", "assembled"} | ROWS
-    assembled = saved.pop("assembled")
-    assert assembled.min() >= 0 and THREAT.distance(assembled, digits[0]).max() <= THREAT.eps + 1e-6
     assert torch.equal(saved.pop("clean"), digits[0]) and torch.equal(saved.pop("labels"), digits[1])
     for name, points in saved.items():
-        # The joint attack may break all of a batch.
-        assert set(report.correct[name]) - {"1"} == {"0"} and ("1" in report.correct[name] or "joint" in name), name
-        assert points.min() >= 0 and points.max() <= 1, name
-        distances = THREAT.distance(points, digits[0])
-        assert distances.max() <= THREAT.eps + 1e-6, name
-        # What is broken already need not move in the joint attack.
-        assert distances.min() > 0.5 * THREAT.eps or name.endswith("/joint"), name
-
-
-@pytest.mark.parametrize("mode", ["sample", "dataset", "fc"])
-def test_in_the_other_modes_the_verdicts_are_the_same_in_batches_of_any_size(attacked, mode):
-    with timm_hpm.head_mode(attacked.model, mode):
-        for points in attacked.candidates.values():
-            assert len({verdicts(attacked.model, points, attacked.labels, size) for size in (1, 7, 25, 60)}) == 1
+        assert THREAT.contains(points, digits[0]).all(), name
+        # What is broken already need not move in the joint attack, which may break all of a batch.
+        assert name == "assembled" or ("0" in report.correct[name] and ("1" in report.correct[name] or "joint" in name))
+        assert "joint" in name or name == "assembled" or THREAT.distance(points, digits[0]).min() > 0.5 * THREAT.eps
 
 
 @pytest.mark.parametrize(("mode", "surrogates"), [
@@ -504,32 +417,13 @@ def test_one_seed_gives_one_report_and_another_seed_another(tmp_path):
         torch.manual_seed(run)
         path = tmp_path / str(run) / "adversarial.safetensors"
         reports.append(run_attack(model, images, labels, ThreatModel("Linf", 0.05), batch_size=25,
-                                              surrogates=["fc", "ste"], budgets=SMALL, seed=seed,
-                                              folder=path.parent, save_adversarial=True))
+                                  surrogates=["fc", "ste"], budgets=SMALL, seed=seed, folder=path.parent,
+                                  save_adversarial=True))
         candidates.append(load_file(path))
-    assert all(set(row) == {"0", "1"} for row in reports[0].correct.values())
-    assert reports[0].same_results(reports[1])
-    assert reports[0].correct != reports[2].correct
+    assert reports[0].same_results(reports[1]) and reports[0].correct != reports[2].correct
     for name, points in candidates[0].items():
         assert torch.equal(points, candidates[1][name])
-        if name not in ("clean", "labels"):
-            assert not torch.equal(points, candidates[2][name]), name
-
-
-def test_the_model_the_random_state_and_the_gradients_are_left_alone(digits_model, digits):
-    model = copy.deepcopy(digits_model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
-    run_attack(model, *digits, THREAT, budgets=SMALL, surrogates_at_once=5)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_true_model_is_searched_even_where_its_twin_is_not_a_surrogate(digits_model, digits):
-    report = run_attack(digits_model, *digits, THREAT, budgets=SMALL, surrogates=["fc"])
-    assert list(report.by_surrogate) == ["fc", "true"]
-    assert set(report.by_surrogate["true"]) == {"square", "worst"}
+        assert torch.equal(points, candidates[2][name]) == (name in ("clean", "labels")), name
 
 
 def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
@@ -544,8 +438,7 @@ def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
 
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
 def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surrogate):
-    pixel_model = timm_hpm.PixelModel(digits_model)
-    split = AttackedModel(pixel_model, digits[0])
+    split = AttackedModel(timm_hpm.PixelModel(digits_model), digits[0])
     batch = AttackBatch(split, ["fc", surrogate], *digits)
     moved = (digits[0] + 0.2 * torch.rand_like(digits[0])).clamp(0, 1)
     # Rows 24 and up belong to the second surrogate; row 3 stands at its new point when the others are asked.
@@ -557,43 +450,7 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
     with torch.no_grad():
         expected = SURROGATES[surrogate].logits(split.head, split.features(whole))[[0, 5, 23]]
         expected_fc = digits_model.fc.fc_logits(split.features(moved[1:2]))
-    torch.testing.assert_close(logits[1:], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits[:1], expected_fc, rtol=1e-4, atol=1e-4)
-    if surrogate == "ste":
-        answers = pixel_model(whole)[[0, 5, 23]] * split.head.scale() / digits_model.fc.scale()
-        torch.testing.assert_close(logits[1:], answers, rtol=1e-4, atol=1e-4)
-
-
-def test_clean_logits_answer_the_start_whenever_they_are_asked_for(digits_model, digits):
-    split = AttackedModel(timm_hpm.PixelModel(digits_model), digits[0])
-    images, rows = digits[0][:6], torch.arange(6, 12)
-    early, late = (AttackBatch(split, ["fc", "soft"], images, digits[1][:6]) for _ in range(2))
-    expected = early.clean_logits.clone()
-    for batch in (early, late):
-        batch.place(rows, 1 - images)
-        assert torch.equal(batch.clean_logits, expected)
-        assert not torch.isclose(batch.current_logits()[6:], expected[6:]).all(dim=1).any()
-
-
-def test_the_components_make_the_passes_that_they_count():
-    model, images, labels = linear_problem(5, num_images=4)
-    labels = model(images).argmax(dim=1)
-    split = AttackedModel(model, images)
-    costs = {}
-    for name in COMPONENTS:
-        before = split.forward_passes, split.backward_passes
-        batch = AttackBatch(split, ["model"], images, labels)
-        ATTACKS[name].run(batch, ThreatModel("Linf", 1e-5), Budget(50, targets=2), Notes())
-        costs[name] = ((split.forward_passes - before[0]) / 4, (split.backward_passes - before[1]) / 4)
-    # The last step's gradient would lead nowhere.
-    assert costs["apgd-ce"] == (1 + 51, 50)
-    # A target's best point is placed where its loss is the largest so far.
-    assert costs["apgd-t"][1] == 2 * 50
-    assert 1 + 2 * 51 + 1 <= costs["apgd-t"][0] <= 1 + 2 * 51 + 2
-    # Where nothing depends on a batch it does not matter where the images stand.
-    assert costs["square"] == (51, 0)
-    assert costs["fab-t"][1] == 1 + 2 * 50
-    assert costs["fab-t"][0] <= 1 + 2 + 2 * (2 * 50 + 4)
+    torch.testing.assert_close(logits, torch.cat([expected_fc, expected]), rtol=1e-4, atol=1e-4)
 
 
 class Poisoned(nn.Module):
@@ -632,64 +489,43 @@ def test_nan_logits_under_attack_are_a_flag(digits):
 def test_a_non_finite_answer_is_no_class(digits):
     images, labels = digits[0] * 0.5, torch.zeros_like(digits[1])
     images[[5, 9], 0, 0, 0] = 0.9
-    answers = predictions(Poisoned(0.8).eval(), images, 7, allow_non_finite=True)
-    assert (answers < 0).nonzero().squeeze(1).tolist() == [5, 9]
     model = Poisoned(0.8).eval()
+    assert (predictions(model, images, 7, allow_non_finite=True) < 0).nonzero().squeeze(1).tolist() == [5, 9]
     # The arg-max of NaN alone is 0, which is right here.
     assert not timm_hpm.judge(model, images, labels, 7, allow_non_finite=True)[[5, 9]].any()
-    for ask in (lambda: predictions(model, images, 7), lambda: timm_hpm.judge(model, images, labels, 7)):
-        with pytest.raises(NonFiniteLogitsError, match="image 5 "):
-            ask()
+    with pytest.raises(NonFiniteLogitsError, match="image 5 "):
+        timm_hpm.judge(model, images, labels, 7)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"images": "bright"}, r"image 2 has values .*expected pixels in \[0, 1\]"),
-    ({"images": "nan"}, r"image 2 has values .*expected pixels in \[0, 1\]"),
     ({"images": "flat"}, r"expected \(N, channels, height, width\)"),
     ({"labels": "short"}, r"labels have the shape \(23,\).*expected \(24,\)"),
-    ({"labels": "large"}, r"label 10 of image 4 is out of range; the model has the classes 0 to 9"),
-    ({"labels": "negative"}, r"label -1 of image 4 is out of range"),
     ({"labels": "float"}, r"class indices"),
     ({"batch_size": 0}, r"batch_size is 0; expected at least 1"),
     ({"surrogates": ["fc", "hard"]}, r"unknown surrogate 'hard'; expected some of fc, dataset, soft, ste, mixed"),
-    ({"surrogates": ("fc",) * 0}, r"unknown surrogate \(none given\)"),
     ({"budgets": {"apgd_ce": Budget(1)}}, r"unknown attack 'apgd_ce'; expected some of apgd-ce, "),
     ({"budgets": {"fab-t": Budget(5)}}, r"the budget of fab-t has no targets.*Budget\(5, targets=9\)"),
+    ({"budgets": {"apgd-ce": Budget(3, rounds=2)}}, r"budget of apgd-ce has 2 rounds; only joint-subset is run in"),
     ({"folder": Path("/dev/null/x")}, r"cannot write into the output folder /dev/null"),
-    ({"attacks": ["pgd"]}, r"unknown attack 'pgd'; expected some of apgd-ce, apgd-t, fab-t, square"),
-    ({"surrogates_at_once": 0}, r"surrogates_at_once is 0"),
-    ({"surrogates_at_once": 1.0}, r"surrogates_at_once is 1.0, of the type float; expected an integer"),
     ({"batch_size": True}, r"batch_size is True, of the type bool; expected an integer"),
     ({"batch_size": 2.5}, r"batch_size is 2.5, of the type float"),
-    ({"batch_size": None}, r"batch_size is None, of the type NoneType"),
     ({"seed": -1}, r"seed is -1; expected at least 0"),
-    ({"seed": 0.5}, r"seed is 0.5, of the type float"),
     ({"protocol": None}, r"unknown protocol None; expected some of standard, fast"),
-    ({"protocol": 5}, r"unknown protocol 5"),
-    ({"surrogates": 5}, r"surrogates is 5; expected a list of names"),
     ({"surrogates": "fc"}, r"surrogates is 'fc'; expected a list of names, such as"),
-    ({"attacks": "fc"}, r"attacks is 'fc'; expected a list of names, such as"),
     ({"neighbours": 10}, r"the batch sizes are 10; expected a list"),
-    ({"neighbours": [2.5]}, r"a batch size is 2.5, of the type float"),
     ({"neighbours": [10], "neighbours_mixes": [None]}, r"a mix is None"),
     ({"folder": 5}, r"folder is 5, of the type int; expected a path"),
-    ({"save_adversarial": "x"}, r"save_adversarial is 'x'; expected True or False"),
     ({"save_adversarial": True}, r"save_adversarial needs a folder"),
-    ({"accelerator": 2}, r"accelerator is 2, of the type int; expected an Accelerator"),
     ({"about": 5}, r"about is a int; expected a dictionary"),
     ({"about": {"x": {1}}}, r"about\['x'\] cannot be written as JSON"),
-    ({"about": {"x": torch.zeros(1)}}, r"about\['x'\] cannot be written as JSON"),
-    ({"about": {"x": [math.nan]}}, r"about\['x'\] cannot be written as JSON"),
-    ({"about": {1: 2}}, r"about\[1\] cannot be written as JSON"),
     ({"threat": 0.3}, r"threat is 0.3, of the type float; expected a ThreatModel or a text such as"),
 ])
 def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, message):
     images, labels = digits[0].clone(), digits[1].clone()
     wrong = {"bright": lambda: images.index_fill(0, torch.tensor(2), 1.5),
-             "nan": lambda: images.index_fill(0, torch.tensor(2), math.nan),
              "flat": lambda: images.flatten(1), "short": lambda: labels[:23],
-             "large": lambda: labels.index_fill(0, torch.tensor(4), 10),
-             "negative": lambda: labels.index_fill(0, torch.tensor(4), -1), "float": lambda: labels.float()}
+             "float": lambda: labels.float()}
     arguments = {"images": images, "labels": labels, "threat": THREAT}
     arguments |= {name: wrong[value]() if str(value) in wrong else value for name, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
@@ -737,86 +573,50 @@ def test_images_with_the_channels_last_are_named(digits, digits_model, colours):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint64])
 def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(digits, digits_model, dtype):
-    assert torch.equal(timm_hpm.judge(digits_model, digits[0], digits[1].to(dtype), 8),
+    images, labels = digits
+    assert torch.equal(timm_hpm.judge(digits_model, images, labels.to(dtype), 8),
                        timm_hpm.judge(digits_model, *digits, 8))
-    options = {"attacks": ["apgd-ce"], "budgets": SMALL, "surrogates": ["fc"]}
-    reports = [run_attack(digits_model, digits[0], labels, threat, **options)
-               for labels, threat in ((digits[1], THREAT), (digits[1].to(dtype), str(THREAT)))]
-    assert reports[0].same_results(reports[1])
+    options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": 2}, "surrogates": ["fc"]}
+    assert run_attack(digits_model, *digits, THREAT, **options).same_results(
+        run_attack(digits_model, images, labels.to(dtype), str(THREAT), **options))
     with pytest.raises(ValueError, match=r"label 200 of image 0 is out of range"):
-        run_attack(digits_model, digits[0], torch.full((len(digits[0]),), 200, dtype=torch.uint8), THREAT)
-
-
-@pytest.mark.parametrize("arguments", [(0,), (-1, 2), (5, -1)])
-def test_a_budget_that_spends_nothing_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"Budget\(iterations=.*expected at least 1 iteration, and 0 or more targets"):
-        Budget(*arguments)
+        run_attack(digits_model, images, torch.full((len(images),), 200, dtype=torch.uint8), THREAT)
 
 
 @pytest.mark.parametrize("part", ["", "stages.0.0.bn1"])
 def test_a_model_in_train_mode_is_refused_and_left_as_it_was(digits_model, digits, part, tmp_path):
-    run_attack(digits_model, *digits, THREAT, surrogates=["fc"], attacks=["apgd-ce"], budgets=SMALL,
-                           folder=tmp_path, save_adversarial=True)
+    run_attack(digits_model, *digits, THREAT, surrogates=["fc"], attacks=["apgd-ce"], budgets=SMALL, folder=tmp_path,
+               save_adversarial=True)
     model = copy.deepcopy(digits_model)
     model.get_submodule(part).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for ask in (lambda: run_attack(model, *digits, THREAT),
-                lambda: timm_hpm.judge(model, *digits, 8),
-                lambda: timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors")):
+    before = copy.deepcopy(model.state_dict())
+    for call in (lambda: run_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8),
+                 lambda: timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors")):
         with pytest.raises(ValueError, match=rf"train mode \(at {part or 'its top'}\).*call model.eval\(\)"):
-            ask()
+            call()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
-    ({"images": torch.zeros(0, 1, 8, 8)}, "each above 0"),
-    ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels have the shape \(3,\)"),
-])
-def test_a_judge_refuses_what_it_cannot_judge(digits_model, digits, change, message):
-    arguments = {"images": digits[0], "labels": digits[1], "batch_size": 8} | change
-    with pytest.raises(ValueError, match=message):
-        timm_hpm.judge(digits_model, **arguments)
-
-
 def test_a_head_that_is_not_last_is_refused(digits):
-    torch.manual_seed(0)
     head = HPMHead(64, 10)
     head.set_prototypes(torch.rand(10, 64))
-    model = nn.Sequential(nn.Flatten(), head, nn.Linear(10, 10)).eval()
     with pytest.raises(ValueError, match="something follows the head"):
-        run_attack(model, *digits, THREAT)
-
-
-def test_rejudge_refuses_another_file(digits_model, tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"clean": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="holds no adversarial images"):
-        timm_hpm.rejudge(digits_model, tmp_path / "x.safetensors")
+        run_attack(nn.Sequential(nn.Flatten(), head, nn.Linear(10, 10)).eval(), *digits, THREAT)
 
 
 def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
-    report = run_attack(digits_model, *digits, THREAT, batch_size=7, budgets=SMALL, seed=5,
-                                    attacks=["apgd-t"], about={"dataset": "digits"})
+    budgets = {"apgd-t": Budget(10, targets=2), "joint-subset": Budget(3, rounds=2)}
+    report = run_attack(digits_model, *digits, THREAT, batch_size=7, budgets=budgets, seed=5,
+                        attacks=list(budgets), surrogates=["ste"], about={"dataset": "digits"})
     report.save(tmp_path / "report.json")
     protocol = json.loads((tmp_path / "report.json").read_text())["protocol"]
-    assert protocol["dataset"] == "digits" and protocol["architecture"] == "hpm_wrn10_2"
-    assert protocol["threat"] == "Linf:0.2" and protocol["seed"] == 5 and protocol["batch_size"] == 7
-    assert protocol["num_images"] == 24 and protocol["num_classes"] == 10 and protocol["inference"] == "batch"
-    assert protocol["attacks"] == {"apgd-t": {"iterations": 10, "targets": 2}}
-    assert {"torch", "timm", "timm-hpm", "python"} == set(protocol["versions"])
+    assert protocol.items() >= {
+        "dataset": "digits", "architecture": "hpm_wrn10_2", "threat": "Linf:0.2", "seed": 5, "batch_size": 7,
+        "num_images": 24, "num_classes": 10, "inference": "batch",
+        "attacks": {"apgd-t": {"iterations": 10, "targets": 2}, "joint-subset": {"iterations": 3, "rounds": 2}}}.items()
+    assert set(protocol["versions"]) == {"torch", "timm", "timm-hpm", "python"}
+    assert "joint-subset iterations 3, rounds 2" in report_markdown(report)
     assert AttackReport.load(tmp_path / "report.json").same_results(report)
     assert report.cost["all"]["forward_passes"] > report.cost["apgd-t"]["forward_passes"] > 0
-
-
-def test_a_report_says_how_many_rounds_an_attack_has(digits_model, digits):
-    images, labels = (part[:4] for part in digits)
-    report = run_attack(digits_model, images, labels, THREAT, attacks=["joint-subset"],
-                                    budgets={"joint-subset": Budget(3, rounds=2)})
-    assert report.protocol["attacks"] == {"joint-subset": {"iterations": 3, "rounds": 2}}
-    assert "joint-subset iterations 3, rounds 2" in report_markdown(report)
     fast = PROTOCOLS["fast"].changed(budgets={"joint-subset": Budget(3)})
     assert fast.attacks["joint-subset"] == Budget(3, rounds=30), "none given are those of the protocol"
-    with pytest.raises(ValueError, match=r"the budget of apgd-ce has 2 rounds; only joint-subset is run in rounds"):
-        run_attack(digits_model, images, labels, THREAT, budgets={"apgd-ce": Budget(3, rounds=2)})

@@ -40,22 +40,16 @@ def test_a_step_without_bounds_in_the_way(scale):
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_steps_at_the_end_of_the_range(norm):
-    # The first pixel cannot fall: the second goes all the way.
-    assert step_to(norm, [0.0, 0.75], [1.0, 1.0], 0.25) == [0.0, -0.25]
-    assert step_to(norm, [0.0, 0.75], [1.0, -1.0], 9.0) == [0.0, 0.25]  # out of reach
-    assert step_to(norm, [0.5, 0.5], [1.0, 1e-40], 9.0) == [-0.5, -0.5]
-
-
-@pytest.mark.parametrize("offset", [1.0, 0.0])
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_without_a_plane_or_a_distance_there_is_no_step(norm, offset):
-    assert step_to(norm, [0.5, 1.0], [0.0, 0.0], offset) == [0.0, 0.0]
-    assert step_to(norm, [0.5, 1.0], [1.0, 0.0], 0.0) == [0.0, 0.0]
-
-
-def step_to(norm: str, point: list[float], normal: list[float], offset: float) -> list[float]:
-    return step_to_plane(torch.tensor([point]), torch.tensor([normal]), torch.tensor([offset]), norm)[0].tolist()
+@pytest.mark.parametrize(("point", "normal", "offset", "step"), [
+    ([0.0, 0.75], [1.0, 1.0], 0.25, [0.0, -0.25]),  # the first pixel cannot fall: the second goes all the way
+    ([0.0, 0.75], [1.0, -1.0], 9.0, [0.0, 0.25]),  # out of reach
+    ([0.5, 0.5], [1.0, 1e-40], 9.0, [-0.5, -0.5]),
+    ([0.5, 1.0], [0.0, 0.0], 1.0, [0.0, 0.0]),  # no plane
+    ([0.5, 1.0], [1.0, 0.0], 0.0, [0.0, 0.0]),  # no distance
+])
+def test_steps_at_the_end_of_the_range(norm, point, normal, offset, step):
+    found = step_to_plane(torch.tensor([point]), torch.tensor([normal]), torch.tensor([offset]), norm)
+    assert found[0].tolist() == step
 
 
 def problem(classes: int, hidden: bool = True) -> tuple[nn.Module, Tensor, Tensor]:

@@ -1,15 +1,11 @@
 """Networks with folded BatchNorms answer and have gradients as before."""
 
-import copy
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-import timm_hpm
-from timm_hpm import PixelModel
-from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.fold import fold_batch_norms
 
 
@@ -78,19 +74,6 @@ def test_a_convolution_whose_weight_is_made_anew_at_each_call_is_left_as_it_is(n
     expected = model(images)
     assert fold_batch_norms(model, images) == 1
     torch.testing.assert_close(model(images), expected)
-
-
-def test_the_attacked_copy_is_folded_and_the_model_is_not():
-    model = with_statistics(timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True))
-    before = copy.deepcopy(model.state_dict())
-    pixel_model, images = PixelModel(model), torch.rand(4, 1, 8, 8)
-    split = AttackedModel(pixel_model, images)
-    count = [sum(isinstance(m, nn.BatchNorm2d) for m in part.modules()) for part in (model, split.backbone)]
-    assert count[1] == count[0] - 4
-    with timm_hpm.head_mode(model, "fc"):
-        expected = pixel_model(images)
-    torch.testing.assert_close(split.logits("fc", split.features(images)), expected, rtol=1e-3, atol=1e-3)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_network_without_gradients_is_left_as_it_is():

@@ -28,13 +28,6 @@ def test_straight_through_is_exactly_one_hot_with_the_gradient_of_the_softmax(si
     assert torch.equal(gradient, expected)
 
 
-def test_hard_presence_marks_the_predicted_classes_and_passes_no_gradient():
-    assignment = functional.straight_through_assignment(10 * one_hot([3, 0, 3, 3], 5).requires_grad_())
-    presence = functional.hard_presence(assignment)
-    assert presence.tolist() == [1, 0, 0, 1, 0]
-    assert not presence.requires_grad
-
-
 @pytest.mark.parametrize("batch", [1, 2, 50])
 def test_soft_presence_is_one_minus_the_product_of_the_absences(batch):
     p = F.softmax(3 * torch.randn(batch, 6), dim=1)
@@ -62,13 +55,6 @@ def test_batch_prototypes_of_a_hard_assignment_are_group_means_and_zero_for_abse
     means = functional.batch_prototypes(z, one_hot([1, 3, 1, 1, 3, 0], 5))
     expected = torch.stack([z[5], z[[0, 2, 3]].mean(dim=0), torch.zeros(3), z[[1, 4]].mean(dim=0), torch.zeros(3)])
     torch.testing.assert_close(means, expected)
-
-
-def test_batch_prototypes_of_a_soft_assignment_are_weighted_means():
-    z, p = torch.randn(5, 3), F.softmax(torch.randn(5, 4), dim=1)
-    for c, mean in enumerate(functional.batch_prototypes(z, p)):
-        expected = sum(p[i, c] * z[i] for i in range(5)) / sum(p[i, c] for i in range(5))
-        torch.testing.assert_close(mean, expected)
 
 
 def test_a_class_that_nobody_predicts_passes_no_gradient():
@@ -134,11 +120,6 @@ def test_squared_distances_have_the_closed_form_gradient_also_where_they_are_zer
     pull = 2 * upstream[:, :, None] * (z[:, None] - q[None])
     torch.testing.assert_close(to_z, pull.sum(dim=1))
     torch.testing.assert_close(to_q, -pull.sum(dim=0))
-
-
-def test_l2_logits_are_minus_scale_times_distance():
-    z, q = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0], [4.0, 6.0]])
-    torch.testing.assert_close(functional.l2_logits(z, q, torch.tensor(0.5)), torch.tensor([[0.0, -12.5]]))
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
@@ -227,13 +208,10 @@ def test_products_stay_in_their_own_precision_under_autocast():
 
 
 def test_class_sums_of_two_halves_add_up_to_those_of_the_whole():
-    z, labels = torch.randn(20, 3), torch.randint(0, 4, (20,))
-    labels[labels == 2] = 1
+    z, labels = torch.randn(20, 3), torch.randint(0, 2, (20,))
     sums, counts = functional.class_sums(z, labels, 4)
-    expected = torch.stack([z[labels == c].sum(dim=0) for c in range(4)])
-    torch.testing.assert_close(sums, expected)
-    assert counts.tolist() == labels.bincount(minlength=4).tolist() and counts[2] == 0
-
+    torch.testing.assert_close(sums, torch.stack([z[labels == c].sum(dim=0) for c in range(4)]))
+    assert counts.tolist() == labels.bincount(minlength=4).tolist()
     halves = [functional.class_sums(z[half], labels[half], 4) for half in (slice(0, 7), slice(7, 20))]
     torch.testing.assert_close(halves[0][0] + halves[1][0], sums)
     assert torch.equal(halves[0][1] + halves[1][1], counts)

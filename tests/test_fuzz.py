@@ -56,24 +56,22 @@ VALUES = st.recursive(SCALARS, lambda parts: st.one_of(st.lists(parts, max_size=
 
 
 @pytest.fixture
-def counts(record_property):
-    """Takes a `Counter` for the summary."""
-    return lambda found: record_property("fuzz", json.dumps(found))
+def fuzz(record_property):
+    """Returns a function that counts, also for the summary, the inputs with each outcome that `check` names."""
+    def fuzz(inputs: int, strategy: st.SearchStrategy, check: Callable[[Any], str]) -> Counter[str]:
+        found: Counter[str] = Counter()
 
+        @seed(int(os.environ.get("FUZZ_SEED", 0)))
+        @settings(max_examples=inputs, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+                  suppress_health_check=list(HealthCheck))
+        @given(strategy)
+        def run(value: Any) -> None:
+            found[check(value)] += 1
 
-def fuzz(inputs: int, strategy: st.SearchStrategy, check: Callable[[Any], str]) -> dict[str, int]:
-    """Returns how many of so many inputs came to each outcome that `check` names."""
-    found: Counter[str] = Counter()
-
-    @seed(int(os.environ.get("FUZZ_SEED", 0)))
-    @settings(max_examples=inputs, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
-              suppress_health_check=list(HealthCheck))
-    @given(strategy)
-    def run(value: Any) -> None:
-        found[check(value)] += 1
-
-    run()
-    return dict(found)
+        run()
+        record_property("fuzz", json.dumps(found))
+        return found
+    return fuzz
 
 
 def outcome(call: Callable[[], Any], unchanged: Callable[[Any], bool] = lambda _: True) -> str:
@@ -131,10 +129,6 @@ def damaged(content: bytes, damage: tuple[int, int | None]) -> bytes:
     return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:]
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def model():
     return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
@@ -151,12 +145,12 @@ def saved(model, tmp_path_factory):
 IMAGES = torch.linspace(0, 1, 2 * 64).view(2, 1, 8, 8)
 
 
-def test_reports(tmp_path, model, counts):
+def test_reports(tmp_path, model, fuzz):
     document = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
     document["examples"] = document["examples"][:1]
 
     def check(value: Any) -> str:
-        write_json(tmp_path / "report.json", value)
+        (tmp_path / "report.json").write_text(json.dumps(value))
 
         def rendered() -> None:
             report = timm_hpm.AttackReport.load(tmp_path / "report.json")
@@ -166,23 +160,23 @@ def test_reports(tmp_path, model, counts):
             model_card("org/name", "hf-hub:org/name", model.pretrained_cfg, report=report)
             json.dumps(model_info(report))
         return outcome(rendered)
-    counts(fuzz(2000, mutated(document), check))
+    fuzz(2000, mutated(document), check)
 
 
-def test_configs_of_saved_models(tmp_path, saved, model, counts):
+def test_configs_of_saved_models(tmp_path, saved, model, fuzz):
     document = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     expected = model(IMAGES)
 
     def check(value: Any) -> str:
-        write_json(folder / "config.json", value)
+        (folder / "config.json").write_text(json.dumps(value))
         return outcome(lambda: create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES),
                        lambda logits: torch.equal(logits, expected))
-    counts(fuzz(1000, mutated(document), check))
+    fuzz(1000, mutated(document), check)
 
 
-def test_headers_of_weights(tmp_path, saved, counts):
+def test_headers_of_weights(tmp_path, saved, fuzz):
     content, file = (saved / "model.safetensors").read_bytes(), tmp_path / "damaged.safetensors"
 
     def check(damage: Any) -> str:
@@ -191,21 +185,19 @@ def test_headers_of_weights(tmp_path, saved, counts):
         return outcome(lambda: create_model("hpm_wrn10_2", pretrained=False, checkpoint=str(file)).eval()(IMAGES),
                        lambda logits: logits.shape == (2, 10))
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    found = fuzz(1000, damages(0, header), check)
-    counts(found)
-    assert found["refused"] > 500
+    assert fuzz(1000, damages(0, header), check)["refused"] > 500
 
 
-def test_options_of_evaluations(tmp_path, counts):
+def test_options_of_evaluations(tmp_path, fuzz):
     document = EvaluateConfig().to_saved()
 
     def check(value: Any) -> str:
-        write_json(tmp_path / "options.json", value)
+        (tmp_path / "options.json").write_text(json.dumps(value))
         return outcome(lambda: resumed(tmp_path, {}), lambda config: not config.dataset_download)
-    counts(fuzz(1000, mutated(document), check))
+    fuzz(1000, mutated(document), check)
 
 
-def test_states_of_training_runs(tmp_path, counts):
+def test_states_of_training_runs(tmp_path, fuzz):
     row = {"epoch": 0, "loss": 1.0, "val_clean": 0.5, "val_robust": 0.25}
     write_checkpoint(tmp_path, Checkpoint({"w": torch.ones(3)}, None, {"lr": 0.1}, {
         "epoch": 1, "batches": 0, "updates": 7, "processes": 1, "loss": 0.5, "rows": [row], "best": row},
@@ -220,12 +212,10 @@ def test_states_of_training_runs(tmp_path, counts):
     def check(value: Any) -> str:
         file.write_bytes(damaged(content, value) if isinstance(value, tuple) else json.dumps(value).encode())
         return outcome(lambda: newest_checkpoint(tmp_path), same)
-    found = fuzz(500, st.one_of(damages(0, len(content)), mutated(json.loads(content))), check)
-    counts(found)
-    assert found.get("accepted", 0) < 25
+    assert fuzz(500, st.one_of(damages(0, len(content)), mutated(json.loads(content))), check)["accepted"] < 25
 
 
-def test_progress_of_evaluations(tmp_path, counts):
+def test_progress_of_evaluations(tmp_path, fuzz):
     folder = ProgressFolder(tmp_path / "progress", {"threat": "Linf:0.1", "seed": 0})
     folder.save(0, 1, Step("square", {"fc/square": "0110"}, {"fc/square": "1110"},
                            {"seconds": 1.0, "forward_passes": 4, "backward_passes": 0}, [("flag", "{} of {}", 1, 4)],
@@ -241,12 +231,10 @@ def test_progress_of_evaluations(tmp_path, counts):
     def check(damage: Any) -> str:
         path.write_bytes(damaged(content, damage))
         return outcome(lambda: folder.load(0, 1, ["fc/square"]), same)
-    found = fuzz(1500, damages(0, len(content)), check)
-    counts(found)
-    assert found.get("accepted with a warning", 0) == 0
+    assert fuzz(1500, damages(0, len(content)), check)["accepted with a warning"] == 0
 
 
-def test_checkpoints_of_strangers(counts):
+def test_checkpoints_of_strangers(fuzz):
     tensors = st.sampled_from([torch.ones(2), torch.ones(2, 2), torch.zeros(0), torch.ones(1).expand(3),
                                torch.tensor(1)])
     names = st.one_of(st.sampled_from(["state_dict", "model", "ema_state_dict", "module.fc.weight", "n_averaged",
@@ -257,26 +245,26 @@ def test_checkpoints_of_strangers(counts):
     def check(value: Any) -> str:
         return outcome(lambda: plain_state_dict(value, (0.5,), (0.25,)),
                        lambda found: bool(found) and all(isinstance(each, torch.Tensor) for each in found.values()))
-    counts(fuzz(1000, trees, check))
+    fuzz(1000, trees, check)
 
 
 @pytest.mark.parametrize("parse", [timm_hpm.ThreatModel.parse, Budget.parse, parse_radii],
                          ids=lambda each: each.__qualname__)
-def test_texts_of_options(parse, counts):
+def test_texts_of_options(parse, fuzz):
     texts = st.one_of(TEXTS, st.text("0123456789.:/xeLinf2- ", max_size=16))
-    counts(fuzz(400, texts, lambda text: outcome(lambda: parse(text))))
+    fuzz(400, texts, lambda text: outcome(lambda: parse(text)))
 
 
-def test_configurations_of_training(tmp_path, counts):
+def test_configurations_of_training(tmp_path, fuzz):
     document = TrainConfig().to_dict()
 
     def check(value: Any) -> str:
         (tmp_path / "args.yaml").write_text(yaml.safe_dump(value), encoding="utf-8", errors="surrogateescape")
         return outcome(lambda: TrainConfig(**read_options(tmp_path / "args.yaml", TrainConfig)))
-    counts(fuzz(700, mutated(document), check))
+    fuzz(700, mutated(document), check)
 
 
-def test_arguments_of_the_attack(model, counts):
+def test_arguments_of_the_attack(model, fuzz):
     images, labels = timm_hpm.load_split("digits", "val").tensors
     of_the_protocol = ["surrogates", "attacks", "budgets", "survivors_only", "surrogates_at_once"]
     arguments = st.sampled_from(["threat", "protocol", "batch_size", "seed", "about", "mean", "std", *of_the_protocol])
@@ -292,10 +280,10 @@ def test_arguments_of_the_attack(model, counts):
                 options[name] = value
             timm_hpm.mixed_surrogate_attack(model, images[:2], labels[:2], **options)
         return outcome(attack)
-    counts(fuzz(500, st.tuples(arguments, VALUES), check))
+    fuzz(500, st.tuples(arguments, VALUES), check)
 
 
-def test_files_of_images(tmp_path, counts):
+def test_files_of_images(tmp_path, fuzz):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8), "red").save(tmp_path / name / "good.png")
@@ -307,4 +295,4 @@ def test_files_of_images(tmp_path, counts):
         (tmp_path / "two" / "bad.png").write_bytes(damaged(content, damage))
         return outcome(lambda: timm_hpm.load_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))[:][0],
                        lambda images: bool(((images >= 0) & (images <= 1)).all()))
-    counts(fuzz(500, damages(0, len(content)), check))
+    fuzz(500, damages(0, len(content)), check)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import product
 from pathlib import Path
 
 import hub_server
@@ -14,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
-from timm_hpm.checkpoints import unwrap
 from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.guards import TooLargeError, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
@@ -65,18 +65,20 @@ class Trap:
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "hpm_test_resnet", "hpm_wrn10_2"])
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.pth", "weights.pth.tar"])
-@pytest.mark.parametrize("custom_load", [False, True, "hf"])
 @pytest.mark.filterwarnings("ignore:.*local directory")
-def test_a_stranger_s_folder_runs_no_code(tmp_path, architecture, file, custom_load):
+def test_a_stranger_s_folder_runs_no_code(tmp_path, architecture):
     timm_hpm.register_hpm("test_resnet")
-    torch.save({"state_dict": Trap(tmp_path / "ran")}, tmp_path / file)
-    cfg = {"num_classes": 10, "custom_load": custom_load, "classifier": "fc", "first_conv": "conv1",
-           "hf_hub_filename": file}
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": cfg}))
-    with pytest.raises(ValueError, match="cannot create the model 'local-dir:"):
-        create_model(f"local-dir:{tmp_path}", pretrained=True)
-    assert not (tmp_path / "ran").exists()
+    files = ("pytorch_model.bin", "pytorch_model.pth", "weights.pth.tar")
+    for custom_load, file in product((False, True, "hf"), files):
+        folder = tmp_path / f"{custom_load} {file}"
+        folder.mkdir()
+        torch.save({"state_dict": Trap(tmp_path / "ran")}, folder / file)
+        cfg = {"num_classes": 10, "custom_load": custom_load, "classifier": "fc", "first_conv": "conv1",
+               "hf_hub_filename": file}
+        (folder / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": cfg}))
+        with pytest.raises(ValueError, match="cannot create the model 'local-dir:"):
+            create_model(f"local-dir:{folder}", pretrained=True)
+        assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["run#1", "run?a=b", "a#b?c", "run%20x", "ru n"])
@@ -115,14 +117,6 @@ def test_a_network_beyond_the_machine_is_refused_by_name(tmp_path, name, argumen
         with pytest.raises(ValueError, match=f"cannot create the model '{asked}'.*(more than|a number of)") as caught:
             create_model(asked, pretrained=False, **given)
         assert len(str(caught.value)) < 2000
-
-
-def test_the_check_of_the_size_changes_no_network():
-    torch.manual_seed(0)
-    checked = timm.create_model("hpm_wrn10_2.untrained", num_classes=10)
-    torch.manual_seed(0)
-    plain = timm.create_model("hpm_wrn10_2.untrained")
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in checked.state_dict().items())
 
 
 # config.json
@@ -175,14 +169,6 @@ def test_a_damaged_config_is_one_named_error(saved, change):
         timm_hpm.hub._load(folder, "org/name")
 
 
-@pytest.mark.parametrize("args", [{"depths": "abc"}, {"mix": "half"}, {"inference": ["batch"]}, {"pretrained": True},
-                                  {"layout": None, "stem_chs": []}, {"checkpoint_path": "x"}, {"no_such": 1}])
-def test_arguments_of_other_types_are_one_named_error(saved, args):
-    folder = saved({"model_args": args})
-    with pytest.raises(ValueError, match=f"cannot create the model 'local-dir:{folder}'"):
-        create_model(f"local-dir:{folder}", pretrained=True)
-
-
 @pytest.mark.parametrize("entry", [
     torch.tensor([0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor(0), torch.tensor([[0, 0, 1]]),
     torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([False, False, True]),
@@ -201,14 +187,6 @@ def test_an_entry_function_of_another_form_is_one_named_error(tmp_path, entry):
         create_model("hpm_wrn10_2.untrained", pretrained=True,
                      pretrained_cfg_overlay={"file": str(tmp_path / "model.safetensors")})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("entry", [torch.tensor([4, 4]), torch.tensor([4.0]), torch.tensor([16]), torch.tensor(4)])
-def test_the_same_of_a_small_image_xcit(entry):
-    model = timm.create_model("hpm_cifar_xcit_small_12_p4_32", depth=1, cls_attn_layers=1)
-    with pytest.raises(RuntimeError, match=r"function.*expected"):
-        model.load_state_dict({**model.state_dict(), "function": entry})
-    assert model.function.tolist() == [4]
 
 
 EXPANDED = torch.zeros(1)
@@ -234,15 +212,6 @@ def test_tensors_larger_than_their_file_are_refused_by_name(tmp_path, name, cont
             with pytest.raises(ValueError, match=r"bomb\.pt.*plain, contiguous"):
                 create_model(name, pretrained=True, num_classes=classes,
                              pretrained_cfg_overlay={"file": str(tmp_path / "bomb.pt")})
-
-
-def test_a_checkpoint_that_holds_itself_ends():
-    weights: dict = {}
-    weights |= {"state_dict": weights, "model": weights, "ema": weights}
-    with pytest.raises(timm_hpm.CheckpointError, match="no state dict"):
-        unwrap(weights)
-    small = {"a": EXPANDED.expand(3, 4)}
-    assert unwrap({"model": small})["a"].shape == (3, 4)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -354,12 +354,6 @@ def test_a_server_that_stops_in_the_middle_of_an_upload(server, client, loader):
     assert loader("pull", repo_id="org/stops") == after != before
 
 
-def test_a_server_in_trouble(server, client):
-    server.faults.answer = {"/api/repos/create": (507, "no room")}
-    with pytest.raises(Failed, match=r"HubError: cannot push to org/x: the Hub returned HTTP 507 .*no room.*later"):
-        client("push", repo_id="org/x", token=TOKEN)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 600 kB: half of the weights."""

@@ -226,17 +226,6 @@ class Handler(BaseHTTPRequestHandler):
         repo.refs[name] = oid
         return {}
 
-    @route("POST", "/api/models/ID/tag/NAME")
-    def tag(self, repo_id: str, revision: str) -> Any:
-        repo, oid = self.at(repo_id, revision, write=True)
-        repo.refs[json.loads(self.body)["tag"]] = oid
-        return {}
-
-    @route("PUT", "/api/models/ID/settings")
-    def settings(self, repo_id: str) -> Any:
-        self.repo(repo_id, write=True).private = is_private(json.loads(self.body))
-        return {}
-
     @route("POST", "/api/models/ID/preupload/NAME")
     def preupload(self, repo_id: str, revision: str) -> Any:
         repo, oid = self.at(repo_id, revision, write=True)

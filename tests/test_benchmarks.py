@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from protocols import run_attack
 from torch import nn
 
@@ -76,27 +75,6 @@ def test_every_attacker_breaks_a_linear_classifier_where_that_is_possible(indepe
         assert threat.distance(found, images).max() <= threat.eps + 1e-6
         broken = (found.flatten(1) @ weight.t()).argmax(dim=1) != labels
         assert torch.equal(broken[clear], best[clear] > 0), name
-
-
-def test_an_answer_of_nan_is_the_worst_that_an_attacker_finds(independent):
-    clean, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
-    logits = independent.Watched(lambda x: F.pad(x.flatten(1), [0, 1]).masked_fill(x.amax() > 0.55, torch.nan), clean,
-                                 labels, timm_hpm.ThreatModel("Linf", 0.1))
-    for size in (0.02, 0.06, 0.04):
-        logits(clean + size)
-    assert torch.allclose(logits.candidates(), clean + 0.06)
-
-
-def test_a_whole_batch_in_which_an_image_is_wrong_for_the_first_time_is_kept(independent):
-    # An image is of class 1 where its neighbour is brighter: each in another batch.
-    clean, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 0])
-    logits = independent.Watched(lambda x: F.pad((x.flip(0) - x).flatten(1)[:, :1] - 0.01, [1, 0]), clean, labels,
-                                 timm_hpm.ThreatModel("Linf", 0.1), keeps_whole=True)
-    shift = torch.tensor([0.05, -0.05]).view(2, 1, 1, 1)
-    for points in (clean, clean + shift, clean + 0.9 * shift, clean - shift, clean - 4 * shift):
-        logits(points)
-    first, second = logits.whole
-    assert torch.allclose(first, clean + shift) and torch.allclose(second, clean - shift)
 
 
 @pytest.mark.parametrize("inference", ["batch", "sample"])

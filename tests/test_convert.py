@@ -534,7 +534,8 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
                _use_new_zipfile_serialization=zipped)
     for call in (lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}),
                  lambda: main(["convert", str(file), "--model", name, "--output", str(tmp_path / "out")])):
-        with pytest.raises((CheckpointError, ValueError), match=r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save") as error:
+        with pytest.raises((CheckpointError, ValueError),
+                           match=r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save") as error:
             call()
         assert str(file) in str(error.value) and os.listdir(tmp_path) == ["theirs.ckpt"]
 

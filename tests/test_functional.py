@@ -50,13 +50,6 @@ def test_soft_presence_of_a_saturated_softmax_is_hard_with_finite_gradients():
 # Prototypes of a batch, and mixing
 
 
-def test_batch_prototypes_of_a_hard_assignment_are_group_means_and_zero_for_absent_classes():
-    z = torch.randn(6, 3)
-    means = functional.batch_prototypes(z, one_hot([1, 3, 1, 1, 3, 0], 5))
-    expected = torch.stack([z[5], z[[0, 2, 3]].mean(dim=0), torch.zeros(3), z[[1, 4]].mean(dim=0), torch.zeros(3)])
-    torch.testing.assert_close(means, expected)
-
-
 def test_a_class_that_nobody_predicts_passes_no_gradient():
     logits = (10 * one_hot([1, 3, 1, 1], 5) + torch.randn(4, 5)).requires_grad_()
     z = torch.randn(4, 3, requires_grad=True)
@@ -86,17 +79,6 @@ def test_batch_prototypes_of_hardly_any_mass_have_finite_gradients(mass):
     to_means = torch.autograd.grad(means.sum(), [z, assignment], retain_graph=True)
     assert all(gradient.isfinite().all() for gradient in to_means)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), [z, assignment]))
-
-
-def test_mix_prototypes_interpolates_the_present_classes():
-    prototypes, means = torch.randn(3, 4), torch.randn(3, 4)
-    presence = torch.tensor([0.0, 1.0, 0.5])
-    mixed = functional.mix_prototypes(prototypes, means, presence, 0.25)
-    assert torch.equal(mixed[0], prototypes[0])
-    torch.testing.assert_close(mixed[1], 0.75 * prototypes[1] + 0.25 * means[1])
-    torch.testing.assert_close(mixed[2], 0.875 * prototypes[2] + 0.125 * means[2])
-    assert torch.equal(functional.mix_prototypes(prototypes, means, presence, 0.0), prototypes)
-    torch.testing.assert_close(functional.mix_prototypes(prototypes, means, torch.ones(3), 1.0), means)
 
 
 # Distances and logits
@@ -157,18 +139,6 @@ def test_several_batches_are_answered_as_each_by_itself(classes):
 
     each = [answers(*batch) for batch in zip(z, logits, strict=True)]
     torch.testing.assert_close(answers(z, logits), torch.stack(each, dim=1), rtol=1e-5, atol=1e-3)
-
-
-def test_which_way_is_taken_makes_no_difference():
-    few, many = torch.randn(6, 256), torch.randn(200, 256)  # 6·(250 + 256) < 250·256 < 200·(250 + 256)
-    prototypes = torch.randn(250, 256)
-    for z in (few, many):
-        assignment = functional.straight_through_assignment(z @ prototypes.t())
-        presence = functional.hard_presence(assignment)
-        mixed = functional.mix_prototypes(prototypes, functional.batch_prototypes(z, assignment), presence, 0.5)
-        torch.testing.assert_close(
-            functional.mixed_squared_distances(z, assignment, presence, prototypes, 0.5),
-            functional.squared_distances(z, mixed), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])

@@ -433,38 +433,6 @@ def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cau
     assert "hold no prototypes" in warning and "fit_prototypes" in warning
     assert ("GET", f"/{repo_id}/resolve/main/{file}", False) in server.requests
 
-
-# The way of docs/release.md
-
-CHOICES = """
-import torch, timm, timm_hpm
-from torch.utils.data import DataLoader, TensorDataset
-from timm_hpm.evaluation import PROTOCOLS, Budget
-
-name = "hpm_wrn10_2.digits_linf"
-repo_id = "org/released"
-threat = timm_hpm.ThreatModel.parse("Linf:0.1")
-device, num_images, batch_size = "cpu", 10, 120
-standard = PROTOCOLS["standard"].attacks
-budgets = {attack: Budget(2, targets=2 * bool(budget.targets)) for attack, budget in standard.items()}
-about = {"dataset": "digits", "split": "test"}
-train, held_out, test = (timm_hpm.load_split("digits", split) for split in ("train", "val", "test"))
-published_clean = 0.9889
-"""
-
-
-def test_the_release_flow_as_it_is_written(server, client):
-    blocks = python_blocks((TESTS.parent / "docs" / "release.md").read_text(encoding="utf-8"))
-    assert len(blocks) == 6 and "pixels(train=True)" in blocks[0]
-    (client.folder / "notes.md").write_text("Released for a test.\n\n## Training\n\nNone.\n")
-    client("run", code=CHOICES + "\n".join(blocks[1:]), environ={"HF_TOKEN": TOKEN})
-    repo = server.repos["org/released"]
-    assert not repo.private and repo.refs["v1"] == repo.refs["main"]
-    card = server.files("org/released")["README.md"].decode()
-    assert "Released for a test." in card and "| images | the first 10 of the split test of digits" in card
-    assert json.loads(server.files("org/released")["report.json"])["num_images"] == 10
-
-
 # The command line
 
 

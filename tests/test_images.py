@@ -152,25 +152,13 @@ def test_a_transparent_grey_level_of_16_bits_is_white_and_opaque_images_are_as_t
 # Files and folders
 
 
-def test_every_format_that_pillow_writes_and_reads_is_read(tmp_path):
-    Image.init()
-    written = []
-    for suffix, name in sorted(Image.registered_extensions().items()):
-        if name in Image.OPEN and name in Image.SAVE and name != "EPS":
-            (tmp_path / suffix[1:]).mkdir()
-            try:
-                Image.new("1" if name in ("XBM", "MSP") else "RGB", (8, 8)).save(tmp_path / suffix[1:] / f"0{suffix}")
-                written.append(suffix[1:])
-            # Some can write nothing on this machine, or are about to be removed.
-            except (OSError, ValueError, DeprecationWarning):
-                for file in (tmp_path / suffix[1:]).iterdir():
-                    file.unlink()
-                (tmp_path / suffix[1:]).rmdir()
-    assert {"webp", "bmp", "tif", "tiff", "jp2", "ppm", "gif", "tga", "png", "jpeg"} <= set(written)
-    (tmp_path / "upper").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "upper" / "0.WebP")
+def test_every_usual_format_is_read_whatever_its_suffix_s_case(tmp_path):
+    formats = sorted(["WebP", "bmp", "gif", "jp2", "jpeg", "png", "ppm", "tga", "tif", "tiff", "pcx", "im"])
+    for suffix in formats:
+        (tmp_path / suffix).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / suffix / f"0.{suffix}")
     split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 8, 8))
-    assert split.class_names == tuple(sorted([*written, "upper"])) and len(split) == len(written) + 1
+    assert split.class_names == tuple(formats) and len(split) == len(formats)
     assert first_images(split)[0].max() < 0.1
 
 

@@ -117,7 +117,7 @@ def test_every_warning_leads_to_its_paragraph(report):
     links = [tag["href"] for tag in page.all("a")]
     assert links == [f"#{flag.name}" for flag in report.flags]
     assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
-    assert "give that step a similar differentiable backward pass" in " ".join(page.text.split())
+    assert "Give that step a similar differentiable backward pass" in " ".join(page.text.split())
     assert "`" not in page.text and "](" not in page.text
     assert "seen at <3> images & more" in page.text
 

@@ -153,7 +153,7 @@ def test_a_transparent_grey_level_of_16_bits_is_white_and_opaque_images_are_as_t
 
 
 def test_every_usual_format_is_read_whatever_its_suffix_s_case(tmp_path):
-    formats = sorted(["WebP", "bmp", "gif", "jp2", "jpeg", "png", "ppm", "tga", "tif", "tiff", "pcx", "im"])
+    formats = sorted(["WebP", "bmp", "gif", "jp2", "jpeg", "png", "ppm", "tga", "tif", "tiff", "pcx"])
     for suffix in formats:
         (tmp_path / suffix).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / suffix / f"0.{suffix}")

@@ -1,4 +1,4 @@
-"""Ratios of two things in one run, which say more than seconds on a machine that does other work too."""
+"""Ratios of two things in one run, which vary less than seconds on a busy machine."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ def paired_ratio(task: Callable[[], object], other: Callable[[], object], runs: 
     other()
     ratios = []
     for run in range(runs):
-        # By turns: what goes first finds other caches than what follows.
+        # By turns: the first task has other caches than the second.
         if run % 2:
             mine, others = seconds(task), seconds(other)
         else:

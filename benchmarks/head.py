@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the HPM head costs, as ratios of two things in one run, each the median of paired runs.
+"""Cost of the HPM head, as ratios of two things in one run, each the median of paired runs.
 
     python benchmarks/head.py
 
@@ -49,7 +49,7 @@ def print_ratios(name: str, forward: Callable[[Tensor], Tensor], other: Callable
 
 
 def nets() -> None:
-    """Prints what the head adds to whole networks."""
+    """Prints the cost of the head in whole networks."""
     for name, size in (("hpm_resnet50", 224), ("hpm_wrn28_10", 32)):
         model = timm.create_model(f"{name}.untrained").eval()
         head = fitted_(find_head(model))
@@ -72,7 +72,7 @@ def cdist_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 
 def head_alone() -> None:
-    """Prints what the head costs by itself."""
+    """Prints the cost of the head alone."""
     head = fitted_(HPMHead(2048, 1000))
     features = torch.randn(256, 2048).relu()
     print_ratios("head over F.linear", head, lambda x: F.linear(x, head.weight, head.bias), features, HEAD_RUNS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What importing timm_hpm costs, as a ratio: the median of fresh processes that import timm and then timm_hpm.
+"""Cost of importing timm_hpm, as a ratio: the median of fresh processes that import timm and then timm_hpm.
 
     python benchmarks/import_time.py
 

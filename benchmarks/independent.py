@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
-"""What other people's attacks, at larger budgets, break among the images that a Mixed Surrogate Attack calls robust.
+"""Attacks the robust images of a Mixed Surrogate Attack by independent implementations, at larger budgets.
 
     pip install -e '.[benchmarks]' && pip install --no-deps adv-lib==0.2.8
     python evaluate.py --output output/digits && python benchmarks/independent.py --report output/digits/report.json
 
-PGD, APGD and FAB are adv-lib's, Square is ART's: none of them is this project's code, nor pyautoattack's. (adv-lib goes
-without its dependencies: visdom, which draws its plots, cannot be built with today's setuptools. torchattacks wants an
-old `requests`, and brings a `robustbench` of its own.) Each attacks the true model in its inference mode, and each
-surrogate but the one that computes the true model's own logits.
+PGD, APGD and FAB are adv-lib's and Square is ART's, not this project's or pyautoattack's. (adv-lib is installed without
+its dependencies: visdom cannot be built with today's setuptools. torchattacks needs an old `requests` and installs its
+own `robustbench`.) Each attacks the true model in its inference mode, and each surrogate with other logits.
 
-A run of an attack is judged as the Mixed Surrogate Attack's are: by the true model, in the report's whole batches, each
-image at the point of the ball where the run had fooled the attacked logits most. In the batch mode all images of a
-batch are attacked, those that were broken already stand at what the same run found for them, and each whole batch in
-which the run saw an image fooled for the first time is judged besides; in the other modes, where they would change
-nothing, broken images are left out. Without --report the protocol `standard` runs first.
+Each run is judged by the true model in the report's whole batches, with each image at its point of largest loss. In batch
+mode all images of a batch are attacked, and each whole batch is judged, too, in which the run misclassified an image for
+the first time; in the other modes only the robust images are attacked. Without --report the protocol `standard` runs
+first.
 """
 
 import argparse
@@ -65,7 +63,7 @@ def import_attacks() -> tuple[ModuleType, Any, Any]:
             from art.attacks.evasion import SquareAttack
             from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 
-            # Where it would draw the plots that nobody asks for.
+            # For plots, which are not drawn here.
             sys.modules.setdefault("visdom", ModuleType("visdom"))
             from adv_lib import attacks
     except ModuleNotFoundError as error:
@@ -76,7 +74,7 @@ def import_attacks() -> tuple[ModuleType, Any, Any]:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the attackers may spend on an image. A restart is a run, judged by itself; apgd-t and fab-t try all targets.
+    """Limits of the attackers for an image. A restart is a run, judged by itself; apgd-t and fab-t try all targets.
 
     Twice the standard protocol's steps and queries, and restarts besides.
     """
@@ -98,15 +96,15 @@ class Budgets:
 
 
 class Watched:
-    """The logits of one whole batch, which remember each image's worst point in the ball among those asked for.
+    """The logits of one whole batch, with a record of each image's queried point of largest loss in the ball.
 
-    What the libraries hand back differs: the last point that fooled the logits, or the clean image where none did.
-    Where an answer depends on the batch, an image may be wrong among its neighbours of that moment only: `whole` keeps
-    the batches in which one was wrong for the first time.
+    The libraries return different points: the last successful one, or the clean image if there is none. If predictions
+    depend on the batch, an image may be misclassified only among its neighbours of that query: `whole` keeps each batch
+    in which an image was misclassified for the first time.
 
     Arguments:
         logits_fn: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
-        clean: (B, channels, H, W), where the ball is.
+        clean: (B, channels, H, W), the centres of the balls.
         labels: (B,), class indices.
         keeps_whole: whether to keep whole batches.
     """
@@ -160,7 +158,7 @@ def attackers(threat: timm_hpm.ThreatModel, num_classes: int, budgets: Budgets) 
         @torch.no_grad()
         def lead(x: np.ndarray, y: np.ndarray) -> np.ndarray:
             nonlocal points, best
-            # Before each proposal it asks again how it stands where the images are.
+            # Before each proposal it queries the present points again.
             if points is not None and np.array_equal(x, points):
                 return best
             loss = -margin_loss(logits(torch.from_numpy(x[..., :-1, :-1]).to(clean)), labels).cpu().numpy()
@@ -170,7 +168,7 @@ def attackers(threat: timm_hpm.ThreatModel, num_classes: int, budgets: Budgets) 
             points, best = np.where(better[:, None, None, None], x, points), np.where(better, loss, best)
             return loss
 
-        # No image leaves its batch, nor is any left alone once it is broken: it may fool the true model only later.
+        # No image leaves its batch, also after it is misclassified: it may fool the true model only later.
         # Its squares never reach the last row and column: it gets images that have one more of each.
         padded = F.pad(clean, [0, 1, 0, 1])
         model = black_box(lambda x: np.zeros((len(x), num_classes)), tuple(padded.shape[1:]), num_classes,
@@ -261,7 +259,7 @@ def found_by(missed: dict[str, dict[str, list[int]]]) -> list[int]:
 
 
 def to_markdown(missed: dict[str, dict[str, list[int]]], report: timm_hpm.AttackReport) -> str:
-    """Returns the table of what was missed, and what it comes to."""
+    """Returns the table of the missed images, and their part of all images."""
     names = list(next(iter(missed.values())))
     lines = ["| images missed, through | " + " | ".join(names) + " | any |", "|---|" + "---:|" * (len(names) + 1)]
     for target, row in missed.items():
@@ -286,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                         help="arguments of timm.create_model")
     parser.add_argument("--dataset", default="digits", help="(%(default)s)")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="folder of the data set")
     parser.add_argument("--split", default="test", help="(%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     group = parser.add_argument_group("without a report")
@@ -298,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help=f"times the steps and queries of {Budgets()} (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     group.add_argument("--output", type=Path, default=Path("output/independent"), metavar="FOLDER",
-                       help="where independent.json goes, and the report.json that was made (%(default)s)")
+                       help="folder of independent.json, and of a report.json made here (%(default)s)")
     args = parser.parse_args(argv)
     if args.report and (args.threat, args.num_images, args.batch_size) != (None, None, None):
         raise ValueError("the report says the threat model, the number of images and the batch size; leave out "
@@ -307,7 +305,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints what was missed and writes it into a file; returns the exit code."""
+    """Prints the missed images and writes them into a file; returns the exit code."""
     args = parse_args(argv)
     budgets = Budgets().scaled(args.budget_scale)
     import_attacks()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the Mixed Surrogate Attack costs, as ratios of two things in one run, on the embedded model or another.
+"""Cost of the Mixed Surrogate Attack on a model, as ratios of two things in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/msa.py [--images 100] [--batch-size 50] [--runs 3] [--only NAME ...]
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
@@ -10,7 +10,7 @@
   order, from the pixels to the logits of each surrogate, with as many rows as each had, and the judge's. The median of
   several runs after one that does not count; also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
-  and the judge on what it hands back.
+  and the judge on its results.
 - fast over naive: the same of the protocol `fast`.
 - two processes over one: time of `evaluate.py` by `standard` in one process, over that in two, of one thread each; the
   median of several runs.
@@ -75,7 +75,7 @@ def passes(split: AttackedModel, images: Tensor, surrogates: Sequence[str], size
 
 @contextmanager
 def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
-    """Yields what is filled, for each attack made meanwhile, with the sizes of the passes it makes; see `passes`."""
+    """Yields a dict that collects the sizes of the passes of each attack in the block; see `passes`."""
     sizes: dict[str, list[tuple[int, bool]]] = {}
     features, attacks = AttackedModel.features, dict(ATTACKS)
     now: list[str] = []
@@ -159,10 +159,10 @@ def scaled(protocol: Protocol, scale: float) -> Protocol:
 
 def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, batch_size: int,
           scale: float) -> dict[str, str]:
-    """Runs AutoAttack once per surrogate, as its users would, and returns the verdicts on what each handed back."""
+    """Runs AutoAttack once per surrogate, as its users would, and returns the verdicts on the results."""
     pixel_model = timm_hpm.PixelModel(model)
     split = AttackedModel(pixel_model, images[:batch_size])
-    # The plain network: what makes the attacked copy fast is ours.
+    # The plain network: the attacked copy is faster, and ours.
     backbone = pixel_model
     head = timm_hpm.find_head(model)
     correct = {"clean": as_row(timm_hpm.judge(model, images, labels, batch_size))}
@@ -223,7 +223,7 @@ def main() -> None:
 
 def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel,
                       protocols: Sequence[str], args: argparse.Namespace) -> None:
-    """Prints what the protocols take and find beside the naive one, and keeps the reports."""
+    """Prints time and robust accuracy of the protocols and of the naive one, and keeps the reports."""
     correct: dict[str, str] = {}
 
     def run_naive() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What training costs, as ratios of two things in one run.
+"""Cost of training, as ratios of two things in one run.
 
     python benchmarks/train.py
 
@@ -59,7 +59,7 @@ def passes(run: Run, images: Tensor) -> None:
 
 
 def steps() -> None:
-    """Prints what a step costs."""
+    """Prints the cost of a step."""
     images, labels = torch.rand(128, 1, 28, 28), torch.arange(128) % 10
     with tempfile.TemporaryDirectory() as folder:
         hpm, fc = run_of("batch", folder), run_of("fc", folder)
@@ -67,7 +67,7 @@ def steps() -> None:
         for turn in range(RUNS + 1):
             tasks = {"hpm": lambda: step(hpm, images, labels), "fc": lambda: step(fc, images, labels),
                      "passes": lambda: passes(hpm, images)}
-            # By turns: what goes first finds other caches than what follows.
+            # By turns: the first task has other caches than the second.
             order = list(tasks) if turn % 2 else list(tasks)[::-1]
             took = {name: seconds(tasks[name]) for name in order}
             if turn:
@@ -107,7 +107,7 @@ def processes() -> None:
 
 
 def memory() -> None:
-    """Prints what the backward pass of an attack step keeps."""
+    """Prints the memory kept for the backward pass of an attack step."""
     trunk = PixelTrunk(timm.create_model("hpm_vit_small_patch16_224.untrained").eval())
     images, labels = torch.rand(2, 3, 224, 224), torch.zeros(2, dtype=torch.long)
 

@@ -8,10 +8,10 @@ PGD, APGD and FAB are adv-lib's and Square is ART's, not this project's or pyaut
 its dependencies: visdom cannot be built with today's setuptools. torchattacks needs an old `requests` and installs its
 own `robustbench`.) Each attacks the true model in its inference mode, and each surrogate with other logits.
 
-Each run is judged by the true model in the report's whole batches, with each image at its point of largest loss. In batch
-mode all images of a batch are attacked, and each whole batch is judged, too, in which the run misclassified an image for
-the first time; in the other modes only the robust images are attacked. Without --report the protocol `standard` runs
-first.
+Each run is judged by the true model in the report's whole batches, with each image at its point of largest loss. In
+batch mode all images of a batch are attacked, and each whole batch is judged, too, in which the run misclassified an
+image for the first time; in the other modes only the robust images are attacked. Without --report the protocol
+`standard` runs first.
 """
 
 import argparse

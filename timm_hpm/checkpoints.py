@@ -3,7 +3,7 @@
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -31,24 +31,11 @@ class NormalisationWarning(UserWarning):
 
 
 def read_file(path: str | os.PathLike) -> Any:
-    """Returns the content of a weights file: safetensors, or a PyTorch file of tensors and plain values.
-
-    Raises:
-        Exception: any, if the file is missing or damaged; call it inside `reading`.
-    """
+    """Returns the content of a weights file: safetensors, or a PyTorch file of tensors and plain values."""
     if str(path).endswith(".safetensors"):
         return load_file(path)
     with torch.serialization.safe_globals([Namespace]):  # timm's train.py saves its options so
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def function_error(key: str, entry: Any, own: Sequence[int]) -> str | None:
-    """Returns the error message of an entry `function` that has another form than a network's `own`, else None."""
-    if isinstance(entry, Tensor) and entry.dtype == torch.int64 and entry.shape == (len(own),):
-        return None
-    found = f"{entry.dtype} of the shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else type(entry).__name__
-    return (f"the entry {key} is {found}; expected {len(own)} int64 numbers. The file is damaged, or of another "
-            "version of timm_hpm: save the weights again")
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
@@ -72,11 +59,7 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
 
 
 def _state_dicts(checkpoint: Mapping[str, Any], levels: int = 4) -> list[dict[str, Tensor]]:
-    """Returns the state dicts in a checkpoint, in the order of `_WRAPPERS`; one may hold itself, so few `levels` count.
-
-    Raises:
-        CheckpointError: if tensors are not dense, or much larger than their values in the file.
-    """
+    """Returns a checkpoint's state dicts in the order of `_WRAPPERS`; it may hold itself, so few `levels` count."""
     inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
     if inner:
         return [found for each in inner for found in _state_dicts(each, levels - 1)] if levels else []
@@ -111,13 +94,9 @@ def check_architecture(config: Mapping[str, Any], architecture: str) -> None:
 
 @contextmanager
 def fitting(place: str, network: str, num_classes: int | None = None) -> Iterator[None]:
-    """Adds the names of the checkpoint and the network to the block's errors about weights that do not fit.
+    """Turns the block's errors about weights that do not fit into CheckpointErrors with the place and the network.
 
-    Arguments:
-        num_classes: the checkpoint's, for the advice if only the classifier's size does not fit.
-
-    Raises:
-        CheckpointError: for one from the block, and for torch's RuntimeError about keys and shapes.
+    `num_classes` is the checkpoint's, for the advice if only the classifier's size does not fit.
     """
     try:
         yield
@@ -134,11 +113,7 @@ def fitting(place: str, network: str, num_classes: int | None = None) -> Iterato
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Adds the place and a remedy to any error of the block, which reads a checkpoint without running its code.
-
-    Raises:
-        CheckpointError: for every error of the block.
-    """
+    """Turns any error of the block, in which no code of a weights file runs, into a CheckpointError."""
     try:
         with weights_only():
             yield

@@ -105,14 +105,8 @@ def l2_logits(features: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
     return -scale * squared_distances(features, prototypes)
 
 
-def batch_logits(
-        features: Tensor,
-        assignment: Tensor,
-        presence: Tensor,
-        prototypes: Tensor,
-        scale: Tensor,
-        mix: float,
-) -> Tensor:
+def batch_logits(features: Tensor, assignment: Tensor, presence: Tensor, prototypes: Tensor, scale: Tensor,
+                 mix: float) -> Tensor:
     """Returns the HPM logits (B, C) of a whole batch: ℓ2 logits on dataset- and batch-level prototypes mixed.
 
     `features` (B, d); `assignment` (B, C) and `presence` (C,), both hard or both soft; `prototypes` (C, d).
@@ -121,13 +115,8 @@ def batch_logits(
 
 
 @torch.fx.wrap
-def mixed_squared_distances(
-        features: Tensor,
-        assignment: Tensor,
-        presence: Tensor,
-        prototypes: Tensor,
-        mix: float,
-) -> Tensor:
+def mixed_squared_distances(features: Tensor, assignment: Tensor, presence: Tensor, prototypes: Tensor,
+                            mix: float) -> Tensor:
     """Returns ‖z_i − Q_c‖² as (B, C) for the mixed prototypes Q, the cheaper way; see `batch_logits`."""
     num_classes, width = prototypes.shape
     # With small prototypes fewer operations are faster. An exported graph must serve any batch size.
@@ -138,13 +127,8 @@ def mixed_squared_distances(
     return squared_distances(features, mixed)
 
 
-def mixed_squared_distances_by_products(
-        features: Tensor,
-        assignment: Tensor,
-        presence: Tensor,
-        prototypes: Tensor,
-        mix: float,
-) -> Tensor:
+def mixed_squared_distances_by_products(features: Tensor, assignment: Tensor, presence: Tensor, prototypes: Tensor,
+                                        mix: float) -> Tensor:
     """Returns `mixed_squared_distances` from inner products, without forming the mixed or batch-level prototypes.
 
     With v_jc = a_jc / Σ_i a_ic and k_c = mix·w_c it is the expanded square of z_i − (1 − k_c)·P_c − k_c·Σ_j v_jc z_j.
@@ -180,13 +164,8 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tens
     return sums, counts
 
 
-def ema_update(
-        prototypes: Tensor,
-        num_updates: Tensor,
-        sums: Tensor,
-        counts: Tensor,
-        decay: float,
-) -> tuple[Tensor, Tensor]:
+def ema_update(prototypes: Tensor, num_updates: Tensor, sums: Tensor, counts: Tensor,
+               decay: float) -> tuple[Tensor, Tensor]:
     """Returns new `prototypes` (C, d) and `num_updates` (C,): P_c ← β·P_c + (1−β)·sums_c/counts_c.
 
     Only classes with a count change, and the first update of a class sets its prototype. `decay` is β in [0, 1].

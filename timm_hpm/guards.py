@@ -76,16 +76,11 @@ class _Counted(TorchFunctionMode):
 
 
 def check_size(make: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
-    """Checks that a network of a caller's `arguments` fits this machine, by making it without memory for its tensors.
-
-    Without any argument nothing is checked: the registered networks fit.
+    """Makes a network on the meta device, and raises a TooLargeError if it would not fit this machine.
 
     Arguments:
         make: makes the network.
-        arguments: what a file, a command line or a caller asked of it, as an entrypoint of timm's gets it.
-
-    Raises:
-        TooLargeError: numbers or tensors beyond any network's.
+        arguments: those that a file or a caller gave; without any, the registered networks fit.
     """
     _check_numbers(arguments)
     asked = {name for name, value in arguments.items() if value is not None and not isinstance(value, str)}

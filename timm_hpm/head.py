@@ -26,6 +26,15 @@ def check_inference(mode: str) -> str:
     return mode
 
 
+@torch.fx.wrap
+def check_features(features: Tensor, width: int) -> None:
+    """Raises a ValueError unless `features` have the shape (B, width)."""
+    if not torch.jit.is_scripting() and (features.ndim != 2 or features.shape[1] != width):
+        raise ValueError(f"the HPM head got features of the shape {tuple(features.shape)}; expected pooled ones, (B, "
+                         f"{width}). Pool and flatten in front of the classifier, or name another one: "
+                         "timm_hpm.add_hpm_head(model, classifier=...)")
+
+
 class WholeLoading(nn.Module):
     """Mixin whose `load_state_dict` restores the module if it raises; torch leaves it half loaded."""
 
@@ -119,6 +128,7 @@ class HPMHead(WholeLoading, nn.Linear):
 
         All modes but `"fc"` return float32, also under autocast.
         """
+        check_features(features, self.in_features)
         if self.inference == "fc":
             return self.fc_logits(features)
         z, prototypes = features.float(), self.prototypes
@@ -161,10 +171,7 @@ class HPMHead(WholeLoading, nn.Linear):
 
     @torch.no_grad()
     def class_sums(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the float32 sums (C, d) of `features` by label and the counts (C,); see `update_prototypes`.
-
-        Several processes add their sums before `apply_class_sums`.
-        """
+        """Returns the float32 sums (C, d) of `features` by label and the counts (C,), which processes can add."""
         self.check_update(features, labels)
         return functional.class_sums(features.float(), labels.long(), self.out_features)
 
@@ -199,17 +206,15 @@ class HPMHead(WholeLoading, nn.Linear):
 
     def check_update(self, features: Tensor, labels: Tensor) -> None:
         """Raises the ValueErrors of `update_prototypes`."""
-        if features.ndim != 2 or features.shape[1] != self.in_features:
-            raise ValueError(f"features have the shape {tuple(features.shape)}; expected (B, {self.in_features}), "
-                             "the pooled input of the head")
+        check_features(features, self.in_features)
         if labels.shape != features.shape[:1] or labels.dtype.is_floating_point or labels.dtype == torch.bool:
             raise ValueError(f"labels have the shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
                              f"({len(features)},) class indices. Soft targets have no class mean")
-        if features.device != self.prototypes.device or labels.device != self.prototypes.device:
+        if not features.device == labels.device == self.prototypes.device:
             raise ValueError(f"features are on {features.device} and labels on {labels.device}, the prototypes on "
                              f"{self.prototypes.device}; move them to one device")
         labels = labels.long()  # few operations know the unsigned types
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.out_features):
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.out_features:
             raise ValueError(f"labels span {int(labels.min())} to {int(labels.max())}; "
                              f"expected 0 to {self.out_features - 1}")
         if not features.isfinite().all():
@@ -235,7 +240,7 @@ class HPMHead(WholeLoading, nn.Linear):
         if not self.num_updates.is_meta and self.num_updates.any():
             warnings.warn(
                 "the weights that were loaded hold no prototypes, and those of the HPM head were of other weights: it "
-                "is reset, and answers as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
+                "is reset, and predicts as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
                 "fine-tuning, gives it some", UnfittedHeadWarning, stacklevel=2)
         self.reset_prototypes()
 
@@ -254,10 +259,17 @@ def conv_without_autocast(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     return F.conv2d(x, weight, bias)
 
 
+@torch.fx.wrap
+def shaped_like(logits: Tensor, features: Tensor) -> Tensor:
+    """Returns logits (B, C) as (B, C, 1, 1) if the features are (B, d, 1, 1)."""
+    return logits.view(*logits.shape, *(1,) * (features.ndim - 2))
+
+
 class HPMConvHead(HPMHead):
     """An HPM head that replaces a 1x1 convolution and keeps its `weight` (num_classes, in_features, 1, 1).
 
-    Its FC classifier is that convolution, bit by bit, on features (B, in_features); see `HPMHead` for the rest.
+    It maps features (B, in_features, 1, 1) to logits (B, C, 1, 1). Its FC classifier is that convolution, bit by bit.
+    All functions but `forward` take features (B, in_features); see `HPMHead`.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = True, **kwargs: Any):
@@ -272,6 +284,10 @@ class HPMConvHead(HPMHead):
         """Returns the logits (B, C) of the FC classifier in float32, also under autocast, for float32 `features`."""
         bias = None if self.bias is None else self.bias.float()
         return conv_without_autocast(features[:, :, None, None], self.weight.float(), bias).flatten(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns the logits of `features`, both (B, ·) or (B, ·, 1, 1); see `HPMHead`."""
+        return shaped_like(super().forward(features.flatten(1)), features)
 
 
 def check_module(model: nn.Module) -> None:

@@ -159,7 +159,7 @@ def _labelled_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the head's input (B, d) and the labels (B,) of each batch of a loader, clean and then adversarial."""
     captured: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach().clone()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach().flatten(1).clone()))
     try:
         for images, labels in loader:
             images = check_pixels(images, labels, head.out_features)

@@ -1,4 +1,4 @@
-"""`add_hpm_head` replaces the classifier of a timm model by an HPM head, `remove_hpm_head` restores it.
+"""`add_hpm_head` replaces the classifier of any network by an HPM head, `remove_hpm_head` restores it.
 
 The model's class becomes a subclass of the old one (`HPMResNet` of `ResNet`) whose `reset_classifier` makes HPM heads.
 No key of its state dict changes.
@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from timm.layers import AttentionPool2d, RotAttentionPool2d, SelectAdaptivePool2d
+import torch
+from timm.layers import AttentionPool2d, RotAttentionPool2d
 from timm.layers import Linear as ScriptableLinear
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .head import HPMConvHead, HPMHead, WholeLoading, head_name
+from .head import HPMConvHead, HPMHead, WholeLoading, check_module, head_name
 
 # Linear layers that only compute F.linear; any other subclass may compute more.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
+_WRAPPERS = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 # The registries of an nn.Module.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
@@ -27,9 +29,10 @@ class UnsupportedHeadError(ValueError):
 
 
 class HPMMixin(WholeLoading):
-    """Mixin that `add_hpm_head` adds to a timm model's class: its `reset_classifier` makes HPM heads.
+    """Mixin that `add_hpm_head` adds to a model's class: its `reset_classifier` makes HPM heads.
 
-    Instances keep the arguments of their head in the attribute `head_config`, also while they have no head.
+    Instances keep the arguments of their head in the attribute `head_config`, also while they have no head, and in
+    `head_path` the path of a classifier that timm does not know, else None.
     """
 
     # No annotations in the class: TorchScript would read them instead of the model's.
@@ -48,17 +51,22 @@ class HPMMixin(WholeLoading):
                 does not change then, nor after any other error.
         """
         base: Any = super()
+        path: Any = self.head_path
         with _all_or_nothing(self):
             if head_name(self) is not None:
                 self.head_config = _take_head(self)
             parameter = next(self.parameters())
-            base.reset_classifier(num_classes, *args, **kwargs)
+            if path is None:
+                base.reset_classifier(num_classes, *args, **kwargs)
+            else:
+                _reset_layer(self, path, num_classes)
+                self.num_classes = num_classes
             if num_classes > 0:
-                fresh = self.get_submodule(find_classifier(self)).train(self.training)
+                fresh = self.get_submodule(find_classifier(self, path)).train(self.training)
                 # Older versions of timm create it on the CPU and in float32.
                 if len(args) < 2 and kwargs.keys().isdisjoint(("device", "dtype")):
                     fresh.to(parameter.device, parameter.dtype)
-                _put_head(self, self.head_config)
+                _put_head(self, path, self.head_config)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters without weight decay: the model's own, and the scale of the head."""
@@ -121,62 +129,55 @@ def is_equipped(model: nn.Module) -> bool:
 
 def add_hpm_head(
         model: nn.Module,
+        classifier: str | None = None,
         *,
         mix: float = 0.5,
         ema_decay: float = 0.99,
         inference: str = "batch",
 ) -> nn.Module:
-    """Replaces the classifier of a timm model by an HPM head, in place, and returns the model.
+    """Replaces the classifier of a model by an HPM head, in place, and returns the model.
 
     The head keeps the classifier's weight and bias: until it is fitted, the model returns the same logits as before.
-    Its `reset_classifier` makes HPM heads of the same kind from now on; a model without classes (`num_classes=0`) gets
+    `reset_classifier` makes HPM heads of the same kind from now on; a timm model without classes (`num_classes=0`) gets
     its head from it.
 
     Arguments:
-        model: a timm model with one linear classifier (or a 1x1 convolution) on pooled features.
+        model: a network with one linear classifier (or a 1x1 convolution) on pooled features, whose output is the
+            model's.
+        classifier: the classifier's dotted path, such as `"fc"`. None takes the classifier that timm knows; of another
+            module its last linear layer, unless others are as near to the top or have as many outputs.
         mix: see `HPMHead`.
         ema_decay: see `HPMHead`.
         inference: see `HPMHead`.
 
     Raises:
-        UnsupportedHeadError: if the model's classifier is of another kind. The model does not change then.
+        UnsupportedHeadError: if there is no such classifier, or none is obvious. The model does not change then.
         ValueError: if `HPMHead` refuses an argument, or the model has an HPM head already, as the `hpm_*` models.
     """
+    check_module(model)
     kind = type(model).__name__
     if is_equipped(model):
         raise ValueError(f"{kind} has an HPM head already, or will have one after reset_classifier(num_classes); to "
                          "change it, set find_head(model).mix, .ema_decay or .inference, or call remove_hpm_head first")
-    if not hasattr(type(model), "reset_classifier"):
-        raise UnsupportedHeadError(f"{kind} is no timm classifier: it has no reset_classifier. Expected a timm model "
-                                   f"that classifies, itself, before it is wrapped or compiled{_by_hand(model)}")
-    num_classes: Any = getattr(model, "num_classes", 0)
+    if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):  # the latter by torch.compile
+        raise UnsupportedHeadError(f"{kind} is compiled, or wrapped for several devices; give add_hpm_head the module "
+                                   "inside, before that")
     config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
-    if num_classes > 0:
-        _put_head(model, config)
+    own_reset = classifier is None and hasattr(model, "reset_classifier")
+    path = None if own_reset else find_classifier(model, classifier)
+    if path is not None or getattr(model, "num_classes", 0) > 0:
+        _put_head(model, path, config)
     base: Any = type(model)
     model.__class__ = _hpm_class(base)
-    model.head_config = config  # type: ignore[assignment]
+    model.head_config, model.head_path = config, path  # type: ignore[assignment]
     return model
-
-
-def _by_hand(model: nn.Module) -> str:
-    """Returns advice to replace a module's last linear layer by an HPM head, if it has one."""
-    linear = [(name, module) for name, module in model.named_modules() if name and type(module) in _LINEAR_TYPES]
-    if not linear:
-        return ""
-    name, layer = linear[-1]
-    parent, _, leaf = name.rpartition(".")
-    return (f". In any other module put a head into the classifier's place, such as {name}: head = timm_hpm.HPMHead("
-            f"{layer.in_features}, {layer.out_features}, bias={layer.bias is not None}); head.load_state_dict("
-            f"model.get_submodule({name!r}).state_dict(), strict=False); "
-            f"setattr(model.get_submodule({parent!r}), {leaf!r}, head)")
 
 
 def remove_hpm_head(model: nn.Module) -> nn.Module:
     """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc".
 
     Raises:
-        ValueError: if `add_hpm_head` did not make the model. The native networks (`PreActNet`) have no other class.
+        ValueError: if `add_hpm_head` did not make the model.
     """
     if not isinstance(model, HPMMixin):
         reason = "it is built around one" if is_equipped(model) else "it has none"
@@ -184,58 +185,80 @@ def remove_hpm_head(model: nn.Module) -> nn.Module:
                          "returned. For the answers of the FC classifier, set find_head(model).inference = 'fc'")
     if head_name(model) is not None:
         _take_head(model)
-    del model.head_config
+    del model.head_config, model.head_path
     model.__class__ = _base_class(type(model))
     return model
 
 
-def find_classifier(model: nn.Module) -> str:
-    """Returns the dotted path of the layer that an HPM head can replace.
+def find_classifier(model: nn.Module, path: str | None = None) -> str:
+    """Returns the dotted path of the layer that an HPM head can replace: `path` if given, else the obvious one.
 
     Raises:
         UnsupportedHeadError: if there is no such layer, or more than one; the message names the classifiers.
     """
     kind = type(model).__name__
-    classifiers = _classifiers(model)
-    if len(classifiers) != 1:
-        found = ", ".join(f"{name} ({type(module).__name__})" for name, module in classifiers.items()) or "none"
-        raise UnsupportedHeadError(f"{kind} has {len(classifiers)} classifiers: {found}. An HPM head replaces exactly "
-                                   "one, whose answer is the model's")
-    (name, classifier), = classifiers.items()
-    holders = _holders(model, name)
-    if any(_is_off(pool) for holder in holders for pool in (getattr(holder, "global_pool", None),
-                                                            getattr(holder, "pool_type", None))):
-        raise UnsupportedHeadError(f"the classifier {name} of {kind} sees features without pooling (global_pool is "
-                                   "''). An HPM head needs pooled ones: pass a global_pool such as 'avg'")
-    if isinstance(classifier, nn.Conv2d):
-        width, classes = classifier.in_channels, classifier.out_channels
-        pointwise = classifier.weight.shape == (classes, width, 1, 1) and classifier.padding == (0, 0)
-        if not pointwise or not isinstance(getattr(holders[-1], "global_pool", None), SelectAdaptivePool2d):
-            raise UnsupportedHeadError(f"the classifier {name} of {kind} is a convolution; expected a 1x1 one behind "
-                                       "timm's SelectAdaptivePool2d, or a linear layer")
-    elif type(classifier) in _LINEAR_TYPES:
-        width, classes = classifier.in_features, classifier.out_features  # type: ignore[assignment]
-    else:
-        raise UnsupportedHeadError(f"the classifier {name} of {kind} is a {type(classifier).__name__}; expected a "
-                                   "linear layer or a 1x1 convolution")
+    modules = dict(model.named_modules())
+    if path is not None and (not path or path not in modules):
+        layers = [name for name, module in modules.items() if _is_replaceable(module)]
+        raise UnsupportedHeadError(f"{kind} has no layer {path!r}; expected the path of its classifier, one of "
+                                   f"{', '.join(layers[-8:]) or 'its layers, of which none is linear'}")
+    found = {path: modules[path]} if path else _classifiers(model)
+    if len(found) != 1:
+        listed = [f"{name} ({type(module).__name__})" for name, module in found.items()]
+        if len(listed) > 8:
+            listed[4:-4] = ["..."]
+        raise UnsupportedHeadError(f"{kind} has {len(found)} classifiers: {', '.join(listed) or 'none'}. An HPM head "
+                                   "replaces exactly one, whose answer is the model's: name it, as in "
+                                   "add_hpm_head(model, classifier='fc')")
+    classifier: Any
+    (name, classifier), = found.items()
+    place = f"the classifier {name or 'itself'} of {kind}"
+    if not name or not _is_replaceable(classifier):
+        raise UnsupportedHeadError(
+            f"{place} is a {type(classifier).__name__}; expected a linear layer or a 1x1 convolution inside the model. "
+            "By hand: put timm_hpm.HPMHead(num_features, num_classes) in its place, behind features (B, num_features)")
+    if unpooled := _missing_pooling(model, name):
+        raise UnsupportedHeadError(f"{place} sees features without pooling ({unpooled}). An HPM head needs pooled "
+                                   "ones: pass a global_pool such as 'avg', or pool in front of the classifier")
+    classes, width = classifier.weight.shape[:2]
     # A wrapper around the layer, such as MetaFormer's MLP, has another input width.
     direct = any(module is classifier for module in _answers(model))
-    expected = getattr(model, "head_hidden_size", width) if direct else width
-    if (width, classes) != (expected, model.num_classes):
-        raise UnsupportedHeadError(f"the classifier {name} of {kind} takes {width} features and has {classes} classes; "
-                                   f"expected the model's {expected} (head_hidden_size) and {model.num_classes}")
+    expected = (getattr(model, "head_hidden_size", width) if direct else width, getattr(model, "num_classes", classes))
+    if path is None and (width, classes) != expected:
+        raise UnsupportedHeadError(f"{place} takes {width} features and has {classes} classes; expected the model's "
+                                   f"{expected[0]} (head_hidden_size) and {expected[1]}")
     return name
 
 
+def _is_replaceable(module: nn.Module) -> bool:
+    """Returns whether a module is a plain linear layer or 1x1 convolution."""
+    return type(module) in _LINEAR_TYPES or _is_pointwise(module)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and (module.kernel_size, module.padding, module.groups) == ((1, 1), (0, 0), 1)
+
+
+def _missing_pooling(model: nn.Module, name: str) -> str:
+    """Returns the sign that the classifier at the path `name` sees features that are not pooled, or ""."""
+    pools = [getattr(holder, pool, None) for holder in _holders(model, name) for pool in ("global_pool", "pool_type")]
+    if any(getattr(pool, "pool_type", pool) == "" for pool in pools):
+        return "global_pool is ''"
+    paths = list(dict(model.named_modules()))
+    later = [path for path in paths[paths.index(name):] if "Pool" in type(model.get_submodule(path)).__name__]
+    return f"{later[0]} comes after it" if later and isinstance(model.get_submodule(name), nn.Conv2d) else ""
+
+
 def _classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the classifiers of a model by their paths: those of its cfg, else of get_classifier."""
+    """Returns the classifiers of a model by their paths: those of its cfg, else of get_classifier, else the likely."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     modules = dict(model.named_modules())
     paths = [name for name in ((named,) if isinstance(named, str) else named) if name in modules]
     if paths:
         return {name: modules[name] for name in paths}
     answers = _answers(model)
-    return {name: module for name, module in modules.items() if any(module is answer for answer in answers)}
+    found = {name: module for name, module in modules.items() if any(module is answer for answer in answers)}
+    return found or _likely_classifiers(model)
 
 
 def _answers(model: nn.Module) -> list[nn.Module]:
@@ -247,20 +270,41 @@ def _answers(model: nn.Module) -> list[nn.Module]:
     return list(answer) if isinstance(answer, (list, tuple, nn.ModuleList)) else [answer]
 
 
+def _likely_classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the last linear layer of a module, and those as near to the top or with as many outputs.
+
+    Of a Sequential only its last part counts. Auxiliary classifiers do not count, and 1x1 convolutions only if the last
+    layer is one.
+    """
+    weighted = {name: module for name, module in model.named_modules()
+                if isinstance(module, (nn.Linear, nn.Conv2d)) and "aux" not in name.lower()}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            inside = [name for name in weighted if name.startswith(f"{prefix}." if prefix else "")]
+            depth = prefix.count(".") + 1 if prefix else 0
+            last = {name.split(".")[depth] for name in inside[-1:]}
+            for name in inside:
+                if name.split(".")[depth] not in last:
+                    del weighted[name]
+    if not weighted:
+        return {}
+    *_, (path, last_layer) = weighted.items()
+    alike = {name: module for name, module in weighted.items() if name == path or (
+        _is_pointwise(module) if isinstance(last_layer, nn.Conv2d) else isinstance(module, nn.Linear))}
+    top = min(name.count(".") for name in alike)
+    return {name: module for name, module in alike.items()
+            if name == path or name.count(".") == top or len(module.weight) == len(last_layer.weight)}
+
+
 def _holders(model: nn.Module, path: str) -> list[Any]:
     """Returns the modules around the one at `path`, from the model to its parent."""
     parts = path.split(".")
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
-def _is_off(pool: Any) -> bool:
-    """Returns whether a pooling, a module or timm's name of it, is off."""
-    return getattr(pool, "pool_type", pool) == ""
-
-
-def _put_head(model: nn.Module, config: dict[str, Any]) -> None:
+def _put_head(model: nn.Module, path: str | None, config: dict[str, Any]) -> None:
     """Replaces the classifier by an HPM head with the arguments `config` and the classifier's parameters."""
-    name = find_classifier(model)
+    name = find_classifier(model, path)
     classifier: Any = model.get_submodule(name)
     kind = HPMConvHead if isinstance(classifier, nn.Conv2d) else HPMHead
     weight, bias = classifier.weight, classifier.bias
@@ -273,29 +317,39 @@ def _take_head(model: nn.Module) -> dict[str, Any]:
     """Replaces the head by a plain classifier with its weight and bias, and returns the head's config."""
     name: Any = head_name(model)
     head: Any = model.get_submodule(name)
-    has_bias = head.bias is not None
-    plain: Any
-    if isinstance(head, HPMConvHead):
-        plain = nn.Conv2d(head.in_features, head.out_features, 1, bias=has_bias, device="meta")
-    else:
-        plain = nn.Linear(head.in_features, head.out_features, bias=has_bias, device="meta")
+    plain = _plain(head, head.out_features, "meta")
     plain.weight, plain.bias = head.weight, head.bias
     _replace(model, name, plain)
     return head.config()
+
+
+def _plain(like: Any, num_classes: int, device: Any) -> Any:
+    """Returns a fresh classifier of the kind and the input of a classifier or head."""
+    width, has_bias = like.weight.shape[1], like.bias is not None
+    if like.weight.ndim == 4:
+        return nn.Conv2d(width, num_classes, 1, bias=has_bias, device=device, dtype=like.weight.dtype)
+    return nn.Linear(width, num_classes, bias=has_bias, device=device, dtype=like.weight.dtype)
+
+
+def _reset_layer(model: nn.Module, path: str, num_classes: int) -> None:
+    """Replaces the layer at `path` by a fresh one, or by the identity, which remembers the layer."""
+    layer: Any = model.get_submodule(path)
+    like = getattr(layer, "replaced", [layer])[0]
+    fresh = _plain(like, max(num_classes, 1), like.weight.device)
+    if num_classes == 0:
+        identity: Any = nn.Identity()
+        identity.replaced = [like]  # in a list it is no submodule
+        fresh = identity
+    _replace(model, path, fresh)
 
 
 def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:
     """Replaces the module at the path `name`, and keeps its training mode."""
     parent = _holders(model, name)[-1]
     leaf = name.rpartition(".")[2]
-    before = getattr(parent, leaf)
-    setattr(parent, leaf, classifier.train(before.training))
-    # Plain classifiers also take maps of one pixel, or all tokens; an HPM head only takes pooled features.
-    if isinstance(classifier, HPMConvHead):
-        parent.global_pool.flatten = nn.Flatten(1)
-    elif isinstance(before, HPMConvHead):
-        parent.global_pool.flatten = nn.Identity()
-    elif isinstance(classifier, HPMHead):
+    setattr(parent, leaf, classifier.train(getattr(parent, leaf).training))
+    # timm's attention poolings project all tokens; an HPM head only takes pooled features.
+    if isinstance(classifier, HPMHead):
         parent.__class__ = _ATTENTION_POOLS.get(type(parent), type(parent))
     elif isinstance(parent, _ProjectPooled):
         parent.__class__ = _base_class(type(parent))

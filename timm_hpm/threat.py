@@ -145,12 +145,7 @@ class ThreatModel:
 
 
 def parse_number(text: str) -> float:
-    """Returns the number of a text such as `"0.5"` or `"8/255"`.
-
-    Raises:
-        ValueError: if the text is neither a number nor a fraction.
-        ZeroDivisionError: if the denominator is 0.
-    """
+    """Returns the number of a text such as `"0.5"` or `"8/255"`; raises a ValueError or ZeroDivisionError."""
     numerator, slash, denominator = text.partition("/")
     return float(numerator) / (float(denominator) if slash else 1.0)
 

@@ -96,7 +96,7 @@ class _HeadInput(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         inputs: list[Tensor] = []
         # A hook of the head may write into its input.
-        with find_head(self.model).register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()),
+        with find_head(self.model).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1).clone()),
                                                              prepend=True):
             self.model(pixels)
         return inputs[-1]

@@ -138,7 +138,7 @@ def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
     answers: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
-    with head.register_forward_hook(lambda module, inputs, output: answers.append(output.clone())):
+    with head.register_forward_hook(lambda module, inputs, output: answers.append(output.flatten(1).clone())):
         logits = check_logits(ask(pixel_model, images), len(images))
     check_finite(own_logits(pixel_model, images, logits), partial(image_name, 0))
     if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):

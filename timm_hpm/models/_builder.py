@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained
+from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, register_model
 from torch import Tensor, nn
 
 from ..checkpoints import (
@@ -26,7 +27,7 @@ from ..checkpoints import (
 )
 from ..formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, weights_only
-from ..head import HPMHead, UnfittedHeadWarning, find_head, head_name
+from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from .configs import read_config
 from .preact import PreActNet
@@ -40,31 +41,29 @@ _HEAD_ENTRIES = ("prototypes", "num_updates", "log_scale")
 _LOOSE_ARGS = ("num_classes", "in_chans", "img_size", "global_pool", "features_only", "feature_cls", "out_indices")
 
 
-def build_preact_net(
-        variant: str,
-        pretrained: bool,
-        arch_args: Mapping[str, Any],
-        kwargs: Mapping[str, Any],
-) -> PreActNet:
-    """Returns the network of an entrypoint; with `features_only` among `kwargs`, timm's wrapper of it.
+def register_entrypoint(module: str, name: str, doc: str, build: Callable[[str, bool, dict[str, Any]], Any]) -> None:
+    """Registers the architecture `name` with timm, made by `build(name, pretrained, kwargs)`, in a module."""
 
-    `arch_args` are the architecture's model arguments; those of its tag replace them, and the caller's `kwargs` both.
-    """
-    asked = kwargs
-    cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, plain_state_dict)
-    create = partial(
-        build_model_with_cfg, PreActNet, variant,
-        pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(arch_args["depths"]) + 1)), "flatten_sequential": True},
-        **{**arch_args, **kwargs},
-    )
-    check_size(partial(create, pretrained=False), asked)
-    # timm prefers the source to the state dict.
-    overlay = {"state_dict": state_dict, "source": None} if pretrained else {}
-    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
-        model = create(pretrained=pretrained, pretrained_cfg_overlay=overlay)
-    return loaded(model, cfg) if pretrained else model
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(name, pretrained, kwargs)
+
+    entrypoint.__module__, entrypoint.__doc__ = module, doc
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    setattr(sys.modules[module], name, register_model(entrypoint))
+
+
+def build_preact_net(variant: str, pretrained: bool, kwargs: Mapping[str, Any], **arch_args: Any) -> Any:
+    """Returns `build_variant` of the `PreActNet` with the architecture's `arch_args`."""
+    levels = tuple(range(len(arch_args["depths"]) + 1))
+    create = partial(build_model_with_cfg, PreActNet, variant, pretrained_filter_fn=_native_filter_fn,
+                     feature_cfg={"out_indices": levels, "flatten_sequential": True}, **arch_args)
+    return build_variant(create, variant, pretrained, kwargs)
+
+
+def _native_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:
+    return native_state_dict(
+        state_dict, model.state_dict().keys(), layout=model.layout, shortcut=model.shortcut,
+        mean=_cfg(model)["mean"], std=_cfg(model)["std"])
 
 
 def build_variant(
@@ -73,11 +72,11 @@ def build_variant(
         pretrained: bool,
         kwargs: Mapping[str, Any],
         convert: Callable[..., dict[str, Tensor]] = plain_state_dict,
-) -> nn.Module:
-    """Returns a timm network with an HPM head, under the cfg of the name `variant`.
+) -> Any:
+    """Returns a network with an HPM head under the cfg of the name `variant`; with `features_only`, timm's wrapper.
 
     The base's own entrypoint builds the network and loads its weights, so all its arguments and checkpoint formats work
-    (image size, channels, pooling, `features_only`). The entries of the HPM head are loaded afterwards.
+    (image size, channels, pooling). The entries of the HPM head are loaded afterwards.
 
     Arguments:
         create: the base's own entrypoint.
@@ -99,23 +98,32 @@ def build_variant(
     converted = pretrained and not cfg.custom_load
     with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
         if converted:
+            own = {f"{cfg.classifier}.{entry}" for entry in _HEAD_ENTRIES}
             # timm prefers the source to the state dict.
-            overlay = {"state_dict": without_head_entries(state_dict, cfg.classifier), "source": None}
-            other_classes = cfg.num_classes < 0 or kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes
-            if other_classes or kwargs.get("features_only"):
+            overlay = {"state_dict": {key: value for key, value in state_dict.items() if key not in own},
+                       "source": None}
+            if kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes or kwargs.get("features_only"):
                 _check_keys(create, cfg, overlay, kwargs)
         model = create(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
-    if kwargs.get("features_only"):
-        return loaded(model, cfg) if converted else model
-    add_hpm_head(model, **head_args)
-    # A saved model may lose its tag, and must keep these.
-    model.network_args = {name: kwargs[name] for name in tag_args(variant, asked) if name in kwargs}
-    entries = head_entries(state_dict, model)
-    if entries:
-        head = find_head(model)
-        with fitting(weights_place(cfg), variant):
-            head.load_state_dict({"weight": head.weight, "bias": head.bias, **entries})
+    if not kwargs.get("features_only"):
+        add_hpm_head(model, **head_args)
+        # A saved model may lose its tag, and must keep these.
+        model.network_args = {name: kwargs[name] for name in tag_args(variant, asked) if name in kwargs}
+        _load_head(model, state_dict, cfg, variant)
     return loaded(model, cfg) if converted else model
+
+
+def _load_head(model: nn.Module, state_dict: Mapping[str, Tensor], cfg: PretrainedCfg, variant: str) -> None:
+    """Loads the entries of the HPM head beside weight and bias, if there are any, of the model's number of classes."""
+    name = head_name(model)
+    entries = {key: state_dict[f"{name}.{key}"] for key in _HEAD_ENTRIES if f"{name}.{key}" in state_dict}
+    if name is None or not entries:
+        return
+    head = find_head(model)
+    # Stale prototypes are worse than none.
+    if _cfg(model).get("num_classes") == len(entries.get("prototypes", head.weight)) == head.out_features:
+        with fitting(weights_place(cfg), variant):
+            head.load_state_dict({**head.state_dict(), **entries})
 
 
 def _resolved(
@@ -124,16 +132,10 @@ def _resolved(
         kwargs: Mapping[str, Any],
         convert: Callable[..., dict[str, Tensor]],
 ) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
-    """Returns the pretrained cfg of an entrypoint's weights, its other arguments, and the weights, converted.
+    """Returns the cfg of an entrypoint's weights, its other arguments, and the weights, converted; see `build_variant`.
 
-    Precedence: the caller's arguments, the config in the weights' metadata, that of their folder, the tag's.
-
-    Arguments:
-        variant, pretrained, kwargs, convert: see `build_variant`. Without `pretrained`, and for a foreign format that
-            the network reads by itself (`custom_load`), there are no weights.
-
-    Raises:
-        CheckpointError: if the weights cannot be read, or their config is of others.
+    Precedence: the caller's arguments, the config in the weights' metadata, that of their folder, the tag's. Weights
+    that the network reads by itself (`custom_load`) are not among them.
     """
     cfg = own_cfg(variant, pretrained, kwargs)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
@@ -206,16 +208,10 @@ def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], o
 
 def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None,
                   stated: Mapping[str, Any] | None) -> PretrainedCfg:
-    """Returns a pretrained cfg with its weights' number of classes, by which timm keeps or drops their classifier.
+    """Returns a cfg with its weights' number of classes `found`, by which timm keeps or drops their classifier.
 
-    Arguments:
-        cfg: the weights'; a negative number of classes means a new classifier, and stays.
-        args: the network's arguments; without `num_classes` the weights must have the classes of `cfg`.
-        found: the weights' number of classes; None if they have no classifier.
-        stated: the model arguments of their config, if `cfg` was saved with these weights; else None.
-
-    Raises:
-        CheckpointError: if the config of the weights has another number of classes.
+    A negative number of classes in `cfg` means a new classifier. Without `num_classes` among the network's `args` the
+    weights must have the classes of `cfg`. `stated` are the model arguments that were saved with the weights, if any.
     """
     if found is None or cfg.num_classes < 0:
         return cfg
@@ -229,15 +225,11 @@ def _with_classes(cfg: PretrainedCfg, args: Mapping[str, Any], found: int | None
 
 
 def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """Loads a checkpoint into a network of its own classes, strictly.
+    """Loads a checkpoint into a network of its own classes, strictly, and raises torch's error for other keys.
 
     With other classes and for features timm loads loosely: it ignores unknown entries, and leaves missing ones random.
-
-    Raises:
-        RuntimeError: if the network or the checkpoint lacks an entry of the other (by torch).
     """
-    classifier = overlay["state_dict"].get(f"{cfg.classifier}.weight")
-    num_classes = cfg.num_classes if classifier is None else len(classifier)
+    num_classes = num_classes_of(overlay["state_dict"], cfg.classifier) or cfg.num_classes
     if num_classes < 0:
         return
     same = {name: value for name, value in kwargs.items() if name not in _LOOSE_ARGS}
@@ -251,10 +243,7 @@ def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwa
 
 
 def loaded(model: Any, cfg: PretrainedCfg) -> Any:
-    """Returns a model that was loaded from a state dict, with the source of the weights in its pretrained cfg.
-
-    Warns if its classifier is not that of the weights, or if it is and has no prototypes.
-    """
+    """Returns a loaded model with the source of its weights in its cfg; warns of a new classifier or no prototypes."""
     model.pretrained_cfg.pop("state_dict", None)
     if cfg.source is not None:
         model.pretrained_cfg["source"] = cfg.source
@@ -289,12 +278,7 @@ def weights_place(cfg: PretrainedCfg) -> str:
 
 
 def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """Returns the state dict of a pretrained cfg's file, with the file's own names; code in the file does not run.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged or holds more than tensors, or a server fails.
-        RuntimeError: if the cfg has no weights (by timm).
-    """
+    """Returns the state dict of a pretrained cfg's file, with the file's own names; code in the file does not run."""
     found: dict[str, Tensor] = {}
 
     def keep(checkpoint: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -309,61 +293,6 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
     with reading(weights_place(cfg)) if anything else nullcontext():
         load_pretrained(nn.Module(), source, filter_fn=keep, cache_dir=cache_dir)
     return found
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:
-    """Returns the entries of a checkpoint for `model`; does not change `state_dict`.
-
-    Takes any checkpoint that `native_state_dict` knows. If the model has another number of classes than the pretrained
-    cfg, or that is -1 for a new head, timm only drops the classifier's `weight` and `bias`. Prototypes belong to the
-    classes as well:
-
-    - a model without a head gets no entry of the checkpoint's head;
-    - a model with other classes, or a new head, keeps its own prototypes, update counts and scale;
-    - plain FC weights are completed with the model's own entries: they load strictly, and the head of a new model
-      predicts as its FC classifier.
-
-    Raises:
-        CheckpointError: if `native_state_dict` refuses the checkpoint.
-    """
-    cfg = _cfg(model)
-    state_dict = native_state_dict(
-        state_dict, model.state_dict().keys(), layout=model.layout, shortcut=model.shortcut,
-        mean=cfg["mean"], std=cfg["std"])
-    name = head_name(model)
-    if name is None:
-        classifier = cfg.get("classifier") or "fc"
-        return {key: value for key, value in state_dict.items() if not key.startswith(f"{classifier}.")}
-    entries = head_entries(state_dict, model) or own_entries(find_head(model))
-    return {**without_head_entries(state_dict, name), **{f"{name}.{key}": value for key, value in entries.items()}}
-
-
-def head_entries(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns a checkpoint's entries of the HPM head of `model`, beside weight and bias, by the head's own keys.
-
-    Empty if there are none, or if they or the pretrained cfg have other classes than the model: stale prototypes are
-    worse than none.
-    """
-    name = head_name(model)
-    if name is None:
-        return {}
-    entries = {key: state_dict[f"{name}.{key}"] for key in _HEAD_ENTRIES if f"{name}.{key}" in state_dict}
-    num_classes = find_head(model).out_features
-    prototypes = entries.get("prototypes")
-    if prototypes is not None and len(prototypes) != num_classes:
-        return {}
-    return entries if _cfg(model).get("num_classes", num_classes) == num_classes else {}
-
-
-def own_entries(head: HPMHead) -> dict[str, Tensor]:
-    """Returns the entries of a head's state dict beside its weight and bias."""
-    return {key: value for key, value in head.state_dict().items() if key in _HEAD_ENTRIES}
-
-
-def without_head_entries(state_dict: Mapping[str, Tensor], classifier: str | None) -> dict[str, Tensor]:
-    """Returns a checkpoint without the entries of the HPM head at `classifier` beside its weight and bias."""
-    own = {f"{classifier}.{key}" for key in _HEAD_ENTRIES}
-    return {key: value for key, value in state_dict.items() if key not in own}
 
 
 def _cfg(model: Any) -> dict[str, Any]:

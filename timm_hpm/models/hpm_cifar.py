@@ -1,29 +1,29 @@
 """timm's ResNet and XCiT for images of 32x32 pixels, with an HPM head: `hpm_cifar_*`."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoints import function_error
 from ..formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
-from ._builder import build_variant
+from ._builder import build_variant, register_entrypoint
+from .function import StatedFunction
 from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
 _XCIT_PAPERS = ("arXiv:2209.07399", "arXiv:2106.09681", "arXiv:2606.01746")
 
-# Width, and number of heads.
+# Width, number of heads, and a description.
 _XCITS = {
-    "hpm_cifar_xcit_small_12_p4_32": (384, 8),
-    "hpm_cifar_xcit_medium_12_p4_32": (512, 8),
-    "hpm_cifar_xcit_large_12_p4_32": (768, 16),
+    "hpm_cifar_xcit_small_12_p4_32": (384, 8, "26M parameters"),
+    "hpm_cifar_xcit_medium_12_p4_32": (512, 8, "46M parameters"),
+    "hpm_cifar_xcit_large_12_p4_32": (768, 16, "103M parameters"),
 }
 
 # Debenedetti et al. 2022, "A Light Recipe to Train Robust Vision Transformers": the letter in the file's name, and the
@@ -84,7 +84,7 @@ class CifarResNet(ResNet):
             level["reduction"] //= 2 if level["module"] == "act1" else 4
 
 
-class CifarXcit(Xcit):
+class CifarXcit(StatedFunction, Xcit):
     """timm's XCiT with patches of 4 pixels a side: two of the four convolutions that embed them have stride 1, not 2.
 
     Arguments:
@@ -100,25 +100,16 @@ class CifarXcit(Xcit):
         embed.num_patches = math.prod(size // embed.patch_size for size in embed.img_size)
         for level in self.feature_info:
             level["reduction"] = embed.patch_size
-        # The weights fit timm's own XCiT, too, and would give silently wrong predictions there.
-        self.function: Tensor
-        self.register_buffer("function", torch.tensor(XCIT_FUNCTION, device=self.cls_token.device))
+        # The weights fit timm's own XCiT, too.
+        self.state_function(*XCIT_FUNCTION, device=self.cls_token.device)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuses an entry `function` of another form or value; torch reports a missing one."""
-        key = f"{prefix}function"
-        given = state_dict.get(key, self.function)
-        error = function_error(key, given, XCIT_FUNCTION)
-        if error is None and not given.is_meta and given.tolist() != [*XCIT_FUNCTION]:
-            error = (f"the entry {key} is {given.tolist()}; expected {[*XCIT_FUNCTION]}: the weights are of an XCiT "
-                     "with patches of another size")
-        args[-1].extend([error] if error else [])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def describe_function(self, numbers: Sequence[int]) -> str:
+        """Returns the size of the patches."""
+        return f"patches of {numbers[0]} pixels a side"
 
 
-def _create_xcit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Returns the XCiT `variant` with an HPM head; `kwargs` win over the variant's arguments."""
-    embed_dim, num_heads = _XCITS[variant]
+def _build_xcit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    embed_dim, num_heads, _ = _XCITS[variant]
     create = partial(
         build_model_with_cfg, CifarXcit, variant, pretrained_filter_fn=xcit_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"})
@@ -126,27 +117,12 @@ def _create_xcit(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_variant(create, variant, pretrained, {**args, **kwargs}, partial(xcit_state_dict, small=True))
 
 
-@register_model
-def hpm_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 for small images, 11.2M parameters, with activations after the blocks."""
-    create = partial(build_model_with_cfg, CifarResNet, "hpm_cifar_resnet18")
-    args = {"layers": (2, 2, 2, 2), **kwargs}
-    return build_variant(create, "hpm_cifar_resnet18", pretrained, args, small_resnet_state_dict)
+def _build_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    create = partial(build_model_with_cfg, CifarResNet, variant)
+    return build_variant(create, variant, pretrained, {"layers": (2, 2, 2, 2), **kwargs}, small_resnet_state_dict)
 
 
-@register_model
-def hpm_cifar_xcit_small_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """XCiT-S12 with patches of 4 pixels, 26M parameters."""
-    return _create_xcit("hpm_cifar_xcit_small_12_p4_32", pretrained, **kwargs)
-
-
-@register_model
-def hpm_cifar_xcit_medium_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """XCiT-M12 with patches of 4 pixels, 46M parameters."""
-    return _create_xcit("hpm_cifar_xcit_medium_12_p4_32", pretrained, **kwargs)
-
-
-@register_model
-def hpm_cifar_xcit_large_12_p4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """XCiT-L12 with patches of 4 pixels, 103M parameters."""
-    return _create_xcit("hpm_cifar_xcit_large_12_p4_32", pretrained, **kwargs)
+register_entrypoint(__name__, "hpm_cifar_resnet18",
+                    "ResNet-18 for small images, 11.2M parameters, with activations after the blocks.", _build_resnet)
+for _name, (_, _, _about) in _XCITS.items():
+    register_entrypoint(__name__, _name, f"XCiT with patches of 4 pixels, {_about}.", _build_xcit)

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from timm.models import register_model
-
-from ._builder import build_preact_net
+from ._builder import build_preact_net, register_entrypoint
 from .preact import PreActNet
 from .tags import cifar_cfg, pretrained_tags, weight_notes
 
@@ -35,8 +33,10 @@ default_cfgs = pretrained_tags({
 })
 
 
-@register_model
-def hpm_preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm after the last stage."""
-    arch_args = {"depths": (2, 2, 2, 2), "channels": (64, 128, 256, 512), "stem_chs": 64, "final_norm": True}
-    return build_preact_net("hpm_preact_resnet18", pretrained, arch_args, kwargs)
+def _build(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
+    return build_preact_net(variant, pretrained, kwargs, depths=(2, 2, 2, 2), channels=(64, 128, 256, 512), stem_chs=64)
+
+
+register_entrypoint(
+    __name__, "hpm_preact_resnet18",
+    "PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm after the last stage.", _build)

@@ -1,15 +1,15 @@
 """timm's architectures with an HPM head: `hpm_{base}` for the bases listed here, any other by `register_hpm`."""
 
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import DefaultCfg, model_entrypoint, register_model
-from torch import nn
+from timm.models import DefaultCfg, model_entrypoint
 
 from ..formats import plain_state_dict, xcit_state_dict
-from ._builder import build_variant
+from ._builder import build_variant, register_entrypoint
 from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
 _BASES = (
@@ -166,22 +166,14 @@ def register_hpm(base: str) -> str:
     tags = {**public, f"untrained{'*' if another else ''}": {}}
     default_cfgs.update(pretrained_tags({f"{name}.{tag}": vars(cfg) | fields for tag, fields in tags.items()}))
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        convert = xcit_state_dict if base.startswith("xcit_") else plain_state_dict
-        return build_variant(model_entrypoint(base), name, pretrained, kwargs, convert)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head` for mix, ema_decay and inference."
-    globals()[name] = register_model(create)
+    build = partial(build_variant, model_entrypoint(base),
+                    convert=xcit_state_dict if base.startswith("xcit_") else plain_state_dict)
+    register_entrypoint(__name__, name, f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head`.", build)
     return name
 
 
 def register_saved(architecture: str) -> None:
-    """Registers the `architecture` of a saved model's config, if it is an `hpm_*` that is not registered yet.
-
-    Raises:
-        ValueError: if the base of an `hpm_*` is unknown.
-    """
+    """Registers a saved model's `hpm_*` architecture; raises a ValueError if its base is unknown."""
     if architecture.startswith("hpm_") and not timm.is_model(architecture):
         register_hpm(architecture.removeprefix("hpm_"))
 

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from timm.models import register_model
-
 from ..data import DATASETS
-from ._builder import build_preact_net
+from ._builder import build_preact_net, register_entrypoint
 from .preact import PreActNet
 from .tags import cifar_cfg, pretrained_tags, weight_notes
 
@@ -14,13 +12,14 @@ _PAPERS = ("arXiv:1605.07146", "arXiv:2606.01746")
 _TRADES_URL = "https://github.com/yaodongyu/TRADES"
 _DEEPMIND_URL = "https://github.com/google-deepmind/deepmind-research"
 
+# Depth, width, and a description.
 _VARIANTS = {
-    "hpm_wrn10_2": (10, 2),
-    "hpm_wrn16_4": (16, 4),
-    "hpm_wrn28_10": (28, 10),
-    "hpm_wrn34_10": (34, 10),
-    "hpm_wrn34_20": (34, 20),
-    "hpm_wrn70_16": (70, 16),
+    "hpm_wrn10_2": (10, 2, "0.3M parameters: for tests and small images"),
+    "hpm_wrn16_4": (16, 4, "2.7M parameters"),
+    "hpm_wrn28_10": (28, 10, "36.5M parameters: the usual network of robust CIFAR models"),
+    "hpm_wrn34_10": (34, 10, "46.2M parameters: the network of TRADES"),
+    "hpm_wrn34_20": (34, 20, "184.5M parameters"),
+    "hpm_wrn70_16": (70, 16, "266.8M parameters"),
 }
 
 _CIFAR100 = {"num_classes": 100, "mean": DATASETS["torch/cifar100"].mean, "std": DATASETS["torch/cifar100"].std}
@@ -83,46 +82,13 @@ default_cfgs = pretrained_tags({
 })
 
 
-def _create_wrn(variant: str, pretrained: bool, **kwargs: Any) -> PreActNet:
-    """Returns the WideResNet `variant`, with the model arguments of its tag; `kwargs` replace them."""
-    depth, width = _VARIANTS[variant]
+def _build(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
+    depth, width, _ = _VARIANTS[variant]
     # Two convolutions a block, three stages, and four other layers: the stem and the three projections.
     blocks = (depth - 4) // 6
-    arch_args = {"depths": (blocks,) * 3, "channels": (16 * width, 32 * width, 64 * width), "stem_chs": 16}
-    return build_preact_net(variant, pretrained, arch_args, kwargs)
+    return build_preact_net(variant, pretrained, kwargs, depths=(blocks,) * 3,
+                            channels=(16 * width, 32 * width, 64 * width), stem_chs=16)
 
 
-@register_model
-def hpm_wrn10_2(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-10-2, 0.3M parameters: for tests and small images."""
-    return _create_wrn("hpm_wrn10_2", pretrained, **kwargs)
-
-
-@register_model
-def hpm_wrn16_4(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-16-4, 2.7M parameters."""
-    return _create_wrn("hpm_wrn16_4", pretrained, **kwargs)
-
-
-@register_model
-def hpm_wrn28_10(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-28-10, 36.5M parameters: the usual network of robust CIFAR models."""
-    return _create_wrn("hpm_wrn28_10", pretrained, **kwargs)
-
-
-@register_model
-def hpm_wrn34_10(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-34-10, 46.2M parameters: the network of TRADES."""
-    return _create_wrn("hpm_wrn34_10", pretrained, **kwargs)
-
-
-@register_model
-def hpm_wrn34_20(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-34-20, 184.5M parameters."""
-    return _create_wrn("hpm_wrn34_20", pretrained, **kwargs)
-
-
-@register_model
-def hpm_wrn70_16(pretrained: bool = False, **kwargs: Any) -> PreActNet:
-    """WideResNet-70-16, 266.8M parameters."""
-    return _create_wrn("hpm_wrn70_16", pretrained, **kwargs)
+for _name, (_depth, _width, _about) in _VARIANTS.items():
+    register_entrypoint(__name__, _name, f"WideResNet-{_depth}-{_width}, {_about}.", _build)

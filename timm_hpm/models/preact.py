@@ -1,17 +1,17 @@
 """`PreActNet`, the pre-activation residual network behind the WideResNets and PreActResNet-18."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d
+from timm.layers import DropPath, calculate_drop_path_rates, create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..checkpoints import function_error
-from ..head import HPMHead, WholeLoading
+from .function import StatedFunction
 
 LAYOUTS: Final = ("trades", "deepmind")
 SHORTCUTS: Final = ("activated", "raw", "raw3x3")
@@ -36,25 +36,21 @@ def conv3x3(in_chs: int, out_chs: int, stride: int, layout: str, **factory: Any)
     return nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **factory)
 
 
+def activation(layout: str) -> nn.Module:
+    """Returns the activation of a layout."""
+    # Not in place: after a BatchNorm, which keeps its input and not its output, that would save no memory.
+    return nn.SiLU() if layout == "deepmind" else nn.ReLU()
+
+
 class PreActBlock(nn.Module):
     """A pre-activation basic block: act(bn1) → conv1 → act(bn2) → conv2, plus the shortcut.
 
     If the block changes the shape, the shortcut is a convolution (see `PreActNet`), else the raw input.
     """
 
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int,
-            layout: str,
-            drop_path_rate: float = 0.0,
-            shortcut: str = "activated",
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, in_chs: int, out_chs: int, stride: int, layout: str, drop_path_rate: float = 0.0,
+                 shortcut: str = "activated", **factory: Any):
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project = stride != 1 or in_chs != out_chs
         self.project_raw = shortcut != "activated"
         self.bn1 = nn.BatchNorm2d(in_chs, **factory)
@@ -77,21 +73,15 @@ class PreActBlock(nn.Module):
         return self.drop_path(out) + shortcut
 
 
-def activation(layout: str) -> nn.Module:
-    """Returns the activation of a layout."""
-    # Not in place: after a BatchNorm, which keeps its input and not its output, that would save no memory.
-    return nn.SiLU() if layout == "deepmind" else nn.ReLU()
-
-
-class PreActNet(WholeLoading):
-    """A pre-activation residual network of basic blocks with an HPM head, after timm's conventions.
+class PreActNet(StatedFunction):
+    """A pre-activation residual network of basic blocks, after timm's conventions.
 
     Arguments:
         depths: number of blocks of each stage. The first stage keeps the size of the map, each other halves it.
         channels: width of each stage.
-        num_classes: number of classes C; 0 for no head (`fc` is then an identity).
+        num_classes: number of classes C; 0 for no classifier (`fc` is then an identity).
         in_chans: channels of the input images.
-        global_pool: pooling before the head, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
+        global_pool: pooling before the classifier, one of timm's names ("avg", "max", "avgmax", "catavgmax"), or ""
             for none, which needs `num_classes=0`.
         stem_chs: width of the stem, a 3x3 convolution.
         stem_stride: stride of the stem: 1, or more for less work.
@@ -102,20 +92,18 @@ class PreActNet(WholeLoading):
             WideResNets), "raw" (the same of its raw input, as in PreActResNets of the fast adversarial training)
             or "raw3x3" (a 3x3 convolution of its raw input, as in DeepMind's PreActResNet). Weights of "activated"
             and "raw" fit each other and give other logits.
-        drop_rate: dropout before the head, in [0, 1).
+        drop_rate: dropout before the classifier, in [0, 1).
         drop_path_rate: rate of stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
-        mix: see `HPMHead`.
-        ema_decay: see `HPMHead`.
-        inference: see `HPMHead`.
 
     Raises:
-        ValueError: if the layout or shortcut is unknown, depths and channels have different lengths, classes have no
-            pooling, or `HPMHead` refuses an argument.
+        ValueError: if the layout or shortcut is unknown, or depths and channels have different lengths.
 
     Sources: pre-activation blocks arXiv 1603.05027; wide networks arXiv 1605.07146; the layouts
     https://github.com/yaodongyu/TRADES and https://github.com/google-deepmind/deepmind-research
     (adversarial_robustness).
     """
+
+    takes_unstated = True
 
     def __init__(
             self,
@@ -132,122 +120,78 @@ class PreActNet(WholeLoading):
             shortcut: str = "activated",
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
-            mix: float = 0.5,
-            ema_decay: float = 0.99,
-            inference: str = "batch",
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-        if shortcut not in SHORTCUTS:
-            raise ValueError(f"unknown shortcut {shortcut!r}; expected one of {', '.join(SHORTCUTS)}")
+        for name, value, known in (("layout", layout, LAYOUTS), ("shortcut", shortcut, SHORTCUTS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
         if len(depths) != len(channels):
             raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} differ in length; "
                              "expected one of each a stage")
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layout, self.shortcut, self.stem_stride = layout, shortcut, stem_stride
-        # The weights also fit other layouts, shortcuts and stems, and would give silently wrong predictions there.
-        self.function: Tensor
-        self.register_buffer(
-            "function", torch.tensor([LAYOUTS.index(layout), SHORTCUTS.index(shortcut), stem_stride], device=device))
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
+        self.state_function(LAYOUTS.index(layout), SHORTCUTS.index(shortcut), stem_stride, device=device)
+        self.in_chans, self.drop_rate = in_chans, drop_rate
         self.grad_checkpointing = False
 
         self.conv1 = conv3x3(in_chans, stem_chs, stem_stride, layout, **factory)
         feature_info: list[dict[str, Any]] = [{"num_chs": stem_chs, "reduction": stem_stride, "module": "conv1"}]
-        stages = []
-        in_chs, reduction, index = stem_chs, stem_stride, 0
+        rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages, in_chs = [], stem_chs
         for stage, (depth, out_chs) in enumerate(zip(depths, channels, strict=True)):
             blocks = []
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                rate = drop_path_rate * index / max(sum(depths) - 1, 1)
-                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, rate, shortcut, **factory))
-                in_chs, reduction, index = out_chs, reduction * stride, index + 1
+                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, next(rates), shortcut, **factory))
+                in_chs = out_chs
             stages.append(nn.Sequential(*blocks))
-            feature_info.append({"num_chs": out_chs, "reduction": reduction, "module": f"stages.{stage}"})
+            feature_info.append(
+                {"num_chs": out_chs, "reduction": stem_stride * 2 ** stage, "module": f"stages.{stage}"})
         self.stages = nn.Sequential(*stages)
-        self.feature_info = feature_info
-        self.num_features = in_chs
+        self.feature_info, self.num_features = feature_info, in_chs
         self.norm: nn.Module = nn.BatchNorm2d(in_chs, **factory) if final_norm else nn.Identity()
         self.act: nn.Module = activation(layout) if final_norm else nn.Identity()
-
         self.head_drop = nn.Dropout(drop_rate)
-        # The arguments of the next head, also while the model has none.
-        head_config: dict[str, Any] = {"mix": mix, "ema_decay": ema_decay, "inference": inference}
-        self.head_config = head_config  # TorchScript warns of an annotated attribute
-        self._set_head(num_classes, global_pool, **factory)
+        self._set_classifier(num_classes, global_pool, **factory)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: Any, unexpected_keys: Any, error_msgs: list[str]) -> None:
-        """Refuses weights of another layout, shortcut or stem; only our own checkpoints state them."""
-        own, key = [LAYOUTS.index(self.layout), SHORTCUTS.index(self.shortcut), self.stem_stride], f"{prefix}function"
-        given = state_dict.setdefault(key, torch.tensor(own))
-        if error := function_error(key, given, own):
-            error_msgs.append(error)
-        elif not given.is_meta and given.tolist() != own:
-            layout, shortcut, stem_stride = given.tolist()
-            theirs = [f"layout={dict(enumerate(LAYOUTS)).get(layout)!r}",
-                      f"shortcut={dict(enumerate(SHORTCUTS)).get(shortcut)!r}", f"stem_stride={stem_stride}"]
-            error_msgs.append(
-                f"the weights are of a network with {', '.join(theirs)}; this one has {self.layout!r}, "
-                f"{self.shortcut!r}, {self.stem_stride}. They would fit and give other logits; create the model with "
-                "those arguments")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def describe_function(self, numbers: Sequence[int]) -> str:
+        """Returns the arguments of a network whose entry `function` holds these numbers."""
+        layout, shortcut, stem_stride = numbers
+        return (f"layout={dict(enumerate(LAYOUTS)).get(layout)!r}, "
+                f"shortcut={dict(enumerate(SHORTCUTS)).get(shortcut)!r}, stem_stride={stem_stride}")
 
-    def _set_head(self, num_classes: int, global_pool: str, **factory: Any) -> None:
-        """Sets the pooling and a new `fc`; does not change the model if it raises."""
-        if num_classes > 0 and not global_pool:
-            raise ValueError("global_pool is '' with num_classes > 0; an HPM head needs pooled features. "
-                             "Pass a global_pool such as 'avg', or num_classes=0")
-        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        hidden_size = self.num_features * pool.feat_mult()
-        fc: nn.Module = nn.Identity()
+    def _set_classifier(self, num_classes: int, global_pool: str, **factory: Any) -> None:
+        pool, fc = create_classifier(self.num_features, num_classes, global_pool, **factory)
         if num_classes > 0:
-            fc = HPMHead(hidden_size, num_classes, **self.head_config, **factory)
             nn.init.zeros_(fc.bias)
-        self.num_classes, self.head_hidden_size = num_classes, hidden_size
+        self.num_classes, self.head_hidden_size = num_classes, self.num_features * pool.feat_mult()
         self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """Returns the `HPMHead`, or an identity if the model has none."""
+        """Returns the classifier, or an identity if the model has none."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
-
-        Device, dtype and training mode stay.
+        """Replaces the classifier by a fresh one, or by none.
 
         Arguments:
-            num_classes: number of classes; 0 for no head.
+            num_classes: number of classes; 0 for none.
             global_pool: new pooling (see the class); None keeps the present one.
-
-        Raises:
-            ValueError: if classes have no pooling. The model does not change then.
         """
-        if isinstance(self.fc, HPMHead):
-            self.head_config = self.fc.config()
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        weight = self.conv1.weight
-        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+        self._set_classifier(num_classes, pool, device=self.conv1.weight.device, dtype=self.conv1.weight.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns the regular expressions by which timm groups parameters, by stage if `coarse`, else by block."""
         if coarse:
             return {"stem": r"^conv1", "blocks": r"^stages\.(\d+)"}
         return {"stem": r"^conv1", "blocks": [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def no_weight_decay(self) -> set[str]:
-        """Returns the names of the parameters without weight decay: it would pull the head's scale towards 1."""
-        return {"fc.log_scale"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Sets whether a backward pass recomputes the blocks instead of keeping their activations.
@@ -266,7 +210,7 @@ class PreActNet(WholeLoading):
         return self.act(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Returns the logits (B, C) of a feature map, or the head's input (B, head_hidden_size) if `pre_logits`."""
+        """Returns the logits (B, C) of a feature map, or the classifier's input (B, d) if `pre_logits`."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
 
@@ -295,21 +239,16 @@ class PreActNet(WholeLoading):
             intermediates_only: whether to return the list alone.
 
         Raises:
-            ValueError: if `output_fmt` is another.
-            AssertionError: if an index is out of range (by timm).
+            AssertionError: if `output_fmt` is another, or an index is out of range (by timm).
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network")
+        assert output_fmt == "NCHW", f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network"
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         intermediates: list[Tensor] = []
         x = self.conv1(x)
         if 0 in take:
             intermediates.append(x)
         for level, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
-            if self.grad_checkpointing:
-                x = checkpoint_seq(stage, x)
-            else:
-                x = stage(x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
             if level == len(self.stages):
                 final = self.act(self.norm(x))
                 if level in take:

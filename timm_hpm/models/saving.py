@@ -41,12 +41,8 @@ def write_model(
 
     Arguments:
         model, model_args: see `model_config`.
-        folder: receives `WEIGHTS` and `CONFIG`.
         training: the options and results of the model's training, for the config.
-        license: of the weights, for the config; None leaves that of the model's pretrained cfg.
-
-    Raises:
-        ValueError: see `model_config` and `tensors_of`.
+        license: of the weights; None leaves that of the model's pretrained cfg.
     """
     config = model_config(model, **model_args)
     if training is not None:
@@ -121,12 +117,9 @@ def weights_metadata(config: dict[str, Any]) -> dict[str, str]:
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
-    """Returns the config of a weights file's model; empty if it has none.
+    """Returns the config in a weights file's metadata, or in the `CONFIG` beside a file named `WEIGHTS`, or {}.
 
-    Reads the file's metadata, else the `CONFIG` beside a file with the name `WEIGHTS`.
-
-    Raises:
-        ValueError: if the config is damaged.
+    Raises a ValueError if the config is damaged.
     """
     path = Path(path)
     beside = path.with_name(CONFIG)
@@ -136,11 +129,7 @@ def saved_config(path: str | Path) -> dict[str, Any]:
 
 
 def own_config(path: str | Path) -> dict[str, Any]:
-    """Returns the config in a weights file's metadata; empty if it has none.
-
-    Raises:
-        ValueError: if the config is damaged.
-    """
+    """Returns the config in a weights file's metadata, or {}; raises a ValueError if it is damaged."""
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -157,10 +146,7 @@ def config_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_args(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` that a saved config's weights need.
-
-    Without the number of classes, and without those that name another source of weights.
-    """
+    """Returns the arguments of `timm.create_model` that a saved config's weights need, but for their classes."""
     return {name: value for name, value in config["model_args"].items()
             if name not in _NOT_OF_WEIGHTS and not name.startswith(("pretrained", "checkpoint"))}
 

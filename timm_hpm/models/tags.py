@@ -54,22 +54,14 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def weight_notes(threat: str, published: str | None = None) -> tuple[str, ...]:
-    """Returns the `notes` of a pretrained cfg with weights.
-
-    Arguments:
-        threat: threat model of the training, as `ThreatModel.parse` reads it.
-        published: accuracies that the authors of public weights state, and their source.
-    """
+    """Returns the `notes` of a cfg: the threat model, and the accuracies that the weights' authors published."""
     ThreatModel.parse(threat)  # raises for a typing error
     notes = (f"threat model: {threat}",)
     return notes if published is None else (*notes, f"published, not re-measured: {published}")
 
 
 def variant_cfg(base: str) -> PretrainedCfg | None:
-    """Returns a pretrained cfg without weights for `hpm_{base}`; None if timm has no cfg of `base`.
-
-    The preprocessing (sizes, cropping, mean and std) is that of the base's default cfg.
-    """
+    """Returns a cfg without weights for `hpm_{base}`, of the base's preprocessing; None without such a base."""
     cfg = get_pretrained_cfg(base)
     without_weights: dict[str, Any] = {
         **dict.fromkeys(_OF_WEIGHTS),
@@ -82,17 +74,7 @@ def variant_cfg(base: str) -> PretrainedCfg | None:
 
 
 def tag_args(variant: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the model arguments of the pretrained tag that an entrypoint is called with.
-
-    Without them a tag's weights would be loaded into another function.
-
-    Arguments:
-        variant: name of the architecture.
-        kwargs: the entrypoint's, of which `pretrained_cfg` and `pretrained_cfg_overlay` count.
-
-    Raises:
-        RuntimeError: if the architecture has no such tag (by timm).
-    """
+    """Returns the model arguments that the weights of the pretrained tag in an entrypoint's `kwargs` need."""
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return dict(_TAG_ARGS.get(f"{variant}.{cfg.tag}", {}))
 
@@ -102,10 +84,6 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
 
     A network with random weights, or with the caller's, gets the licence, origin, paper and notes of the tag
     `untrained`, and the caller's weights have no tag. A whole cfg, as from `hf-hub:`, stays as it is.
-
-    Raises:
-        ValueError: if a field of a whole cfg has another type than timm's.
-        RuntimeError: if the architecture has no such tag (by timm).
     """
     asked, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     if isinstance(asked, Mapping):

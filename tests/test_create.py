@@ -24,11 +24,11 @@ def test_a_checkpoint_is_loaded_or_explained(tmp_path):
     torch.save(other.state_dict(), path)
     load_checkpoint(model, path)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"(?s)into PreActNet: .*conv1"):
+    with pytest.raises(ValueError, match=r"(?s)into HPMPreActNet: .*conv1"):
         load_checkpoint(timm.create_model("hpm_wrn16_4", num_classes=3), path)
     # A pickled object is not run.
     torch.save({"state_dict": model}, path)
-    with pytest.raises(ValueError, match=r"PyTorch refused [\w.]*PreActNet.*save its weights alone"):
+    with pytest.raises(ValueError, match=r"PyTorch refused timm_hpm[\w.]*.*save its weights alone"):
         load_checkpoint(model, path)
     (tmp_path / "model.pt").write_bytes(b"hello\n")
     with pytest.raises(ValueError, match=r"model\.pt: it holds nothing that torch\.save writes"):

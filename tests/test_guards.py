@@ -102,6 +102,7 @@ def test_a_folder_s_name_is_taken_as_it_is(tmp_path, name):
     ("hpm_wrn10_2", {"num_classes": 10**12}),
     ("hpm_resnet18.untrained", {"num_classes": 9_999_999, "layers": [1, 1, 1, 1], "channels": [64, 64, 64, 2048]}),
     ("hpm_resnet50", {"layers": [1, 1_000_000, 1, 1]}),
+    ("hpm_cifar_resnet18", {"layers": [1, 1_000_000, 1, 1]}),
     ("resnet18", {"layers": [1, 1, 1, 1_000_000]}),
     ("resnet18", {"in_chans": 10**9}),
     ("vit_tiny_patch16_224", {"depth": 10**9}),

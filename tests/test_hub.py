@@ -372,7 +372,7 @@ def test_a_full_disk(server, client, loader, good, small_disk):
     assert not list(small_disk.rglob("*.safetensors"))
     for path in small_disk.iterdir():
         subprocess.run(["rm", "-r", str(path)], check=True)
-    with pytest.raises(Failed, match=r"HubError: .*cannot save PreActNet into .*disk is full"):
+    with pytest.raises(Failed, match=r"HubError: .*cannot save HPMPreActNet into .*disk is full"):
         client("save", folder=str(small_disk / "saved"))
     assert not list((small_disk / "saved").iterdir())
     with pytest.raises(Failed, match=r"HubError: .*disk is full .*TMPDIR"):

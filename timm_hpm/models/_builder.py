@@ -93,7 +93,7 @@ def build_variant(
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)
     head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
-    check_size(partial(create, pretrained_cfg=cfg, **kwargs), asked)
+    check_size(partial(create, pretrained=False, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
     converted = pretrained and not cfg.custom_load
     with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
@@ -123,7 +123,8 @@ def _load_head(model: nn.Module, state_dict: Mapping[str, Tensor], cfg: Pretrain
     # Stale prototypes are worse than none.
     if _cfg(model).get("num_classes") == len(entries.get("prototypes", head.weight)) == head.out_features:
         with fitting(weights_place(cfg), variant):
-            head.load_state_dict({**head.state_dict(), **entries})
+            head.load_state_dict({**entries, **{key: value for key, value in head.state_dict().items()
+                                                if key not in _HEAD_ENTRIES}})
 
 
 def _resolved(

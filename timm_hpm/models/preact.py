@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, create_classifier
+from timm.layers import DropPath, create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -138,14 +138,14 @@ class PreActNet(StatedFunction):
 
         self.conv1 = conv3x3(in_chans, stem_chs, stem_stride, layout, **factory)
         feature_info: list[dict[str, Any]] = [{"num_chs": stem_chs, "reduction": stem_stride, "module": "conv1"}]
-        rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        stages, in_chs = [], stem_chs
+        stages, in_chs, index = [], stem_chs, 0
         for stage, (depth, out_chs) in enumerate(zip(depths, channels, strict=True)):
             blocks = []
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, next(rates), shortcut, **factory))
-                in_chs = out_chs
+                rate = drop_path_rate * index / max(sum(depths) - 1, 1)
+                blocks.append(PreActBlock(in_chs, out_chs, stride, layout, rate, shortcut, **factory))
+                in_chs, index = out_chs, index + 1
             stages.append(nn.Sequential(*blocks))
             feature_info.append(
                 {"num_chs": out_chs, "reduction": stem_stride * 2 ** stage, "module": f"stages.{stage}"})

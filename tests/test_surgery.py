@@ -403,5 +403,5 @@ def test_a_network_without_an_obvious_classifier_is_refused(make, classifier, me
 
 def test_features_that_are_not_pooled_are_refused():
     model = add_hpm_head(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Linear(4, 5)))
-    with pytest.raises(ValueError, match=r"got features of the shape \(2, 6, 4\); expected pooled ones, \(B, 4\)"):
+    with pytest.raises(ValueError, match=r"features have the shape \(2, 6, 4\); expected \(B, 4\), the pooled input"):
         model(torch.rand(2, 3, 2, 2))

@@ -30,8 +30,8 @@ def check_inference(mode: str) -> str:
 def check_features(features: Tensor, width: int) -> None:
     """Raises a ValueError unless `features` have the shape (B, width)."""
     if not torch.jit.is_scripting() and (features.ndim != 2 or features.shape[1] != width):
-        raise ValueError(f"the HPM head got features of the shape {tuple(features.shape)}; expected pooled ones, (B, "
-                         f"{width}). Pool and flatten in front of the classifier, or name another one: "
+        raise ValueError(f"features have the shape {tuple(features.shape)}; expected (B, {width}), the pooled input of "
+                         "the head. Pool and flatten in front of the classifier, or name another one: "
                          "timm_hpm.add_hpm_head(model, classifier=...)")
 
 

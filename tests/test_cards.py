@@ -24,7 +24,7 @@ from timm_hpm.console import run_command
 from timm_hpm.evaluation.command import load_model
 from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.models.saving import write_model
-from timm_hpm.report.command import evaluate_command
+from timm_hpm.report.command import DOOR, evaluate_command
 
 FOLDER = Path(__file__).parents[1] / "hub_cards"
 EMBEDDED = "hpm_wrn10_2.digits_linf"
@@ -93,8 +93,8 @@ def evaluated(text: str) -> timm_hpm.AttackReport:
     """Returns the report of a card's or a report's command, in the words that a shell makes of it."""
     command, = re.findall(r"```+sh\n(.*?)\n```", text, re.DOTALL)
     words = subprocess.run(["sh", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
-    python, script, *options = words.split("\0")[:-1]
-    assert (python, script) == ("python", "evaluate.py")
+    *door, command, options = *words.split("\0")[:4], words.split("\0")[4:-1]
+    assert (*door, command) == (*DOOR, "evaluate")
     shutil.rmtree("again", ignore_errors=True)
     assert evaluate.main([*options, "--output", "again"]) == 0
     return timm_hpm.AttackReport.load("again/report.json")
@@ -179,7 +179,7 @@ def test_training_settings_and_class_names_stay_with_weights_and_nobody_else_s_l
 
 def test_a_run_that_no_command_can_repeat_has_no_command():
     protocol = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json").protocol
-    assert evaluate_command(protocol)[:3] == ["python", "evaluate.py", "--model"]
+    assert evaluate_command(protocol)[:5] == [*DOOR, "evaluate", "--model"]
     for odd in ({"precision": "bfloat16"}, {"options": {"pretrained": False}}):
         assert evaluate_command(protocol | odd) == []
     assert evaluate_command({name: value for name, value in protocol.items() if name != "options"}) == []

@@ -95,7 +95,7 @@ def test_the_head_of_the_page_says_what_was_measured_and_classes_have_names(repo
         "class_names": ["0", "1", "2", "<cat>", "4", "5", "6", "7", "dog", "9"]})
     html = report_page(report)
     assert "digits test · 100 images · Linf:0.1 · inference mode batch · 2026-11-28" in html
-    assert html.index("python evaluate.py --model hpm_wrn10_2") < html.index("robust accuracy under")
+    assert html.index("python -m timm_hpm evaluate --model hpm_wrn10_2") < html.index("robust accuracy under")
     assert "clean: 3 &lt;cat&gt;" in html and "predicted 8 dog" in html
     assert "<abbr title='AutoPGD on the cross-entropy (AutoAttack)'>apgd-ce</abbr>" in html
 

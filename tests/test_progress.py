@@ -92,7 +92,7 @@ def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.
         if process.returncode == 0:
             return stopped
         assert process.returncode == (-stop if stop == signal.SIGKILL else 130), err
-        assert stop == signal.SIGKILL or f"to go on: python evaluate.py --resume {folder}" in err
+        assert stop == signal.SIGKILL or f"to go on: python -m timm_hpm evaluate --resume {folder}" in err
         stopped += 1
         process = start("--resume", str(folder))
     finish(process)

@@ -242,7 +242,8 @@ def test_no_text_from_elsewhere_is_markup_in_the_markdown(report, text):
     before, _, after = markdown.partition(f"{fence}sh\n")
     code, closing, after = after.partition(f"\n{fence}\n")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {code}"], capture_output=True, check=True).stdout
-    assert closing and re.match(b"python\nevaluate.py\n--model[\n=]" + re.escape(os.fsencode(text)) + b"\n", words)
+    call = b"python\n-m\ntimm_hpm\nevaluate\n--model[\n=]"
+    assert closing and re.match(call + re.escape(os.fsencode(text)) + b"\n", words)
     assert all(line.isprintable() for line in code.splitlines())
     outside = before + after
     assert not set("<>\\~$\x1b\x00\u202e\r\udcff") & set(outside) and "**bold" not in outside

@@ -70,9 +70,9 @@ def test_the_next_command_measures_under_the_threat_and_on_as_many_images_as_the
                   "--output", "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout.partition("measure it with: ")[2])
-    assert words[:2] == ["python", "evaluate.py"]
+    assert words[:4] == ["python", "-m", "timm_hpm", "evaluate"]
     quick = ["--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", "report"]
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *words[2:], *quick], cwd=tmp_path,
+    done = subprocess.run([sys.executable, *words[1:], *quick], cwd=tmp_path,
                           capture_output=True, text=True, timeout=900, env=ENVIRON)
     assert done.returncode == 0, done.stderr
     report = AttackReport.load(tmp_path / "report" / "report.json")
@@ -104,7 +104,7 @@ def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(number, code, w
         os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
-    assert f"stopped by {signal.Signals(number).name}; go on by: train.py --resume run" in errors
+    assert f"stopped by {signal.Signals(number).name}; to go on: python -m timm_hpm train --resume run" in errors
     done = script("--resume", "run", "--epochs", "499", folder=tmp_path)
     assert done.returncode == 1 and "epochs (500 there, 499 given)" in done.stderr
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

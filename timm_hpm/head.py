@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .names import did_you_mean
 
 INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
 
@@ -22,7 +23,8 @@ class UnfittedHeadWarning(UserWarning):
 def check_inference(mode: str) -> str:
     """Returns `mode`, or raises a ValueError with the inference modes if it is none of them."""
     if mode not in INFERENCE_MODES:
-        raise ValueError(f"unknown inference mode {mode!r}; expected one of {', '.join(INFERENCE_MODES)}")
+        raise ValueError(f"unknown inference mode {mode!r}; expected one of {', '.join(INFERENCE_MODES)}"
+                         f"{did_you_mean(mode, INFERENCE_MODES)}")
     return mode
 
 

@@ -5,7 +5,6 @@ str, `tuple[T, ...]` of the last three, `dict[str, Any]`, and unions of them wit
 """
 
 import argparse
-import difflib
 import json
 import math
 import operator
@@ -15,12 +14,14 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Final
 
 import yaml
 from timm.utils import ParseKwargs
 
 from .guards import shortened
+from .names import did_you_mean
 from .threat import parse_number
 
 _MOST_BYTES: Final = 2**20
@@ -134,9 +135,8 @@ def read_options(path: str | os.PathLike, kind: type) -> dict[str, Any]:
     known = [one.name for one in fields(kind)]
     unknown = [key for key in given if key not in known]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]).replace("-", "_"), known, n=3, cutoff=0.5)
-        advice = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(known)}"
-        raise ValueError(f"{path}: unknown option {shortened(', '.join(map(reprlib.repr, unknown)))}; {advice}")
+        advice = did_you_mean(str(unknown[0]).replace("-", "_"), known) or f"; the options are {', '.join(known)}"
+        raise ValueError(f"{path}: unknown option {shortened(', '.join(map(reprlib.repr, unknown)))}{advice}")
     return dict(given)
 
 
@@ -176,7 +176,7 @@ def given_options(parser: argparse.ArgumentParser, kind: type,
 def _argument(kind: Any, choices: Collection[str]) -> dict[str, Any]:
     """Returns the details of an argument of a parser for values of a type; `check` sees the choices in a tuple."""
     if choices and typing.get_origin(kind) is not tuple:
-        return {"choices": choices}
+        return {"type": partial(_one_of, choices), "metavar": "{" + ",".join(choices) + "}"}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is dict:
@@ -204,6 +204,13 @@ def _several(text: str, of: Any) -> list[Any]:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
+def _one_of(choices: Collection[str], text: str) -> str:
+    if text not in choices:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected one of {', '.join(choices)}{did_you_mean(text, choices)}")
+    return text
+
+
 def _number(text: str) -> float:
     if not _is_number(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number; expected one such as 0.03 or 8/255")
@@ -222,7 +229,7 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} is {value}; expected a finite number")
     choices = metadata.get("choices", ())
     if choices and value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
     for bound, limit in metadata.get("bounds", {}).items():
         holds, text = _RANGES[bound]
         if not holds(value, limit):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import functional
 from .head import HPMHead
+from .names import did_you_mean
 
 # The one surrogate of a classifier without an HPM head: the classifier.
 PLAIN: Final = "model"
@@ -122,6 +123,7 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> tuple[
         raise ValueError(f"{kind}s is {names!r}; expected a list of names, such as {list(known[:1])}")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
+        near = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(f"unknown {kind} {', '.join(map(repr, unknown)) or '(none given)'}; "
-                         f"expected some of {', '.join(known)}")
+                         f"expected some of {', '.join(known)}{near}")
     return tuple(dict.fromkeys(names))

@@ -18,7 +18,7 @@ from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..report import TRUE_MODEL, AttackReport
-from ..report.command import DATA_OPTIONS, MODEL_OPTIONS
+from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
 from ..report.tables import pixels_note
 from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
@@ -232,7 +232,7 @@ def load_report(path: Path) -> AttackReport:
     file = path / "report.json" if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"there is no report {file}; expected the report.json that evaluate.py wrote, or its folder"
-                         + (f". The run there is not finished: python evaluate.py --resume {path}"
+                         + (f". The run there is not finished: {' '.join(DOOR)} evaluate --resume {path}"
                             if (path / OPTIONS).exists() else ""))
     return AttackReport.load(file)
 

@@ -1,4 +1,4 @@
-"""Commands that a user can copy: the call of evaluate.py that repeats a measurement, quoted for a shell."""
+"""Commands that a user can copy: the evaluation that repeats a measurement, quoted for a shell."""
 
 import os
 import shlex
@@ -9,7 +9,10 @@ import numpy as np
 
 from ..evaluation.protocols import PROTOCOLS
 
-#: Options of evaluate.py that open the model, and those that open the images; a protocol keeps them as `options`.
+#: The words that run this package in any folder.
+DOOR: Final = ("python", "-m", "timm_hpm")
+
+#: Options of an evaluation that open the model, and those that open the images; a protocol keeps them as `options`.
 MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
 DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map", "class_subset", "val_fraction")
 
@@ -42,7 +45,7 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     if protocol.get("precision", "float32") != "float32":
         return []  # evaluate.py has no option for it
     options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device") if name in protocol}
-    return ["python", "evaluate.py", *(word for name, value in options.items() for word in _words(name, value))]
+    return [*DOOR, "evaluate", *(word for name, value in options.items() for word in _words(name, value))]
 
 
 def shell_line(words: Iterable[str]) -> str:

@@ -332,7 +332,7 @@ def test_weights_without_prototypes_warn_once_and_only_if_the_head_needs_them(tm
     with pytest.warns(UnfittedHeadWarning) as record:
         create()
     assert len(record) == 1
-    assert "its HPM head answers as its FC classifier until timm_hpm.fit_prototypes" in str(record[0].message)
+    assert "its HPM head predicts as its FC classifier until timm_hpm.fit_prototypes" in str(record[0].message)
     with pytest.warns(DroppedClassifierWarning):
         create(num_classes=3)
     create(num_classes=0)

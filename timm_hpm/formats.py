@@ -150,8 +150,8 @@ def warn_of_normalisation(
     silent = not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict)
     if silent:
         warnings.warn(f"{place} do not say how they expect pixels normalised: mean {tuple(mean)} and std {tuple(std)} "
-                      "are assumed, those of the network's name. Weights trained with others give wrong answers. Pass "
-                      "pretrained_cfg_overlay=dict(mean=..., std=...), or --mean and --std to evaluate.py",
+                      "are assumed, those of the network's name. Weights trained with others give wrong predictions. "
+                      "Pass pretrained_cfg_overlay=dict(mean=..., std=...), or --mean and --std to evaluate.py",
                       NormalisationWarning, stacklevel=2)
     return silent
 
@@ -187,7 +187,7 @@ def _without_normaliser(
             if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=1e-4):
                 values = tuple(round(value, 4) for value in found.tolist())
                 raise CheckpointError(f"the checkpoint normalises by {key} = {values}, the network by {argument} = "
-                                      f"{tuple(expected)}. Where the checkpoint is right, pass pretrained_cfg_overlay="
+                                      f"{tuple(expected)}. If the checkpoint is right, pass pretrained_cfg_overlay="
                                       f"dict({argument}={values})")
     return rest
 
@@ -232,7 +232,7 @@ def xcit_state_dict(
         raise CheckpointError(
             f"the checkpoint {shown}: it is of an XCiT with {'larger' if small else 'smaller'} patches than the "
             f"network's. The keys would match, and the logits be others. Load it into hpm_{'' if small else 'cifar_'}"
-            "xcit_*; where its patches are the network's all the same, save it without what shows otherwise")
+            "xcit_*; if its patches have the network's size, save it without that evidence")
     state_dict = plain_state_dict(found, mean, std)
     return {"function": torch.tensor(XCIT_FUNCTION), **state_dict} if is_xcit and small else state_dict
 

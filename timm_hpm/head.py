@@ -196,7 +196,7 @@ class HPMHead(WholeLoading, nn.Linear):
             raise ValueError(f"prototypes have the shape {tuple(prototypes.shape)}; "
                              f"expected (num_classes, in_features) = {tuple(self.prototypes.shape)}")
         if not prototypes.isfinite().all():
-            raise ValueError("prototypes are not finite; a head with them would answer NaN")
+            raise ValueError("prototypes are not finite; a head with them would return NaN")
         self.prototypes.copy_(prototypes)
         self.num_updates.fill_(1)
 

@@ -258,7 +258,7 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
             stacklevel=2)
     elif not find_head(model).is_fitted():
         warnings.warn(
-            f"the weights of {name} hold no prototypes: its HPM head answers as its FC classifier until "
+            f"the weights of {name} hold no prototypes: its HPM head predicts as its FC classifier until "
             "timm_hpm.fit_prototypes(model, loader, threat), or fine-tuning, gives it some",
             UnfittedHeadWarning, stacklevel=2)
     return model

@@ -69,6 +69,9 @@ class CommonOptions:
         None, "data", "fraction of the training images held out for validation, of a data set without a validation "
                       "split (0.1, at most 5,000 images)", above=0, below=1)
     threat: str | None = option(None, "attack", "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
+    threads: int | None = option(
+        None, "machine and output", "CPU threads of a process (OMP_NUM_THREADS, or the fastest number in a short "
+                                    "measurement)", least=1)
     # NumPy's random state takes no larger one.
     seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
 

@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from .neighbours import BATCH_SIZES, check_neighbours
 from .protocols import PROTOCOLS
 from .robustbench import parse_known, save_model_info
 from .sweep import SWEEP, own_mode, save_sweep, sweep
+from .threads import use_threads
 
 _SMALL_IMAGE = 64 * 64
 _SURROGATES_AT_ONCE = 5
@@ -100,10 +103,10 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     options = _attack_options(config, model, images)
     if is_main:
         _print_notes(config, model, len(images), accelerator)
+    attacked = model if config.mean is None and config.std is None else as_pixel_model(model, config.mean, config.std)
+    config = replace(config, threads=use_threads(config.threads, as_pixel_model(attacked), images[:config.batch_size]))
     begins = is_main and begin(config, output, resume)
     try:
-        attacked = model if config.mean is None and config.std is None else as_pixel_model(
-            model, config.mean, config.std)
         return list(sweep(attacked, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
                           folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
                           progress=True, about=_about(config, model, split), **options))
@@ -140,8 +143,10 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
     names = split.class_names or class_names(model)
     options = {name: value for name, value in config.to_saved().items()
                if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})}
-    about = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
+    about: dict[str, Any] = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
              "split": config.split, "options": options}
+    if config.threads is not None:
+        about["threads"] = config.threads
     if config.class_subset:
         about["class_subset"] = f"{model.num_classes} of the model's {len(model.class_map)} classes"
     return about | ({"class_names": list(names)} if names else {})
@@ -250,6 +255,8 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
         model = load_model(config, accelerator)
         if config.mean is not None or config.std is not None:
             model = as_pixel_model(model, config.mean, config.std)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)  # others round differently
         return _compared_verdicts(model, folder)
 
 

@@ -44,7 +44,8 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     options |= _attack_options(protocol)
     if protocol.get("precision", "float32") != "float32":
         return []  # evaluate.py has no option for it
-    options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device") if name in protocol}
+    options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device", "threads")
+                if name in protocol}
     return [*DOOR, "evaluate", *(word for name, value in options.items() for word in _words(name, value))]
 
 

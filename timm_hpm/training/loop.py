@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .distributed import average_, num_processes, process_index, reduced, seed_a
 from .health import epoch_signs, forget_kept_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
 from .recovery import Progress, RunState
-from .run_folder import RunFolder
+from .run_folder import RunFolder, saved_options
 from .schedules import create_schedule
 from .setup import Data, check_launcher, create_optimizer, create_trainable, in_effect, open_data, size_argument
 from .signals import Stopped, StopRequest, noted_signals, obey_parent, shielded_batches
@@ -99,6 +100,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
                  log: Callable[[str], None] = print, progress: bool = False, asked_to_stop: Sequence[int] = ()):
+        if resume and config.threads is None:
+            config = replace(config, threads=saved_options(Path(output)).threads)  # others round differently
         self.config = config
         if config.log_with is not None and config.log_with not in {
                 str(tracker.value) for tracker in get_available_trackers()}:

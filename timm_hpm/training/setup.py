@@ -13,6 +13,7 @@ from torch import nn
 from ..attacks.pgd import default_step_size
 from ..data import ImageSplit, PixelModel, check_every_class, first_images
 from ..evaluation.judge import judge
+from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, head_mode
 from ..models.create import class_names, create_model, open_split_for
 from ..models.saving import OF_TRAINING
@@ -123,12 +124,15 @@ def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
         raise ValueError(f"attack_step_size is {step:g}, in units of pixels in [0, 1], and the ball of {threat} is "
                          f"{2 * threat.eps:g} wide; expected no more than that. Did you mean {step:g}/255?")
     channels, height, width = model.pretrained_cfg["input_size"]
+    mode, images = model.training, min(len(data.val), config.batch_size)
     defaults = {
         "threat": str(threat), "attack_step_size": default_step_size(threat, config.attack_steps),
         "prototype_epoch": 0.0 if _is_trained(config, model, data) else _late(config, len(data.train)),
         "warmup_epochs": config.epochs / 4 if config.sched == "onecycle" else 0.0,
         "num_classes": model.num_classes, "in_chans": channels, "img_size": height if height == width else None,
-        "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"])}
+        "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"]),
+        "threads": use_threads(config.threads, PixelModel(model).eval(), first_images(data.val, images)[0])}
+    model.train(mode)
     return replace(config, **{name: value for name, value in defaults.items()
                               if getattr(config, name) is None and name not in (config.model_kwargs or {})})
 

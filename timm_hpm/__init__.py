@@ -17,6 +17,7 @@ from .evaluation.evaluate import evaluate
 from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
+from .models.load import load_model
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport, compare
 from .report.html import report_page
@@ -58,6 +59,7 @@ __all__ = [
     "inference_mode",
     "judge",
     "keep_classes",
+    "load_model",
     "load_split",
     "mixed_surrogate_attack",
     "models",

@@ -10,6 +10,7 @@ from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.robustbench import AUTHORS_FIELDS
 from ..evaluation.sweep import SWEEP, sweep_markdown
 from ..files import use_any_console
+from ..models.constructors import named_again
 from ..options import given_options
 from ..report import compare as compare_reports
 from ..report.command import DOOR, shell_line
@@ -99,7 +100,8 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         if not (output / OPTIONS).exists():
             raise
-        again = [*DOOR, "evaluate", "--resume", str(output)]
+        named = named_again(config.model, {"model": config.model}, output)
+        again = [*DOOR, "evaluate", "--resume", str(output), *named]
         if args.robustbench_json:
             again += ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
         print(f"\nstopped; to go on: {shell_line(again)}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..files import default_folder
+from ..models.constructors import named_again
 from ..options import given_options
 from ..report.command import DOOR, shell_line
 from ..training import Stopped, TrainConfig, train
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if resume:
         if output:
             raise ValueError("--resume FOLDER names the output folder, too; leave out --output")
-        options = saved_options(resume).to_dict() | options
+        saved = saved_options(resume).to_dict()
+        named_again(saved["model"], options, resume)
+        options = saved | options
         output = resume
     config = TrainConfig(**options)
     if output is None:
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         kept = train(config, output, resume=resume is not None, progress=True)
     except Stopped as stopped:
         if PartialState().is_main_process:
-            again = shell_line([*DOOR, "train", "--resume", str(output)])
+            named = named_again(config.model, {"model": config.model}, output)
+            again = shell_line([*DOOR, "train", "--resume", str(output), *named])
             print(f"{stopped}; to go on: {again}", file=sys.stderr)
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:

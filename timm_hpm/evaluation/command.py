@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import ImageSplit, as_pixel_model, first_images, normalisation_of
 from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
+from ..models.constructors import named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..report import TRUE_MODEL, AttackReport
 from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
@@ -250,7 +251,9 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
     if "inference" in given:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
     # The report says the inference mode, and it may be another machine.
-    config = EvaluateConfig(**{**saved_options(folder, without=("inference", "device")), **given})
+    saved = saved_options(folder, without=("inference", "device"))
+    named_again(saved.get("model", ""), given, folder)
+    config = EvaluateConfig(**{**saved, **given})
     with several_processes(config.device) as accelerator:
         model = load_model(config, accelerator)
         if config.mean is not None or config.std is not None:

@@ -10,6 +10,7 @@ import torch
 from ..data import SPLITS
 from ..files import default_folder
 from ..head import INFERENCE_MODES, check_inference
+from ..models.constructors import named_again
 from ..options import CommonOptions, as_dict, free_names, option, read_options
 from ..surrogates import SURROGATES
 from .budget import Budget
@@ -163,6 +164,7 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> EvaluateConfig:
         ValueError: options other than the run's; the message names them.
     """
     saved = saved_options(folder)
+    named_again(saved.get("model", ""), given, folder)
     config = EvaluateConfig(**{**saved, **given})
     there, now = EvaluateConfig(**saved).to_saved() if saved else config.to_saved(), config.to_saved()
     different = [f"--{name.replace('_', '-')} {now[name]} (there: {there[name]})" for name in now

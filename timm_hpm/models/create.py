@@ -1,6 +1,7 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
 import reprlib
+import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,18 +18,23 @@ from ..checkpoints import check_architecture, fitting, read_file, reading, unwra
 from ..data import ImageSplit, data_source, open_split
 from ..formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, shortened, weights_only, without_tokens
+from ..head import head_name
+from ..names import did_you_mean
 from .configs import read_config
+from .constructors import construct, is_constructor
 from .hpm_timm import register_saved
-from .saving import CONFIG, config_args, config_fields, in_chans, saved_config
+from .saving import CONFIG, WEIGHTS, config_args, config_fields, in_chans, saved_config
 
 
 def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, new_head: bool = False,
                  **kwargs: Any) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`, with the weights of the file `checkpoint` if given.
 
-    A saved model's architecture may be any `hpm_*`, also one that is not registered. The config in a weights file (the
-    layout, the head's mix and inference mode, ...) gives the arguments that are not among `kwargs`. No code of a file
-    runs, and no message contains the token of the Hub's client.
+    A name such as `path/to/file.py:function` or `package.module:function` calls the caller's own constructor, see
+    `construct`; a constructor that only a file names is not run. A saved model's architecture may be any `hpm_*`, also
+    one that is not registered. The config in a weights file (the layout, the head's mix and inference mode, ...) gives
+    the arguments that are not among `kwargs`. No code of a file runs, and no message contains the token of the Hub's
+    client.
 
     Arguments:
         new_head: whether weights of other classes than `num_classes` may get a new, random classifier.
@@ -41,6 +47,8 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
     if kwargs.get("checkpoint_path"):  # timm would load it unread, under the tag's name and normalisation
         raise ValueError(f"checkpoint_path is {str(kwargs['checkpoint_path'])!r}; give such weights by --checkpoint "
                          "(evaluate.py), --initial-checkpoint (train.py) or pretrained_cfg_overlay=dict(file=...)")
+    if is_constructor(name):
+        return _constructed(name, checkpoint, kwargs)
     # Without the cause: it may quote a server's response, with the token.
     try:
         model: Any = _created(name, pretrained, _args_of(checkpoint, name) | kwargs)
@@ -49,8 +57,8 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
     except Exception as error:  # damaged files and arguments of other types cause errors of any type
         given = "".join(f", {key}={reprlib.repr(value)}" for key, value in kwargs.items())
         text = shortened(without_tokens(str(error) or type(error).__name__))
-        raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {text}. Names are those "
-                         "of timm.list_models(), weights those of timm.list_pretrained()") from None
+        raise ValueError(f"cannot create the model {name!r} (pretrained={pretrained}{given}): {text}. "
+                         f"{_nearest(name)}") from None
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, kwargs.get("pretrained_cfg_overlay") or ())
         return model
@@ -62,6 +70,33 @@ def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, 
     return model
 
 
+def _constructed(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> Any:
+    """Returns the network of a caller's own constructor, with the weights of a file if one is given."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    file = checkpoint or overlay.get("file")
+    try:
+        saved = saved_config(file) if file else {}
+        model = construct(name, kwargs, saved if "constructor" in saved else {})
+    except Exception as error:  # the caller's own code raises errors of any type
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if not isinstance(error, ValueError) else ""
+        raise ValueError(f"cannot create the model {name!r}: {type(error).__name__}: {error}{place}") from error
+    if file:
+        load_checkpoint(model, file, overlay, unfitted=checkpoint is None)
+    return model
+
+
+def _nearest(name: str) -> str:
+    """Returns advice about the name of a model that could not be created."""
+    base = split_model_name_tag(name)[0]
+    known = timm.list_models()
+    if ":" in name or base in known:
+        return "Names are those of timm.list_models(), weights those of timm.list_pretrained()"
+    near = did_you_mean(base, [*known, *(f"hpm_{other}" for other in known if not other.startswith("hpm_"))])
+    return ("Names are those of timm.list_models(), hpm_ before any of them (in Python after timm_hpm.register_hpm), "
+            f"or a constructor of your own, path/to/file.py:function{near}")
+
+
 def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`, if that fits this machine; no file's code runs."""
     place, _, path = name.partition(":")
@@ -69,8 +104,14 @@ def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     with weights_only():
         if place in ("hf-hub", "hf_hub", "local-dir"):
             config = read_config(Path(path) / CONFIG if place == "local-dir" else download_from_hf(path, CONFIG))
+            if "constructor" in config:
+                raise ValueError(f"its constructor is {config['constructor']!r}, and code is not run because a file "
+                                 f"names it. Name it yourself: --model {config['constructor']} --checkpoint "
+                                 f"{path}/{WEIGHTS}")
             register_saved(config["architecture"])
             asked = {**kwargs, "config": config}
+        elif timm.is_model(split_model_name_tag(name)[0].removeprefix("hpm_")):
+            register_saved(split_model_name_tag(name)[0])
         if not name.startswith("hpm_"):  # these check themselves
             check_size(lambda: timm.create_model(name, pretrained=False, **kwargs), asked)
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -86,7 +127,7 @@ def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
     return config_args(config) if of_name else {}
 
 
-def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
+def load_checkpoint(model: Any, path: str, given: Collection[str] = (), *, unfitted: bool = False) -> None:
     """Loads weights from a file (safetensors, or a PyTorch file that holds nothing but tensors) into `model`, strictly.
 
     The model adopts the normalisation and the class names in the config of our own files. Another file causes a
@@ -94,11 +135,12 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
 
     Arguments:
         given: the fields of the model's pretrained cfg that the caller set, which stay.
+        unfitted: whether weights without prototypes load, and leave the HPM head without any.
 
     Raises:
         ValueError: if the file is missing or damaged, or has weights of another model.
     """
-    cfg = model.pretrained_cfg
+    cfg, source = model.pretrained_cfg, getattr(model, "normalisation_source", None)
     with _explained(path):
         config = saved_config(path)
         if config:
@@ -106,15 +148,23 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = ()) -> None:
         with reading(f"the checkpoint {path}"):
             state_dict = unwrap(read_file(path))
         with fitting(f"the checkpoint {path}", type(model).__name__, num_classes_of(state_dict, cfg.get("classifier"))):
-            if config and str(cfg.get("architecture")).startswith("hpm_"):
+            if config and (str(cfg.get("architecture")).startswith("hpm_") or (
+                    "constructor" in config and "constructor" not in cfg)):
                 check_architecture(config, cfg["architecture"])
             network = f"the pretrained_cfg of {cfg.get('architecture') or type(model).__name__}"
             # Not in the pretrained_cfg, which has timm's fields only; `PixelModel` reads it.
             model.normalisation_source = f"the config in {path}" if config else network
-            if not config and warn_of_normalisation(
+            if not config and "constructor" in cfg:
+                model.normalisation_source = source
+            elif not config and warn_of_normalisation(
                     f"the weights in {path}", cfg["mean"], cfg["std"], given, state_dict):
                 model.normalisation_source = f"assumed, {network}: {path} does not say it"
-            model.load_state_dict(plain_state_dict(state_dict, cfg["mean"], cfg["std"]))
+            own = model.state_dict()
+            if not state_dict.keys() <= own.keys():
+                state_dict = plain_state_dict(state_dict, cfg["mean"], cfg["std"])
+            head = head_name(model) if unfitted else None
+            entries = {key: value for key, value in own.items() if head and key.startswith(f"{head}.")}
+            model.load_state_dict({**entries, **state_dict})
     cfg["num_classes"] = model.num_classes
 
 

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..head import find_head
+from ..head import find_head, head_name
 from .configs import checked_config
 from .preact import PreActNet
 
@@ -60,23 +60,25 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     The weights do not show mix, EMA decay, inference mode, layout, channels and normalisation.
 
     Arguments:
-        model: a model with an HPM head, made by `timm.create_model`.
+        model: a model that `timm.create_model` or a caller's own constructor made, with an HPM head or without.
         model_args: further arguments of `timm.create_model`, which older versions of timm do not record.
 
     Raises:
         ValueError: if timm.create_model did not make the model, or JSON cannot hold its arguments.
     """
-    head = find_head(model)
+    head_args = {} if head_name(model) is None else find_head(model).config()
     cfg = getattr(model, "pretrained_cfg", None) or {}
     architecture = cfg.get("architecture")
     if not architecture:
         raise ValueError(f"{type(model).__name__} has no architecture in its pretrained_cfg, so timm could not build "
                          "it again. Expected a model that timm.create_model made")
+    if cfg.get("constructor"):
+        return _constructor_config(model, {**model.network_args, **model_args, **head_args})
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         path = Path(temporary) / CONFIG
         try:
             # Newer versions of timm add the arguments of create_model; older ones only write these.
-            args = {**model_args, **_network_args(model), **head.config()}
+            args = {**model_args, **_network_args(model), **head_args}
             if in_chans(model) != cfg["input_size"][0]:
                 args["in_chans"] = in_chans(model)
             save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
@@ -96,9 +98,23 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
         names = cfg.get("label_names") or ()
         if len(names) == model.num_classes:  # timm takes them for the tag's
             config["pretrained_cfg"]["label_names"] = names
-    if not architecture.startswith("hpm_"):
+    if head_args and not architecture.startswith("hpm_"):
         config["architecture"] = f"hpm_{architecture}"
     return config
+
+
+def _constructor_config(model: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of a network that a caller's own constructor made."""
+    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "constructor" and value is not None}
+    config = {"architecture": cfg.pop("architecture"), "constructor": model.pretrained_cfg["constructor"],
+              "num_classes": model.num_classes, "model_args": dict(sorted(args.items())),
+              "pretrained_cfg": {**cfg, "num_classes": model.num_classes, "classifier": head_name(model) or
+                                 cfg.get("classifier")}}
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the arguments of {config['constructor']} cannot be saved ({error}); expected values that "
+                         "JSON can hold") from error
 
 
 def _network_origin(architecture: str) -> str | None:

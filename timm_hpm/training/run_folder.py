@@ -14,6 +14,7 @@ import yaml
 
 from ..data import data_source, open_split
 from ..files import remove, remove_unfinished, replacing, write_text, writing
+from ..models.constructors import is_constructor
 from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
 from ..options import read_options
 from ..report import svg
@@ -149,9 +150,12 @@ def measuring_command(path: Path) -> str:
     except (ValueError, OSError):
         split, data = "val", data | {"val_fraction": config.val_fraction}
         available = len(opened(split, **data))
+    model = {"model": f"local-dir:{path}", "options": data}
+    if is_constructor(config.model):
+        model = {"model": config.model, "options": data | {"checkpoint": str(path / WEIGHTS)}}
     return shell_line(evaluate_command({
-        "model": f"local-dir:{path}", "dataset": config.dataset, "split": split, "threat": config.threat,
-        "num_images": min(100, available), "options": data} | ({"device": config.device} if config.device else {})))
+        **model, "dataset": config.dataset, "split": split, "threat": config.threat,
+        "num_images": min(100, available)} | ({"device": config.device} if config.device else {})))
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:

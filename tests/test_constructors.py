@@ -1,0 +1,196 @@
+"""Networks of a caller's own constructor, and public ones by their tags."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import timm_hpm
+from timm_hpm import find_head, head_mode
+from timm_hpm.commands import evaluate as evaluate_command
+from timm_hpm.commands import train as train_command
+from timm_hpm.head import head_name
+from timm_hpm.models.create import create_model, load_checkpoint
+from timm_hpm.models.saving import write_model
+
+NET = """
+from torch import nn
+from parts import width  # a module beside this one
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, width, 3)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+def small(num_classes=10, in_chans=1):
+    return Net(num_classes, in_chans)
+
+def robust():
+    import timm_hpm
+    return timm_hpm.add_hpm_head(small(), mix=0.25)
+
+def fixed():
+    return small()
+
+def number():
+    return 3
+
+def unknown():
+    return nn.Flatten()
+
+def broken():
+    return [][0]
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """Returns the text of a constructor's file, without the function."""
+    (tmp_path / "parts.py").write_text("width = 6\n")
+    (tmp_path / "net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("parts", None)
+    return "net.py"
+
+
+@pytest.mark.parametrize("place", ["net.py", "folder.net"])
+def test_a_constructor_makes_a_network_with_the_attributes_of_timm_s(net, place, tmp_path):
+    if place == "folder.net":
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder/net.py").write_text(NET)
+    model = create_model(f"{place}:small", pretrained=False, num_classes=4)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 4) and model.num_classes == 4 and head_name(model) is None
+    cfg = model.pretrained_cfg
+    assert cfg["mean"] == (0.0,) and cfg["std"] == (1.0,) and (cfg["first_conv"], cfg["classifier"]) == ("conv", "fc")
+    assert "takes pixels in [0, 1]" in timm_hpm.PixelModel(model).source
+    model = create_model(f"{place}:small", pretrained=False, pretrained_cfg_overlay={"mean": (0.5,), "std": (0.5,)})
+    assert timm_hpm.PixelModel(model).mean.item() == 0.5
+
+
+def test_a_constructor_s_head_and_one_by_arguments(net):
+    assert find_head(create_model("net.py:robust", pretrained=False)).mix == 0.25
+    assert find_head(create_model("net.py:robust", pretrained=False, mix=0.75)).mix == 0.75
+    assert find_head(create_model("net.py:small", pretrained=False, inference="sample")).inference == "sample"
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), [
+    ("nut.py:small", {}, r"there is no file nut\.py; expected path/to/file\.py:function"),
+    ("nut.net:small", {}, "there is no module 'nut' here or installed; expected package.module:function"),
+    ("net.py:smal", {}, r"net\.py has no function 'smal'; it has Net, small, robust, fixed"),
+    ("net.py:number", {}, r"net\.py:number returned int; expected an nn\.Module"),
+    ("net.py:unknown", {}, "does not say its number of classes: set the attribute num_classes"),
+    ("net.py:fixed", {"num_classes": 3}, "made a network of 10 classes, and num_classes is 3; let the constr"),
+    ("net.py:broken", {}, r"IndexError: list index out of range \(.*net\.py, line \d+\)"),
+    ("net.py:small", {"widht": 3}, "TypeError: .*unexpected keyword argument 'widht'"),
+    ("net.py:small", {"mix": 2}, r"mix is 2; expected a number in \[0, 1\]"),
+    ("net.py", {}, r"a constructor of your own, path/to/file\.py:function"),
+    ("resnt18", {}, r"timm_hpm\.register_hpm.*did you mean resnet18"),
+    ("hpm_resnt26", {}, "hpm_.*; did you mean hpm_resnet26"),
+])
+def test_a_constructor_that_makes_no_network_is_explained(net, name, arguments, message):
+    with pytest.raises(ValueError, match=rf"(?s)cannot create the model {name!r}.*{message}"):
+        create_model(name, pretrained=False, **arguments)
+
+
+def test_any_base_of_timm_s_has_an_hpm_name():
+    assert head_name(create_model("hpm_test_resnet", pretrained=False)) == "fc"
+
+
+@pytest.mark.parametrize("function", ["small", "robust"])
+def test_a_saved_network_is_made_again_by_its_named_constructor_only(net, function, tmp_path, monkeypatch):
+    model = create_model(f"net.py:{function}", pretrained=False).eval()
+    images = torch.rand(10, 1, 8, 8)
+    if function == "robust":
+        timm_hpm.fit_prototypes(model, [(images, torch.arange(10))])
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    write_model(model, folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["timm_hpm"])
+    assert config["constructor"] == config["architecture"] == f"net.py:{function}" and config["num_classes"] == 10
+    weights = str(folder / "model.safetensors")
+    again = create_model(f"net.py:{function}", pretrained=False, checkpoint=weights).eval()
+    assert torch.equal(again(images), model(images)) and type(again) is not torch.nn.Module
+    if function == "robust":  # the file says that its network has a head, and which
+        other = create_model("net.py:small", pretrained=False, checkpoint=weights).eval()
+        assert torch.equal(other(images), model(images)) and find_head(other).mix == 0.25
+    # Whatever a file says, its code is not run.
+    (tmp_path / "net.py").write_text("raise SystemExit('it ran')")
+    for name, message in ((f"local-dir:{folder}", "code is not run because a file names it"),
+                          ("hpm_wrn10_2", rf"the weights are of net\.py:{function}, and the network is hpm_wrn10_2")):
+        with pytest.raises(ValueError, match=message):
+            create_model(name, pretrained=True, checkpoint=None if ":" in name else weights)
+
+
+def test_weights_of_one_s_own_load_with_their_own_names(net, tmp_path):
+    plain, images = create_model("net.py:small", pretrained=False), torch.rand(10, 1, 8, 8)
+    save_file({f"module.{key}": value for key, value in plain.state_dict().items()}, tmp_path / "plain.safetensors")
+    again = create_model("net.py:small", pretrained=False, checkpoint=str(tmp_path / "plain.safetensors"))
+    assert torch.equal(again(images), plain(images))
+    # For training, weights without prototypes make a head without them.
+    robust = create_model("net.py:robust", pretrained=False,
+                          pretrained_cfg_overlay={"file": str(tmp_path / "plain.safetensors")})
+    with head_mode(robust, "fc"):
+        assert torch.equal(robust(images), plain(images))
+    model, wrapped = torch.nn.Sequential(plain), torch.nn.Sequential(create_model("net.py:small", pretrained=False))
+    save_file(model.state_dict(), tmp_path / "wrapped.safetensors")  # all its keys begin with "0."
+    wrapped.pretrained_cfg = plain.pretrained_cfg
+    wrapped.num_classes = 10
+    load_checkpoint(wrapped, str(tmp_path / "wrapped.safetensors"))
+    assert torch.equal(wrapped(images), plain(images))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "timm_hpm", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_commands_take_a_constructor(net):
+    train = ("train", "--model", "net.py:robust", "--dataset", "digits", "--epochs", "1", "--output", "run",
+             "--device", "cpu")
+    done = run(*train)
+    assert done.returncode == 0, done.stderr
+    assert "--model net.py:robust" in done.stdout and "--checkpoint run/model.safetensors" in done.stdout
+    with pytest.raises(ValueError, match="code is not run because a file names it"):
+        train_command.main(["--resume", "run"])
+    evaluate = ("evaluate", "--model", "net.py:robust", "--checkpoint", "run/model.safetensors", "--num-images", "8",
+                "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", "report")
+    done = run(*evaluate)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("report/report.json").read_text())["protocol"]["architecture"] == "net.py:robust"
+    with pytest.raises(ValueError, match="code is not run because a file names it"):
+        evaluate_command.main(["--resume", "report"])
+    assert evaluate_command.main(["--resume", "report", "--model", "net.py:robust"]) == 0
+
+
+# Public networks
+
+
+def test_a_public_network_by_its_tag_or_its_data_set_and_threat():
+    for arguments in ({"name": "digits_linf"}, {"name": "hpm_wrn10_2.digits_linf"},
+                      {"dataset": "digits", "threat": "Linf:0.1"}):
+        model = timm_hpm.load_model(**arguments, inference="sample")
+        assert not model.training and find_head(model).is_fitted() and find_head(model).inference == "sample"
+        assert model.pretrained_cfg["tag"] == "digits_linf"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"name": "wang2023_cifar10_linf"}, r"2 networks fit name='wang2023_cifar10_linf'; expected one. They are:\n"
+                                        r" +hpm_wrn28_10\.wang2023_cifar10_linf: threat model: Linf:8/255; .*\n"
+                                        r" +hpm_wrn70_16\.wang2023_cifar10_linf: .*70\.69 % under AutoAttack"),
+    ({"dataset": "torch/cifar10", "threat": "L2:128/255"}, "2 networks fit dataset='torch/cifar10', threat='L2:12"),
+    ({"name": "nothing"}, r"no networks fit name='nothing'; expected one. Known are:\n(.*\n)+.*digits_linf"),
+    ({"dataset": "digits", "threat": "8/255"}, "cannot read the threat model '8/255'"),
+])
+def test_a_public_network_that_is_not_the_only_one_is_not_guessed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.load_model(**arguments)

@@ -1,0 +1,63 @@
+"""`load_model`: a public robust network by its tag, or by its data set and threat model."""
+
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg
+
+from ..threat import ThreatModel
+from .create import create_model
+
+# Parts of the names of tags for data sets with other names elsewhere.
+_DATA_SETS = {"tiny-imagenet": "tiny", "tiny_imagenet": "tiny", "tinyimagenet": "tiny", "image_folder": "imagenet"}
+
+
+def load_model(
+        name: str | None = None,
+        *,
+        dataset: str | None = None,
+        threat: ThreatModel | str | None = None,
+        **model_args: Any,
+) -> Any:
+    """Returns a public robust network with its weights, in eval mode: the only one that fits.
+
+    Arguments:
+        name: a tag such as `"wang2023_cifar10_linf"`, a name such as `"hpm_wrn28_10.wang2023_cifar10_linf"`, an
+            architecture such as `"hpm_wrn28_10"` or a part of any of them; None takes all.
+        dataset: the training set, such as `"cifar10"`, `"imagenet"` or `"torch/cifar100"`.
+        threat: the threat model of the training, such as `"Linf:8/255"`.
+        model_args: arguments of `timm.create_model`, such as `inference`.
+
+    Raises:
+        ValueError: if no network or more than one fits; the message lists the candidates.
+    """
+    wanted = {key: value for key, value in (("name", name), ("dataset", dataset), ("threat", threat)) if value}
+    threat = ThreatModel.of(threat) if threat else None
+    known = _known()
+    fitting = {full: about for full, about in known.items() if _fits(full, about, dataset, threat)}
+    if name is not None:
+        exact = [full for full in fitting if name in (full, full.partition(".")[2])]
+        fitting = {full: fitting[full] for full in exact or [full for full in fitting if name in full]}
+    if len(fitting) != 1:
+        asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted.items()) or "nothing"
+        lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in (fitting or known).items())
+        raise ValueError(f"{len(fitting) or 'no'} networks fit {asked}; expected one. "
+                         f"{'They are' if fitting else 'Known are'}:{lines}")
+    return create_model(*fitting, pretrained=True, **model_args).eval()
+
+
+def _known() -> dict[str, tuple[str, ...]]:
+    """Returns the notes of all tags with weights and a threat model."""
+    notes = {}
+    for full in timm.list_pretrained("hpm_*"):
+        cfg = get_pretrained_cfg(full)
+        if cfg is not None and cfg.notes and cfg.notes[0].startswith("threat model: "):
+            notes[full] = tuple(cfg.notes)
+    return notes
+
+
+def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
+    """Returns whether a network is of a data set and a threat model, if these are asked for."""
+    part = (dataset or "").lower().rpartition("/")[2].replace("cifar-", "cifar")
+    return (not part or _DATA_SETS.get(part, part) in full.partition(".")[2].split("_")) and (
+        threat is None or ThreatModel.parse(notes[0].partition(": ")[2]) == threat)

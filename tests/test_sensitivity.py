@@ -9,6 +9,7 @@ from html_page import Page
 from torch import nn
 
 import timm_hpm
+from timm_hpm.__main__ import main
 from timm_hpm.head import HPMHead, find_head
 from timm_hpm.report.sensitivity_page import sensitivity_markdown, sensitivity_page
 from timm_hpm.sensitivity import Sensitivity, measure_sensitivity
@@ -123,12 +124,12 @@ def test_the_page_shows_every_network_head_and_class_and_nothing_from_outside(st
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"radii": [0]}, "expected a radius above 0"), ({"heads": ()}, "and a head"), ({"heads": ("l2",)}, "l2"),
+    ({"radii": [0]}, "expected a radius above 0"), ({"modes": ()}, "and a mode"), ({"modes": ("l2",)}, "l2"),
     ({"iterations": 0}, "iterations"), ({"norm": "L3"}, "norm"), ({"batch_size": 0}, "batch_size"),
 ])
 def test_malformed_arguments_are_named(change, message):
     model = LinearFeatures().eval()
-    arguments = {"norm": "Linf", "radii": [0.1], "heads": ("fc",), "iterations": 1, "batch_size": 4} | change
+    arguments = {"norm": "Linf", "radii": [0.1], "modes": ("fc",), "iterations": 1, "batch_size": 4} | change
     with pytest.raises(ValueError, match=message):
         measure_sensitivity(model, torch.rand(4, 1, 2, 1), torch.zeros(4, dtype=torch.long), **arguments)
 
@@ -138,3 +139,16 @@ def test_an_unfitted_head_is_refused():
     model.head.reset_prototypes()
     with pytest.raises(ValueError, match="fit_prototypes"):
         measure_sensitivity(model, torch.rand(4, 1, 2, 1), torch.zeros(4, dtype=torch.long), "Linf", [0.1])
+
+
+def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):
+    torch.save(timm.create_model("hpm_wrn10_2", pretrained=True).state_dict(), tmp_path / "a.pt")
+    torch.save(timm.create_model("hpm_wrn10_2", pretrained=True).state_dict(), tmp_path / "b.pt")
+    assert main(["sensitivity", "--checkpoint", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--num-images", "6",
+                 "--radii", "0:0.1:0.1", "--iterations", "2", "--inference", "fc,dataset", "--device", "cpu",
+                 "--output", str(tmp_path / "out")]) == 0
+    page = Page((tmp_path / "out" / "sensitivity.html").read_text())
+    assert len(page.all("svg")) == 2 and "a.pt" in page.text and "b.pt" in page.text
+    saved = [Sensitivity.load(file) for file in sorted((tmp_path / "out").glob("*.json"))]
+    assert [len(study.rows) for study in saved] == [2, 2] and saved[0].rows == saved[1].rows
+    assert "| FC | 0.1 |" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from .report.html import report_page
 from .report.markdown import comparison_markdown, report_markdown
 from .report.write import write_report
 from .subset import keep_classes
+from .sensitivity import Sensitivity, measure_sensitivity
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
 
@@ -43,6 +44,7 @@ __all__ = [
     "PixelModel",
     "Protocol",
     "PrototypeFit",
+    "Sensitivity",
     "ThreatModel",
     "TooLargeError",
     "UnfittedHeadWarning",
@@ -62,6 +64,7 @@ __all__ = [
     "load_model",
     "load_split",
     "mixed_surrogate_attack",
+    "measure_sensitivity",
     "models",
     "pgd",
     "register_hpm",

@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "sweep": ("evaluate:sweep", "measure it at several radii"),
     "compare": ("evaluate:compare", "print two reports side by side, image by image"),
     "rejudge": ("evaluate:rejudge", "judge the saved candidates of a run again"),
+    "sensitivity": ("sensitivity:main", "measure how features and margins of each head move under attack"),
     "train": ("train:main", "train a model adversarially"),
     "convert": ("hub:convert", "convert a public checkpoint into timm's format"),
     "push": ("hub:push", "push a model and its card to the Hugging Face Hub"),
@@ -25,7 +26,7 @@ COMMANDS: Final = {
 def help_text() -> str:
     """Returns the help: examples, and a line for each command."""
     call = " ".join(DOOR)
-    lines = "".join(f"    {name:10}{about}\n" for name, (_, about) in COMMANDS.items())
+    lines = "".join(f"    {name:12}{about}\n" for name, (_, about) in COMMANDS.items())
     return (f"examples:\n    {call} evaluate\n    {call} train --pretrained --epochs 5 --lr 0.01\n"
             f"    {call} compare output/a output/b\n\nusage: {call} COMMAND [options]\n\n{lines}\n"
             f"{call} COMMAND --help lists the options of a command.\n")

@@ -22,7 +22,7 @@ from .data import as_pixel_model, check_pixels, checked_integer
 from .evaluation.attacked import AttackedModel
 from .evaluation.seeding import seeded
 from .files import write_text
-from .head import check_inference, find_head, head_mode
+from .head import INFERENCE_MODES, check_inference, find_head, head_mode
 from .threat import ThreatModel
 
 
@@ -114,7 +114,7 @@ def measure_sensitivity(
         labels: Tensor,
         norm: str,
         radii: Sequence[float],
-        heads: Sequence[str] = ("fc", "dataset", "sample", "batch"),
+        modes: Sequence[str] = INFERENCE_MODES,
         *,
         iterations: int = 50,
         batch_size: int = 100,
@@ -138,7 +138,7 @@ def measure_sensitivity(
         labels: (N,), class indices.
         norm: `"Linf"` or `"L2"`.
         radii: in units of the pixel range; those of 0 are left out.
-        heads: inference modes of the HPM head.
+        modes: inference modes of the HPM head, each a head of its own.
         iterations: APGD steps of each attack, at least 1.
         batch_size: images in a batch, at least 1; the logits of `"batch"` depend on it.
         seed: of the random starts.
@@ -149,9 +149,9 @@ def measure_sensitivity(
         ValueError: if the head is not fitted, or an argument is malformed.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
-    heads = tuple(dict.fromkeys(check_inference(mode) for mode in heads))
-    if not threats or not heads:
-        raise ValueError(f"radii are {list(radii)} and heads {list(heads)}; expected a radius above 0 and a head")
+    modes = tuple(dict.fromkeys(check_inference(mode) for mode in modes))
+    if not threats or not modes:
+        raise ValueError(f"radii are {list(radii)} and modes {list(modes)}; expected a radius above 0 and a mode")
     if not find_head(model).is_fitted():
         raise ValueError("the HPM head has no prototypes, so all heads are the FC classifier; call "
                          "timm_hpm.fit_prototypes(model, loader) first")
@@ -160,10 +160,10 @@ def measure_sensitivity(
     device = next(model.parameters()).device
     images, labels = check_pixels(images, labels).to(device), labels.to(device)
     study = _Study(model, images, labels, batch_size)
-    clean = {mode: study.at(mode, images) for mode in heads}
+    clean = {mode: study.at(mode, images) for mode in modes}
     rows = []
-    with tqdm(total=len(threats) * len(heads), disable=not progress, unit="attack") as bar:
-        for mode in heads:
+    with tqdm(total=len(threats) * len(modes), disable=not progress, unit="attack") as bar:
+        for mode in modes:
             for threat in threats:
                 with seeded(device, seed, mode, str(threat)):
                     strong, naive = study.attack(mode, threat, iterations)

@@ -1,0 +1,100 @@
+"""`sensitivity`: how far an attack moves the features of networks, and how far each head's margin follows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import SPLITS, first_images
+from ..evaluation.sweep import parse_radii
+from ..files import default_folder, use_any_console, writable_folder, write_text
+from ..head import INFERENCE_MODES, check_inference
+from ..models.create import class_names, create_model, open_split_for, usable_device
+from ..options import CommonOptions, given_options, option
+from ..report.sensitivity_page import sensitivity_markdown, sensitivity_page
+from ..sensitivity import Sensitivity, measure_sensitivity
+from ..threat import ThreatModel
+from .parser import Parser
+
+_ABOUT = """\
+Attacks the FC, ℓ2 and HPM heads of a network at several radii, by a loss that no scale of the logits saturates and by
+the cross-entropy, and measures how far the features and each head's margin move. Several --checkpoint, such as of a
+normally and a robustly trained network, share a page. Writes sensitivity.html and a JSON file for each network."""
+_EXAMPLES = ("", "--checkpoint normal.safetensors robust.safetensors --num-images 500",
+             "--radii 0:8/255:2/255 --inference fc,dataset --num-images 0")
+
+
+@dataclass(frozen=True)
+class SensitivityConfig(CommonOptions):
+    """The options of a sensitivity study.
+
+    Raises:
+        ValueError: a value of another type, or out of its range.
+    """
+
+    checkpoint: tuple[str, ...] = option(
+        (), "model", "files of weights, each a network of its own (the pretrained ones)")
+    inference: tuple[str, ...] = option(
+        (), "model", f"inference modes of the HPM head, each a head of its own, of {', '.join(INFERENCE_MODES)} (all)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "model", "device of PyTorch")
+    split: str = option("val", "data", "split of the data set", choices=SPLITS)
+    num_images: int = option(100, "data", "number of images, the first of the split; 0 for all", least=0)
+    radii: str | None = option(
+        None, "attack", "FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.05 (five steps to 1.5 times the "
+                        "radius of --threat)")
+    iterations: int = option(50, "attack", "steps of each attack", least=1)
+    batch_size: int = option(100, "attack", "images per batch, on which the batch head's logits depend", "-b", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for mode in self.inference:
+            check_inference(mode)
+        if self.radii is not None:
+            parse_radii(self.radii)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures the networks; returns the exit code."""
+    use_any_console()
+    parser = Parser("sensitivity", _EXAMPLES, _ABOUT)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="(output/sensitivity-<model>-<date>)")
+    args, given = given_options(parser, SensitivityConfig, argv)
+    config = SensitivityConfig(**given)
+    output = args.output or default_folder(config.model, "sensitivity-")
+    writable_folder(output)
+    studies: list[Sensitivity] = []
+    names: tuple[str, ...] = ()
+    for checkpoint in config.checkpoint or (None,):
+        study, names = _study(config, checkpoint)
+        studies.append(study)
+        study.save(output / f"{_file_name(study.name)}.json")
+        print(f"{study.name}\n\n{sensitivity_markdown(study)}")
+    write_text(output / "sensitivity.html", sensitivity_page(studies, names))
+    print(f"written: {output / 'sensitivity.html'}, and the files beside it")
+    return 0
+
+
+def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivity, tuple[str, ...]]:
+    """Returns the study of one network, and the names of its classes."""
+    arguments: dict[str, Any] = dict(config.model_kwargs or {})
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    if own := {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name) is not None}:
+        arguments["pretrained_cfg_overlay"] = own
+    model = create_model(config.model, pretrained=checkpoint is None, checkpoint=checkpoint, **arguments)
+    model = model.to(usable_device(config.device)).eval()
+    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
+                           download=config.dataset_download, class_map=config.class_map,
+                           val_fraction=config.val_fraction)
+    threat = ThreatModel.parse(config.threat or split.threat)
+    radii = parse_radii(config.radii) if config.radii else [threat.eps * i * 0.3 for i in range(6)]
+    images, labels = first_images(split, config.num_images)
+    study = measure_sensitivity(model, images, labels, threat.norm, radii, config.inference or INFERENCE_MODES,
+                                iterations=config.iterations, batch_size=config.batch_size, seed=config.seed,
+                                name=checkpoint or config.model, progress=True)
+    return study, tuple(split.class_names or class_names(model) or ())
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-")

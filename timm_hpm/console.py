@@ -1,11 +1,15 @@
 """How the commands of this package print and end."""
 
 import errno
+import html
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
+
+import torch
 
 from .files import use_any_console, writing
 from .guards import last_words
@@ -47,3 +51,71 @@ def _usable(number: int, stream: Any) -> Any:
     except OSError:
         os.dup2(null, number)  # or the next file that is opened would get the output of libraries
     return open(null, "w", encoding="utf-8")
+
+
+def facts(values: Mapping[str, str]) -> str:
+    """Returns names and values, a line each, in two columns."""
+    width = max(map(len, values))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people say it, such as `"40 s"`, `"12 min"` or `"3.5 h"`."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def device_text(device: torch.device, processes: int = 1) -> str:
+    """Returns the device, with a GPU's name or a CPU's threads, and the number of processes if there are several."""
+    if device.type == "cuda":
+        text = f"{device}, {torch.cuda.get_device_name(device)}"
+    else:
+        threads = torch.get_num_threads()
+        text = f"{device}, {threads} thread{'s' * (threads > 1)}"
+    return text if processes == 1 else f"{text}, {processes} processes"
+
+
+def show(markdown: str) -> None:
+    """Prints a text in Markdown: as it is into a file, with aligned tables and without its marks in a terminal."""
+    print(rendered(markdown) if sys.stdout.isatty() else markdown)
+
+
+def rendered(markdown: str) -> str:
+    """Returns a text in Markdown for a terminal: tables in columns, code indented, headings without marks."""
+    lines: list[str] = []
+    table: list[str] = []
+    fence = ""
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|") and not fence:
+            table.append(line)
+            continue
+        if table:
+            lines += _columns(table)
+            table = []
+        if line.startswith("```") and (not fence or line == fence):
+            fence = "" if fence else line.rstrip("abcdefghijklmnopqrstuvwxyz")
+        else:
+            lines.append(f"    {line}" if fence else _unmarked(line))
+    return "\n".join(lines[:-1])
+
+
+def _columns(rows: Sequence[str]) -> list[str]:
+    """Returns the rows of a table in Markdown in columns, numbers to the right."""
+    parts = [[_unmarked(cell) for cell in re.split(r"(?<!\\)\|", row.strip()[1:-1])] for row in rows]
+    right = [cell.endswith(":") for cell in parts[1]]
+    cells = [parts[0], *parts[2:]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) if number else cell.ljust(width)
+                       for cell, width, number in zip(row, widths, right, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]] if any(parts[0]) else lines[1:]
+
+
+def _unmarked(text: str) -> str:
+    """Returns a line or cell of Markdown without marks and escapes, and without characters that move a terminal."""
+    text = re.sub(r"^#+ +|\*\*|(?<!\\)`", "", text.strip())
+    text = re.sub(r"(?<!\\)\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", text)
+    text = html.unescape(re.sub(r"\\([^\w\s])", r"\1", text))
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..console import show
 from ..evaluation.command import load_report, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.robustbench import AUTHORS_FIELDS
@@ -108,14 +109,14 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
         return 130
     if reports:
         several = len(reports) > 1 or config.eps_sweep
-        print(sweep_markdown(reports) if several else report_markdown(reports[0]))
+        show(sweep_markdown(reports) if several else report_markdown(reports[0]))
         page = output / (SWEEP if several else "report.html")
         print(f"{output} holds a finished run" if finished else f"written: {page}, and the files beside it")
     return 0
 
 
 def _compare(a: Path, b: Path) -> int:
-    print(comparison_markdown(compare_reports(load_report(a), load_report(b))))
+    show(comparison_markdown(compare_reports(load_report(a), load_report(b))))
     return 0
 
 

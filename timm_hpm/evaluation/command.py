@@ -15,18 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
-from ..data import ImageSplit, as_pixel_model, first_images, normalisation_of
+from ..data import ImageSplit, as_pixel_model, first_images
 from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
 from ..models.constructors import named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..report import TRUE_MODEL, AttackReport
 from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
-from ..report.tables import pixels_note
 from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
+from .header import evaluation_header
 from .judge import rejudge, saved_protocol
+from .msa import REPORT
 from .neighbours import BATCH_SIZES, check_neighbours
 from .protocols import PROTOCOLS
 from .robustbench import parse_known, save_model_info
@@ -102,15 +103,20 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     threat = ThreatModel.parse(config.threat or split.threat)
     images, labels = first_images(split, config.num_images)
     options = _attack_options(config, model, images)
-    if is_main:
-        _print_notes(config, model, len(images), accelerator)
     attacked = model if config.mean is None and config.std is None else as_pixel_model(model, config.mean, config.std)
     config = replace(config, threads=use_threads(config.threads, as_pixel_model(attacked), images[:config.batch_size]))
+    about = _about(config, model, split)
+    if is_main and not (output / REPORT).exists():
+        print(evaluation_header(about, attacked, images, threat, options["protocol"], radii=config.radii(),
+                                modes=config.inference, batch_size=config.batch_size, accelerator=accelerator),
+              file=sys.stderr)
+        if accelerator is not None:
+            print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
     begins = is_main and begin(config, output, resume)
     try:
         return list(sweep(attacked, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
                           folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
-                          progress=True, about=_about(config, model, split), **options))
+                          progress=True, about=about, **options))
     except ValueError:
         # Nothing was attacked yet, so the mended command must find no earlier run.
         if begins and [path.name for path in output.rglob("*") if path.is_file() and path.name != LOCK] == [OPTIONS]:
@@ -151,13 +157,6 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
     if config.class_subset:
         about["class_subset"] = f"{model.num_classes} of the model's {len(model.class_map)} classes"
     return about | ({"class_names": list(names)} if names else {})
-
-
-def _print_notes(config: EvaluateConfig, model: nn.Module, num_images: int, accelerator: Accelerator | None) -> None:
-    if accelerator is not None:
-        print(idle_note(num_images, config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
-    print(pixels_note({"normalisation": normalisation_of(as_pixel_model(model, config.mean, config.std))}),
-          file=sys.stderr)
 
 
 def idle_note(num_images: int, batch_size: int, processes: int) -> str:

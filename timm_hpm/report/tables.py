@@ -141,6 +141,6 @@ def cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
     if not isinstance(value, list | tuple):
-        return str(value)
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
     rest = f", ... ({len(value)} in all)" if len(value) > 20 else ""
-    return ", ".join(map(str, value[:10] if rest else value)) + rest
+    return ", ".join(map(cell, value[:10] if rest else value)) + rest

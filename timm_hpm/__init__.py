@@ -23,8 +23,8 @@ from .report import AttackReport, compare
 from .report.html import report_page
 from .report.markdown import comparison_markdown, report_markdown
 from .report.write import write_report
-from .subset import keep_classes
 from .sensitivity import Sensitivity, measure_sensitivity
+from .subset import keep_classes
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head
 from .threat import ThreatModel
 
@@ -63,8 +63,8 @@ __all__ = [
     "keep_classes",
     "load_model",
     "load_split",
-    "mixed_surrogate_attack",
     "measure_sensitivity",
+    "mixed_surrogate_attack",
     "models",
     "pgd",
     "register_hpm",

@@ -114,7 +114,7 @@ def measure_sensitivity(
         labels: Tensor,
         norm: str,
         radii: Sequence[float],
-        modes: Sequence[str] = INFERENCE_MODES,
+        modes: Sequence[str] = INFERENCE_MODES[::-1],
         *,
         iterations: int = 50,
         batch_size: int = 100,

@@ -90,7 +90,7 @@ def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivi
     threat = ThreatModel.parse(config.threat or split.threat)
     radii = parse_radii(config.radii) if config.radii else [threat.eps * i * 0.3 for i in range(6)]
     images, labels = first_images(split, config.num_images)
-    study = measure_sensitivity(model, images, labels, threat.norm, radii, config.inference or INFERENCE_MODES,
+    study = measure_sensitivity(model, images, labels, threat.norm, radii, config.inference or INFERENCE_MODES[::-1],
                                 iterations=config.iterations, batch_size=config.batch_size, seed=config.seed,
                                 name=checkpoint or config.model, progress=True)
     return study, tuple(split.class_names or class_names(model) or ())

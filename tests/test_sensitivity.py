@@ -118,7 +118,7 @@ def test_the_page_shows_every_network_head_and_class_and_nothing_from_outside(st
     text = sensitivity_page([study, robust], [f"digit {i}" for i in range(10)])
     page = Page(text)
     assert text.count("<svg") == 2 and "&lt;digits&gt;" in text and "<digits>" not in text
-    assert "digit 9" in text and "HPM, batch" in text
+    assert "digit 9" in text and "<td>batch</td>" in text
     assert page.all("svg") and not page.all("script") and not page.all("img")
     assert sensitivity_markdown(study).count("\n") == 2 + len(study.rows)
 

@@ -27,10 +27,10 @@ def sensitivity_page(studies: Sequence[Sensitivity], class_names: Sequence[str] 
     """
     body = [
         "<p>Each head of one backbone is attacked through its own logits. <b>Accuracy</b> is that under both attacks, "
-        "on the margin and on the cross-entropy. <b>Naive</b> is the accuracy that the attack on the cross-entropy alone "
-        "would claim: a head whose logits are large saturates the cross-entropy, which leaves no gradient and hides how "
-        "weak the head is. <b>Feature shift</b> is how far the attack moves the features, in units of the distance "
-        "between two images of the split. <b>Part lost</b> is the part of the clean margin that the attack takes, and "
+        "on the margin and on the cross-entropy. <b>Naive</b> is the accuracy that the attack on the cross-entropy "
+        "alone would claim: large logits saturate the cross-entropy, which leaves no gradient and hides how weak the "
+        "head is. <b>Feature shift</b> is how far the attack moves the features, in units of the distance between two "
+        "images of the split. <b>Part lost</b> is the part of the clean margin that the attack takes, and "
         "<b>sensitivity</b> that part for each unit of feature shift: neither depends on the scale of the logits.</p>"]
     for study in studies:
         norm = str(study.protocol["norm"])

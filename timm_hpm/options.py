@@ -50,7 +50,8 @@ def option(default: Any, group: str, about: str, *flags: str, choices: Collectio
 class CommonOptions:
     """The options that a training run and an evaluation share."""
 
-    model: str = option("hpm_wrn10_2", "model", "timm model, with or without an HPM head")
+    model: str = option("hpm_wrn10_2", "model", "timm model, with or without an HPM head, or a constructor: "
+                                                   "file.py:function")
     model_kwargs: dict[str, Any] | None = option(None, "model", "arguments of timm.create_model, such as mix=0.5")
     num_classes: int | None = option(None, "model", "number of classes (the model's)")
     mean: tuple[float, ...] | None = option(

@@ -7,10 +7,11 @@ from typing import Final, NamedTuple
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a grey.
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#999999")
-# The same in every report.
-_FIXED: Final = dict(zip(
-    ("apgd-ce", "apgd-t", "fab-t", "square", "apgd-chain", "joint", "joint-subset"), COLOURS, strict=False)) | {
-    "worst": "#000000"}
+# The same in every report: of attacks, and of inference modes.
+_FIXED: Final = {name: colour for names in (
+    ("apgd-ce", "apgd-t", "fab-t", "square", "apgd-chain", "joint", "joint-subset"),
+    ("batch", "sample", "dataset", "fc", "FC classifier"),
+) for name, colour in zip(names, COLOURS, strict=False)} | {"worst": "#000000"}
 
 _WIDTH: Final = 640
 _LEFT, _RIGHT, _TOP, _BOTTOM = 130, 24, 60, 48
@@ -87,10 +88,10 @@ def curves(curves: Mapping[str, Sequence[Point]], x_label: str, label: str) -> s
     parts += _y_axis(y, left, _WIDTH - _RIGHT)
     place, line = float(left), 12
     for name in curves:
-        if place > left and place + 14 + 7.2 * len(name) > _WIDTH:
+        if place > left and place + 14 + 8 * len(name) > _WIDTH:
             place, line = left, line + 16
         parts += [_dot(place + 5, line, colour[name]), _text(place + 14, line + 4, name)]
-        place += 30 + 7.2 * len(name)
+        place += 30 + 8 * len(name)
     for name, curve in curves.items():
         parts.append(_path([(x(point.x), y(point.y)) for point in curve], colour[name]))
         for point in curve:

@@ -122,21 +122,24 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
 
 
 def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
-    size = "" if parameters is None else f" ({_count(parameters)} parameters)"
+    size = "" if parameters is None else (
+        f" ({parameters / 1e6:.1f} million parameters)" if parameters >= 1e6 else
+        f" ({parameters / 1e3:.0f} thousand parameters)")
     head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
-    return _wrapped(f"{_code(cfg['architecture'])}{size} with {head}, for images of {_times(cfg['input_size'])} and "
+    shape = "×".join(map(str, cfg["input_size"]))
+    return _wrapped(f"{_code(cfg['architecture'])}{size} with {head}, for images of {shape} and "
                     f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
 
 
 def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
-    size, classes = cfg["input_size"], cfg["num_classes"]
+    shape, classes = ", ".join(map(str, cfg["input_size"])), cfg["num_classes"]
     lines = ["import timm, timm_hpm"]
     if register:
         base = _literal(str(cfg["architecture"]).removeprefix("hpm_"))
         lines.append(f"timm_hpm.register_hpm({base})        # this architecture has no hpm_ name until then")
     lines += [
         f"model = timm.create_model({_literal(name)}, pretrained=True).eval()",
-        f"pixel_model = timm_hpm.PixelModel(model)      # {_shape(size)}, pixels in [0, 1], to logits (B, {classes})",
+        f"pixel_model = timm_hpm.PixelModel(model)      # (B, {shape}), pixels in [0, 1], to logits (B, {classes})",
     ]
     text = fenced("\n".join(lines), "python")
     if name.startswith("hf-hub:"):
@@ -322,18 +325,6 @@ def _code(text: str) -> str:
 def _budget(budget: Mapping[str, Any]) -> str:
     times = "".join(f"{budget[name]} × " for name in ("targets", "rounds") if name in budget)
     return f"{times}{budget['iterations']:,}"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number / 1e3:.0f} thousand"
-
-
-def _times(size: Any) -> str:
-    return "×".join(str(number) for number in size)
-
-
-def _shape(size: Any) -> str:
-    return "(B, " + ", ".join(str(number) for number in size) + ")"
 
 
 def _numbers(values: Any) -> str:

@@ -77,8 +77,8 @@ def data_source(dataset: str) -> DataSource:
     return DATASETS[known]
 
 
-def _digits_parts(data_dir: Path | None) -> Collection[str]:
-    return "train", "val", "test"
+def _has(*parts: str) -> Callable[[Path | None], Collection[str]]:
+    return lambda data_dir: parts
 
 
 def _read_digits(part: str, data_dir: Path | None, download: bool) -> Part:
@@ -96,14 +96,6 @@ def _read_digits(part: str, data_dir: Path | None, download: bool) -> Part:
     # Grey levels 0 to 16.
     images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
     return Part(images, torch.from_numpy(digits.target[chosen]).long(), 10, tuple("0123456789"))
-
-
-def _train_and_test(data_dir: Path | None) -> Collection[str]:
-    return "train", "test"
-
-
-def _train_and_val(data_dir: Path | None) -> Collection[str]:
-    return "train", "val"
 
 
 def _read_fashion_mnist(part: str, data_dir: Path | None, download: bool) -> Part:
@@ -235,13 +227,13 @@ def _open_hfds(reader: Any, index: int) -> tuple[IO[bytes], str]:
 
 def _torch(name: str, num_classes: int, threat: str, mean: tuple[float, ...] | None = None,
            std: tuple[float, ...] | None = None, image_size: tuple[int, int, int] | None = None) -> DataSource:
-    return DataSource(_train_and_test, partial(_read_torch, name), threat, mean, std, num_classes, image_size)
+    return DataSource(_has("train", "test"), partial(_read_torch, name), threat, mean, std, num_classes, image_size)
 
 
 DATASETS: Final = {
     # mean and std of its training split
-    "digits": DataSource(_digits_parts, _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10, (1, 8, 8)),
-    "fashion_mnist": DataSource(_train_and_test, _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10,
+    "digits": DataSource(_has("train", "val", "test"), _read_digits, "Linf:0.1", (0.3053,), (0.3760,), 10, (1, 8, 8)),
+    "fashion_mnist": DataSource(_has("train", "test"), _read_fashion_mnist, "Linf:0.1", (0.2860,), (0.3530,), 10,
                                 (1, 28, 28)),
     "folder": DataSource(_folders, _read_folder, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD,
                          classes=_folder_classes),
@@ -252,11 +244,11 @@ DATASETS: Final = {
     "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,), (1, 28, 28)),
     "torch/kmnist": _torch("kmnist", 10, "Linf:0.1", image_size=(1, 28, 28)),
     "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,), (1, 28, 28)),
-    "svhn": DataSource(_train_and_test, read_svhn, "Linf:8/255", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 10,
-                       (3, 32, 32)),
-    "stl10": DataSource(_train_and_test, read_stl10, "Linf:8/255", (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713),
-                        10, (3, 96, 96)),
-    "tiny_imagenet": DataSource(_train_and_val, read_tiny_imagenet, "Linf:8/255", IMAGENET_DEFAULT_MEAN,
+    "svhn": DataSource(_has("train", "test"), read_svhn, "Linf:8/255", (0.4377, 0.4438, 0.4728),
+                       (0.1980, 0.2010, 0.1970), 10, (3, 32, 32)),
+    "stl10": DataSource(_has("train", "test"), read_stl10, "Linf:8/255", (0.4467, 0.4398, 0.4066),
+                        (0.2603, 0.2566, 0.2713), 10, (3, 96, 96)),
+    "tiny_imagenet": DataSource(_has("train", "val"), read_tiny_imagenet, "Linf:8/255", IMAGENET_DEFAULT_MEAN,
                                 IMAGENET_DEFAULT_STD, 200),
     "torch/imagenet": _torch("imagenet", 1000, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }

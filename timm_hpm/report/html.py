@@ -106,7 +106,7 @@ def flag_section(flags: Sequence[Flag]) -> list[str]:
 
 def _from_markdown(text: str) -> str:
     """Returns paragraphs of Markdown as HTML; a link becomes its text, as the page may lack its target."""
-    text = re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     text = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", text)
     return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))

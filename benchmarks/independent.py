@@ -226,7 +226,7 @@ def find_missed(
     device = device_of(pixel_model, images)
     split = AttackedModel(pixel_model, images[:size].to(device))
     targets: dict[str, Logits] = {TRUE_MODEL: pixel_model} | {
-        name: lambda x, name=name: split.logits(name, split.features(x)) for name in split.default_surrogates()
+        name: lambda x, name=name: split.logits(name, split.features(x)) for name in split.surrogates()
         if name != split.exact_surrogate()}
     runs = attackers(threat, protocol["num_classes"], budgets)
     missed: dict[str, dict[str, list[int]]] = {target: {attacker: [] for attacker in runs} for target in targets}

@@ -119,7 +119,7 @@ def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.
     def alone() -> dict[str, float]:
         times = {}
         for name, some in sizes.items():
-            surrogates = ATTACKS[name].surrogates(split, split.default_surrogates())
+            surrogates = ATTACKS[name].surrogates(split, split.surrogates())
             # The chain takes one surrogate after the other, each with as many passes.
             at_once = [[one] for one in surrogates] if ATTACKS[name].chained else [surrogates]
             each = len(some) // len(at_once)
@@ -166,7 +166,7 @@ def naive(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.Thr
     backbone = pixel_model
     head = timm_hpm.find_head(model)
     correct = {"clean": as_row(timm_hpm.judge(model, images, labels, batch_size))}
-    for surrogate in split.default_surrogates():
+    for surrogate in split.surrogates():
         seen: list[Tensor] = []
         with timm_hpm.head_mode(model, "fc"), head.register_forward_pre_hook(
                 lambda _, inputs, seen=seen: seen.append(inputs[0])):

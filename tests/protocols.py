@@ -18,9 +18,9 @@ PROTOCOL = {
 
 
 def run_attack(model, images, labels, threat, *, protocol="standard", surrogates=None, attacks=None, budgets=None,
-               survivors_only=False, surrogates_at_once=None, **options: Any) -> AttackReport:
+               full_grid=None, surrogates_at_once=None, **options: Any) -> AttackReport:
     """Runs a protocol with other surrogates, attacks or budgets; with `neighbours` their rows are in the report."""
-    changed = find_protocol(protocol).changed(surrogates, attacks, budgets, survivors_only, surrogates_at_once)
+    changed = find_protocol(protocol).changed(surrogates, attacks, budgets, full_grid, surrogates_at_once)
     if "neighbours" in options:
         threat = ThreatModel.of(threat)
         report, = sweep(model, images, labels, threat.norm, [threat.eps], protocol=changed, **options)

@@ -12,7 +12,7 @@ import timm_hpm
 from timm_hpm import HPMHead, ThreatModel, report_markdown
 from timm_hpm.evaluation import ATTACKS, Budget, joint
 from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.batch import AttackBatch, Notes
+from timm_hpm.evaluation.batch import AttackBatch
 from timm_hpm.evaluation.neighbours import measure_neighbours
 from timm_hpm.evaluation.sweep import sweep
 from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
@@ -32,11 +32,11 @@ def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, di
     threat = ThreatModel(norm, 0.15 if norm == "Linf" else 0.7)
     images, labels = digits
     split = AttackedModel(timm_hpm.PixelModel(model), images)
-    strong = ATTACKS["apgd-ce"].run(AttackBatch(split, ["ste"], images, labels), threat, Budget(20), Notes())
+    strong = ATTACKS["apgd-ce"].run(AttackBatch(split, ["ste"], images, labels), threat, Budget(20))
     # From anywhere it breaks more; from a strong start, in one step, at least no fewer.
     for start, steps, more in ((threat.random_start(images), 20, 4), (strong, 1, 0)):
         batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start)
-        for points in ATTACKS["joint"].run(batch, threat, Budget(steps), Notes()).split(40):
+        for points in ATTACKS["joint"].run(batch, threat, Budget(steps)).split(40):
             assert wrong(split, points, labels).sum() >= wrong(split, start, labels).sum() + more
             assert (threat.distance(points, images) <= threat.eps + 1e-6).all()
             assert points.min() >= 0 and points.max() <= 1
@@ -45,13 +45,13 @@ def test_the_joint_attack_breaks_more_of_one_batch_than_it_starts_from(model, di
 def test_the_attack_on_a_subset_breaks_images_that_nothing_broke(model, digits):
     images, labels = digits
     split = AttackedModel(timm_hpm.PixelModel(model), images)
-    first = ATTACKS["joint"].run(AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20), Notes())
+    first = ATTACKS["joint"].run(AttackBatch(split, ["soft", "ste"], images, labels), THREAT, Budget(20))
     victims = ~torch.stack([wrong(split, points, labels) for points in first.split(40)]).any(dim=0)
 
     def found(start: torch.Tensor, victims: torch.Tensor, steps: int = 5) -> torch.Tensor:
         batch = AttackBatch(split, ["soft", "ste"], images, labels, start=start, victims=victims)
         torch.manual_seed(0)
-        return ATTACKS["joint-subset"].run(batch, THREAT, Budget(steps), Notes())
+        return ATTACKS["joint-subset"].run(batch, THREAT, Budget(steps))
 
     points = found(0.9 * images, victims, steps=40)
     assert victims.sum() > 10 and any((wrong(split, each, labels) & victims).any() for each in points.split(40))
@@ -78,7 +78,7 @@ def test_an_ascent_does_not_depend_on_the_scale_of_the_logits(model, digits, fac
         split = AttackedModel(timm_hpm.PixelModel(model), images)
         split.head.log_scale.add_(math.log(some))
         batch = AttackBatch(split, ["soft", "ste"], images, labels)
-        ends.append(ATTACKS["joint"].run(batch, THREAT, Budget(10), Notes()))
+        ends.append(ATTACKS["joint"].run(batch, THREAT, Budget(10)))
     assert moved_otherwise(images.repeat(2, 1, 1, 1), ends[0]) > 0.5 and moved_otherwise(*ends) < 0.02
 
 
@@ -87,7 +87,7 @@ def test_surrogates_side_by_side_ascend_as_each_does_alone(model, digits):
     split = AttackedModel(timm_hpm.PixelModel(model), images)
 
     def found(*surrogates: str) -> torch.Tensor:
-        return ATTACKS["joint"].run(AttackBatch(split, surrogates, images, labels), THREAT, Budget(10), Notes())
+        return ATTACKS["joint"].run(AttackBatch(split, surrogates, images, labels), THREAT, Budget(10))
 
     soft, ste = found("soft", "ste").split(40)
     assert moved_otherwise(soft, found("soft")) < 0.02 and moved_otherwise(ste, found("ste")) < 0.02
@@ -128,9 +128,9 @@ def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digi
     split = AttackedModel(timm_hpm.PixelModel(model), images)
     batch = AttackBatch(split, ["fc", "dataset"], images, labels)
     torch.manual_seed(3)
-    found = ATTACKS["apgd-chain"].run(batch, THREAT, Budget(5), Notes()).split(40)
+    found = ATTACKS["apgd-chain"].run(batch, THREAT, Budget(5)).split(40)
     torch.manual_seed(3)
-    alone = ATTACKS["apgd-ce"].run(AttackBatch(split, ["fc"], images, labels), THREAT, Budget(5), Notes())
+    alone = ATTACKS["apgd-ce"].run(AttackBatch(split, ["fc"], images, labels), THREAT, Budget(5))
     assert torch.equal(found[0], alone)
     with torch.no_grad():
         logits = [split.logits("dataset", split.features(points)) for points in found]
@@ -147,7 +147,7 @@ def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits,
                                         budgets={"apgd-ce": Budget(1)})
         assert list(report.protocol["attacks"]) == ["apgd-ce"] and not report.assembled
         assert report.assembled_robust_accuracy == report.robust_accuracy
-        with pytest.raises(ValueError, match=rf"{', '.join(attacks)} attacks what an HPM head has in batch mode"):
+        with pytest.raises(ValueError, match=rf"{', '.join(attacks)} needs an HPM head in batch mode"):
             run_attack(model, *digits, THREAT, attacks=attacks)
 
 

@@ -18,7 +18,7 @@ NUM_DIGITS = 40
 
 THREAT = ThreatModel("Linf", 0.15)
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(5, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(30),
-         "apgd-chain": Budget(2), "joint": Budget(2), "joint-subset": Budget(2, rounds=2)}
+         "apgd-chain": Budget(2), "joint": Budget(2), "joint-subset": Budget(2, restarts=2)}
 
 
 class Flattening(nn.Module):
@@ -151,4 +151,4 @@ def test_nothing_done_to_the_copy_reaches_the_model(model, digits):
     split.head.log_scale.fill_(5.0)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert set(SURROGATES) >= set(split.default_surrogates())
+    assert set(SURROGATES) >= set(split.surrogates())

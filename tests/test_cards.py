@@ -116,11 +116,11 @@ RUNS = {
     "digits": ["--num-images", "6", "-b", "4", "--protocol", "fast", "--surrogates", "fc,ste", "--attacks", "apgd-ce",
                "--budget", "apgd-ce=5"],
     "train": ["--split", "train", "--num-images", "8", "--attacks", "square,apgd-ce", "--budget", "square=20",
-              "apgd-ce=3", "--survivors-only", "--surrogates-at-once", "1", "--model-kwargs", "mix=0.3",
+              "apgd-ce=3", "--full-grid", "--surrogates-at-once", "1", "--model-kwargs", "mix=0.3",
               "--inference", "sample"],
     "folder": ["--dataset", "folder", "--data-dir", "my 'data' $x", "--checkpoint", "w `e`.safetensors",
                "--num-classes", "4", "--threat", "L2:0.5", "--attacks", "apgd-t,joint-subset", "--inference", "batch",
-               "--budget", "apgd-t=3x2", "joint-subset=2x3", "--num-images", "0", "-b", "5", "--seed", "7",
+               "--budget", "apgd-t=3x2", "joint-subset=2r3", "--num-images", "0", "-b", "5", "--seed", "7",
                "--neighbours", "4", "--neighbours-mix", "0.25,1", "--mean", "-0.1", "--std", "0.7"],
 }
 

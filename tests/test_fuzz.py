@@ -266,8 +266,8 @@ def test_configurations_of_training(tmp_path, fuzz):
 
 def test_arguments_of_the_attack(model, fuzz):
     images, labels = timm_hpm.load_split("digits", "val").tensors
-    of_the_protocol = ["surrogates", "attacks", "budgets", "survivors_only", "surrogates_at_once"]
-    arguments = st.sampled_from(["threat", "protocol", "batch_size", "seed", "about", "mean", "std", *of_the_protocol])
+    of_the_protocol = ["surrogates", "attacks", "budgets", "full_grid", "surrogates_at_once"]
+    arguments = st.sampled_from(["threat", "protocol", "batch_size", "seed", "about", *of_the_protocol])
 
     def check(drawn: tuple[str, Any]) -> str:
         name, value = drawn

@@ -21,8 +21,8 @@ from torchvision.transforms.functional import pil_to_tensor
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, report_page
 from timm_hpm.evaluation import Budget
-from timm_hpm.evaluation.sweep import sweep_page
 from timm_hpm.report import FLAGS, Flag, make_example, svg
+from timm_hpm.report.sweep_page import sweep_page
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

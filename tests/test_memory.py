@@ -100,7 +100,7 @@ def evaluate(num_images, folder=None, save=False, **protocol):
 
 
 BUDGETS = {"apgd-ce": Budget(1), "apgd-t": Budget(1, 1), "fab-t": Budget(1, 1), "square": Budget(1),
-           "apgd-chain": Budget(1), "joint": Budget(1), "joint-subset": Budget(1, rounds=2)}
+           "apgd-chain": Budget(1), "joint": Budget(1), "joint-subset": Budget(1, restarts=2)}
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = Net().eval()

@@ -1,6 +1,7 @@
 """The Mixed Surrogate Attack: against problems solved in closed form, and its bookkeeping against the model itself."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from timm_hpm import (
 )
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.batch import AttackBatch, Notes
+from timm_hpm.evaluation.batch import AttackBatch
 from timm_hpm.evaluation.budget import Budget
 from timm_hpm.evaluation.judge import predictions
 from timm_hpm.surrogates import SURROGATES
@@ -40,7 +41,7 @@ NUM_DIGITS = 24
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, rounds=12)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=12)}
 
 
 def linear_problem(num_classes: int, num_images: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -150,7 +151,7 @@ def run(attack: str, model: nn.Module, images: torch.Tensor, labels: torch.Tenso
         budget: Budget) -> torch.Tensor:
     """Returns the candidates of one component on a model without an HPM head, all images in one batch."""
     batch = AttackBatch(AttackedModel(model, images), ["model"], images, labels)
-    return ATTACKS[attack].run(batch, threat, budget, Notes())
+    return ATTACKS[attack].run(batch, threat, budget)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -255,7 +256,7 @@ def test_components_find_the_points_of_autoattack(digits_model, norm, eps):
         expected = theirs[attack].perturb(images, labels).detach()
         torch.manual_seed(7)
         batch = AttackBatch(split, ["fc"], images, labels)
-        found = ATTACKS[attack].run(batch, ThreatModel(norm, eps), budgets[attack], Notes())
+        found = ATTACKS[attack].run(batch, ThreatModel(norm, eps), budgets[attack])
         broken = logits(expected).argmax(dim=1) != labels
         assert 3 <= broken.sum() <= 45, "the problem tests nothing"
         ours = logits(found).argmax(dim=1) != labels
@@ -276,7 +277,7 @@ COMPONENTS = tuple(PROTOCOLS["autoattack"].attacks)
 ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
     f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(12))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
-          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, rounds=12)}
+          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, restarts=12)}
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +357,7 @@ def test_worst_cases_are_counted_image_by_image(attacked):
     report, table = attacked.report, attacked.report.by_surrogate
     assert list(table) == [*SURROGATES, "true"]
     for surrogate in SURROGATES:
-        rows = {attack: [report.correct[f"{surrogate}/{name}"] for name in ATTACKS[attack].rows(12)]
+        rows = {attack: [report.correct[f"{surrogate}/{row}"] for row in ATTACKS[attack].rows(MIDDLE[attack].restarts)]
                 for attack in table[surrogate] if attack != "worst"}
         assert sum(map(len, rows.values())) == sum(name.startswith(f"{surrogate}/") for name in ROWS)
         assert all(table[surrogate][attack] == robust_images(some).sum().item() / 60 for attack, some in rows.items())
@@ -506,7 +507,7 @@ def test_a_non_finite_answer_is_no_class(digits):
     ({"surrogates": ["fc", "hard"]}, r"unknown surrogate 'hard'; expected some of fc, dataset, soft, ste, mixed"),
     ({"budgets": {"apgd_ce": Budget(1)}}, r"unknown attack 'apgd_ce'; expected some of apgd-ce, "),
     ({"budgets": {"fab-t": Budget(5)}}, r"the budget of fab-t has no targets.*Budget\(5, targets=9\)"),
-    ({"budgets": {"apgd-ce": Budget(3, rounds=2)}}, r"budget of apgd-ce has 2 rounds; only joint-subset is run in"),
+    ({"budgets": {"apgd-ce": Budget(3, targets=2)}}, r"budget of apgd-ce has 2 targets; only apgd-t, fab-t"),
     ({"folder": Path("/dev/null/x")}, r"cannot write into the output folder /dev/null"),
     ({"batch_size": True}, r"batch_size is True, of the type bool; expected an integer"),
     ({"batch_size": 2.5}, r"batch_size is 2.5, of the type float"),
@@ -600,12 +601,12 @@ def test_a_model_in_train_mode_is_refused_and_left_as_it_was(digits_model, digit
 def test_a_head_that_is_not_last_is_refused(digits):
     head = HPMHead(64, 10)
     head.set_prototypes(torch.rand(10, 64))
-    with pytest.raises(ValueError, match="something follows the head"):
+    with pytest.raises(ValueError, match="another layer follows the head"):
         run_attack(nn.Sequential(nn.Flatten(), head, nn.Linear(10, 10)).eval(), *digits, THREAT)
 
 
 def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
-    budgets = {"apgd-t": Budget(10, targets=2), "joint-subset": Budget(3, rounds=2)}
+    budgets = {"apgd-t": Budget(10, targets=2), "joint-subset": Budget(3, restarts=2)}
     report = run_attack(digits_model, *digits, THREAT, batch_size=7, budgets=budgets, seed=5,
                         attacks=list(budgets), surrogates=["ste"], about={"dataset": "digits"})
     report.save(tmp_path / "report.json")
@@ -613,10 +614,26 @@ def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
     assert protocol.items() >= {
         "dataset": "digits", "architecture": "hpm_wrn10_2", "threat": "Linf:0.2", "seed": 5, "batch_size": 7,
         "num_images": 24, "num_classes": 10, "inference": "batch",
-        "attacks": {"apgd-t": {"iterations": 10, "targets": 2}, "joint-subset": {"iterations": 3, "rounds": 2}}}.items()
+        "attacks": {"apgd-t": {"iterations": 10, "targets": 2},
+                    "joint-subset": {"iterations": 3, "restarts": 2}}}.items()
     assert set(protocol["versions"]) == {"torch", "timm", "timm-hpm", "python"}
-    assert "joint-subset iterations 3, rounds 2" in report_markdown(report)
+    assert "joint-subset iterations 3, restarts 2" in report_markdown(report)
     assert AttackReport.load(tmp_path / "report.json").same_results(report)
     assert report.cost["all"]["forward_passes"] > report.cost["apgd-t"]["forward_passes"] > 0
-    fast = PROTOCOLS["fast"].changed(budgets={"joint-subset": Budget(3)})
-    assert fast.attacks["joint-subset"] == Budget(3, rounds=30), "none given are those of the protocol"
+
+
+def test_a_restart_begins_at_other_points_and_the_first_one_is_that_of_a_single_start(tmp_path):
+    model, images, labels = linear_problem(5, num_images=20)
+    candidates, reports = [], []
+    for restarts in (1, 3):
+        reports.append(run_attack(model, images, labels, ThreatModel("Linf", 0.02), attacks=["apgd-ce"], batch_size=10,
+                                  full_grid=True, budgets={"apgd-ce": Budget(1, restarts=restarts)},
+                                  folder=tmp_path / str(restarts), save_adversarial=True))
+        candidates.append(load_file(tmp_path / str(restarts) / "adversarial.safetensors"))
+    rows = [f"model/apgd-ce#{i}" for i in (1, 2, 3)]
+    assert list(reports[1].correct) == ["clean", *rows]
+    assert reports[0].correct["model/apgd-ce"] == reports[1].correct[rows[0]]
+    assert torch.equal(candidates[0]["model/apgd-ce"], candidates[1][rows[0]])
+    for one, other in itertools.pairwise(rows):
+        assert (candidates[1][one] != candidates[1][other]).flatten(1).any(dim=1).sum() >= 5
+    assert reports[1].by_surrogate["model"]["apgd-ce"] == reports[1].robust_accuracy

@@ -32,7 +32,7 @@ def plugins(monkeypatch):
     def lukewarm(head: timm_hpm.HPMHead, features: Tensor) -> Tensor:
         return soft_logits(head, features, 0.5)
 
-    def corner(batch, threat, budget, notes) -> Tensor:
+    def corner(batch, threat, budget) -> Tensor:
         """The corner of the ball of largest pixels."""
         return threat.project(batch.clean + threat.eps, batch.clean)
 

@@ -1,5 +1,6 @@
 """Evaluations that are killed and go on, or that several processes share: real processes, real files."""
 
+import copy
 import json
 import os
 import random
@@ -26,13 +27,14 @@ from timm_hpm import AttackReport, ThreatModel
 from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
 from timm_hpm.evaluation.config import EvaluateConfig, resumed
 from timm_hpm.evaluation.resume import ProgressFolder, sealed, unsealed
+from timm_hpm.report.metrics import attack_of, right_in_all
 
 NUM_DIGITS = 8
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "10", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
-         "joint-subset=6x3", "--neighbours", "5"]
+         "joint-subset=6r3", "--neighbours", "5"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
 # what is assembled of all of them.
 STEPS = 4 * (2 * 4 + 2 + 3 + 1)
@@ -258,7 +260,7 @@ def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
 def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
     words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
              "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square,apgd-t", "--budget", "square=5",
-             "apgd-t=3x2", "--survivors-only", "--neighbours", "none", "--neighbours-mix", "0.5,1",
+             "apgd-t=3x2", "--full-grid", "--neighbours", "none", "--neighbours-mix", "0.5,1",
              "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "3", "--device", "cpu", "--save-adversarial"]
     config = EvaluateConfig(**evaluate.parse_args(words)[1])
     (tmp_path / "options.json").write_text(json.dumps(config.to_saved()))
@@ -318,7 +320,7 @@ def model() -> nn.Module:
     ({"threat": ThreatModel("L2", 0.5)}, r"threat: Linf:0.15 there, L2:0.5 now"),
     ({"batch_size": 8}, r"batch_size: 4 there, 8 now"),
     ({"budgets": {"apgd-ce": Budget(4)}}, r"attacks: \{'apgd-ce': \{'iterations': 3\}\} there, "),
-    ({"survivors_only": True}, r"survivors_only: False there, True now"),
+    ({"full_grid": True}, r"protocol_digest: "),
     ({"images": "other"}, r"\(data_digest: "),
     ({"labels": "other"}, r"\(data_digest: "),
     ({"model": "other"}, r"\(weights_digest: "),
@@ -460,8 +462,8 @@ def test_a_changed_protocol_is_called_custom_and_has_another_digest():
     assert standard.changed(budgets={"apgd-ce": Budget(100)}, attacks=list(standard.attacks)) == standard
     custom = standard.changed(["fc"], ["square", "apgd-t"], {"square": Budget(7)})
     assert custom == Protocol("custom", {"square": Budget(7), "apgd-t": Budget(100, 9)}, ("fc",))
-    rounds = replace(standard, attacks={**standard.attacks, "joint-subset": Budget(25, rounds=31)})
-    protocols = [*PROTOCOLS.values(), custom, rounds, standard.changed(budgets={"square": Budget(5001)}),
+    restarts = replace(standard, attacks={**standard.attacks, "joint-subset": Budget(25, restarts=31)})
+    protocols = [*PROTOCOLS.values(), custom, restarts, standard.changed(budgets={"square": Budget(5001)}),
                  standard.changed(surrogates=["fc"])]
     assert len({protocol.digest() for protocol in protocols}) == len(protocols)
     assert standard.digest() == Protocol(**vars(standard)).digest()
@@ -469,31 +471,79 @@ def test_a_changed_protocol_is_called_custom_and_has_another_digest():
 
 @pytest.mark.parametrize("budget", [3, "3", np.int64(3), Budget(3)])
 def test_a_budget_may_be_given_as_a_number_or_a_text(budget):
-    chosen = PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget, "apgd-t": "3x2", "joint-subset": "3x2"})
+    chosen = PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget, "apgd-t": "3x2", "joint-subset": "3r2"})
     assert [chosen.attacks[name] for name in ("apgd-ce", "apgd-t", "joint-subset")] == [
-        Budget(3), Budget(3, targets=2), Budget(3, rounds=2)]
+        Budget(3), Budget(3, targets=2), Budget(3, restarts=2)]
     assert timm_hpm.Budget is Budget
 
 
-@pytest.mark.parametrize("budget", [None, True, 2.5, [3], {"iterations": 3}, (3, 2), "", "5x", "5x2x1", "0", "5.5"])
+@pytest.mark.parametrize("budget", [None, True, 2.5, [3], {"iterations": 3}, (3, 2), "", "5x", "5x2x1", "0",
+                                    "5r0"])
 def test_a_budget_that_cannot_be_read_is_named(budget):
     with pytest.raises(ValueError, match=r"budget of apgd-ce is .*; expected iterations|cannot read the budget '.*' "):
         PROTOCOLS["standard"].changed(budgets={"apgd-ce": budget})
     with pytest.raises(ValueError, match=r"budgets is .*; expected a budget by attack"):
         PROTOCOLS["standard"].changed(budgets=[budget])
-    for arguments in ((0,), (-1, 2), (5, -1), (budget,)):
-        with pytest.raises(ValueError, match=r"at least 1 iteration, and 0 or more targets|in whole numbers"):
+    for arguments in ((0,), (-1, 2), (5, -1), (5, 0, 0), (budget,)):
+        with pytest.raises(ValueError, match=r"at least 1 iteration and 1 restart, and 0 or more targets"):
             Budget(*arguments)
 
 
-def test_a_broken_image_is_attacked_no_more_where_the_protocol_says_so(model, digits):
-    budgets = {"apgd-ce": Budget(10), "apgd-t": Budget(10, 2), "square": Budget(20)}
-    full = Protocol("full", budgets, ("fc", "ste"))
-    survivors = Protocol("survivors", budgets, ("fc", "ste"), survivors_only=True)
-    reports = [run_attack(model, *digits, ThreatModel("Linf", 0.2), protocol=protocol, surrogates_at_once=2)
-               for protocol in (full, survivors)]
-    broken = [{i for i in range(8) if "0" in {row[i] for row in report.correct.values()}} for report in reports]
-    assert 1 <= len(broken[1]) < 8 and abs(len(broken[0]) - len(broken[1])) <= 1
-    assert reports[1].cost["apgd-ce"] | {"seconds": 0} == reports[0].cost["apgd-ce"] | {"seconds": 0}
-    assert reports[1].cost["square"]["forward_passes"] < reports[0].cost["square"]["forward_passes"]
-    assert reports[1].protocol["survivors_only"] and not reports[1].baseline_correct
+@pytest.mark.parametrize("mode", ["plain", "sample", "dataset", "fc"])
+def test_a_cascade_comes_to_the_worst_case_of_the_full_grid_with_fewer_passes(model, digits, mode, tmp_path):
+    """Where a prediction depends on no other image; the FC classifier's worst case is that of the full grid, too."""
+    model = copy.deepcopy(model)
+    if mode == "plain":
+        head, model.fc = model.fc, nn.Linear(model.fc.in_features, 10)
+        model.fc.eval().load_state_dict({"weight": head.weight, "bias": head.bias})
+    else:
+        model.fc.inference = mode
+    budgets = {"apgd-t": Budget(10, 2), "apgd-ce": Budget(10), "square": Budget(40), "apgd-chain": Budget(5)}
+    cascade, full = (run_attack(model, *digits, ThreatModel("Linf", 0.12), batch_size=4, full_grid=full_grid,
+                                attacks=list(budgets), budgets=budgets, folder=tmp_path / str(full_grid),
+                                save_adversarial=True) for full_grid in (False, True))
+    assert [report.protocol["full_grid"] for report in (cascade, full)] == [False, True]
+    assert 0 < cascade.robust_accuracy < cascade.clean_accuracy
+    for report in (cascade, full):
+        assert [name == "" for name in report.fell_to] == right_in_all(report.correct.values())
+        assert timm_hpm.rejudge(model, tmp_path / str(report is full) / "adversarial.safetensors").items() <= (
+            report.verdicts.items())
+    # Another restart of the random numbers decides an image at most.
+    assert abs(cascade.robust_accuracy - full.robust_accuracy) <= 1 / 8
+    assert abs(cascade.baseline.get("worst", 0) - full.baseline.get("worst", 0)) <= 1 / 8
+    assert cascade.baseline.keys() == full.baseline.keys()
+    assert cascade.cost["square"]["forward_passes"] < full.cost["square"]["forward_passes"]
+    # Once it is broken an image stays so, and its attack is the first one that broke it.
+    order = [name for name in cascade.correct if not name.startswith("true/")]
+    attacks = [attack_of(name) for name in order]
+    assert list(dict.fromkeys(attacks))[-1] == "square" and attacks.index("apgd-ce") < attacks.index("apgd-t")
+    for i, name in enumerate(cascade.fell_to):
+        later = [row for row in order if name and attacks.index(attack_of(row)) > attacks.index(attack_of(name))]
+        assert all(cascade.correct[row][i] == "0" for row in later)
+
+
+def test_a_prediction_that_depends_on_the_batch_gets_the_full_grid(model, digits):
+    class BatchMean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.fc((x - x.mean(dim=0)).flatten(1))
+
+    for some in (model, BatchMean().eval()):
+        report = run_attack(some, *digits, THREAT, attacks=["apgd-ce", "square"],
+                            budgets={"apgd-ce": Budget(2), "square": Budget(2)})
+        assert report.protocol["full_grid"]
+
+
+def test_a_cascade_resumes_to_the_same_report_from_any_step(model, digits, tmp_path):
+    model.fc.inference = "sample"
+    options = {"attacks": ["apgd-ce", "apgd-t", "square"], "surrogates": ["fc", "ste"], "batch_size": 4,
+               "budgets": {"apgd-ce": "2r2", "apgd-t": "2x2", "square": 9}, "surrogates_at_once": 2}
+    whole = unfinished(model, *digits, ThreatModel("Linf", 0.12), folder=tmp_path, **options)
+    for path in sorted((tmp_path / "progress").glob("batch*"))[::2]:
+        path.unlink()
+    again = run_attack(model, *digits, ThreatModel("Linf", 0.12), folder=tmp_path, **options)
+    assert again.same_results(whole) and 0 < whole.robust_accuracy < 1
+    assert whole.baseline.keys() == {"clean", "apgd-ce", "apgd-t", "square", "worst"}

@@ -24,7 +24,7 @@ NUM_DIGITS = 16
 
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, rounds=2)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=2)}
 
 
 class Colours(nn.Module):
@@ -369,9 +369,12 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
 
 
 @pytest.mark.parametrize("option", [
-    {"survivors_only": 1}, {"survivors_only": torch.tensor([])}, {"mean": 0.5}, {"mean": [None]}, {"mean": "0.5"},
+    {"full_grid": 1}, {"full_grid": torch.tensor([])}, {"mean": 0.5}, {"mean": [None]}, {"mean": "0.5"},
     {"mean": []}, {"mean": [float("nan")]}, {"std": True}, {"std": {0.5: 1}}, {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]},
     {"attacks": torch.tensor(1)}, {"attacks": 1}, {"surrogates": "fc"}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
-        run_attack(model, *digits, THREAT, budgets=SMALL, **option)
+        if option.keys() <= {"mean", "std"}:
+            timm_hpm.PixelModel(model, **option)
+        else:
+            run_attack(model, *digits, THREAT, budgets=SMALL, **option)

@@ -209,7 +209,7 @@ def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_p
         evaluate.main([*options, "--neighbours", "9", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
     assert evaluate.main([*options, "--neighbours", "4", "--output", str(tmp_path / "run")]) == 0
-    assert "--neighbours is asked in batch mode only, not in fc\n" in capsys.readouterr().err
+    assert "--neighbours are measured in batch mode only, not in fc\n" in capsys.readouterr().err
     asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").neighbours
              for mode in ("fc", "batch")}
     assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}

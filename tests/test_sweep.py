@@ -11,8 +11,9 @@ from protocols import run_attack
 import timm_hpm
 from timm_hpm import AttackReport, Protocol, ThreatModel
 from timm_hpm.evaluation import Budget
-from timm_hpm.evaluation.sweep import curves, parse_radii, sweep, sweep_markdown, sweep_page
+from timm_hpm.evaluation.sweep import parse_radii, sweep
 from timm_hpm.report import Flag
+from timm_hpm.report.sweep_page import curves, sweep_markdown, sweep_page
 
 
 @pytest.mark.parametrize(("text", "radii"), [

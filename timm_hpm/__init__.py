@@ -12,14 +12,25 @@ from . import models  # registers the models
 from .attacks import pgd
 from .checkpoints import CheckpointError, DroppedClassifierWarning, NormalisationWarning
 from .data import PixelModel, load_split
-from .evaluation import PROTOCOLS, Budget, NonFiniteLogitsError, Protocol, judge, mixed_surrogate_attack, rejudge
+from .evaluation import (
+    PROTOCOLS,
+    Budget,
+    NonFiniteLogitsError,
+    Protocol,
+    attack,
+    judge,
+    measure_neighbours,
+    mixed_surrogate_attack,
+    rejudge,
+    sweep,
+)
 from .evaluation.evaluate import evaluate
 from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
 from .models.load import load_model
 from .prototypes import PrototypeFit, fit_prototypes
-from .report import AttackReport, compare
+from .report import AttackReport, compare, merge_reports
 from .report.html import report_page
 from .report.markdown import comparison_markdown, report_markdown
 from .report.write import write_report
@@ -50,6 +61,7 @@ __all__ = [
     "UnfittedHeadWarning",
     "UnsupportedHeadError",
     "add_hpm_head",
+    "attack",
     "cards",
     "compare",
     "comparison_markdown",
@@ -63,7 +75,9 @@ __all__ = [
     "keep_classes",
     "load_model",
     "load_split",
+    "measure_neighbours",
     "measure_sensitivity",
+    "merge_reports",
     "mixed_surrogate_attack",
     "models",
     "pgd",
@@ -72,6 +86,7 @@ __all__ = [
     "remove_hpm_head",
     "report_markdown",
     "report_page",
+    "sweep",
     "write_report",
 ]
 

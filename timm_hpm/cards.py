@@ -323,7 +323,7 @@ def _code(text: str) -> str:
 
 
 def _budget(budget: Mapping[str, Any]) -> str:
-    times = "".join(f"{budget[name]} × " for name in ("targets", "rounds") if name in budget)
+    times = "".join(f"{budget[name]} × " for name in ("targets", "restarts") if name in budget)
     return f"{times}{budget['iterations']:,}"
 
 

@@ -32,9 +32,9 @@ def dataset_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 
 def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns the head's logits (B, C) with the softmax at some `temperature` in the place of the one-hot assignment.
+    """Returns the head's logits (B, C) with the softmax at a `temperature` instead of the one-hot assignment.
 
-    In the modes that assign nothing (`dataset`, `fc`) these are that mode's own logits.
+    In the modes without an assignment (`dataset`, `fc`) these are that mode's own logits.
     """
     if head.inference in ("dataset", "fc"):
         return ste_logits(head, features)

@@ -19,12 +19,12 @@ _RAISING = 0.75
 
 
 class Ascent(NamedTuple):
-    """What APGD found for R images.
+    """The result of APGD for R images.
 
     Arguments:
         largest: (R, ...), the points of largest loss on the way.
         loss: (R,), that loss.
-        fooling: (R, ...), the last points on the way that were misclassified, the start where none was.
+        fooling: (R, ...), the last misclassified points on the way, or the start if there was none.
         fooled: (R,), whether there was one.
         without_gradient: images whose gradient was zero at the start.
     """
@@ -45,16 +45,16 @@ def apgd(
         loss_fn: Callable[[Tensor], Tensor],
         start: Tensor | None = None,
 ) -> Ascent:
-    """Returns what `iterations` steps up the gradient find; costs one query more than that.
+    """Returns the result of `iterations` steps up the gradient; costs one query more than that.
 
     Arguments:
         logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
         clean: (R, ...), pixels in [0, 1].
         labels: (R,), class indices.
-        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
+        threat: the threat model, or a text such as `"Linf:8/255"`.
         iterations: number of steps, at least 1.
-        loss_fn: logits (R, C) to what is to grow, (R,).
-        start: (R, ...), where to start; None means at a random point on the surface of the ball.
+        loss_fn: logits (R, C) to the loss (R,) to maximise.
+        start: (R, ...), pixels; None means a random point on the surface of the ball.
     """
     threat = ThreatModel.of(threat)
     ball = _Ball(clean, threat)
@@ -64,7 +64,7 @@ def apgd(
     fooling, fooled = x.clone(), wrong
     best, best_loss, best_gradient = x.clone(), loss, gradient.clone()
     step_size = torch.full_like(per_image(loss, x), 2 * threat.eps)
-    # The last row is what precedes the first at the first checkpoint.
+    # At the first checkpoint the last row, all zeros, precedes the first.
     losses = loss.new_zeros(iterations, len(x))
     checkpoint, last_check = max(int(0.22 * iterations), 1), 0
     shorter, shortest = max(int(0.03 * iterations), 1), max(int(0.06 * iterations), 1)
@@ -97,9 +97,9 @@ def apgd(
     return Ascent(best, best_loss, fooling, fooled, without_gradient)
 
 
-def _put(into: Tensor, where: Tensor, values: Tensor) -> None:
-    """Copies `values` (R, ...) `into` (R, ...) at the images `where` (R,), without asking the device which they are."""
-    torch.where(per_image(where, values), values, into, out=into)
+def _put(into: Tensor, mask: Tensor, values: Tensor) -> None:
+    """Copies the images of `values` (R, ...) in the `mask` (R,) `into` (R, ...), without a sync of the device."""
+    torch.where(per_image(mask, values), values, into, out=into)
 
 
 class _Ball:
@@ -132,7 +132,7 @@ class _Ball:
 
 def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
            with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss (R,), its gradient (R, ...), and which are misclassified (R,)."""
+    """Returns the loss (R,), its gradient (R, ...), and whether images are misclassified (R,)."""
     x = x.detach().requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
         logits = logits_fn(x)
@@ -142,6 +142,6 @@ def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Te
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Returns `x` (R, ...) over its length, and zero where that is not finite, as the sign of NaN is."""
+    """Returns `x` (R, ...) over its length, and zero if that is not finite."""
     length = per_image(x.square().flatten(1).sum(dim=1).sqrt(), x)
     return (x / (length + 1e-12)).masked_fill_(~length.isfinite(), 0)

@@ -34,7 +34,7 @@ def fab(
         threat: ThreatModel | str,
         iterations: int,
 ) -> Tensor:
-    """Returns the nearest points found (R, ...) that are misclassified, the clean image where none was.
+    """Returns the nearest misclassified points found (R, ...), or the clean image if there is none.
 
     Every iteration costs two queries, one of them with a gradient.
 
@@ -42,8 +42,8 @@ def fab(
         logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
         clean: (R, ...), pixels in [0, 1].
         labels: (R,), class indices.
-        targets: (R,), the classes towards whose boundary to go; a point of any wrong class counts.
-        threat: a threat model or its text; gives the norm; how large its ball is makes no difference.
+        targets: (R,), the classes whose boundaries are searched; a point of any wrong class counts.
+        threat: a threat model or its text, of which only the norm matters.
         iterations: number of steps, at least 1.
     """
     threat = ThreatModel.of(threat)
@@ -72,12 +72,12 @@ def fab(
 def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -> Tensor:
     """Returns the shortest steps, in a norm, from `points` to hyperplanes, with pixels staying in [0, 1].
 
-    Where no image is on the plane the step goes to the one nearest to it; along a normal of zeros there is no step.
+    If no image is on the plane, the step goes to the one nearest to it; along a normal of zeros there is no step.
 
     Arguments:
         points: (R, ...), pixels in [0, 1], or (K, R, ...): K points for each normal.
         normals: (R, ...), w of the planes, finite.
-        offsets: (R,) or (K, R), o: a step d leads to the plane where w·d = −o.
+        offsets: (R,) or (K, R), o: a step d leads to the plane if w·d = −o.
         norm: `"Linf"` or `"L2"`.
     """
     w = normals.flatten(1)
@@ -86,7 +86,7 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
     largest = torch.where(largest > 0, largest, 1)
     needed, w = offsets.abs() / largest.squeeze(1), w / largest
     slopes = w.abs()
-    # Where each pixel goes: 1, −1, or 0 where the plane does not ask for it.
+    # The direction of each pixel: 1, −1, or 0 if it does not matter to the plane.
     way = w.sign() * (1 - 2 * (offsets > 0).to(w.dtype)).unsqueeze(-1)
     x = points.reshape(*offsets.shape, -1)
     room = torch.gt(way, 0, out=torch.empty_like(way)).sub_(x).abs_()
@@ -94,8 +94,7 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
         # All pixels go equally far, or to the end of their range.
         distance = _shared_size(slopes, room, needed)
     else:
-        # All pixels go along the normal, or to the end of their range; one that the plane does not ask for stays, even
-        # where no size leads there.
+        # All pixels go along the normal, or to the end of their range; those with a slope of 0 stay.
         asked = slopes > 0
         ends = torch.where(asked, room / slopes, 0).clamp_(max=torch.finfo(room.dtype).max)
         distance = _shared_size(slopes.square(), ends, needed)
@@ -104,12 +103,9 @@ def step_to_plane(points: Tensor, normals: Tensor, offsets: Tensor, norm: str) -
 
 
 def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
-    """Returns the smallest s ≥ 0 (..., R, 1) with Σ slopes · min(s, ends) = needed, infinity where there is none.
+    """Returns the smallest s ≥ 0 (..., R, 1) with Σ slopes · min(s, ends) = needed, or infinity.
 
-    Arguments:
-        slopes: (R, D), 0 or more.
-        ends: (..., R, D), 0 or more.
-        needed: (..., R), 0 or more.
+    `slopes` (R, D), `ends` (..., R, D) and `needed` (..., R) are not negative.
     """
     # Masks of numbers and products: on a CPU torch.where takes several times as long.
     needed, whole, mask = needed.unsqueeze(-1), slopes * ends, torch.empty_like(ends)
@@ -131,7 +127,7 @@ def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
 @torch.enable_grad()
 def _target_lead(logits_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
                  targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns z_target − z_label (R,) and its gradient (R, ...), zero where that is not finite."""
+    """Returns z_target − z_label (R,) and its gradient (R, ...), with zeros for values that are not finite."""
     x = x.detach().requires_grad_()
     logits = logits_fn(x)
     lead = (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)

@@ -29,12 +29,12 @@ def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns max_{c≠y} z_c − z_y (B,) for `logits` (B, C): positive where the classifier is wrong."""
+    """Returns max_{c≠y} z_c − z_y (B,) for `logits` (B, C): positive if it is misclassified."""
     others = logits.scatter(1, labels.unsqueeze(1), -math.inf)
     return others.amax(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
-    """Returns the classes (B,) of the largest of `logits` (B, C), and −1 where one of them is NaN or infinite."""
-    # The arg-max of such an answer is an accident, and may be the right class.
+    """Returns the classes (B,) of the largest of `logits` (B, C), and −1 if one of them is NaN or infinite."""
+    # The arg-max of such logits is an accident, and may be the right class.
     return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)

@@ -30,7 +30,7 @@ def pgd(
         logits_fn: pixels (B, ...) in [0, 1] to logits (B, C).
         images: clean pixels (B, ...) in [0, 1].
         labels: (B,), class indices, of any integer dtype.
-        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
+        threat: the threat model, or a text such as `"Linf:8/255"`.
         steps: number of steps, at least 1.
         step_size: in units of the pixel range; None means 2.5·eps/steps, at most 1.25·eps.
         random_start: from a random point of the ball (global random state) rather than the clean image.

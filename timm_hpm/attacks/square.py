@@ -1,14 +1,14 @@
 """Square, the random search that needs no gradient, image by image the same as AutoAttack's.
 
-A query moves a window of all images at once. Under Linf only that window is computed, and written back where it was of
-no use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose points it gives bit by bit
+A query moves a window of all images at once. Under Linf only that window is computed, and written back if it was of no
+use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose points it gives bit by bit
 (tests/test_square.py).
 """
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,26 +29,26 @@ def square_search(
         threat: ThreatModel | str,
         queries: int,
 ) -> Tensor:
-    """Returns the points (R, ...) of largest margin that random changes find; an image that is fooled is left alone.
+    """Returns the points (R, ...) of largest margin that random changes find; a fooled image is left alone.
 
     Arguments:
         margin_fn: some of the `rows` (r,), and pixels (r, ...) for them, to max_{c≠y} z_c − z_y (r,). An image is
-            fooled where that is not negative.
-        rows: (R,), what `margin_fn` knows the images by.
+            fooled if that is not negative.
+        rows: (R,), the images' names for `margin_fn`.
         clean: (R, channels, H, W), pixels in [0, 1].
-        threat: what the adversary may do, or a text such as `"Linf:8/255"`.
+        threat: the threat model, or a text such as `"Linf:8/255"`.
         queries: changes to try on each image; the start costs one more.
     """
     threat = ThreatModel.of(threat)
-    search: _Search = (_LinfSearch if threat.norm == "Linf" else _L2Search)(clean, threat.eps)
+    search = (_LinfSearch if threat.norm == "Linf" else _L2Search)(clean, threat.eps)
     found = search.points.clone()
     margin = margin_fn(rows, found)
-    where = torch.arange(len(rows), device=rows.device)
+    places = torch.arange(len(rows), device=rows.device)
     for query in range(queries):
         fooled = margin >= 0
         if fooled.any():
-            found[where[fooled]] = search.points[fooled]
-            rows, where, margin = rows[~fooled], where[~fooled], margin[~fooled]
+            found[places[fooled]] = search.points[fooled]
+            rows, places, margin = rows[~fooled], places[~fooled], margin[~fooled]
             search.keep(~fooled)
         if not len(rows):
             return found
@@ -58,27 +58,15 @@ def square_search(
         better = new_margin > margin
         search.accept(better.view(-1, 1, 1, 1))
         margin = torch.where(better, new_margin, margin)
-    found[where] = search.points
+    found[places] = search.points
     return found
 
 
-class _Search(Protocol):
-    """The points (R, ...) of a search, one change of theirs at a time."""
-
-    points: Tensor
-
-    def keep(self, kept: Tensor) -> None:
-        """Goes on with some of the images, `kept` (R,)."""
-
-    def propose(self, part: float) -> None:
-        """Changes all points within a window of that part of the image."""
-
-    def accept(self, better: Tensor) -> None:
-        """Takes the change back where it is not `better` (R, 1, 1, 1)."""
-
-
 class _LinfSearch:
-    """Moves a window to one of the two faces of the ball, channel by channel."""
+    """Moves a window to one of the two faces of the ball, channel by channel.
+
+    `keep` drops images, `propose` changes a window of that part of all `points`, `accept` reverts it unless `better`.
+    """
 
     def __init__(self, clean: Tensor, eps: float):
         count, channels, _, width = clean.shape

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..console import show
-from ..evaluation.command import load_report, rejudge_folder, run
+from ..evaluation.command import load_report, merged, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.robustbench import AUTHORS_FIELDS
-from ..evaluation.sweep import SWEEP, sweep_markdown
+from ..evaluation.sweep import SWEEP
 from ..files import use_any_console
 from ..models.constructors import named_again
 from ..options import given_options
 from ..report import compare as compare_reports
 from ..report.command import DOOR, shell_line
 from ..report.markdown import comparison_markdown, report_markdown
+from ..report.sweep_page import sweep_markdown
 from .parser import Parser
 
 _ABOUT = """\
@@ -35,6 +36,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
                              "given, and compared with its report.json")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"),
                         help="two reports (files or folders) to print side by side, with McNemar's test of them")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="REPORT",
+                        help="two or more reports (files or folders) of several seeds, whose worst case is printed and "
+                             "written into --output")
     return given_options(parser, EvaluateConfig, argv)
 
 
@@ -56,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         return _compare(*args.compare)
     if args.rejudge:
         return _rejudge(args.rejudge, given)
+    if args.merge:
+        show(report_markdown(merged(args.merge, args.output)))
+        return 0
     return _evaluate(args, given)
 
 

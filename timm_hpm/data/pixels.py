@@ -24,17 +24,21 @@ class PixelModel(WholeLoading):
     Arguments:
         model: takes images normalised by `mean` and `std`.
         mean, std: one value a channel; None takes the model's `pretrained_cfg`.
+        draws: number of forward passes whose logits are averaged, for a randomised model: attacks then follow the mean
+            of the gradients (expectation over transformation, Athalye et al., arXiv 1707.07397).
 
     Attributes:
         source: the origin of mean and std, in words.
 
     Raises:
-        ValueError: if there is no mean or std, or the std is not positive.
+        ValueError: if there is no mean or std, the std is not positive, or `draws` is below 1.
     """
 
-    def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None):
+    def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None,
+                 draws: int = 1):
         check_module(model)
         super().__init__()
+        self.draws = checked_integer("draws", draws, 1)
         cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}
         values = {}
         for name, given in (("mean", mean), ("std", std)):
@@ -63,6 +67,8 @@ class PixelModel(WholeLoading):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of `pixels` (B, channels, H, W) in [0, 1]."""
+        if self.draws > 1:
+            return torch.stack([self.model(self.normalise(pixels)).float() for _ in range(self.draws)]).mean(dim=0)
         logits = self.model(self.normalise(pixels))
         # `check_logits` names another output.
         return logits.float() if isinstance(logits, Tensor) else logits
@@ -108,9 +114,9 @@ def random_flip(images: Tensor, probability: float = 0.5) -> Tensor:
     return torch.where(flipped, images.flip(-1), images)
 
 
-def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None,
-                   std: Iterable[float] | None = None) -> nn.Module:
-    """Returns `model` as a classifier of pixels in [0, 1].
+def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None,
+                   draws: int = 1) -> nn.Module:
+    """Returns `model` as a classifier of pixels in [0, 1]; `draws` is that of `PixelModel`.
 
     A timm model is normalised by `mean` and `std`, one value a channel, or those of its `pretrained_cfg`; another
     module takes pixels as they are, unless mean and std are given. DataParallel is taken off: predictions may depend on
@@ -121,13 +127,13 @@ def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None,
     """
     while isinstance(model, _SEVERAL_DEVICES):
         model = model.module
-    given = mean is not None or std is not None
+    given = mean is not None or std is not None or draws > 1
     if isinstance(unwrapped(model), PixelModel):
         if given:
-            raise ValueError("the model normalises pixels itself (PixelModel); leave out mean and std, or give them to "
-                             "PixelModel")
+            raise ValueError("the model normalises pixels itself (PixelModel); leave out mean, std and draws, or give "
+                             "them to PixelModel")
         return model
-    return PixelModel(model, mean, std) if given or getattr(unwrapped(model), "pretrained_cfg", None) else model
+    return PixelModel(model, mean, std, draws) if given or getattr(unwrapped(model), "pretrained_cfg", None) else model
 
 
 def normalisation_of(model: nn.Module) -> dict[str, Any] | None:

@@ -1,12 +1,15 @@
 """The Mixed Surrogate Attack: its attacks, protocols, verdicts and flags."""
 
 from ..surrogates import SURROGATES, Surrogate
+from .attack import attack
 from .attacked import AttackedModel
-from .batch import AttackBatch, Notes
+from .batch import AttackBatch
 from .budget import Budget
 from .judge import NonFiniteLogitsError, judge, rejudge
 from .msa import mixed_surrogate_attack
+from .neighbours import measure_neighbours
 from .protocols import PROTOCOLS, Protocol
+from .sweep import sweep
 from .table import ATTACKS, Attack
 
 __all__ = [
@@ -18,10 +21,12 @@ __all__ = [
     "AttackedModel",
     "Budget",
     "NonFiniteLogitsError",
-    "Notes",
     "Protocol",
     "Surrogate",
+    "attack",
     "judge",
+    "measure_neighbours",
     "mixed_surrogate_attack",
     "rejudge",
+    "sweep",
 ]

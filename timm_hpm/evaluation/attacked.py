@@ -13,21 +13,20 @@ from ..head import HPMHead, find_head, head_name, without_head
 from ..surrogates import PLAIN, SURROGATES, check_names, dataset_logits, exact_surrogate
 from .fold import fold_batch_norms
 
-# Enough to see whether a faster network is the same, and how far rounding may take its answers: the same products in
-# another order, also in TF32, and folded BatchNorms.
+# Images on which a faster network is compared, and the rounding allowed: the same products in another order, also in
+# TF32, and folded BatchNorms.
 _FEW_IMAGES: Final = 8
 _ROUNDING_IN_FORMAT: Final = 1e-2
 _ROUNDING: Final = 1e-4
 
-# What one in 20 images may exceed in the lead of its best ℓ2 logit: from about 16 on, float32 rounds p − 1 to 0.
+# Lead of the best ℓ2 logit that one in 20 images may exceed: from about 16 on, float32 rounds p − 1 to 0.
 _LARGEST_LEAD: Final = 12.0
 
 
 def moderate_scale(head: HPMHead, features: Tensor) -> None:
-    """Lowers a head's scale where its ℓ2 logits leave the cross-entropy no gradient, in place.
+    """Lowers a head's scale, in place, if its ℓ2 logits of `features` (B, d) leave the cross-entropy no gradient.
 
-    No answer depends on the scale, but an attack does: at a large one the softmax saturates, and what looks robust is
-    not. `features` are some of the head's inputs (B, d).
+    No prediction depends on the scale, but an attack does: a saturated softmax looks robust and is not.
     """
     best = dataset_logits(head, features.to(head.weight.dtype)).topk(2, dim=1).values
     lead = float((best[:, 0] - best[:, 1]).quantile(0.95))
@@ -36,11 +35,10 @@ def moderate_scale(head: HPMHead, features: Tensor) -> None:
 
 
 def differs(one: Tensor, other: Tensor, rounding: float) -> Tensor:
-    """Returns where (B, C) two answers to the same images are farther apart than rounding takes them.
+    """Returns the entries (B, C) at which logits of the same images differ by more than rounding.
 
-    `rounding` is the part that may be lost of the largest of three sizes: the entry's own, that of the two entries that
-    lead its row, and the median row's of these. The largest of all is no measure: a class that is masked by a logit of
-    −1e4 would hide whatever the others do.
+    `rounding` is relative to the largest of three sizes: the entry's own, that of the two largest logits of its row,
+    and the median of the latter. The largest of all is no measure: a class masked by −1e4 would hide all others.
     """
     one, other = one.float(), other.float()
     leading = one.topk(min(2, one.shape[1]), dim=1).values.abs().amax(dim=1, keepdim=True)
@@ -61,7 +59,7 @@ def _all_unwrapped(module: nn.Module) -> nn.Module:
 def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """Returns a frozen copy in eval mode, uncompiled and not wrapped for several devices.
 
-    It is in float32, or in the model's own precision where it answers in no other, as one that casts in its forward.
+    It is in float32, or in the model's own precision if it fails in float32, as one that casts in its forward.
     """
     try:
         frozen = _all_unwrapped(copy.deepcopy(model))
@@ -70,9 +68,7 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied ({error}), and attacks work on a copy; keep what "
                          "has no copy, such as locks and random generators, out of the module") from error
-    for parameter in frozen.eval().parameters():
-        # Those of a copied ScriptModule are computed.
-        parameter.detach_().requires_grad_(False)
+    frozen.eval().requires_grad_(False)
     if all(p.dtype == torch.float32 for p in frozen.parameters()):
         return frozen
     own = copy.deepcopy(frozen)
@@ -81,13 +77,13 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
             ask(frozen.float(), example)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception:  # of whatever operation met two precisions
+    except Exception:  # some operation met two precisions
         return own
     return frozen
 
 
 class _HeadInput(nn.Module):
-    """A whole classifier that outputs its HPM head's input (B, d), until `_cut` spares it the head."""
+    """A whole classifier that outputs its HPM head's input (B, d)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -118,34 +114,33 @@ def _folded(backbone: nn.Module, example: Tensor) -> nn.Module:
 def _if_alike(change: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, example: Tensor,
               rounding: float) -> nn.Module:
     """Returns a model changed to be faster, or the model itself if the other fails or outputs something else."""
-    answer = ask(model, example)
+    output = ask(model, example)
     try:
         changed = change(model, example)
-        return model if differs(answer, ask(changed, example), rounding).any() else changed
+        return model if differs(output, ask(changed, example), rounding).any() else changed
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception:  # a view, where the model should have reshaped; or it reads what is there no more
+    except Exception:  # such as a view of another memory format, or an attribute that is gone
         return model
 
 
 class AttackedModel:
     """A private, frozen copy of a classifier, cut in front of its HPM head: one backbone pass serves every surrogate.
 
-    It answers in eval mode and in float32, its parameters gather no gradient, and nothing done to it reaches the model
-    it came from. A classifier without an HPM head is all backbone. One that casts in its forward, and answers in no
-    other precision than its own, keeps that.
+    It predicts in eval mode and in float32, or in the model's own precision if the model casts in its forward and fails
+    in float32. A classifier without an HPM head is all backbone.
 
     Arguments:
         pixel_model: pixels (B, channels, H, W) in [0, 1] to logits (B, C).
-        example: some images, by which the copy is adapted to attacks: it gets the faster memory format if it works in
-            that, BatchNorms folded into convolutions (see `fold_batch_norms`), and its ℓ2 logits a scale that leaves
-            the cross-entropy a gradient (see `moderate_scale`). A change that the model does not take is left out.
+        example: some images. A faster memory format and folded BatchNorms are kept if they leave the outputs as they
+            are; the scale of the ℓ2 logits is moderated (`moderate_scale`).
     """
 
     def __init__(self, pixel_model: nn.Module, example: Tensor):
         self.head: HPMHead | None = None
         self.backbone = _private_copy(pixel_model, example[:2])
-        #: Images that went forward and backward through the backbone so far.
+        self._draws = getattr(pixel_model, "draws", 1)
+        #: Images that went forward and backward through the backbone so far, each draw of a randomised model by itself.
         self.forward_passes = 0
         self.backward_passes = 0
         changes = [(_in_channels_last, _ROUNDING_IN_FORMAT), (_folded, _ROUNDING)]
@@ -160,9 +155,9 @@ class AttackedModel:
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
-        self.forward_passes += len(pixels)
+        self.forward_passes += self._draws * len(pixels)
         if torch.is_grad_enabled() and pixels.requires_grad:
-            self.backward_passes += len(pixels)
+            self.backward_passes += self._draws * len(pixels)
         return ask(self.backbone, pixels)
 
     def logits(self, surrogate: str, features: Tensor) -> Tensor:
@@ -175,20 +170,20 @@ class AttackedModel:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""
         return self.head is not None and self.head.inference == "batch" and SURROGATES[surrogate].batch_dependent
 
-    def default_surrogates(self) -> tuple[str, ...]:
-        """Returns the surrogates that differ from each other in the head's inference mode, all of them attacked."""
+    def exact_surrogate(self) -> str:
+        """Returns the surrogate that computes the true model's own logits."""
+        return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
+
+    def surrogates(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Returns `names` without repetitions, by default all surrogates that differ in the head's inference mode.
+
+        Raises:
+            ValueError: if this model lacks one of them; the message lists those it has.
+        """
+        if names is not None:
+            return check_names("surrogate", names, (PLAIN,) if self.head is None else tuple(SURROGATES))
         if self.head is None:
             return (PLAIN,)
         if self.head.inference == "fc" or not self.head.is_fitted():
             return ("fc",)
-        if self.head.inference == "dataset":
-            return ("fc", "dataset", "mixed")
-        return tuple(SURROGATES)
-
-    def exact_surrogate(self) -> str:
-        """Returns the surrogate that computes the true model's own logits: without gradients the two are the same."""
-        return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
-
-    def check_surrogates(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Returns `names` without repetitions, or raises a ValueError that lists the surrogates of this model."""
-        return check_names("surrogate", names, (PLAIN,) if self.head is None else tuple(SURROGATES))
+        return ("fc", "dataset", "mixed") if self.head.inference == "dataset" else tuple(SURROGATES)

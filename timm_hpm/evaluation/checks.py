@@ -1,4 +1,4 @@
-"""Checks for false robustness: what in a model or in its verdicts says that an attack's failure proves little.
+"""Checks for false robustness: signs in a model or its verdicts that an attack's failure proves little.
 
 Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients); Croce and Hein, arXiv 2003.01690 (the
 checks of AutoAttack). timm_hpm/report/flags.md has the meaning and the remedy of each.
@@ -21,28 +21,22 @@ from ..threat import ThreatModel
 from .attacked import differs
 from .table import ATTACKS
 
-# That a batch of another size, or the same one again, may cause; see `differs`.
+# Rounding between batches of two sizes, or two calls; see `differs`.
 _ROUNDING: Final = 1e-3
 _ROUNDING_IN_HALF: Final = 1e-1
-# Of the images: a dead unit or two may leave an honest network without a gradient at an image.
+# Share of images at which dead units may leave an honest network without a gradient.
 _FEW: Final = 0.05
-# From 1, of a sum of probabilities in half precision.
+# Distance from 1 of a sum of probabilities in half precision.
 _OF_PROBABILITIES: Final = 1e-2
-# Below that a share of the images says little.
+# Fewer images give no meaningful share.
 _FEWEST_SURVIVORS: Final = 8
 
 
 def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> list[Flag]:
-    """Returns what is suspicious in how a model answers some images.
+    """Returns the flags of a model's outputs for some images (N, channels, H, W) with `labels` (N,).
 
-    Costs two passes forward and one backward, and up to six more forward with one batch.
-
-    Arguments:
-        model: pixels (B, channels, H, W) in [0, 1] to logits (B, C), in eval mode. Its parameters and buffers are as
-            before.
-        images: (N, channels, H, W), pixels in [0, 1]; a few dozen are enough.
-        labels: (N,), class indices.
-        batch_size: images that the model is to answer at once; one check asks for twice as many.
+    Costs two passes forward and one backward, and up to six more forward with one batch; one check doubles the batch.
+    The model, pixels to logits (B, C), is in eval mode; its parameters and buffers are as before.
     """
     batch = images[:batch_size]
     with restored(model) as before:
@@ -52,7 +46,7 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields copies of a model's parameters and buffers by name, and puts back afterwards the values that changed."""
+    """Yields copies of a model's parameters and buffers by name, and restores changed values afterwards."""
     before = {name: tensor.clone() for name, tensor in _state(model)}
     try:
         yield before
@@ -64,34 +58,34 @@ def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                     tensor.copy_(before[name])
 
 
-def clean_flags(answers: Tensor, labels: Tensor, num_classes: int) -> list[Flag]:
-    """Returns what the answers (N,) to at least 8 clean images say of normalisation and labels (N,), class indices.
+def clean_flags(predicted: Tensor, labels: Tensor, num_classes: int) -> list[Flag]:
+    """Returns the flags of the classes (N,) predicted for at least 8 clean images with `labels` (N,).
 
     `clean-near-chance`: the accuracy is at most twice that of guessing, or a tenth of the way from it to 1, if that is
-    less. `labels-off-by-one`: in more than a third of the images, of two or more classes, the next (or previous) class
-    is answered more often than their own, and mostly so.
+    less. `labels-off-by-one`: for more than a third of the images, of two or more classes, the next (or previous) class
+    is predicted more often than their own, and for most of them.
     """
-    if len(answers) < _FEWEST_SURVIVORS:
+    if len(predicted) < _FEWEST_SURVIVORS:
         return []
-    flags, chance, right = [], 1 / num_classes, int((answers == labels).sum())
-    if right <= len(answers) * (chance + min(chance, 0.1 * (1 - chance))):
-        flags.append(Flag("clean-near-chance", f"{right} of {len(answers)} clean images are right; guessing among "
+    flags, chance, right = [], 1 / num_classes, int((predicted == labels).sum())
+    if right <= len(predicted) * (chance + min(chance, 0.1 * (1 - chance))):
+        flags.append(Flag("clean-near-chance", f"{right} of {len(predicted)} clean images are right; guessing among "
                                                f"{num_classes} classes gets {100 * chance:.3g} %"))
     for step, name in ((1, "after"), (-1, "before")):
-        shifted = answers == (labels + step) % num_classes
-        per_class = [torch.bincount(labels[which], minlength=num_classes) for which in (shifted, answers == labels)]
+        shifted = predicted == (labels + step) % num_classes
+        per_class = [torch.bincount(labels[which], minlength=num_classes) for which in (shifted, predicted == labels)]
         classes = per_class[0] > per_class[1]
         images, hits = int(classes[labels].sum()), int(per_class[0][classes].sum())
         if classes.sum() >= 2 and images > len(labels) / 3 and hits >= max(
                 8, images * min(0.8, max(1 / 3, 2.5 * chance))):
             flags.append(Flag("labels-off-by-one", f"{hits} of {images} clean images, of {int(classes.sum())} classes, "
-                                                   f"are answered with the class {name} their label"))
+                                                   f"are predicted as the class {name} their label"))
             break
     return flags
 
 
 def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Flag | None:
-    """Returns `no-gradient` or `zero-gradient` where the margin max_{c≠y} z_c − z_y has no usable gradient."""
+    """Returns `no-gradient` or `zero-gradient` if the margin max_{c≠y} z_c − z_y has no usable gradient."""
     useless = 0
     for some, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         pixels = some.detach().clone().requires_grad_()
@@ -110,21 +104,27 @@ def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
 
 @torch.no_grad()
 def random_flag(model: nn.Module, images: Tensor) -> Flag | None:
-    """Returns `random-forward` where the same images, asked again, get other logits."""
+    """Returns `random-forward` if a second call gives the same images other logits.
+
+    A model that averages the logits of several draws gets the statement `averaged-draws` instead.
+    """
     difference = _difference(model, ask(model, images), ask(model, images))
-    return Flag("random-forward", f"{len(images)} images, asked twice: {difference}") if difference else None
+    if (draws := getattr(model, "draws", 1)) > 1:
+        return Flag("averaged-draws", f"predictions are by the mean logits of {draws} draws, and attacks follow the "
+                    f"mean gradient; two such means for {len(images)} images: {difference or 'equal up to rounding'}")
+    return Flag("random-forward", f"two calls with {len(images)} images: {difference}") if difference else None
 
 
 @torch.no_grad()
 def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
-    """Returns `batch-dependent` where images among others get other logits than by themselves.
+    """Returns `batch-dependent` if images among others get other logits than by themselves.
 
-    An HPM head's batch mode is meant to, and attacked as what it is: there the network below it is checked.
+    An HPM head's batch mode does so by design: the network below it is checked.
     """
     with head_mode(model, "fc") if head_name(model) is not None else nullcontext():
         alone = ask(model, images)
         if _difference(model, alone, ask(model, images)):
-            return None  # a random answer says nothing of the batch
+            return None  # random logits prove nothing about the batch
         among_others = ask(model, torch.cat([images, 1 - images]))[:len(images)]
     difference = _difference(model, alone, among_others)
     if not difference:
@@ -133,7 +133,7 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
 
 
 def probability_flag(logits: Tensor) -> Flag | None:
-    """Returns `probabilities` if the outputs (B, C) are no logits but what a softmax makes of them."""
+    """Returns `probabilities` if the outputs (B, C) are those of a softmax, and no logits."""
     logits = logits.float()
     if (logits < 0).any() or ((logits.sum(dim=1) - 1).abs() > _OF_PROBABILITIES).any():
         return None
@@ -141,7 +141,7 @@ def probability_flag(logits: Tensor) -> Flag | None:
 
 
 def head_flag(model: nn.Module) -> Flag | None:
-    """Returns `lost-head` if a part of the model has lost its HPM head, so that something else predicts."""
+    """Returns `lost-head` if a part of the model has lost its HPM head, so that another layer predicts."""
     lost = [] if head_name(model) is not None else [
         type(module).__name__ for module in model.modules() if isinstance(module, HPMMixin)]
     return Flag("lost-head", f"{type(model).__name__} holds {', '.join(lost)} without the HPM head, and predicts by "
@@ -155,20 +155,13 @@ def rough_flag(
         threat: ThreatModel,
         batch_size: int,
 ) -> Flag | None:
-    """Returns `rough-gradient` where small steps up the gradient of the margin do not do what it says they will.
+    """Returns `rough-gradient` if small steps up the gradient of the margin do not change it as predicted.
 
-    Or `non-finite-logits`, where the logits at the step's start or its end are NaN or infinite.
+    Or `non-finite-logits`, if the logits before or after a step are NaN or infinite.
 
-    The gain of a step of a fifth of eps, from a random start (global random state), over what the gradient predicts: at
-    more than a fifth of at least 8 images below a half or above 2. Costs two passes forward and one backward.
-
-    Arguments:
-        logits_fn: pixels (B, ...) in [0, 1] to float32 logits (B, C).
-        images: (N, ...), images that no attack broke. Of a network that is not robust none are left, and whether its
-            gradient is rough does not matter.
-        labels: (N,), class indices.
-        threat: what the adversary may do.
-        batch_size: images that are to be answered at once.
+    The ratio is the gain of a step of a fifth of eps from a random start (global random state) over the gradient's
+    prediction: for more than a fifth of at least 8 images below a half or above 2. Costs two passes forward and one
+    backward. Only images that no attack broke are of interest: `images` (N, ...) with `labels` (N,).
     """
     if len(images) < _FEWEST_SURVIVORS:
         return None
@@ -178,7 +171,7 @@ def rough_flag(
         with torch.enable_grad():
             logits = logits_fn(start)
             before = margin_loss(logits, truth)
-        # A gradient there is, even if the model answers NaN by itself.
+        # The last term keeps a gradient even if the model outputs a constant.
         gradient, = torch.autograd.grad(before.sum() + 0 * start.sum(), start)
         step = threat.scaled(gradient, threat.eps / 5)
         with torch.no_grad():
@@ -188,36 +181,35 @@ def rough_flag(
         ratios.append(gain / (gradient * step).flatten(1).sum(dim=1))
     if lost:
         return Flag("non-finite-logits", f"at random points of the ball around {len(images)} images that no attack "
-                                         f"broke, {lost} answers are not finite")
+                                         f"broke, the logits of {lost} are not finite")
     ratio = torch.cat(ratios)
     rough = len(ratio) - int(((ratio > 0.5) & (ratio < 2)).sum())
     if rough <= 0.2 * len(ratio):
         return None
     return Flag("rough-gradient", f"at {rough} of {len(ratio)} images that no attack broke, a fifth of eps up the "
-                                  "gradient changes the margin by less than half or more than twice what that says")
+                                  "gradient changes the margin by less than half or more than twice as much as it says")
 
 
 @torch.no_grad()
 def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None:
-    """Returns `changes-state` where a model answers images (B, ...) no longer as it did, by the logits `before` (B, C).
+    """Returns `changes-state` if the logits of images (B, ...) are no longer those `before` (B, C).
 
-    A random model is to be asked from the same random state as then.
+    A random model must be called from the same random state as then.
     """
     difference = _difference(model, before, ask(model, images))
-    return Flag("changes-state", f"after the evaluation {len(images)} images are answered otherwise than before it: "
+    return Flag("changes-state", f"after the evaluation the logits of {len(images)} images are others than before it: "
                                  f"{difference}") if difference else None
 
 
-def verdict_flag(correct: dict[str, str], survivors_only: bool = False) -> Flag | None:
-    """Returns `black-box-stronger` where Square broke images that no attack with gradients broke by itself.
+def verdict_flag(correct: dict[str, str]) -> Flag | None:
+    """Returns `black-box-stronger` if Square broke images that no attack with gradients broke by itself.
 
-    More than 2 % of the images, and at least 3. `correct` are the verdicts of `AttackReport.correct`, `survivors_only`
-    whether an image that was broken stayed there (`Protocol`).
+    More than 2 % of the images, and at least 3. `correct` are the report's verdicts.
     """
     attacked = {name: ATTACKS[attack_of(name)] for name in correct if "/" in name}
-    # In the rows of the other attacks an image may stand where Square has brought it.
+    # Attacks on whole batches begin at images that Square may have broken.
     with_gradients = [correct[name] for name, attack in attacked.items() if attack.needs_gradient
-                      and not attack.whole_batch and not (survivors_only and attack.chained)]
+                      and not attack.whole_batch]
     without = {name: correct[name] for name, attack in attacked.items() if not attack.needs_gradient}
     if not with_gradients or not without:
         return None
@@ -234,11 +226,11 @@ def _state_flag(model: nn.Module, before: dict[str, Tensor]) -> Flag | None:
     after = dict(_state(model))
     changed = sorted(name for name in before.keys() | after.keys()
                      if name not in before or name not in after or not _same(after[name], before[name]))
-    return Flag("changes-state", f"answering changed {', '.join(changed[:5])}") if changed else None
+    return Flag("changes-state", f"a forward pass changed {', '.join(changed[:5])}") if changed else None
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields parameters and buffers, also those that a state dict leaves out, with their names."""
+    """Yields names and values of parameters and buffers, also of those that a state dict leaves out."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -248,7 +240,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _difference(model: nn.Module, one: Tensor, other: Tensor) -> str:
-    """Returns how far two answers (B, C) to the same images are apart, or nothing where it may be rounding."""
+    """Returns a text on the difference of two logits (B, C) of the same images, "" if it may be rounding."""
     parameter = next(model.parameters(), one)
     in_half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(one.device.type)
     one, other = one.float(), other.float()

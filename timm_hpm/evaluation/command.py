@@ -1,27 +1,25 @@
-"""An evaluation by its options: loads the model and the images, attacks, and keeps the reports in a folder."""
+"""An evaluation by its options: loads the model and the images, attacks, and writes the reports into a folder."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import ImageSplit, as_pixel_model, first_images
-from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
+from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
 from ..models.constructors import named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
-from ..report import TRUE_MODEL, AttackReport
+from ..report import TRUE_MODEL, AttackReport, merge_reports
 from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
+from ..report.write import write_report
 from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
@@ -29,6 +27,7 @@ from .header import evaluation_header
 from .judge import rejudge, saved_protocol
 from .msa import REPORT
 from .neighbours import BATCH_SIZES, check_neighbours
+from .processes import is_first, several_processes
 from .protocols import PROTOCOLS
 from .robustbench import parse_known, save_model_info
 from .sweep import SWEEP, own_mode, save_sweep, sweep
@@ -38,29 +37,13 @@ _SMALL_IMAGE = 64 * 64
 _SURROGATES_AT_ONCE = 5
 
 
-@contextmanager
-def several_processes(device: str) -> Iterator[Accelerator | None]:
-    """Yields the accelerator of several processes, or None for a single process.
-
-    At the end the processes part in an orderly way. One that only stops is sometimes aborted, and torchrun then fails.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield None
-        return
-    # One process may have a batch more than another, and a batch may take hours.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
-    yield accelerator
-    accelerator.end_training()  # not after an error: the others would report a lost connection
-
-
 def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustbench_json: Path | None = None,
         robustbench_info: Sequence[str] = ()) -> list[AttackReport]:
     """Loads, attacks and writes each report into the folder `output`; under torchrun, on all processes.
 
     Arguments:
         config: the options.
-        output: the folder, held by this run meanwhile; several reports lie in folders below it, with a page of all.
+        output: the folder, locked meanwhile; several reports are in folders below it, with a page of all.
         resume: whether the folder may hold a run of the same options.
         robustbench_json: file for RobustBench's model_info; None writes none.
         robustbench_info: its fields that only the authors know, texts such as `"name=..."`.
@@ -69,8 +52,8 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
         The reports on the first process, [] on the others.
 
     Raises:
-        ValueError: options that do not fit the model or the data, or a folder that holds another run.
-        OSError: a folder that cannot be written into.
+        ValueError: if options do not fit the model or the data, or the folder holds another run.
+        OSError: if the folder cannot be written into.
     """
     authors = parse_known(robustbench_info)
     if robustbench_json and (config.eps_sweep or len(config.inference or ()) > 1):
@@ -83,7 +66,7 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
             if robustbench_json:
                 writable_folder(robustbench_json.parent)
             reports = _evaluate(config, output, accelerator, resume)
-            if not (accelerator is None or accelerator.is_main_process):
+            if not is_first(accelerator):
                 return []
             if len(reports) > 1 or config.eps_sweep:
                 save_sweep(reports, output)
@@ -94,7 +77,6 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
 
 def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | None,
               resume: bool) -> list[AttackReport]:
-    is_main = accelerator is None or accelerator.is_main_process
     model = load_model(config, accelerator)
     split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
                            download=config.dataset_download,
@@ -103,18 +85,18 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     threat = ThreatModel.parse(config.threat or split.threat)
     images, labels = first_images(split, config.num_images)
     options = _attack_options(config, model, images)
-    attacked = model if config.mean is None and config.std is None else as_pixel_model(model, config.mean, config.std)
-    config = replace(config, threads=use_threads(config.threads, as_pixel_model(attacked), images[:config.batch_size]))
+    pixel_model = as_pixel_model(model, config.mean, config.std, config.eot)
+    config = replace(config, threads=use_threads(config.threads, pixel_model, images[:config.batch_size]))
     about = _about(config, model, split)
-    if is_main and not (output / REPORT).exists():
-        print(evaluation_header(about, attacked, images, threat, options["protocol"], radii=config.radii(),
+    if is_first(accelerator) and not (output / REPORT).exists():
+        print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
                                 modes=config.inference, batch_size=config.batch_size, accelerator=accelerator),
               file=sys.stderr)
         if accelerator is not None:
             print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
-    begins = is_main and begin(config, output, resume)
+    begins = is_first(accelerator) and begin(config, output, resume)
     try:
-        return list(sweep(attacked, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+        return list(sweep(pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
                           folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
                           progress=True, about=about, **options))
     except ValueError:
@@ -140,13 +122,13 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
     if at_once is None:
         at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
     protocol = PROTOCOLS[config.base_protocol].changed(config.surrogates or None, config.attacks or None,
-                                                       config.budgets(), config.survivors_only, at_once)
+                                                       config.budgets(), config.full_grid or None, at_once)
     return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours,
             "neighbours_mixes": config.neighbours_mix}
 
 
 def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, Any]:
-    """Returns the facts about model and data that the report's protocol shows."""
+    """Returns the model and data of a report's protocol."""
     names = split.class_names or class_names(model)
     options = {name: value for name, value in config.to_saved().items()
                if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})}
@@ -165,18 +147,18 @@ def idle_note(num_images: int, batch_size: int, processes: int) -> str:
     if batches >= processes:
         return ""
     return (f"{num_images} images in batches of {batch_size} make {batches} to attack, so {processes - batches} of the "
-            f"{processes} processes have none. A smaller --batch-size makes more; in batch mode the answers depend on "
-            "it\n")
+            f"{processes} processes have none. A smaller --batch-size makes more; in batch mode the "
+            "predictions depend on it\n")
 
 
 def _check_measures_neighbours(model: nn.Module, modes: list[str]) -> None:
     """Raises a ValueError if neighbours matter in none of the modes; prints those in which they do not matter."""
     others = [mode for mode in modes if mode != "batch"]
     if others == modes or not find_head(model).is_fitted():
-        raise ValueError("--neighbours asks what neighbours in a batch do, and here they do nothing (inference mode "
-                         f"{', '.join(modes)}); it needs a fitted HPM head and --inference batch")
+        raise ValueError("--neighbours measures how neighbours in a batch flip predictions, and here they do not "
+                         f"(inference mode {', '.join(modes)}); it needs a fitted HPM head and --inference batch")
     if others:
-        print(f"--neighbours is asked in batch mode only, not in {', '.join(others)}", file=sys.stderr)
+        print(f"--neighbours are measured in batch mode only, not in {', '.join(others)}", file=sys.stderr)
 
 
 def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> bool:
@@ -240,6 +222,20 @@ def load_report(path: Path) -> AttackReport:
                          + (f". The run there is not finished: {' '.join(DOOR)} evaluate --resume {path}"
                             if (path / OPTIONS).exists() else ""))
     return AttackReport.load(file)
+
+
+def merged(paths: Sequence[Path], output: Path | None) -> AttackReport:
+    """Returns the merged report of several seeds (`merge_reports`), written into a new folder.
+
+    Raises:
+        ValueError: if the reports differ in more than their seeds, or `output` holds a report.
+    """
+    report = merge_reports([load_report(path) for path in paths])
+    output = output or default_folder("merged")
+    if (output / "report.json").exists():
+        raise ValueError(f"{output} holds a report; choose another --output")
+    write_report(report, output)
+    return report
 
 
 def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:

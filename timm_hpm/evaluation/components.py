@@ -1,11 +1,10 @@
 """AutoAttack's components, each run by itself on one fixed batch under one or more surrogates.
 
-Where AutoAttack keeps only what fools the model it is given, and regroups what is left into new batches, a component
-here yields a candidate for every image under every surrogate: the point that fools the surrogate, or the point of
-largest loss where none does, never the clean image. The batch stays whole meanwhile: images that are not queried
-keep their latest candidate, of which only the features are needed, so whole batches cost one more pass a candidate.
-Where a surrogate's answers depend on the batch, what fooled it among one search's neighbours may not do so among all
-final candidates: only the judge's verdict counts.
+AutoAttack keeps only points that fool its model, and regroups the other images into new batches. Here the batch stays
+whole, and each image gets a candidate under each surrogate: the point that fools the surrogate, or else the point of
+largest loss, never the clean image. Images that are not queried stay at their latest candidates; only features are
+kept, so this costs one more pass a candidate. Under a batch-dependent surrogate a point that succeeded among the
+neighbours of the search may fail among the final candidates: only the judge's verdict counts.
 
 Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenko et al., arXiv 1912.00049 (Square).
 """
@@ -19,20 +18,21 @@ from torch import Tensor
 
 from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, pgd, square_search, targeted_loss
 from ..threat import ThreatModel
-from .batch import AttackBatch, Notes
+from .batch import AttackBatch
 from .budget import Budget
 
 
-def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
     rows = batch.active
     wrong = F.softmax(batch.clean_logits[rows], dim=1).scatter(1, batch.labels[rows].unsqueeze(1), 0.0).sum(dim=1)
-    notes.count("saturated-softmax", "the softmax of {} of {} clean answers is one-hot in float32, and the gradient of "
-                "the cross-entropy 0: the candidates of this attack prove little", int((wrong == 0).sum()), len(wrong))
+    batch.flag("saturated-softmax", "the softmax of {} of {} clean predictions is one-hot in float32, and the gradient "
+               "of the cross-entropy 0: the candidates of this attack prove little", int((wrong == 0).sum()),
+               len(wrong))
     return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget))
 
 
-def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of targeted APGD: on the targeted DLR loss, which needs 4 classes.
 
     With fewer classes it is the cross-entropy of the target.
@@ -44,8 +44,8 @@ def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes
         labels = batch.labels[rows]
         found = apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
                      targeted_loss(labels, target[rows]))
-        notes.count("zero-loss-gradient", "the targeted loss has no gradient at {} of {} starts",
-                    found.without_gradient, len(rows))
+        batch.flag("zero-loss-gradient", "the targeted loss has no gradient at {} of {} starts",
+                   found.without_gradient, len(rows))
         better = found.fooled | (found.loss > best_loss[rows])
         batch.place(rows[better], _candidates(found)[better])
         best_loss[rows[better]] = found.loss[better]
@@ -55,11 +55,11 @@ def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes
     return batch.points
 
 
-def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of targeted FAB, which looks for the nearest boundary of each target.
 
-    A boundary point is moved to the surface of the ball, out or in, where that has the larger loss. Where FAB finds
-    no boundary the candidate is one gradient step from a random start.
+    A boundary point is moved to the surface of the ball, out or in, if that has the larger loss. If FAB finds no
+    boundary, the candidate is one gradient step from a random start.
     """
     targets = _targets(batch, budget)
     rows = batch.active
@@ -86,7 +86,7 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes)
     return batch.points
 
 
-def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes) -> Tensor:
+def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
     keeps_whole_batches = batch.batch_dependent()
     active = labelled = batch.active
@@ -94,12 +94,12 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes
 
     def margin(rows: Tensor, pixels: Tensor) -> Tensor:
         nonlocal labelled, labels
-        # The search asks for the same rows until one of them is fooled.
+        # The search queries the same rows until one of them is fooled.
         if rows is not labelled:
             labelled, labels = rows, batch.labels[rows]
         loss = margin_loss(batch.query(rows, pixels), labels)
         if keeps_whole_batches:
-            # A row that is fooled is not queried again: from here on it stands in its batch as it is now.
+            # A fooled row is queried no more: from here on its batch holds this point.
             fooled = loss >= 0
             if fooled.any():
                 batch.place(rows[fooled], pixels[fooled])
@@ -107,6 +107,14 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget, notes: Notes
 
     found = square_search(margin, active, batch.clean[active], threat, budget.iterations)
     return batch.points.index_copy(0, active, found)
+
+
+def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: Budget,
+                start: Tensor | None = None) -> Tensor:
+    """Returns the candidates (R, ...) of APGD on the cross-entropy for `rows`, from `start` (R, ...) or at random."""
+    labels = batch.labels[rows]
+    return _candidates(apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
+                            cross_entropy(labels), start))
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -117,14 +125,6 @@ def _targets(batch: AttackBatch, budget: Budget) -> Tensor:
     """Returns the wrong classes (S·B, targets) of largest clean logit, in AutoAttack's order."""
     wrong = batch.clean_logits.scatter(1, batch.labels.unsqueeze(1), -math.inf)
     return wrong.argsort(dim=1, descending=True)[:, :budget.targets]
-
-
-def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: Budget,
-                start: Tensor | None = None) -> Tensor:
-    """Returns the candidates (R, ...) of APGD on the cross-entropy for `rows`, from `start` (R, ...) or at random."""
-    labels = batch.labels[rows]
-    return _candidates(apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
-                            cross_entropy(labels), start))
 
 
 def _candidates(found: Ascent) -> Tensor:

@@ -40,6 +40,7 @@ class EvaluateConfig(CommonOptions):
     inference: tuple[str, ...] | None = option(
         None, _MODEL, f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
                       "own (the model's mode)")
+    eot: int = option(1, _MODEL, "draws of a randomised model whose logits and gradients are averaged", least=1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", _MODEL, "device of PyTorch")
 
     split: str = option("test", _DATA, f"one of {', '.join(SPLITS)}")
@@ -60,11 +61,11 @@ class EvaluateConfig(CommonOptions):
     attacks: tuple[str, ...] | None = option(
         None, _ATTACK, f"attacks to run, of {', '.join(ATTACKS)} (the protocol's)")
     budget: tuple[str, ...] = option(
-        (), _ATTACK, "ATTACK=N: iterations, and after an x the number of targets, or of rounds: apgd-ce=50 "
-                     "apgd-t=50x4 joint-subset=25x40 (the protocol's)")
-    survivors_only: bool = option(
-        False, _ATTACK, "no more attacks on an image that is misclassified: faster, and the rows of single attacks "
-                        "become those of a cascade, as AutoAttack's are")
+        (), _ATTACK, "ATTACK=N: iterations, after an x the number of targets, and after an r that of restarts: "
+                     "apgd-ce=50 apgd-t=50x4r2 joint-subset=25r40 (the protocol's)")
+    full_grid: bool = option(
+        False, _ATTACK, "attacks on every image through every surrogate, also after it is misclassified; slower. In "
+                        "batch mode that is always so")
     neighbours: tuple[int, ...] | None = option(
         None, _ATTACK, "batch sizes at which to measure how often a clean image flips when an adversary controls the "
                        "rest of its batch; none for no measurement (standard and fast: those of "
@@ -84,7 +85,7 @@ class EvaluateConfig(CommonOptions):
             check_inference(mode)
         if self.protocol == "custom" and not self.is_custom:
             raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks, --budget or "
-                             "--survivors-only")
+                             "--full-grid")
         attacks = self.attacks or PROTOCOLS[self.base_protocol].attacks
         unused = [name for name in self.budgets() if name in ATTACKS and name not in attacks]
         if unused:
@@ -106,7 +107,7 @@ class EvaluateConfig(CommonOptions):
     @property
     def is_custom(self) -> bool:
         """Returns whether options change the protocol."""
-        return bool(self.surrogates or self.attacks or self.budget or self.survivors_only)
+        return bool(self.surrogates or self.attacks or self.budget or self.full_grid)
 
     def budgets(self) -> dict[str, Budget]:
         """Returns the budget of each attack that has one of its own."""

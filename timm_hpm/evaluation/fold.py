@@ -1,23 +1,23 @@
-"""`fold_batch_norms`: the same network with fewer operations, for those who only ask it for answers and gradients."""
+"""`fold_batch_norms`: the same network with fewer operations."""
 
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..data import ask
 
 
 def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
-    """Multiplies BatchNorms into the convolutions whose output only they take, in place; returns how many.
+    """Multiplies BatchNorms into the convolutions before them, in place; returns their number.
 
-    What takes what is seen on `example` (B, channels, H, W), a batch that the network can answer: a convolution and a
-    BatchNorm that are each asked once, the one's output being the other's input and nobody else's.
+    A pair is folded if each is called once on `example`, and the BatchNorm alone takes the convolution's output.
 
     Arguments:
-        model: in eval mode, its parameters without gradients. Up to rounding it answers as before.
-        example: any images.
+        model: in eval mode, its parameters without gradients; up to rounding its outputs stay the same.
+        example: images (B, channels, H, W).
     """
     convolutions: list[tuple[nn.Conv2d, Tensor]] = []
     norms: list[tuple[nn.BatchNorm2d, Tensor]] = []
@@ -36,15 +36,20 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     if output.grad_fn is None:
         return 0
     uses = _uses(output.grad_fn)
-    asked = Counter(id(module) for module, _ in [*convolutions, *norms])
+    calls = Counter(id(module) for module, _ in [*convolutions, *norms])
     made = {id(tensor): conv for conv, tensor in convolutions}
-    pairs = [(made[id(tensor)], norm) for norm, tensor in norms
-             if id(tensor) in made and uses[tensor.grad_fn] == 1 and asked[id(norm)] == 1
-             and asked[id(made[id(tensor)])] == 1 and norm.running_mean is not None and norm.running_var is not None
-             and keeps_its_weight(made[id(tensor)])]
+    # A convolution with a weight norm computes its weight at each call.
+    pairs = [(conv, norm) for norm, tensor in norms
+             if (conv := made.get(id(tensor))) is not None and calls[id(norm)] == calls[id(conv)] == 1
+             and uses[tensor.grad_fn] == 1 and norm.running_mean is not None and norm.running_var is not None
+             and "weight" in conv._parameters and not conv._forward_pre_hooks]
     for conv, norm in pairs:
-        _fold(conv, norm)
-    replaced = {id(norm): rest_of(norm) for _, norm in pairs}
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var,  # type: ignore[arg-type]
+            norm.eps, norm.weight, norm.bias)
+    # timm's BatchNorms have an activation.
+    replaced = {id(norm): nn.Sequential(*[part for part in norm.children() if not isinstance(part, nn.Identity)])
+                for _, norm in pairs}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in replaced:
@@ -52,13 +57,8 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     return len(pairs)
 
 
-def keeps_its_weight(conv: nn.Conv2d) -> bool:
-    """Returns whether a convolution's weight is a parameter; spectral and weight norm make it anew at each call."""
-    return "weight" in conv._parameters and not conv._forward_pre_hooks
-
-
 def _uses(node: Any) -> Counter:
-    """Returns how many operations take the result of each, in the graph that ends with `node`."""
+    """Returns for each operation of the graph that ends with `node` how many others take its result."""
     uses: Counter = Counter()
     todo, seen = [node], {node}
     while todo:
@@ -69,19 +69,3 @@ def _uses(node: Any) -> Counter:
                     seen.add(following)
                     todo.append(following)
     return uses
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-    conv.weight = nn.Parameter(conv.weight * scale.view(-1, 1, 1, 1), requires_grad=False)
-    conv.bias = nn.Parameter(shift, requires_grad=False)
-
-
-def rest_of(norm: nn.BatchNorm2d) -> nn.Module:
-    """Returns what a BatchNorm does beside normalising: timm's have an activation."""
-    return nn.Sequential(*[part for part in norm.children() if not isinstance(part, nn.Identity)])

@@ -44,10 +44,8 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         f"HPM head, inference mode {', '.join(modes or [find_head(model).inference])}")
     pixel_model = as_pixel_model(model)
     attacked, device = attacked_copy(pixel_model, images[:batch_size])
-    plan = make_plan(protocol, attacked, 10**6, has_gradients=True)
-    budgets = "; ".join(f"{name} {budget.iterations}" + "".join(
-        f" x {number}" for number in (budget.targets, budget.rounds) if number)
-        for name, budget in protocol.attacks.items())
+    plan = make_plan(protocol, attacked, 10**6, ())
+    budgets = "; ".join(f"{name} {budget}" for name, budget in protocol.attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
     processes = 1 if accelerator is None else accelerator.num_processes
     channels, height, width = images.shape[1:]
@@ -79,7 +77,7 @@ def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: flo
         passes[ATTACKS[attack_of(row)].needs_gradient] += plan.budget(row).queries() * len(group)
     seconds = sum(number * _seconds_per_image(attacked, plan.surrogates[0], batch, gradient)
                   for gradient, number in passes.items() if number)
-    most = "at most about" if plan.protocol.survivors_only else "about"
+    most = "at most about" if plan.cascade else "about"
     return (f"{most} {duration(num_images * seconds)} for the attacks: {sum(passes.values()):,} passes an image, timed "
             "on the first images")
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -22,27 +20,26 @@ from ..data import (
     checked_integer,
     normalisation_of,
 )
-from ..head import HPMHead, find_head, head_mode, head_name
+from ..head import find_head, head_mode, head_name
 from ..report import data_digest
 from ..threat import ThreatModel
 
+# Images whose candidates are checked at once.
+_AT_ONCE: Final = 256
+
 
 class NonFiniteLogitsError(ValueError):
-    """A classifier answered NaN or infinity, which is no class, to images that are not under attack."""
+    """A classifier's logits of images that are not under attack are NaN or infinite, so that they predict no class."""
 
 
-def check_finite(logits: Tensor, image_of_row: Callable[[int], str]) -> None:
-    """Raises a NonFiniteLogitsError that names the first row of `logits` (B, C) with NaN or infinity."""
+def check_finite(logits: Tensor, first_image: int = 0) -> None:
+    """Raises a NonFiniteLogitsError that names the first of the images, from `first_image` on, with such logits."""
     if not logits.isfinite().all():
         first = int((~logits.isfinite()).any(dim=1).nonzero()[0])
         raise NonFiniteLogitsError(
-            f"the logits of {image_of_row(first)} are not finite: {logits[first].tolist()[:10]}. An image with such "
-            "logits must not count as robust; look for a division by zero, a logarithm or an overflow in the model "
-            "(timm_hpm/report/flags.md#non-finite-logits)")
-
-
-# Images whose candidates are checked at once.
-_AT_ONCE: Final = 256
+            f"the logits of image {first_image + first} are not finite: {logits[first].tolist()[:10]}. An image with "
+            "such logits must not count as robust; look for a division by zero, a logarithm or an overflow in the "
+            "model (timm_hpm/report/flags.md#non-finite-logits)")
 
 
 def judge(
@@ -54,13 +51,13 @@ def judge(
         first_image: int = 0,
         allow_non_finite: bool = False,
 ) -> Tensor:
-    """Returns which images (N,) the model classifies correctly, asked in whole batches in the order given.
+    """Returns the verdicts (N,) of the model in whole batches: whether each image is classified correctly.
 
-    Arguments and errors are those of `predictions`, and it asks for the `labels` (N,), class indices.
+    Takes `labels` (N,), class indices; the other arguments and the errors are those of `predictions`.
     """
     images = check_pixels(images, labels)
-    answers = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
-    return answers == labels.cpu().long()
+    classes = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
+    return classes == labels.cpu().long()
 
 
 @torch.no_grad()
@@ -72,36 +69,36 @@ def predictions(
         first_image: int = 0,
         allow_non_finite: bool = False,
 ) -> Tensor:
-    """Returns the classes (N,) that a model answers, asked in whole batches in the order given.
+    """Returns the classes (N,) that a model predicts in whole batches, in the order given.
 
     Arguments:
         model: a timm model, or a module of pixels in [0, 1]; in eval mode.
         images: (N, channels, H, W), pixels in [0, 1].
-        batch_size: images a batch; the last batch has what is left.
+        batch_size: images in a batch; the last batch may have fewer.
         first_image: index of the first image, for error messages.
-        allow_non_finite: let an answer that is NaN or infinite be the class −1, which is never right, as it must be of
-            images under attack.
+        allow_non_finite: gives logits that are NaN or infinite the class −1, which is never correct; for images under
+            attack.
 
     Raises:
-        ValueError: bad images or batch size, or a model in train mode.
-        NonFiniteLogitsError: such an answer otherwise; the message names the first such image.
+        ValueError: if images or batch size are malformed, or the model is in train mode.
+        NonFiniteLogitsError: if logits are not finite and `allow_non_finite` is false; the message names the image.
     """
     batch_size = checked_integer("batch_size", batch_size, 1)
     check_answers_alike(model)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
-    answers = []
+    classes = []
     for first in range(0, len(images), batch_size):
         batch = images[first:first + batch_size].to(device)
         logits = check_logits(ask(model, batch), len(batch))
         if not allow_non_finite:
-            check_finite(own_logits(model, batch, logits), partial(image_name, first_image + first))
-        answers.append(predicted_classes(logits).cpu())
-    return torch.cat(answers)
+            check_finite(own_logits(model, batch, logits), first_image + first)
+        classes.append(predicted_classes(logits).cpu())
+    return torch.cat(classes)
 
 
 def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
-    """Returns the `logits` (B, C) that a model answered `images`, or, if some are not finite, those of each by itself.
+    """Returns the `logits` (B, C) of `images`, or, if some are not finite, those of each image by itself.
 
     In batch mode one image with features that are not finite makes every logit of its batch NaN.
     """
@@ -116,13 +113,12 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     """Returns the verdicts (`AttackReport.verdicts`) on the images that `save_adversarial` saved, judged again.
 
     In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol. Every candidate
-    must be one that the saved threat model allows, of the very images that the protocol is of.
+    must be in the saved threat model, and of the images of that protocol.
 
     Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write or that is damaged, images or labels that are not
-            the run's, a candidate outside of the threat model, or a model that normalises or mixes its prototypes
-            otherwise than the saved protocol says.
-        OSError: no such file.
+        ValueError: if the file is damaged or of another origin, the images or labels are not the run's, a candidate is
+            outside of the threat model, or the model's normalisation or mix differs from the saved protocol.
+        OSError: if there is no such file.
     """
     check_answers_alike(model)
     protocol = saved_protocol(path)
@@ -134,13 +130,18 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
         raise ValueError(f"{path} holds images or labels that are not those of its run: their data_digest is {digest}, "
                          f"the protocol's {protocol['data_digest']}. Run the attack again with --save-adversarial")
     threat = ThreatModel.parse(protocol["threat"])
-    now, there = (what and (what["mean"], what["std"]) for what in (
+    now, there = (kept and (kept["mean"], kept["std"]) for kept in (
         normalisation_of(pixel_model_for(model, clean)), protocol["normalisation"]))
     if now != there:
         raise ValueError(f"the model normalises pixels by mean and std {now}, that of {path} by {there}; give the same "
                          "(evaluate.py --mean, --std; timm_hpm.PixelModel)")
+    draws = getattr(model, "draws", 1), protocol.get("eot", 1)
+    if draws[0] != draws[1]:
+        raise ValueError(f"the model averages {draws[0]} draws, that of {path} {draws[1]}; give the same (evaluate.py "
+                         "--eot; timm_hpm.PixelModel)")
     del clean  # candidates are in memory one set at a time
-    with _mode_of(model, protocol["inference"]) as head:
+    mode = protocol["inference"]
+    with nullcontext() if mode == "none" else head_mode(model, mode) as head:
         if head is not None and head.mix != protocol["mix"]:
             raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
         verdicts = {}
@@ -156,7 +157,7 @@ def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, th
     """Raises a ValueError that names the first candidate outside of the ball around its clean image."""
     for first in range(0, len(candidates), _AT_ONCE):
         some = candidates[first:first + _AT_ONCE]
-        # A file that stays open keeps in memory what was read of it.
+        # An open file keeps its read parts in memory.
         with safe_open(path, "pt") as file:
             whole = file.get_slice("clean")
             clean, shape = whole[first:first + _AT_ONCE], tuple(whole.get_shape())
@@ -174,11 +175,11 @@ def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, th
 
 
 def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the protocol (`AttackReport.protocol`) by which the images of a `save_adversarial` file were found.
+    """Returns the protocol (`AttackReport.protocol`) of a `save_adversarial` file.
 
     Raises:
-        ValueError: a file that `mixed_surrogate_attack` did not write, or that is damaged.
-        OSError: no such file.
+        ValueError: if the file is damaged or of another origin.
+        OSError: if there is no such file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -201,13 +202,12 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _saved_tensor(path: str | os.PathLike, name: str) -> Tensor:
-    # A file that stays open keeps in memory what was read of it.
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
 
 def as_row(correct: Tensor) -> str:
-    """Returns verdicts (N,) as a report keeps them: `1` for an image that is right, `0` for one that is not."""
+    """Returns verdicts (N,) as a report keeps them: `1` for a correct image, `0` for a misclassified one."""
     return "".join("1" if right else "0" for right in correct.tolist())
 
 
@@ -223,21 +223,6 @@ def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def device_of(model: nn.Module, images: Tensor) -> torch.device:
-    """Returns the device of the model's parameters, or that of the images where it has none."""
+    """Returns the device of the model's parameters, or that of the images if it has none."""
     parameter = next(model.parameters(), None)
     return images.device if parameter is None else parameter.device
-
-
-def image_name(first: int, row: int) -> str:
-    """Returns what an error message calls the image of a row of logits."""
-    return f"image {first + row}"
-
-
-@contextmanager
-def _mode_of(model: nn.Module, mode: str) -> Iterator[HPMHead | None]:
-    """Puts an HPM model into the inference mode `mode`; a model without an HPM head has the mode `"none"`."""
-    if mode == "none":
-        yield None
-    else:
-        with head_mode(model, mode) as head:
-            yield head

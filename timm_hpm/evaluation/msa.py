@@ -3,23 +3,23 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import as_pixel_model, check_answers_alike, check_pixels, checked_integer, normal_tensor
+from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
 from ..files import locked, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
 from .checks import restored
 from .plan import make_plan
+from .processes import gathered, is_first, rank_of
 from .protocols import Protocol, find_protocol
 from .result import make_report
 from .resume import ProgressFolder, Step, check_same_run, remove_progress
@@ -48,8 +48,6 @@ def mixed_surrogate_attack(
         progress: bool = False,
         accelerator: Accelerator | None = None,
         about: Mapping[str, Any] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
 ) -> AttackReport:
     """Attacks a classifier through differentiable surrogates; the classifier itself judges every candidate.
 
@@ -62,10 +60,9 @@ def mixed_surrogate_attack(
     Square on the true model, reported under both.
 
     Arguments:
-        model: a timm model (normalised by its `pretrained_cfg`, or by `mean` and `std`) or a module of pixels in
-            [0, 1]; in eval mode. It is not changed: attacks search a frozen copy
-            (`AttackedModel`), and its parameters and buffers are restored if a forward pass changes them. It is judged
-            in its own precision and in the caller's autocast.
+        model: a timm model, normalised by its `pretrained_cfg`, a `PixelModel` or another module of pixels in [0, 1];
+            in eval mode. It is judged in its own precision and in the caller's autocast, and does not change: attacks
+            search a frozen copy, and its parameters and buffers are restored if a forward pass changes them.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: the threat model, or a text such as `"Linf:8/255"`.
@@ -73,23 +70,20 @@ def mixed_surrogate_attack(
             `PROTOCOLS["standard"].changed(attacks=["apgd-ce"])`. Targets are capped at C − 1.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the predictions depend on it.
         seed: of the attacks' random numbers; the caller's random state is restored.
-        folder: the run's folder. It keeps the results of each attack on each batch, so that a stopped run resumes
-            there to the same report, and at last report.json. If that exists already it is returned, and nothing is
-            attacked. The folder of another run is refused.
+        folder: the run's folder. It keeps the results of each attack on each batch, so that a stopped run resumes to
+            the same report, and at last report.json. If that exists, it is returned and nothing is attacked.
         save_adversarial: writes images, labels, every candidate, the assembled batches and the protocol to
             adversarial.safetensors in the folder, for `rejudge`.
         progress: shows a progress bar on standard error.
         accelerator: of several processes that all make this call: whole batches are dealt out to them, and the report,
             the same on each, does not depend on their number. None means this process only.
         about: further entries of the report's protocol in JSON's types, such as the data set and the weights' origin.
-        mean, std: per-channel normalisation of the pixels in [0, 1]; None means the model's own. See `PixelModel`.
 
     Returns:
         The report, with a verdict for each image and candidate.
 
     Raises:
-        ValueError: if the model, images, labels, threat, protocol, batch size, seed, `about` or the folder are
-            malformed, if the model is in train mode, or if the folder is of another run.
+        ValueError: if an argument is malformed, the model is in train mode, or the folder is of another run.
         NonFiniteLogitsError: if the logits of a clean image are NaN or infinite; the message names the image. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
@@ -97,8 +91,6 @@ def mixed_surrogate_attack(
     threat, protocol = ThreatModel.of(threat), find_protocol(protocol).changed()
     about = _in_json({} if about is None else about)
     _check_folder(folder, save_adversarial, accelerator)
-    if mean is not None or std is not None:
-        model = as_pixel_model(model, mean, std)
     check_answers_alike(model)
     images = check_pixels(images, labels)
     start = time.perf_counter()
@@ -107,71 +99,61 @@ def mixed_surrogate_attack(
         subject = Subject.of(model, images, labels, batch_size, seed)
         flags = subject.flags_before(images, labels)
         raised = {flag.name for flag in flags}
-        plan = make_plan(protocol, subject.attacked, subject.num_classes, "no-gradient" not in raised)
+        plan = make_plan(protocol, subject.attacked, subject.num_classes, raised)
         described = subject.described(images, labels, raised) | {
             "threat": str(threat), "batch_size": batch_size, "protocol_digest": protocol.digest(),
             **plan.protocol.summary(), "surrogates_at_once": protocol.surrogates_at_once, "seed": seed}
         if folder is not None and (Path(folder) / REPORT).exists():
-            return _finished(Path(folder), about | described, accelerator)
+            report = AttackReport.load(Path(folder) / REPORT)
+            check_same_run(f"{Path(folder) / REPORT} is the report", report.protocol, about | described)
+            _tidy(folder, report, accelerator)
+            return report
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:
             run = Run(subject, threat, plan, save_adversarial, kept)
             steps, earlier = _all_steps(run, images, labels, progress, accelerator)
-            if save_adversarial and folder is not None and _is_first(accelerator):
+            if save_adversarial and folder is not None and is_first(accelerator):
                 run.save_candidates(Path(folder) / ADVERSARIAL, images, labels, about | described)
         report = make_report(subject, plan, steps, flags, about | described, images, labels)
     report.cost["all"]["seconds"] = time.perf_counter() - start + earlier
-    if folder is not None and _is_first(accelerator):
-        report.save(Path(folder) / REPORT)
-        _tidy(Path(folder), report)
+    if folder is not None:
+        if is_first(accelerator):
+            report.save(Path(folder) / REPORT)
+        _tidy(folder, report, accelerator)
     return report
 
 
 def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
                accelerator: Accelerator | None) -> tuple[list[Step], float]:
     """Returns the steps of all batches in order, and the mean seconds of a process that earlier ones had spent."""
-    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, processes = rank_of(accelerator)
     size = run.subject.batch_size
     mine = range(rank * size, len(images), processes * size)
     with tqdm(total=len(mine) * run.plan.queries(), disable=not progress or rank > 0, unit="query",
               smoothing=0) as bar:
         batches = [(first, run.attack_batch(first, images[first:first + size], labels[first:first + size], bar))
                    for first in mine]
-    earlier = [run.earlier_seconds]
-    if accelerator is not None:
-        batches = sorted(gather_object(batches), key=lambda batch: batch[0])
-        earlier = gather_object(earlier)
+    batches = sorted(gathered(accelerator, batches), key=lambda batch: batch[0])
+    earlier = gathered(accelerator, [run.earlier_seconds])
     return [step for _, steps in batches for step in steps], sum(earlier) / processes
 
 
-def _is_first(accelerator: Accelerator | None) -> bool:
-    return accelerator is None or accelerator.is_main_process
-
-
-def _check_folder(folder: str | os.PathLike | None, save_adversarial: bool, accelerator: Accelerator | None) -> None:
+def _check_folder(folder: Any, save_adversarial: Any, accelerator: Any) -> None:
     """Raises a ValueError if one of them is of another type, or candidates are to be saved without a folder."""
-    for name, value, kind, expected in (("folder", folder, str | os.PathLike, "a path"),
-                                        ("accelerator", accelerator, Accelerator, "an Accelerator")):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected {expected} or None")
-    if not isinstance(save_adversarial, bool):
-        raise ValueError(f"save_adversarial is {save_adversarial!r}; expected True or False, and the place as folder")
+    for name, value, kind, expected in (
+            ("folder", folder, str | os.PathLike | None, "a path or None"),
+            ("accelerator", accelerator, Accelerator | None, "an Accelerator or None"),
+            ("save_adversarial", save_adversarial, bool, "True or False, and the place as folder")):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected {expected}")
     if save_adversarial and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
 
 
-def _finished(folder: Path, protocol: dict[str, Any], accelerator: Accelerator | None) -> AttackReport:
-    """Returns the report of a finished run; raises a ValueError if it is of another run."""
-    report = AttackReport.load(folder / REPORT)
-    check_same_run(f"{folder / REPORT} is the report", report.protocol, protocol)
-    if _is_first(accelerator):
-        _tidy(folder, report)
-    return report
-
-
-def _tidy(folder: Path, report: AttackReport) -> None:
+def _tidy(folder: str | os.PathLike, report: AttackReport, accelerator: Accelerator | None) -> None:
     """Removes the progress of a finished run, also if an earlier process was stopped in between."""
-    remove_progress(folder / PROGRESS, report.protocol)
-    remove_unfinished(folder)
+    if is_first(accelerator):
+        remove_progress(Path(folder) / PROGRESS, report.protocol)
+        remove_unfinished(folder)
 
 
 @contextmanager
@@ -181,9 +163,8 @@ def _progress_folder(folder: str | os.PathLike | None, run: dict[str, Any],
     if folder is None:
         yield None
         return
-    place = Path(folder) / PROGRESS
+    place, begins = Path(folder) / PROGRESS, is_first(accelerator)
     with locked(place, shared=accelerator is not None):
-        begins = _is_first(accelerator)
         if begins:
             kept = ProgressFolder(place, run)
         if accelerator is not None:

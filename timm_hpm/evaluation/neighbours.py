@@ -1,7 +1,6 @@
-"""`measure_neighbours`: what an adversary does to an image by its neighbours in the batch, without touching the image.
+"""`measure_neighbours`: flips of an untouched image by an adversary who chooses its neighbours in the batch.
 
-Only an HPM head in batch mode answers so. It is the hole of that mode: a service that batches strangers' images
-together lets one of them choose the neighbours of another's image.
+Only an HPM head in batch mode can flip so: a service that batches strangers' images together must not use that mode.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import margin_loss
 from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
-from ..head import HPMHead
+from ..head import find_head
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
 from .attacked import AttackedModel
@@ -25,11 +24,10 @@ from .seeding import seeded
 #: From a few strangers' images in a batch to many.
 BATCH_SIZES: Final = (10, 50, 250)
 
-# Of the wrong classes, the likeliest; of the batch, how much is of that class.
+# The likeliest wrong classes, and the share of the batch that one of them gets.
 _CLASSES: Final = 4
 _SHARES: Final = (0.0, 0.02, 0.1, 0.3, 0.6)
 _SHUFFLES: Final = 5
-# Of each kind of neighbours, the most distant or the nearest: the mean counts, and the last ones spoil it.
 _STEPS: Final = 10
 
 
@@ -46,31 +44,30 @@ def measure_neighbours(
         perturbed: bool = True,
         seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Returns how many clean, correctly classified targets flip, for each batch size, mix and kind of neighbours.
+    """Returns the number of clean, correctly classified targets that flip, by batch size, mix and kind of neighbours.
 
     The kinds: `"chosen"`, clean images of the same set picked for each target by their features; `"adversarial"`, those
-    moved within `threat` as well; and `"reshuffled"`, of which nobody makes a choice: there all images are targets, and
-    `flipped` is how many answers change on average over 5 random orders of the set. The model itself judges, on whole
-    batches of pixels; an answer that is NaN or infinite has flipped.
+    also perturbed within `threat`; and `"reshuffled"`, without an adversary: all images are targets, and `flipped` is
+    the mean number of changed predictions over 5 random orders of the set. The model itself judges, on whole batches
+    of pixels; logits that are NaN or infinite count as a flip.
 
     Arguments:
-        model: with an HPM head in batch mode, in eval mode; afterwards as before.
+        model: with an HPM head in batch mode, in eval mode; it does not change.
         images: (N, channels, H, W), pixels in [0, 1]; the adversary chooses from these too.
         labels: (N,), class indices.
-        threat: what the adversary may do to neighbours, or a text such as `"Linf:8/255"`.
+        threat: the threat model of the neighbours, or a text such as `"Linf:8/255"`.
         batch_sizes: images in a batch, from 2 to N.
         mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
-        num_targets: the first so many images that are right; 0 for all of them.
+        num_targets: number of targets, the first correct images; 0 for all of them.
         perturbed: whether to run `"adversarial"` too, which costs 10 passes forward and backward of a batch a target.
-        seed: of the random orders, and of what the model draws; the caller's random states are left alone.
+        seed: of the random orders and the model's random numbers; the caller's random state is restored.
 
     Returns:
         Rows with batch_size, mix, kind, targets and flipped.
 
     Raises:
-        ValueError: bad images or labels, a batch size, a mix or a number of targets that does not fit, or a head that
-            is not in batch mode.
-        NonFiniteLogitsError: an answer to the images in the order given that is NaN or infinite.
+        ValueError: if an argument is malformed, or the head is not in batch mode.
+        NonFiniteLogitsError: if the logits of the images in the order given are NaN or infinite.
     """
     check_answers_alike(model)
     images = check_pixels(images, labels)
@@ -84,7 +81,7 @@ def measure_neighbours(
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
         raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
                          "batch mode")
-    head = next(module for module in pixel_model.modules() if isinstance(module, HPMHead))
+    head = find_head(pixel_model)
     with torch.no_grad(), seeded(device, seed, "features"):
         features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
     rows = []
@@ -112,8 +109,7 @@ def check_neighbours(batch_sizes: Sequence[int], mixes: Sequence[float] | None, 
         if values is not None and not values:
             raise ValueError(f"neighbours: no {name} are given; expected at least one")
     for size in batch_sizes:
-        checked_integer("a batch size", size, 0)
-        if not 2 <= size <= num_images:
+        if not 2 <= checked_integer("a batch size", size, 0) <= num_images:
             raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
     for mix in mixes or ():
         if not isinstance(mix, Real) or not 0 <= mix <= 1:
@@ -129,7 +125,7 @@ class _Search:
         assert split.head is not None
         self.pixel_model, self.split, self.head, self.size = pixel_model, split, split.head, size
         self.images, self.labels, self.features = images, labels, features
-        self.answers = predictions(pixel_model, images, size)
+        self.classes = predictions(pixel_model, images, size)
         with torch.no_grad():
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
@@ -138,9 +134,9 @@ class _Search:
         changed = 0
         for _ in range(_SHUFFLES):
             order = torch.randperm(len(self.images), generator=generator)
-            changed += int((self.answers_to(self.images[order]) != self.answers[order]).sum())
+            changed += int((self.predict(self.images[order]) != self.classes[order]).sum())
         yield {"kind": "reshuffled", "targets": len(self.images), "flipped": changed / _SHUFFLES}
-        right = (self.answers == self.labels.cpu()).nonzero().squeeze(1).tolist()
+        right = (self.classes == self.labels.cpu()).nonzero().squeeze(1).tolist()
         if not right:
             return
         targets = right[:num_targets or len(right)]
@@ -152,20 +148,20 @@ class _Search:
                 flipped[target] or self.flips(target, self.move(target, self.images[neighbours], threat))
                 for target, neighbours in chosen.items())}
 
-    def answers_to(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         return predictions(self.pixel_model, images, self.size, allow_non_finite=True)
 
     def flips(self, target: int, neighbours: Tensor) -> bool:
-        """Returns whether the model errs on the target at the head of a batch with these neighbours (B − 1, ...)."""
+        """Returns whether the target is misclassified at the head of a batch with these neighbours (B − 1, ...)."""
         batch = torch.cat([self.images[target:target + 1], neighbours.cpu()])
-        return int(self.answers_to(batch)[0]) != int(self.labels[target])
+        return int(self.predict(batch)[0]) != int(self.labels[target])
 
     @torch.no_grad()
     def choose(self, target: int) -> Tensor:
-        """Returns the numbers (B − 1,) of the clean neighbours that bring the target nearest to an error, or past it.
+        """Returns the numbers (B − 1,) of the clean neighbours that give the target the largest margin of an error.
 
-        Its own class's mean is drawn away from it, by the images that are assigned to that class and lie farthest, and
-        a wrong class's towards it, by the nearest ones.
+        The images assigned to its class that are farthest from it move that class's mean away, and the nearest ones of
+        a wrong class bring that class's mean near.
         """
         label, z = int(self.labels[target]), self.features[target].float()
         distances = (self.features.float() - z).square().sum(dim=1)
@@ -179,7 +175,7 @@ class _Search:
             theirs = near[self.assigned[near] == wrong]
             for share in _SHARES:
                 some = theirs[:max(1, round(share * self.size))]
-                # What fills the batch up must not undo it: images of other classes do nothing.
+                # Images of other classes fill the batch up and change neither mean.
                 rest = near[(self.assigned[near] != label) & (self.assigned[near] != wrong)]
                 for keep in (1, self.size // 8, self.size):
                     picked = torch.cat([some, own[:keep], rest, own[keep:], theirs[len(some):]])[:self.size - 1]
@@ -191,7 +187,7 @@ class _Search:
         return best.cpu()
 
     def move(self, target: int, neighbours: Tensor, threat: ThreatModel) -> Tensor:
-        """Returns the neighbours (B − 1, ...) moved within `threat` against the target, which stays as it is."""
+        """Returns the neighbours (B − 1, ...) perturbed within `threat` against the target, which stays as it is."""
         device = self.features.device
         clean, z = neighbours.to(device), self.features[target:target + 1]
         label = self.labels[target:target + 1].to(device)
@@ -200,9 +196,9 @@ class _Search:
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 batch = torch.cat([z, self.split.features(x)])
-                # The one is what the head computes, the other has a gradient with respect to who is assigned where.
+                # The head's own logits, and soft ones with a gradient through the assignment.
                 logits = torch.stack([self.split.logits("ste", batch)[0], soft_logits(self.head, batch, 0.3)[0]])
-                # A gradient there is, even if the model answers NaN by itself.
+                # The last term keeps a gradient even if the model outputs a constant.
                 loss = margin_loss(logits, label.repeat(2)).sum() + 0 * x.sum()
                 gradient, = torch.autograd.grad(loss, x)
             x = threat.project(x.detach() + threat.scaled(gradient, threat.eps * (1 - i / _STEPS)), clean)

@@ -1,5 +1,6 @@
 """`Plan`: the attacks that are run on each batch, in order, through which surrogates."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from ..report import TRUE_MODEL
@@ -7,7 +8,10 @@ from ..report.metrics import attack_of
 from .attacked import AttackedModel
 from .budget import Budget
 from .protocols import Protocol
-from .table import ATTACKS
+from .table import ATTACKS, Attack
+
+#: Surrogates that are attacked side by side, and the row of an attack such as `"joint-subset#1"`.
+Stage = tuple[tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,13 @@ class Plan:
 
     Arguments:
         protocol: the protocol with the surrogates, attacks and budgets that this model gets.
-        steps: surrogates that are attacked side by side, and the row of an attack such as `"joint-subset#1"`.
+        cascade: whether a broken image is attacked no more.
+        steps: the attacks on a batch, in order.
     """
 
     protocol: Protocol
-    steps: list[tuple[tuple[str, ...], str]]
+    cascade: bool
+    steps: list[Stage]
 
     @property
     def surrogates(self) -> tuple[str, ...]:
@@ -36,20 +42,30 @@ class Plan:
         return sum(self.budget(row).queries() for _, row in self.steps)
 
 
-def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, has_gradients: bool) -> Plan:
-    """Returns the plan of a protocol for a model.
+def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags: Collection[str]) -> Plan:
+    """Returns the plan of a protocol for a model, by the names of its `flags` so far.
 
     Raises:
         ValueError: if the model has none of the surrogates, or none of the attacks applies to it.
     """
-    names = protocol.surrogates
-    surrogates = model.default_surrogates() if names is None else model.check_surrogates(names)
-    attacks = _applicable(tuple(protocol.attacks), model, surrogates)
-    if not has_gradients:
-        attacks = _without_gradients(attacks)
-    budgets = {attack: protocol.attacks[attack].for_classes(num_classes) for attack in attacks}
-    fitted = replace(protocol, surrogates=surrogates, attacks=budgets)
-    return Plan(fitted, _by_image(fitted, model) + _together(fitted, model))
+    surrogates = model.surrogates(protocol.surrogates)
+    applicable = [ATTACKS[name] for name in protocol.attacks if ATTACKS[name].surrogates(model, surrogates)]
+    if not applicable:
+        raise ValueError(f"{', '.join(protocol.attacks)} needs an HPM head in batch mode or several surrogates, and "
+                         f"there are {', '.join(surrogates)}; choose others of "
+                         + ", ".join(attack.name for attack in ATTACKS.values() if attack.by_image))
+    usable = [attack for attack in applicable if "no-gradient" not in flags or not attack.needs_gradient]
+    if not usable:
+        raise ValueError("the model's logits have no gradient with respect to the pixels, which "
+                         f"{', '.join(attack.name for attack in applicable)} need; look for a detach() or "
+                         "torch.no_grad() in it, or attack by "
+                         + ", ".join(attack.name for attack in ATTACKS.values() if not attack.needs_gradient))
+    budgets = {attack.name: protocol.attacks[attack.name].for_classes(num_classes) for attack in usable}
+    # Only if a prediction depends neither on the batch nor on earlier ones do broken images not matter to others.
+    cascade = not (protocol.full_grid or model.batch_dependent(model.exact_surrogate())
+                   or {"batch-dependent", "changes-state"} & set(flags))
+    fitted = replace(protocol, surrogates=surrogates, attacks=budgets, full_grid=not cascade)
+    return Plan(fitted, cascade, _cascade(fitted, model) if cascade else _full_grid(fitted, model))
 
 
 def named(group: tuple[str, ...], attack: str) -> list[str]:
@@ -57,51 +73,39 @@ def named(group: tuple[str, ...], attack: str) -> list[str]:
     return [f"{surrogate}/{attack}" for surrogate in group]
 
 
+def _full_grid(protocol: Protocol, model: AttackedModel) -> list[Stage]:
+    """Returns the steps, a group of surrogates after another, then the attacks on batches and chains."""
+    attacks = [ATTACKS[name] for name in protocol.attacks]
+    by_image = [attack for attack in attacks if attack.by_image]
+    steps = [(group, row) for group in _grouped(protocol.surrogates or (), protocol.surrogates_at_once)
+             for attack in by_image for row in _rows(attack, protocol)]
+    steps += _true_model(by_image, protocol, model)
+    return steps + [step for attack in attacks if not attack.by_image for step in _steps(attack, protocol, model)]
+
+
+def _cascade(protocol: Protocol, model: AttackedModel) -> list[Stage]:
+    """Returns the steps, the cheapest attack first, and attacks without gradients last: they check the others."""
+    attacks = sorted((ATTACKS[name] for name in protocol.attacks),
+                     key=lambda attack: (not attack.needs_gradient, protocol.attacks[attack.name].queries()))
+    steps = [step for attack in attacks for step in _steps(attack, protocol, model)]
+    return steps + _true_model(attacks, protocol, model)
+
+
+def _steps(attack: Attack, protocol: Protocol, model: AttackedModel) -> list[Stage]:
+    names = attack.surrogates(model, protocol.surrogates or ())
+    groups = [names] if attack.chained else _grouped(names, protocol.surrogates_at_once)
+    return [(group, row) for row in _rows(attack, protocol) for group in groups]
+
+
+def _true_model(attacks: Iterable[Attack], protocol: Protocol, model: AttackedModel) -> list[Stage]:
+    """Returns the steps on the true model itself, unless a surrogate computes its logits."""
+    return [] if model.exact_surrogate() in (protocol.surrogates or ()) else [
+        ((TRUE_MODEL,), row) for attack in attacks if not attack.needs_gradient for row in _rows(attack, protocol)]
+
+
+def _rows(attack: Attack, protocol: Protocol) -> list[str]:
+    return attack.rows(protocol.attacks[attack.name].restarts)
+
+
 def _grouped(names: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
     return [names[i:i + size] for i in range(0, len(names), size)]
-
-
-def _by_image(protocol: Protocol, model: AttackedModel) -> list[tuple[tuple[str, ...], str]]:
-    """Returns the steps of the attacks on each image and surrogate by itself."""
-    groups = _grouped(protocol.surrogates or (), protocol.surrogates_at_once)
-    attacks = [attack for attack in protocol.attacks if ATTACKS[attack].by_image]
-    if protocol.survivors_only:
-        # Black-box attacks last: the images that they break stay there in the rows of later attacks.
-        attacks.sort(key=lambda attack: not ATTACKS[attack].needs_gradient)
-        steps = [(group, attack) for attack in attacks for group in groups]
-    else:
-        steps = [(group, attack) for group in groups for attack in attacks]
-    if model.exact_surrogate() not in (protocol.surrogates or ()):
-        steps += [((TRUE_MODEL,), attack) for attack in attacks if not ATTACKS[attack].needs_gradient]
-    return steps
-
-
-def _together(protocol: Protocol, model: AttackedModel) -> list[tuple[tuple[str, ...], str]]:
-    """Returns the steps of the attacks on whole batches and on chains of surrogates, which come last."""
-    steps = []
-    for attack in map(ATTACKS.__getitem__, protocol.attacks):
-        if not attack.by_image:
-            names = attack.surrogates(model, protocol.surrogates or ())
-            groups = [names] if attack.chained else _grouped(names, protocol.surrogates_at_once)
-            steps += [(group, row) for row in attack.rows(protocol.attacks[attack.name].rounds) for group in groups]
-    return steps
-
-
-def _applicable(attacks: tuple[str, ...], model: AttackedModel, surrogates: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns those of the attacks that this model has surrogates for."""
-    usable = tuple(attack for attack in attacks if ATTACKS[attack].surrogates(model, surrogates))
-    if not usable:
-        raise ValueError(f"{', '.join(attacks)} attacks what an HPM head has in batch mode through several surrogates, "
-                         f"and there are {', '.join(surrogates)}; choose others of "
-                         + ", ".join(attack.name for attack in ATTACKS.values() if attack.by_image))
-    return usable
-
-
-def _without_gradients(attacks: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns those of the attacks that need no gradient."""
-    usable = tuple(attack for attack in attacks if not ATTACKS[attack].needs_gradient)
-    if not usable:
-        raise ValueError(f"the model's logits have no gradient with respect to the pixels, which {', '.join(attacks)} "
-                         "need; look for a detach() or torch.no_grad() in it, or attack by "
-                         + ", ".join(attack.name for attack in ATTACKS.values() if not attack.needs_gradient))
-    return usable

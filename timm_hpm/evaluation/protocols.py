@@ -1,4 +1,4 @@
-"""`Protocol`: which attacks an evaluation runs, through which surrogates, at which budgets."""
+"""`Protocol`: the attacks of an evaluation, their surrogates and budgets."""
 
 import hashlib
 import json
@@ -8,21 +8,21 @@ from numbers import Integral
 from typing import Any, Final
 
 from ..data import checked_integer
+from ..report.command import NAMED_PROTOCOLS
 from ..surrogates import PLAIN, SURROGATES, check_names
 from .budget import Budget
 from .table import ATTACKS
 
+# Entries of a budget that a summary leaves out.
+_DEFAULTS: Final = {("targets", 0), ("restarts", 1)}
+
 
 def as_budget(attack: str, value: Budget | int | str) -> Budget:
-    """Returns a budget, given as such, as a number of iterations, or as a text such as `"100x9"` (`Budget.parse`).
-
-    Raises:
-        ValueError: if it is none of these; the message names the attack.
-    """
+    """Returns a budget, given as such, as a number of iterations, or as a text such as `"100x9r2"` (`Budget.parse`)."""
     if isinstance(value, Budget):
         return value
     if isinstance(value, str):
-        return Budget.parse(value, "rounds" if attack in ATTACKS and ATTACKS[attack].budget.rounds else "targets")
+        return Budget.parse(value)
     if isinstance(value, Integral) and not isinstance(value, bool):
         return Budget(int(value))
     raise ValueError(f"the budget of {attack} is {value!r:.100}; expected iterations such as 100, or "
@@ -31,29 +31,33 @@ def as_budget(attack: str, value: Budget | int | str) -> Budget:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a Mixed Surrogate Attack runs.
+    """The attacks, surrogates and budgets of a Mixed Surrogate Attack.
 
     Arguments:
         name: stands in the report.
-        attacks: names of `ATTACKS`, with the budget of each: what `as_budget` reads; those that do not apply to a model
-            are left out.
+        attacks: budgets by names of `ATTACKS`, as `as_budget` reads them; those that do not apply to a model are left
+            out.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
-        survivors_only: a broken image is attacked no more. The worst case is the same, but the rows of single attacks
-            are not: in later rows the image stays at the candidate that broke it.
+        full_grid: attacks every image through every surrogate by every attack, also after it is broken. Otherwise
+            that is so only if the predictions depend on the batch: else a broken image is attacked no more, the
+            cheapest attack comes first, and an image stays in later rows at the candidate that broke it.
         surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets. The
             candidates change with it, the protocol's name and digest do not.
+
+    Raises:
+        ValueError: if a value is malformed; the message names the attack.
     """
 
     name: str
     attacks: Mapping[str, Budget]
     surrogates: tuple[str, ...] | None = None
-    survivors_only: bool = False
+    full_grid: bool = False
     surrogates_at_once: int = field(default=1, compare=False)
 
     def __post_init__(self) -> None:
         checked_integer("surrogates_at_once", self.surrogates_at_once, 1)
-        if not isinstance(self.survivors_only, bool):
-            raise ValueError(f"survivors_only is {self.survivors_only!r:.100}; expected True or False")
+        if not isinstance(self.full_grid, bool):
+            raise ValueError(f"full_grid is {self.full_grid!r:.100}; expected True or False")
         object.__setattr__(self, "attacks", {name: as_budget(name, value) for name, value in self.attacks.items()})
 
     def digest(self) -> str:
@@ -62,14 +66,12 @@ class Protocol:
 
     def summary(self) -> dict[str, Any]:
         """Returns all of it in JSON's types, as a report's protocol shows it."""
-        attacks = {name: {key: value for key, value in asdict(budget).items()
-                          if value}
-                   for name, budget in self.attacks.items()}
         return {
             "protocol": self.name,
             "surrogates": None if self.surrogates is None else list(self.surrogates),
-            "attacks": attacks,
-            "survivors_only": self.survivors_only,
+            "attacks": {name: {key: value for key, value in asdict(budget).items() if (key, value) not in _DEFAULTS}
+                        for name, budget in self.attacks.items()},
+            "full_grid": self.full_grid,
         }
 
     def changed(
@@ -77,16 +79,15 @@ class Protocol:
             surrogates: Sequence[str] | None = None,
             attacks: Sequence[str] | None = None,
             budgets: Mapping[str, Budget | int | str] | None = None,
-            survivors_only: bool = False,
+            full_grid: bool | None = None,
             surrogates_at_once: int | None = None,
     ) -> "Protocol":
-        """Returns the protocol with other surrogates, attacks or budgets, or for survivors only.
+        """Returns the protocol with other surrogates, attacks or budgets, or with or without the full grid.
 
         It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one.
 
         Raises:
-            ValueError: unknown attacks, a budget without targets for an attack that needs them, or with rounds for
-                one that has none.
+            ValueError: if an attack is unknown, or its budget lacks targets.
         """
         if not isinstance(budgets, Mapping | None):
             raise ValueError(f"budgets is {budgets!r:.100}; expected a budget by attack, such as {{'apgd-ce': 100}}")
@@ -95,21 +96,22 @@ class Protocol:
         budget_of = {**standard, **self.attacks, **given}
         check_names("attack", list(budget_of), tuple(ATTACKS))
         for attack, budget in budget_of.items():
-            usual = self.attacks.get(attack, standard[attack])
-            if usual.targets and not budget.targets:
+            if standard[attack].targets and not budget.targets:
                 raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
-                                 f"are; expected such as Budget({budget.iterations}, targets={usual.targets})")
-            if budget.rounds and not usual.rounds:
-                raise ValueError(f"the budget of {attack} has {budget.rounds} rounds; only "
-                                 f"{', '.join(name for name in standard if standard[name].rounds)} is run in rounds")
-            budget_of[attack] = replace(budget, rounds=budget.rounds or usual.rounds)
+                                 "are; expected such as "
+                                 f"Budget({budget.iterations}, targets={standard[attack].targets})")
+            if budget.targets and not standard[attack].targets:
+                raise ValueError(f"the budget of {attack} has {budget.targets} targets; only "
+                                 f"{', '.join(name for name in standard if standard[name].targets)} are targeted. "
+                                 "Restarts are written 100r2")
         names = tuple(self.attacks) if attacks is None else check_names("attack", attacks, tuple(ATTACKS))
-        other = replace(self, attacks={name: budget_of[name] for name in names},
-                        surrogates=self.surrogates if surrogates is None else check_names(
-                            "surrogate", surrogates, (*SURROGATES, PLAIN)),
-                        survivors_only=self.survivors_only or survivors_only,
-                        surrogates_at_once=self.surrogates_at_once if surrogates_at_once is None
-                        else surrogates_at_once)
+        if surrogates is not None:
+            surrogates = check_names("surrogate", surrogates, (*SURROGATES, PLAIN))
+        other = replace(
+            self, attacks={name: budget_of[name] for name in names},
+            surrogates=self.surrogates if surrogates is None else surrogates,
+            full_grid=self.full_grid if full_grid is None else full_grid,
+            surrogates_at_once=self.surrogates_at_once if surrogates_at_once is None else surrogates_at_once)
         return other if other == self else replace(other, name="custom")
 
 
@@ -123,10 +125,11 @@ PROTOCOLS: Final = {
     for protocol in (
         Protocol("standard", {name: attack.budget for name, attack in ATTACKS.items()}),
         Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, rounds=30)}),
+                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),
     )
 }
+NAMED_PROTOCOLS.update({name: protocol.digest() for name, protocol in PROTOCOLS.items()})
 
 
 def find_protocol(name: str | Protocol) -> Protocol:

@@ -21,34 +21,26 @@ from .table import ATTACKS
 
 def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Flag], protocol: dict[str, Any],
                 images: Tensor, labels: Tensor) -> AttackReport:
-    """Returns the report of the steps of all batches, after the checks that follow the attacks.
+    """Returns the report of the steps of all batches, in order, after the checks that follow the attacks.
 
-    Arguments:
-        subject: the model.
-        plan: the attacks on a batch.
-        steps: the steps of all batches, in order.
-        flags: the flags of the checks before the attacks.
-        protocol: the report's protocol.
-        images: (N, channels, H, W), pixels in [0, 1].
-        labels: (N,), class indices.
+    `flags` are those of the checks before the attacks.
     """
-    judged = _joined(step.correct for step in steps)
-    correct = _in_order(judged, plan.surrogates)
+    correct = _joined(step.correct for step in steps)
+    assembled = correct.pop(ASSEMBLED, "")
     if subject.attacked.head is not None:
         # Without gradients an attack on the exact surrogate is one on the true model.
-        exact = subject.attacked.exact_surrogate()
-        correct |= {f"{TRUE_MODEL}/{attack}": correct[f"{exact}/{attack}"] for attack in plan.protocol.attacks
-                    if not ATTACKS[attack].needs_gradient and f"{exact}/{attack}" in correct}
-    classes = torch.tensor(list(chain.from_iterable(step.answers for step in steps)))
-    flags = [*clean_flags(classes, labels.cpu(), subject.num_classes), *flags, *_noted_flags(steps),
-             *_not_finite_flags(steps)]
+        exact = f"{subject.attacked.exact_surrogate()}/"
+        correct |= {name.replace(exact, f"{TRUE_MODEL}/", 1): row for name, row in correct.items()
+                    if name.startswith(exact) and not ATTACKS[attack_of(name)].needs_gradient}
+    classes = torch.tensor(list(chain.from_iterable(step.predicted for step in steps)))
+    flags = [*clean_flags(classes, labels.cpu(), subject.num_classes), *flags, *_step_flags(steps)]
     flags += subject.flags_after(images, labels, ThreatModel.of(protocol["threat"]), correct,
-                                 plan.protocol.survivors_only, {flag.name for flag in flags})
+                                 {flag.name for flag in flags})
     return AttackReport(
         protocol=protocol,
         correct=correct,
-        assembled=judged.get(ASSEMBLED, ""),
-        baseline_correct=_in_order(_joined(step.baseline_correct for step in steps), plan.surrogates),
+        assembled=assembled,
+        baseline_correct=_joined(step.baseline_correct for step in steps),
         cost=_total_cost(steps, subject.cost),
         flags=flags,
         examples=first_examples(chain.from_iterable(step.examples for step in steps)),
@@ -65,38 +57,20 @@ def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
     return rows
 
 
-def _noted_flags(steps: Iterable[Step]) -> list[Flag]:
-    """Returns a flag for each thing that attacks warned of, over all batches."""
+def _step_flags(steps: Iterable[Step]) -> list[Flag]:
+    """Returns the flags of attacks and verdicts, each with its numbers over all batches."""
     counts: dict[tuple[str, str], list[int]] = {}
+    images: dict[str, list[int]] = {}
     for step in steps:
-        for name, text, affected, total in step.noted:
+        for name, text, affected, total in step.flags:
             count = counts.setdefault((name, text), [0, 0])
             count[0] += affected
             count[1] += total
-    return [Flag(name, text.format(*count)) for (name, text), count in counts.items() if count[0]]
-
-
-def _not_finite_flags(steps: Iterable[Step]) -> list[Flag]:
-    """Returns a flag for each place at which logits were not finite, over all batches."""
-    images: dict[str, list[int]] = {}
-    for step in steps:
-        for where, some in step.not_finite.items():
-            images.setdefault(where, []).extend(some)
-    return [Flag("non-finite-logits", f"{where} logits are not finite for {len(some)} images, the first image "
-                                      f"{min(some)}") for where, some in images.items()]
-
-
-def _in_order(verdicts: dict[str, str], surrogates: tuple[str, ...]) -> dict[str, str]:
-    """Returns the verdicts by surrogate and attack in the order of the tables, the clean ones first."""
-    columns = list(ATTACKS)
-
-    def place(name: str) -> tuple[int, int, int]:
-        surrogate, _, attack = name.partition("/")
-        return ((*surrogates, TRUE_MODEL).index(surrogate), columns.index(attack_of(name)),
-                int(attack.partition("#")[2] or 0))
-
-    return {name: verdicts[name] for name in ["clean", *sorted((name for name in verdicts if "/" in name), key=place)]
-            if name in verdicts}
+        for place, some in step.not_finite.items():
+            images.setdefault(place, []).extend(some)
+    return [Flag(name, text.format(*count)) for (name, text), count in counts.items() if count[0]] + [
+        Flag("non-finite-logits", f"{place} logits are not finite for {len(some)} images, the first image {min(some)}")
+        for place, some in images.items()]
 
 
 def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -106,8 +80,7 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
     for step in steps:
         for key, value in step.cost.items():
             if step.attack not in ("clean", ASSEMBLED):
-                row = cost.setdefault(attack_of(step.attack), no_cost())
-                row[key] += value
+                cost.setdefault(attack_of(step.attack), no_cost())[key] += value
             total[key] += value
         total["forward_passes"] += sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))
     return cost | {"all": total}

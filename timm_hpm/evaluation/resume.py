@@ -1,7 +1,6 @@
-"""What an evaluation has found so far, on disk: a file for each attack on each batch, there whole or not at all.
+"""The results of an unfinished evaluation on disk: a file for each attack on each batch, whole or not there.
 
-Each file says which run, batch and step it is of and carries digests of its content, so that a damaged file or one of
-another place is refused by name.
+Each file names its run, batch and step and has digests of its content: a damaged or displaced file is refused by name.
 """
 
 import hashlib
@@ -23,13 +22,13 @@ from torch import Tensor
 from ..files import remove_unfinished, replacing, tensor_bytes, writable_folder, write_text
 from ..report import Example
 
-# One for all: thousands of small tensors that stay between large ones that go would tear the heap.
+# One for all: thousands of small tensors between large freed ones would fragment the heap.
 _NOTHING: Final = torch.empty(0)
 
-# What the model answered: another number of threads rounds otherwise.
+# Measured by the model: another number of threads rounds otherwise.
 _MEASURED: Final = ("attacked_scale", "clean_margin")
 
-# Which run a folder is of.
+# Names the run of a folder.
 _RUN: Final = "run.json"
 
 
@@ -40,33 +39,33 @@ def no_cost() -> dict[str, float]:
 
 @dataclass
 class Step:
-    """What one attack, through surrogates side by side, found on one batch of B images.
+    """The result of one attack, through surrogates side by side, on one batch of B images.
 
     Arguments:
-        attack: its name; `"clean"` where the images are as they were.
+        attack: its name, or `"clean"`.
         correct: the true model's verdicts, a text of B characters for each `"<surrogate>/<attack>"`.
-        baseline_correct: the same of the FC classifier, on what was found on that classifier.
+        baseline_correct: the FC classifier's verdicts on the candidates of that classifier.
         cost: seconds and passes.
-        noted: what the attack warned of (see `Notes`): the flag's name, its text, how many images and of how many.
-        not_finite: the images whose logits were NaN or infinite, by where that was: the search or the verdicts.
+        flags: the name, the text with two `{}`, and the numbers of images affected and of all.
         examples: pictures of the first few images that it broke.
         broken: (K,), the images of the batch that no earlier step had broken.
-        points: (K, channels, H, W), the first candidate of this step that broke each.
-        candidates: (B, channels, H, W) by name, where they are to be kept: on disk, not in a step that was loaded.
-        answers: the true model's classes for the clean images, which no folder keeps; empty for an attack.
+        points: (K, channels, H, W), the first successful candidate of each.
+        candidates: (B, channels, H, W) by name, if they are to be kept; a loaded step leaves them on disk.
+        not_finite: images whose logits were NaN or infinite, by their place: the search or the verdicts.
+        predicted: the true model's classes for the clean images, which no folder keeps; empty for an attack.
     """
 
     attack: str
     correct: dict[str, str]
     baseline_correct: dict[str, str]
     cost: dict[str, float]
-    noted: list[tuple[str, str, int, int]]
+    flags: list[tuple[str, str, int, int]]
     examples: list[Example]
     broken: Tensor
     points: Tensor
     candidates: dict[str, Tensor] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
-    answers: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
 
     def without_pixels(self) -> "Step":
         """Returns the step without its tensors, of which a mere slice would keep the memory."""
@@ -77,35 +76,32 @@ class ProgressFolder:
     """The steps of one run in a folder, which is `locked`; another run's are refused.
 
     Arguments:
-        folder: made where it is missing.
-        run: all that the steps depend on, in JSON's types.
-        begins: whether this process may begin a run here; another one then has.
+        folder: made if it is missing.
+        run: everything that the steps depend on, in JSON's types.
+        begins: whether this process may begin a run here; otherwise another one has.
 
     Raises:
-        ValueError: the folder holds the steps of another run, or something else; the message says which, and what
-            differs.
-        OSError: it cannot be written.
+        ValueError: if the folder holds the steps of another run, or other files; the message says what differs.
+        OSError: if it cannot be written.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):
         self.folder = folder
+        file = folder / _RUN
         if begins:
             writable_folder(folder)
-            # What is hidden is the lock, or a file of ours that was not finished.
-            others = [path for path in folder.iterdir() if not path.name.startswith(".")]
-            if others and not (folder / _RUN).exists():
+            # A hidden file is the lock, or an unfinished file of ours.
+            if not file.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise ValueError(f"{folder} holds no progress of an evaluation, but other files; choose another "
                                  "folder, or empty it")
-        file = self.folder / _RUN
-        if begins:
-            remove_unfinished(self.folder)
+            remove_unfinished(folder)
             if not file.exists():
                 write_text(file, sealed(run))
         try:
             found = unsealed(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); remove {self.folder} and start again") from error
-        check_same_run(f"{self.folder} holds the progress", found, run)
+            raise ValueError(f"{file} is damaged ({error}); remove {folder} and start again") from error
+        check_same_run(f"{folder} holds the progress", found, run)
         self._run = _digest(json.dumps(found).encode())
 
     def load(self, batch: int, step: int, names: Sequence[str]) -> Step | None:
@@ -114,7 +110,7 @@ class ProgressFolder:
             return None
         with self._opened(batch, step, names) as (file, record):
             result = record["found"]
-            result["noted"] = [tuple(note) for note in result["noted"]]
+            result["flags"] = [tuple(flag) for flag in result["flags"]]
             result["examples"] = [Example(**example) for example in result["examples"]]
             return Step(**result, broken=_tensor(file, record, "broken"), points=_tensor(file, record, "points"))
 
@@ -126,8 +122,8 @@ class ProgressFolder:
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
-                  "cost": found.cost, "noted": found.noted,
-                  "examples": [asdict(example) for example in found.examples], "not_finite": found.not_finite}
+                  "cost": found.cost, "flags": found.flags, "not_finite": found.not_finite,
+                  "examples": [asdict(example) for example in found.examples]}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in
                    {"broken": found.broken, "points": found.points, **found.candidates}.items()}
         record = {"run": self._run, "batch": batch, "step": step, "names": list(found.correct), "found": result,
@@ -137,18 +133,20 @@ class ProgressFolder:
 
     @contextmanager
     def _opened(self, batch: int, step: int, names: Sequence[str]) -> Iterator[tuple[safe_open, dict[str, Any]]]:
-        """Yields a step's file and what it says, once that is found undamaged and of this place."""
+        """Yields a step's file and its record; errors in the block name the file, too."""
         path = self._path(batch, step)
-        with _named(path), safe_open(path, "pt") as file:
-            record = unsealed(file.metadata()["step"])
-            self._check_place(record, batch=batch, step=step, names=list(names))
-            yield file, record
-
-    def _check_place(self, record: dict[str, Any], **place: Any) -> None:
-        different = [f"{name} {record[name]} instead of {value}" for name, value in {"run": self._run, **place}.items()
-                     if record[name] != value]
-        if different:
-            raise ValueError(f"it is of another place: {', '.join(different)}")
+        place = {"run": self._run, "batch": batch, "step": step, "names": list(names)}
+        try:
+            with safe_open(path, "pt") as file:
+                record = unsealed(file.metadata()["step"])
+                other = [f"{name} {record[name]} instead of {value}" for name, value in place.items()
+                         if record[name] != value]
+                if other:
+                    raise ValueError(f"it is of another place: {', '.join(other)}")
+                yield file, record
+        except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
+                             "again") from error
 
     def _path(self, batch: int, step: int) -> Path:
         return self.folder / f"batch{batch:05d}-step{step:02d}.safetensors"
@@ -160,11 +158,7 @@ def sealed(record: Any) -> str:
 
 
 def unsealed(text: str) -> Any:
-    """Returns the value that `sealed` took.
-
-    Raises:
-        ValueError: if a character of the text is not as it was written.
-    """
+    """Returns the value that `sealed` took; raises a ValueError if a character of the text has changed."""
     try:
         found = json.loads(text)
     except RecursionError as error:
@@ -192,29 +186,17 @@ def _tensor(file: safe_open, record: dict[str, Any], name: str) -> Tensor:
     return tensor
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Names `path` in the error of what cannot be read."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it, and it is made "
-                         "again") from error
+def check_same_run(subject: str, found: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises a ValueError that says what differs if `found`, as read from JSON, is not of this `run`.
 
-
-def check_same_run(what: str, found: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raises a ValueError that says what differs, unless `what` was found is of this run.
-
-    Arguments:
-        what: begins the message, such as `"FOLDER holds the progress"`.
-        found: all that it depends on, as it was read from JSON.
-        run: the same of this run.
+    `subject` begins the message, such as `"FOLDER holds the progress"`.
     """
     run = json.loads(json.dumps(run))
     different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
                  if not _same(name, found.get(name), run.get(name))]
     if different:
-        raise ValueError(f"{what} of another run ({'; '.join(different)}). Give what that run had, or another folder")
+        raise ValueError(f"{subject} of another run ({'; '.join(different)}). Give what that run had, or another "
+                         "folder")
 
 
 def _same(name: str, one: Any, other: Any) -> bool:
@@ -236,7 +218,7 @@ def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     if folder.is_symlink():
-        folder.unlink()  # what it leads to lies outside the run's folder, and stays
+        folder.unlink()
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.rename(temporary)

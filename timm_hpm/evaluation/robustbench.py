@@ -13,7 +13,7 @@ from ..surrogates import exact_surrogate
 from ..threat import ThreatModel
 from .protocols import PROTOCOLS
 
-#: What a report cannot know and its author may: the title, its authors, ...
+#: Fields that a report lacks and its author may give.
 AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", "architecture", "dataset", "reported",
                          "footnote")
 
@@ -22,49 +22,44 @@ def parse_known(texts: Sequence[str]) -> dict[str, Any]:
     """Returns the fields of texts such as `"reported=51.0"`: texts, as RobustBench's are, but for `additional_data`.
 
     Raises:
-        ValueError: a text without a name, a field that is none of `AUTHORS_FIELDS`, or `additional_data` other than
-            true and false.
+        ValueError: if a text has no name, a field is not in `AUTHORS_FIELDS`, or `additional_data` is not true or
+            false.
     """
     known: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"{text!r} is no field of RobustBench's model_info; expected NAME=VALUE")
-        known[name] = value
-    if "additional_data" in known:
-        answers = {"true": True, "false": False}
-        if known["additional_data"].lower() not in answers:
-            raise ValueError(f"additional_data is {known['additional_data']!r}; expected true or false")
-        known["additional_data"] = answers[known["additional_data"].lower()]
-    return dict(check_known(known))
+        if name == "additional_data" and value.lower() not in ("true", "false"):
+            raise ValueError(f"additional_data is {value!r}; expected true or false")
+        known[name] = value.lower() == "true" if name == "additional_data" else value
+    return _checked(known)
 
 
-def check_known(known: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns `known`, or raises a ValueError that lists the fields of which it may hold some."""
+def _checked(known: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(known.keys() - set(AUTHORS_FIELDS))
     if unknown:
         raise ValueError(f"unknown field {', '.join(map(repr, unknown))} of RobustBench's model_info; expected some of "
                          f"{', '.join(AUTHORS_FIELDS)}")
-    return known
+    return dict(known)
 
 
 def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns RobustBench's model_info of an evaluated model; what nobody said is empty (`""` or None).
+    """Returns RobustBench's model_info of an evaluated model; unknown fields are empty (`""` or None).
 
     `autoattack_acc` is the accuracy under AutoAttack's four components at their standard budgets on the model itself,
-    and empty where the report's attacks are others. `external` is the report's worst case over all surrogates, where it
-    has more than that one.
+    empty if the report has other attacks. `external` is the report's worst case if it has more surrogates than that.
 
     Arguments:
-        report: what was measured.
+        report: the measurement.
         known: some of `AUTHORS_FIELDS`.
 
     Raises:
-        ValueError: `known` has another field.
+        ValueError: if `known` has another field.
 
     Source: the files of RobustBench's folder model_info.
     """
-    known = check_known(known or {})
+    known = _checked(known or {})
     protocol = report.protocol
     # Attacks on the surrogate that computes the true model's logits are AutoAttack on the model.
     own = exact_surrogate(protocol["inference"], protocol["prototypes_fitted"] is not False)
@@ -83,7 +78,7 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
     footnote = f"Measured by timm_hpm on {report.num_images} images"
     if protocol["inference"] != "none":
         footnote += f", inference mode {protocol['inference']}, batches of {protocol['batch_size']}"
-    return measured | {"footnote": f"{footnote}."} | dict(known)
+    return measured | {"footnote": f"{footnote}."} | known
 
 
 def save_model_info(report: AttackReport, path: str | os.PathLike, known: Mapping[str, Any] | None = None) -> None:
@@ -95,13 +90,15 @@ def _is_standard(protocol: Mapping[str, Any], own: str) -> bool:
     named = PROTOCOLS["autoattack"]
     standard = replace(named, attacks={attack: budget.for_classes(protocol["num_classes"])
                                        for attack, budget in named.attacks.items()}).summary()["attacks"]
-    return (own in protocol["surrogates"] and not protocol.get("survivors_only", False)
+    # In the rows of a cascade other attacks and surrogates count, too.
+    alone = protocol["surrogates"] == [own] and protocol["attacks"].keys() == standard.keys()
+    return (own in protocol["surrogates"] and (alone or protocol.get("full_grid", True))
             and {attack: protocol["attacks"].get(attack) for attack in named.attacks} == standard)
 
 
 def _accuracy_under(report: AttackReport, surrogate: str) -> float:
-    """Returns the accuracy, point by point, on the clean images and on what AutoAttack's components found."""
-    # Square is run on the true model by itself where the surrogate that computes its logits is left out.
+    """Returns the accuracy, point by point, on the clean images and the candidates of AutoAttack's components."""
+    # If the surrogate that computes the true model's logits is left out, Square attacks the true model by itself.
     names = ["clean", *(f"{surrogate}/{attack}" for attack in PROTOCOLS["autoattack"].attacks), f"{TRUE_MODEL}/square"]
     return worst_accuracy(report.correct[name] for name in names if name in report.correct)
 

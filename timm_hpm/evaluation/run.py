@@ -17,10 +17,9 @@ from ..head import head_mode
 from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
 from ..report.metrics import attack_of
 from ..threat import ThreatModel
-from .batch import AttackBatch, Notes
+from .batch import AttackBatch
 from .judge import as_row, judge, own_logits, predictions
 from .plan import Plan, named
-from .protocols import PROTOCOLS
 from .resume import ProgressFolder, Step, no_cost
 from .seeding import seeded
 from .subject import Subject, without_autocast
@@ -50,36 +49,30 @@ class Run:
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
-        images, labels = images.to(self.subject.device), labels.to(self.subject.device)
-        standing, broken = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-        with seeded(self.subject.device, self.subject.seed, "judge", "clean", first):
-            clean = self._judged("clean", {"clean": images}, images, labels, first, broken)
-        broken[clean.broken] = True
+        state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
+        place = first // self.subject.batch_size
+        clean = self._judged("clean", {"clean": state.images}, state)
+        state.add(clean)
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.plan.budget(attack).queries()
-            step = None if self.folder is None else self.folder.load(first // self.subject.batch_size, number,
-                                                                  named(group, attack))
+            step = self.folder.load(place, number, named(group, attack)) if self.folder else None
             if step is None:
-                step = self._attacked(group, attack, images, labels, first, standing, broken,
-                                      partial(_advance, bar, done))
+                step = self._attacked(group, attack, state, partial(_advance, bar, done))
                 if self.folder is not None:
-                    self.folder.save(first // self.subject.batch_size, number, step)
+                    self.folder.save(place, number, step)
             else:
                 self.earlier_seconds += step.cost["seconds"]
             bar.update(done - bar.n)
-            standing[step.broken] = step.points.to(self.subject.device)
-            broken[step.broken] = True
+            state.add(step)
             steps.append(replace(step.without_pixels(),
                                  examples=step.examples if self.num_examples < NUM_EXAMPLES else []))
         self.num_examples += sum(len(step.examples) for step in steps)
         if self.subject.judges_whole_batches():
-            everything = {ASSEMBLED: standing}
-            with seeded(self.subject.device, self.subject.seed, "judge", ASSEMBLED, first):
-                assembled = self._judged(ASSEMBLED, everything, images, labels, first, torch.ones_like(broken))
+            assembled = self._judged(ASSEMBLED, {ASSEMBLED: state.standing}, state)
             if self.keeps_candidates and self.folder is not None:
-                self.folder.save(first // self.subject.batch_size, len(self.plan.steps), assembled)
+                self.folder.save(place, len(self.plan.steps), assembled)
             steps.append(assembled.without_pixels())
         return steps
 
@@ -89,94 +82,132 @@ class Run:
         assert self.folder is not None
         tensors = {name: Parts(tensor, tensor.split(self.subject.batch_size))
                    for name, tensor in (("clean", images), ("labels", labels))}
-        batches = range(-(-len(images) // self.subject.batch_size))
-        for number, (group, attack) in enumerate(self.plan.steps):
-            for name in named(group, attack):
-                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, named(group, attack), number),
-                                                  batches))
+        sets = [(number, named(group, attack)) for number, (group, attack) in enumerate(self.plan.steps)]
         if self.subject.judges_whole_batches():
-            tensors[ASSEMBLED] = Parts(images, map(
-                partial(self.folder.candidates, ASSEMBLED, [ASSEMBLED], len(self.plan.steps)), batches))
+            sets.append((len(sets), [ASSEMBLED]))
+        batches = range(-(-len(images) // self.subject.batch_size))
+        for number, names in sets:
+            for name in names:
+                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, names, number), batches))
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
-    def _attacked(self, group: tuple[str, ...], attack: str, images: Tensor, labels: Tensor, first: int,
-                  standing: Tensor, broken: Tensor, on_query: Callable[[], None]) -> Step:
-        """Returns what one attack on one batch finds through a group of surrogates."""
-        model, seed, device = self.subject.attacked, self.subject.seed, self.subject.device
-        notes = Notes(f"{attack} on {', '.join(group)}: ")
+    def _attacked(self, group: tuple[str, ...], row: str, state: "_State", on_query: Callable[[], None]) -> Step:
+        """Returns the result of one attack on one batch through a group of surrogates."""
+        model, attack = self.subject.attacked, ATTACKS[attack_of(row)]
         surrogates = [model.exact_surrogate() if name == TRUE_MODEL else name for name in group]
-        before = time.perf_counter(), model.forward_passes, model.backward_passes
-        record = ATTACKS[attack_of(attack)]
-        with seeded(device, seed, record.seed_name(attack), group, first), without_autocast(images):
-            # `joint` starts at the batch that earlier attacks left, `joint-subset` at random points; both move every
-            # image of it.
-            together = record.whole_batch
-            start = standing if self.plan.protocol.survivors_only or together else None
-            active = ~broken if self.plan.protocol.survivors_only and not together else None
-            batch = AttackBatch(model, surrogates, images, labels, start=start, active=active, victims=~broken,
-                                on_query=on_query)
-            found = batch.points
-            if len(batch.active):
-                found = record.run(batch, self.threat, self.plan.budget(attack), notes)
-            # The components end in the ball already, up to rounding, if no arithmetic of theirs overflowed.
-            found = self.threat.project(torch.where(found.isfinite(), found, batch.clean), batch.clean)
-        seconds = time.perf_counter() - before[0]
-        candidates = dict(zip(named(group, attack), found.split(len(images)), strict=True))
-        with seeded(device, seed, "judge", record.seed_name(attack), group, first):
-            step = self._judged(attack, candidates, images, labels, first, broken)
+        active = torch.stack([self._active(f"{name}/{row}", state) for name in group])
+        rows = active.any(dim=0).nonzero().squeeze(1)
+        found = state.standing.repeat(len(group), 1, 1, 1, 1)
         not_finite: dict[str, list[int]] = {}
-        for row in sorted(batch.not_finite):
-            search = f"{group[row // batch.size]}/{attack}: in the search, the surrogate's"
-            not_finite.setdefault(search, []).append(first + row % batch.size)
-        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()] + step.noted
-        return replace(step, noted=noted, not_finite=not_finite | step.not_finite, cost={
-            "seconds": seconds, "forward_passes": model.forward_passes - before[1],
-            "backward_passes": model.backward_passes - before[2]})
+        flags: list[tuple[str, str, int, int]] = []
+        before = time.perf_counter(), model.forward_passes, model.backward_passes
+        if len(rows):
+            with seeded(self.subject.device, self.subject.seed, attack.seed_name(row), group, state.first), \
+                    without_autocast(state.images):
+                batch = AttackBatch(
+                    model, surrogates, state.images[rows], state.labels[rows], active=active[:, rows],
+                    victims=~state.broken[rows], start=state.standing[rows] if attack.whole_batch else None,
+                    on_query=on_query)
+                points = attack.run(batch, self.threat, self.plan.budget(row))
+                # The attacks end in the ball already, up to rounding, if none of their arithmetic overflowed.
+                points = self.threat.project(torch.where(points.isfinite(), points, batch.clean), batch.clean)
+            points = points.view(len(group), len(rows), *points.shape[1:])
+            found[:, rows] = torch.where(active[:, rows, None, None, None], points, found[:, rows])
+            for lost in sorted(batch.not_finite):
+                search = f"{group[lost // batch.size]}/{row}: in the search, the surrogate's"
+                not_finite.setdefault(search, []).append(state.first + int(rows[lost % batch.size]))
+            flags = [(name, f"{row} on {', '.join(group)}: {text}", *numbers)
+                     for (name, text), numbers in batch.flags.items()]
+        cost = {"seconds": time.perf_counter() - before[0], "forward_passes": model.forward_passes - before[1],
+                "backward_passes": model.backward_passes - before[2]}
+        step = self._judged(row, dict(zip(named(group, row), found, strict=True)), state, attack.seed_name(row), group)
+        return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost)
 
-    def _judged(self, attack: str, candidates: dict[str, Tensor], images: Tensor, labels: Tensor, first: int,
-                broken: Tensor) -> Step:
-        """Returns the judges' verdicts: the true model's, and the FC classifier's on what attacked that classifier."""
-        model, batch_size = self.subject.pixel_model, self.subject.batch_size
-        correct, baseline, examples, not_finite, notes = {}, {}, [], {}, Notes()
-        newly, points = torch.zeros_like(broken), torch.zeros_like(next(iter(candidates.values())))
-        for name, found in candidates.items():
-            # A model that does not answer clean images is broken; under attack that is what an adversary wants.
-            answers = predictions(model, found, batch_size, first_image=first,
-                                  allow_non_finite=attack != "clean").to(labels.device)
-            if (answers < 0).any():
-                not_finite[f"{name}: on the candidates, the true model's"] = [
-                    first + i for i in (answers < 0).nonzero().squeeze(1).tolist()]
-                self._note_spread(name, found, answers < 0, notes)
-            correct[name] = as_row(answers == labels)
-            breaks = (answers != labels) & ~broken & ~newly
-            points[breaks] = found[breaks]
-            newly |= breaks
-            if "/" in name:
-                examples += [make_example(first + i, int(labels[i]), int(answers[i]), name, images[i], found[i])
-                             for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
-            if self._judges_fc() and (name == "clean" or (
-                    name.startswith("fc/") and attack in PROTOCOLS["autoattack"].attacks)):
-                with head_mode(self.subject.model, "fc"):
-                    baseline[name] = as_row(judge(model, found, labels, batch_size, first_image=first,
-                                                  allow_non_finite=True))
-        kept = {name: found.cpu() for name, found in candidates.items() if self.keeps_candidates and name != "clean"}
-        noted = [(*flag, *numbers) for flag, numbers in notes.counts.items()]
-        return Step(attack, correct, baseline, no_cost(), noted, first_examples(examples),
+    def _active(self, name: str, state: "_State") -> Tensor:
+        """Returns the images (B,) that a step attacks: all, or in a cascade those that are left."""
+        if not self.plan.cascade:
+            return torch.ones_like(state.broken)
+        return ~(state.broken & state.fc_broken) if self._judges_fc(name) else ~state.broken
+
+    def _judged(self, row: str, candidates: dict[str, Tensor], state: "_State", *seeds: Any) -> Step:
+        """Returns the verdicts: the true model's, and the FC classifier's on the candidates of that classifier."""
+        model, batch_size, labels = self.subject.pixel_model, self.subject.batch_size, state.labels
+        correct, baseline, examples, not_finite, flags, kept = {}, {}, [], {}, [], {}
+        newly, points = torch.zeros_like(state.broken), torch.zeros_like(state.images)
+        # The assembled batch breaks no image for the first time.
+        broken = torch.ones_like(newly) if row == ASSEMBLED else state.broken
+        with seeded(self.subject.device, self.subject.seed, "judge", *(seeds or (row,)), state.first):
+            for name, found in candidates.items():
+                if self._judges_fc(name):
+                    with head_mode(self.subject.model, "fc"):
+                        right = judge(model, found, labels, batch_size, first_image=state.first, allow_non_finite=True)
+                    baseline[name] = as_row(right & ~state.fc_broken.cpu() if self.plan.cascade else right)
+                if self.plan.cascade:
+                    found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
+                # A model that fails on clean images is broken; under attack that is the adversary's aim.
+                classes = predictions(model, found, batch_size, first_image=state.first,
+                                      allow_non_finite=row != "clean").to(labels.device)
+                lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
+                if lost.any():
+                    not_finite[f"{name}: on the candidates, the true model's"] = [
+                        state.first + i for i in lost.nonzero().squeeze(1).tolist()]
+                    flags += self._spread(name, found, lost)
+                right = (classes == labels) & ~broken if self.plan.cascade else classes == labels
+                correct[name] = as_row(right)
+                breaks = ~right & ~broken & ~newly
+                points[breaks] = found[breaks]
+                newly |= breaks
+                if self.keeps_candidates and name != "clean":
+                    kept[name] = found.cpu()
+                if "/" in name:
+                    examples += [make_example(state.first + i, int(labels[i]), int(classes[i]), name, state.images[i],
+                                              found[i]) for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
+        return Step(row, correct, baseline, no_cost(), flags, first_examples(examples),
                     newly.nonzero().squeeze(1).cpu(), points[newly].cpu(), kept, not_finite,
-                    answers.tolist() if attack == "clean" else [])
+                    classes.tolist() if row == "clean" else [])
 
-    def _judges_fc(self) -> bool:
-        """Returns whether the FC classifier is judged on the candidates of AutoAttack on that classifier."""
+    def _judges_fc(self, name: str) -> bool:
+        """Returns whether the FC classifier is judged on the candidates `name`: those of the attacks on it."""
+        surrogate, _, row = name.rpartition("/")
         return (self.subject.attacked.head is not None and "fc" in self.plan.surrogates
-                and not self.plan.protocol.survivors_only)
+                and (name == "clean" or (surrogate == "fc" and ATTACKS[attack_of(row)].by_image)))
 
     @torch.no_grad()
-    def _note_spread(self, name: str, found: Tensor, lost: Tensor, notes: Notes) -> None:
-        """Notes how many of the `lost` (B,) of the candidates `found` (B, ...) another image of the batch made so."""
+    def _spread(self, name: str, found: Tensor, lost: Tensor) -> list[tuple[str, str, int, int]]:
+        """Returns a flag on candidates `found` (B, ...) that are `lost` (B,) because of another image of the batch."""
         alone = own_logits(self.subject.pixel_model, found, torch.where(lost, torch.nan, 0.0).unsqueeze(1))
-        spread = lost & alone.isfinite().all(dim=1)
-        notes.count("batch-not-finite", f"{name}: of {{1}} candidates with logits that are not finite, {{0}} have them "
-                    "only because of another image in their batch", int(spread.sum()), int(lost.sum()))
+        return [("batch-not-finite", f"{name}: of {{1}} candidates with logits that are not finite, {{0}} have them "
+                 "only because of another image in their batch", int((lost & alone.isfinite().all(dim=1)).sum()),
+                 int(lost.sum()))]
+
+
+@dataclass
+class _State:
+    """A batch between its steps, which begins with the image `first` of all.
+
+    Arguments:
+        images: (B, channels, H, W), clean.
+        labels: (B,), class indices.
+        standing: the first successful candidate of each image, or the clean image.
+        broken: (B,), whether the true model misclassifies it.
+        fc_broken: (B,), whether the FC classifier misclassifies a candidate of the attacks on it.
+    """
+
+    first: int
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        self.standing = self.images.clone()
+        self.broken = torch.zeros_like(self.labels, dtype=torch.bool)
+        self.fc_broken = self.broken.clone()
+
+    def add(self, step: Step) -> None:
+        """Takes the verdicts of a step."""
+        self.standing[step.broken] = step.points.to(self.images.device)
+        self.broken[step.broken] = True
+        for row in step.baseline_correct.values():
+            self.fc_broken |= torch.tensor([verdict == "0" for verdict in row], device=self.labels.device)
 
 
 def first_examples(examples: Iterable[Example]) -> list[Example]:

@@ -1,4 +1,4 @@
-"""`seeded`: what draws random numbers, repeatable, and the caller's random states as they were."""
+"""`seeded`: repeatable random numbers that leave the caller's random states alone."""
 
 import hashlib
 import random
@@ -11,9 +11,9 @@ import torch
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int, *what: Any) -> Iterator[None]:
-    """Seeds the global random states by `seed` and what is run, and puts the caller's back afterwards."""
-    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+def seeded(device: torch.device, seed: int, *place: Any) -> Iterator[None]:
+    """Seeds the global random states in the block by `seed` and a place in the run; restores the caller's."""
+    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
     number = int.from_bytes(digest[:6], "big")
     # The attacks draw from PyTorch only, but a model may draw from these.
     states = random.getstate(), np.random.get_state()

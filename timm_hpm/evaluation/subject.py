@@ -3,7 +3,6 @@
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -19,11 +18,11 @@ from ..report.metrics import right_in_all
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .checks import change_flag, check_model, head_flag, probability_flag, rough_flag, verdict_flag
-from .judge import check_finite, device_of, image_name, own_logits, pixel_model_for
+from .judge import check_finite, device_of, own_logits, pixel_model_for
 from .resume import no_cost
 from .seeding import seeded
 
-# Enough to see what the checks look for.
+# Images of the checks.
 _NUM_CHECKED: Final = 32
 
 
@@ -36,7 +35,7 @@ class Subject:
     attacked: AttackedModel
     device: torch.device
     example: Tensor
-    answer: Tensor
+    logits: Tensor
     batch_size: int
     seed: int
     #: Cost of the checks.
@@ -44,28 +43,31 @@ class Subject:
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
-        """Returns the subject; raises unless the model answers its first batch as a classifier of these classes."""
+        """Returns the subject; raises unless the model's logits of its first batch are a classifier's."""
         pixel_model = pixel_model_for(model, images)
         device = device_of(pixel_model, images)
         example = images[:batch_size].to(device)
-        # A model may draw random numbers whenever it is asked.
+        if getattr(pixel_model, "draws", 1) > 1 and head_name(pixel_model) is not None:
+            raise ValueError(f"the model averages {pixel_model.draws} draws and has an HPM head, whose surrogates know "
+                             "one draw only; leave out draws (--eot), or attack it without its HPM head")
+        # A model may draw random numbers at each call.
         with seeded(device, seed, "model"):
-            answer = _first_answer(pixel_model, example)
-        check_pixels(images, labels, answer.shape[1])
+            logits = _first_logits(pixel_model, example)
+        check_pixels(images, labels, logits.shape[1])
         with seeded(device, seed, "split"), without_autocast(example):
             attacked = AttackedModel(pixel_model, example)
-        return cls(model, pixel_model, attacked, device, example, answer, batch_size, seed)
+        return cls(model, pixel_model, attacked, device, example, logits, batch_size, seed)
 
     @property
     def num_classes(self) -> int:
-        return self.answer.shape[1]
+        return self.logits.shape[1]
 
     def judges_whole_batches(self) -> bool:
         """Returns whether a prediction of the true model depends on the other images of its batch."""
         return self.attacked.batch_dependent(self.attacked.exact_surrogate())
 
     def flags_before(self, images: Tensor, labels: Tensor) -> list[Flag]:
-        """Returns what is suspicious before any attack, on the first of the images."""
+        """Returns the flags of the checks before any attack, on the first images."""
         images, labels = images[:_NUM_CHECKED].to(self.device), labels[:_NUM_CHECKED].to(self.device)
 
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -73,18 +75,17 @@ class Subject:
 
         with seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
             flags = check_model(self.pixel_model, images, labels, self.batch_size)
-        flags += [flag for flag in (probability_flag(self.answer), head_flag(self.model)) if flag is not None]
+        flags += [flag for flag in (probability_flag(self.logits), head_flag(self.model)) if flag is not None]
         self.cost["backward_passes"] += len(images)
         return flags
 
     def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
-                    survivors_only: bool, raised: set[str]) -> list[Flag]:
-        """Returns what the verdicts say, and how the model answers now.
+                    raised: set[str]) -> list[Flag]:
+        """Returns the flags of the verdicts, and of the model's gradient and state after the attacks.
 
-        Of a model with an HPM head the gradient of the network with its FC classifier is checked: the head is known.
-        `raised` are the names of the flags so far.
+        If the model has an HPM head, the gradient is that of its FC classifier. `raised` are the flags so far.
         """
-        flags = [verdict_flag(correct, survivors_only)]
+        flags = [verdict_flag(correct)]
         if not raised & {"no-gradient", "zero-gradient"}:
             survive = [i for i, right in enumerate(right_in_all(correct.values())) if right][:_NUM_CHECKED]
             before = self.attacked.forward_passes, self.attacked.backward_passes
@@ -96,19 +97,16 @@ class Subject:
             self.cost["backward_passes"] += self.attacked.backward_passes - before[1]
         if "changes-state" not in raised:
             with seeded(self.device, self.seed, "model"):
-                flags.append(change_flag(self.pixel_model, self.example, self.answer))
+                flags.append(change_flag(self.pixel_model, self.example, self.logits))
             self.cost["forward_passes"] += len(self.example)
         return [flag for flag in flags if flag is not None]
 
     def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:
-        """Returns what a report's protocol says of the model, the images, and what they met on.
-
-        `raised` are the names of the flags so far.
-        """
+        """Returns the model, the images and the environment for a report's protocol; `raised` are the flags so far."""
         margin = None
-        if not raised & {"random-forward", "changes-state"}:
-            # Weights do not tell a network from one that computes something else with them.
-            margin = float(margin_loss(self.answer.float(), labels[:len(self.answer)].to(self.device)).mean())
+        if not raised & {"random-forward", "averaged-draws", "changes-state"}:
+            # Two networks may compute different functions with the same weights.
+            margin = float(margin_loss(self.logits.float(), labels[:len(self.logits)].to(self.device)).mean())
         inner = unwrapped(self.model)
         inner = unwrapped(inner.model) if isinstance(inner, PixelModel) else inner
         cfg = getattr(inner, "pretrained_cfg", None) or {}
@@ -117,6 +115,7 @@ class Subject:
             "architecture": cfg.get("architecture") or type(inner).__name__,
             "weights_digest": weights_digest(inner),
             "normalisation": normalisation_of(self.pixel_model),
+            "eot": getattr(self.pixel_model, "draws", 1),
             "num_images": len(images),
             "data_digest": data_digest(images, labels),
             "num_classes": self.num_classes,
@@ -133,22 +132,22 @@ class Subject:
 
 
 @torch.no_grad()
-def _first_answer(pixel_model: nn.Module, images: Tensor) -> Tensor:
-    """Returns the logits (B, C); raises unless they are logits, finite, and the HPM head's answer if there is one."""
-    answers: list[Tensor] = []
+def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
+    """Returns the logits (B, C); raises unless they are finite, and the HPM head's if there is one."""
+    outputs: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
-    with head.register_forward_hook(lambda module, inputs, output: answers.append(output.flatten(1).clone())):
+    with head.register_forward_hook(lambda module, inputs, output: outputs.append(output.flatten(1).clone())):
         logits = check_logits(ask(pixel_model, images), len(images))
-    check_finite(own_logits(pixel_model, images, logits), partial(image_name, 0))
-    if name is not None and not (answers and torch.equal(answers[-1].float(), logits.float())):
-        raise ValueError(f"the model's answer is not what its HPM head ({name}) answers: something follows the head, "
+    check_finite(own_logits(pixel_model, images, logits))
+    if name is not None and not (outputs and torch.equal(outputs[-1].float(), logits.float())):
+        raise ValueError(f"the model's logits are not those of its HPM head ({name}): another layer follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")
     return logits
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Returns a context in which what is on the device of `x` keeps its precision."""
+    """Returns a context without autocast on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 

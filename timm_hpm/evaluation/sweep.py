@@ -1,4 +1,4 @@
-"""One model in several inference modes and at several radii: a report for each, and a page for all."""
+"""`sweep`: one model in several inference modes and at several radii, a report for each."""
 
 import os
 import reprlib
@@ -7,24 +7,21 @@ from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..files import write_text
 from ..head import check_inference, find_head, head_mode, head_name
-from ..report import AttackReport, Flag, svg
-from ..report.html import flag_section, page, table, unreliable_banner
-from ..report.metrics import wilson_interval
-from ..report.tables import INTERVAL, UNRELIABLE, pixels_note
+from ..report import AttackReport
+from ..report.sweep_page import sweep_page
 from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import REPORT, mixed_surrogate_attack
 from .neighbours import check_neighbours, measure_neighbours
+from .processes import gathered, is_first, rank_of
 
 #: The page of all reports.
 SWEEP: Final = "sweep.html"
@@ -39,7 +36,7 @@ def parse_radii(text: str) -> list[float]:
     """Returns the radii of a text `"first:last:step"` such as `"0:0.2:0.02"` or `"0:8/255:2/255"`, `last` included.
 
     Raises:
-        ValueError: a text of another form, no step upwards, or no radius above 0.
+        ValueError: if the text is malformed, the step is not positive, or no radius is above 0.
     """
     try:
         first, last, step = (_fraction(part) for part in text.split(":"))
@@ -67,18 +64,18 @@ def sweep(
         about: Mapping[str, Any] | None = None,
         **options: Any,
 ) -> Iterator[AttackReport]:
-    """Yields the report of each inference mode at each radius above 0, mode after mode, as soon as it is there.
+    """Yields the report of each inference mode at each radius above 0, as soon as it is there.
 
     At radius 0 there is nothing to attack: the robust accuracy is the clean one, which every report holds.
 
     Arguments:
-        model, images, labels: as in `mixed_surrogate_attack`. The model's mode is afterwards as before.
+        model, images, labels: as in `mixed_surrogate_attack`. The model's mode is restored.
         norm: of the threat models.
         radii: in units of the pixel range.
-        modes: inference modes of the HPM head; None means the model's own, or that of a model without an HPM head.
-        folder: where each report is written as soon as it is there, with what a stopped sweep needs to go on: a report
-            that is there already is not made again, and refused if it is of another run. A single report lies in the
-            folder itself, several in folders named by mode and radius (`report_folder`).
+        modes: inference modes of the HPM head; None means the model's own.
+        folder: keeps each report, and the results of a stopped sweep. A finished report is not made again, and refused
+            if it is of another run. A single report is in the folder itself, several in folders named by mode and
+            radius (`report_folder`).
         accelerator: of several processes; the first one writes.
         neighbours: batch sizes for `measure_neighbours`, which is called for a fitted head in batch mode.
         neighbours_mixes: values of the head's `mix` for it; None means the head's own.
@@ -86,8 +83,8 @@ def sweep(
         **options: the other arguments of `mixed_surrogate_attack`.
 
     Raises:
-        ValueError: an unknown mode, modes for a model without an HPM head, no radius above 0, other
-            arguments of `mixed_surrogate_attack`, or a report of another run in the folder. Nothing was attacked then.
+        ValueError: if a mode is unknown, the model has no HPM head for it, no radius is above 0, an argument is
+            malformed, or the folder holds a report of another run. Nothing was attacked then.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     if not threats:
@@ -112,7 +109,7 @@ def sweep(
                                             about={**(about or {}), **(asked if pairs else {})}, **options)
             measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
             report = _with_neighbours(report, pairs, measure, place, accelerator)
-        if place is not None and _is_first(accelerator) and not (place / PAGE).exists():
+        if place is not None and is_first(accelerator) and not (place / PAGE).exists():
             write_report(report, place)
         return report
 
@@ -136,24 +133,18 @@ def _with_neighbours(report: AttackReport, pairs: Sequence[tuple[int, float]], m
     """
     done = {(row["batch_size"], row["mix"]) for row in report.neighbours}
     missing = [pair for pair in pairs if pair not in done]
-    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, processes = rank_of(accelerator)
     for i in range(0, len(missing), processes):
         rows = [row for size, mix in missing[i + rank:i + rank + 1]
                 for row in measure(batch_sizes=[size], mixes=[mix])]
-        if accelerator is not None:
-            rows = gather_object(rows)
-        report = replace(report, neighbours=[*report.neighbours, *rows])
-        if place is not None and _is_first(accelerator):
+        report = replace(report, neighbours=[*report.neighbours, *gathered(accelerator, rows)])
+        if place is not None and is_first(accelerator):
             report.save(place / REPORT)
     return report
 
 
-def _is_first(accelerator: Accelerator | None) -> bool:
-    return accelerator is None or accelerator.is_main_process
-
-
 def own_mode(model: nn.Module) -> str:
-    """Returns the inference mode of a model's HPM head, `"none"` where it has no HPM head."""
+    """Returns the inference mode of a model's HPM head, `"none"` if it has no HPM head."""
     return "none" if head_name(model) is None else find_head(model).inference
 
 
@@ -162,97 +153,11 @@ def report_folder(mode: str, threat: ThreatModel) -> str:
     return "-".join([*([] if mode == "none" else [mode]), threat.norm, f"{threat.eps:.6g}"])
 
 
-def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
-    """Returns robust accuracy against the radius, a curve for each mode; it begins with the clean accuracy, at 0.
-
-    If `fc` is no mode of the `reports` (of one model on the same images), `"FC classifier"` is that of the same network
-    under the attacks on it: `AttackReport.baseline`, of the first mode that has it.
-    """
-    found: dict[str, dict[float, svg.Point]] = {}
-    baseline: dict[float, svg.Point] = {}
-    for report in reports:
-        eps, curve = ThreatModel.parse(report.protocol["threat"]).eps, found.setdefault(_mode_name(report), {})
-        curve.setdefault(0.0, _point(0.0, report.clean_accuracy, report))
-        curve[eps] = _point(eps, report.robust_accuracy, report)
-        if report.baseline:
-            baseline.setdefault(0.0, _point(0.0, report.baseline["clean"], report))
-            baseline.setdefault(eps, _point(eps, report.baseline["worst"], report))
-    if baseline and "fc" not in found:
-        found["FC classifier"] = baseline
-    return {name: [curve[eps] for eps in sorted(curve)] for name, curve in found.items()}
-
-
-def sweep_markdown(reports: Sequence[AttackReport]) -> str:
-    """Returns the robust accuracies in % as a table in Markdown, a row for each radius."""
-    head, rows = _table(reports)
-    unreliable = [f"- {_mode_name(report)}, {report.protocol['threat']}: "
-                  f"{', '.join(dict.fromkeys(flag.name for flag in report.flags))}"
-                  for report in reports if report.unreliable]
-    lines = [f"**Unreliable** (marked *): {UNRELIABLE}", "", *unreliable, ""] if unreliable else []
-    lines += [*filter(None, [pixels_note(reports[0].protocol)]), ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> str:
-    """Returns the curves, the table and the warnings as one HTML file that opens offline.
-
-    Arguments:
-        reports: of one model on the same images.
-        links: the address of each report's own page, relative to this one; none leaves the links out.
-    """
-    head, rows = _table(reports)
-    threat, total = ThreatModel.parse(reports[0].protocol["threat"]), reports[0].num_images
-    flags = list(dict.fromkeys(
-        Flag(flag.name, f"{_mode_name(report)}, {report.protocol['threat']}: {flag.text}")
-        for report in reports for flag in report.flags))
-    return page(f"Mixed Surrogate Attack: {reports[0].name}, accuracy against eps", [
-        *unreliable_banner(flags),
-        f"<p>{escape(pixels_note(reports[0].protocol))}</p>",
-        svg.curves(curves(reports), f"eps, {threat.norm}, pixels in [0, 1]",
-                   "robust accuracy against eps, a curve for each inference mode"),
-        f"<p>Robust accuracy, worst case over all attacks, of {total} images; bars are {INTERVAL}s. At eps 0 "
-        "stands the clean accuracy. FC classifier: that of the same network, under the attacks on it.</p>",
-        table(head, rows, numbers_from=0),
-        "<p>* unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
-        *flag_section(flags),
-        *_links(reports, links),
-    ])
-
-
 def save_sweep(reports: Sequence[AttackReport], folder: str | os.PathLike) -> None:
-    """Writes sweep.html beside what `sweep` wrote of the reports; it links to their pages."""
+    """Writes sweep.html beside the reports of a `sweep`; it links to their pages."""
     folders = [report_folder(report.protocol["inference"], ThreatModel.parse(report.protocol["threat"])) + "/"
                for report in reports] if len(reports) > 1 else [""]
-    write_text(Path(folder) / SWEEP, sweep_page(reports, [f"{place}report.html" for place in folders]))
-
-
-def _links(reports: Sequence[AttackReport], links: Sequence[str]) -> list[str]:
-    if not links:
-        return []
-    items = (f"<li><a href='{escape(link, quote=True)}'>{escape(_mode_name(report))}, "
-             f"{escape(report.protocol['threat'])}</a></li>" for report, link in zip(reports, links, strict=True))
-    return ["<h2>Reports</h2><ul>", *items, "</ul>"]
-
-
-def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]:
-    by_name = {name: {point.x: f"{100 * point.y:.1f}" for point in curve}
-               for name, curve in curves(reports).items()}
-    for report in reports:
-        if report.unreliable:
-            by_name[_mode_name(report)][ThreatModel.parse(report.protocol["threat"]).eps] += "*"
-    radii = sorted({eps for cells in by_name.values() for eps in cells})
-    return ["eps", *by_name], [[f"{eps:.4g}", *(cells.get(eps, "") for cells in by_name.values())] for eps in radii]
-
-
-def _point(eps: float, accuracy: float, report: AttackReport) -> svg.Point:
-    return svg.Point(eps, accuracy, *wilson_interval(accuracy, report.num_images))
-
-
-def _mode_name(report: AttackReport) -> str:
-    mode = report.protocol["inference"]
-    return "model" if mode == "none" else mode
+    write_text(Path(folder) / SWEEP, sweep_page(reports, [f"{place}{PAGE}" for place in folders]))
 
 
 def _fraction(text: str) -> Fraction:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .attacked import AttackedModel
-from .batch import AttackBatch, Notes
+from .batch import AttackBatch
 from .budget import Budget
 from .components import apgd_ce, apgd_t, fab_t, square
 from .joint import apgd_chain, joint, joint_subset
@@ -21,18 +21,17 @@ class Attack:
 
     Arguments:
         name: the attack's name in protocols and reports.
-        run: the batch, the threat model, the budget and the notes for flags to the candidates (S·B, channels, H, W).
-        budget: the standard budget. If it has targets or rounds, the attack is targeted or run in rounds.
-        needs_gradient: False for a black-box attack, which is run on the true model's own logits, too.
-        whole_batch: whether the attack moves all images of a batch for a common loss; it applies to batch-dependent
-            surrogates, and begins at the batch as earlier attacks have left it.
-        chained: whether the attack goes from one surrogate to the next; it needs two or more.
-        seeded_as: the name that seeds the attack's random numbers; None means its own. A renamed attack keeps its
-            results by it.
+        run: the batch, the threat model and the budget to the candidates (S·B, channels, H, W).
+        budget: the standard budget. If it has targets, the attack is targeted.
+        needs_gradient: False for a black-box attack, which also attacks the true model's own logits.
+        whole_batch: whether it moves all images of a batch for a common loss, through batch-dependent surrogates, from
+            the batch that earlier attacks have left.
+        chained: whether it goes from one surrogate to the next; it needs two or more.
+        seeded_as: the name that seeds its random numbers; None means its own.
     """
 
     name: str
-    run: Callable[[AttackBatch, ThreatModel, Budget, Notes], Tensor]
+    run: Callable[[AttackBatch, ThreatModel, Budget], Tensor]
     budget: Budget
     needs_gradient: bool = True
     whole_batch: bool = False
@@ -44,13 +43,13 @@ class Attack:
         """Returns whether the attack treats each image and each surrogate by itself."""
         return not (self.whole_batch or self.chained)
 
-    def rows(self, rounds: int) -> list[str]:
-        """Returns the names of the attack's candidate sets: one for each round if it is run in rounds."""
-        return [f"{self.name}#{i + 1}" for i in range(rounds)] if self.budget.rounds else [self.name]
+    def rows(self, restarts: int) -> list[str]:
+        """Returns the names of the attack's candidate sets, such as `"apgd-ce#2"` for a second start."""
+        return [self.name] if restarts == 1 else [f"{self.name}#{i + 1}" for i in range(restarts)]
 
     def seed_name(self, row: str) -> str:
-        """Returns the name that seeds a row of this attack, such as `"joint-subset#1"`."""
-        return row if self.seeded_as is None else row.replace(self.name, self.seeded_as, 1)
+        """Returns the name that seeds a row of this attack; the first start does not depend on the others."""
+        return row.removesuffix("#1") if self.seeded_as is None else row.replace(self.name, self.seeded_as, 1)
 
     def surrogates(self, model: AttackedModel, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the surrogates among `names` that the attack uses; none if it does not apply to the model."""
@@ -69,6 +68,6 @@ ATTACKS: Final = {
         Attack("square", square, Budget(5_000), needs_gradient=False),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),
-        Attack("joint-subset", joint_subset, Budget(25, rounds=30), whole_batch=True, seeded_as="joint-rest"),
+        Attack("joint-subset", joint_subset, Budget(25, restarts=30), whole_batch=True, seeded_as="joint-rest"),
     )
 }

@@ -3,9 +3,11 @@
 from .compare import Comparison, PairedRow, compare, mcnemar_p_value
 from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
+from .merge import merge_reports
 from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
 
 __all__ = [
     "ASSEMBLED", "FLAGS", "NUM_EXAMPLES", "SCHEMA_VERSION", "TRUE_MODEL", "AttackReport", "Comparison", "Example",
-    "Flag", "PairedRow", "compare", "data_digest", "make_example", "mcnemar_p_value", "weights_digest",
+    "Flag", "PairedRow", "compare", "data_digest", "make_example", "mcnemar_p_value", "merge_reports",
+    "weights_digest",
 ]

@@ -60,7 +60,7 @@ _DATE: Final = _matching(r"(\d{4}-\d\d-\d\d)?", "a day such as 2026-11-28, or no
 _PICTURE: Final = _matching("[A-Za-z0-9+/]+=*", "a picture in base64")
 _BUDGET: Final = Rule(
     lambda value: _object(_COUNT).holds(value) and "iterations" in value
-    and set(value) <= {"iterations", "targets", "rounds"}, "budgets of iterations, targets and rounds above 0")
+    and set(value) <= {"iterations", "targets", "restarts"}, "budgets of iterations, targets and restarts above 0")
 _NORMALISATION: Final = Rule(
     lambda value: isinstance(value, dict) and isinstance(value.get("source", ""), str)
     and all(_array(_NUMBER).holds(value.get(name)) for name in ("mean", "std")),
@@ -90,7 +90,8 @@ _OPTIONAL: Final = dict.fromkeys(
     "normalisation": _or_none(_NORMALISATION),
     "clean_margin": _or_none(_NUMBER),
     "attacked_scale": _or_none(_NUMBER),
-    "survivors_only": _TRUTH,
+    "full_grid": _TRUTH,
+    "eot": _COUNT,
     "surrogates_at_once": _COUNT,
     "neighbours": _or_none(_array(_COUNT)),
     "neighbours_mixes": _or_none(_array(_NUMBER)),

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..evaluation.protocols import PROTOCOLS
+#: Digests of the named protocols, which the evaluation's protocols fill in.
+NAMED_PROTOCOLS: Final[dict[str, str]] = {}
 
 #: The words that run this package in any folder.
 DOOR: Final = ("python", "-m", "timm_hpm")
@@ -26,10 +27,10 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
         protocol: a report's, or some of its entries: `model` (a name for timm.create_model), `dataset`, `split`,
             `normalisation`, `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and
             `attacks`, `seed`, `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`,
-            which evaluate.py writes. Without `model`, `dataset` and `options` there is no command; other missing
-            entries are left to the defaults of evaluate.py.
+            which evaluate.py writes. Without `model`, `dataset` and `options`, or after a merge of several `seeds`,
+            there is no command; other missing entries are left to the defaults of evaluate.py.
     """
-    if not {"model", "dataset", "options"} <= protocol.keys():
+    if not {"model", "dataset", "options"} <= protocol.keys() or "seeds" in protocol:
         return []
     given = protocol["options"] or {}
     opened = {name: given[name] for name in (*MODEL_OPTIONS, *DATA_OPTIONS) if given.get(name) not in (None, False, {})}
@@ -41,6 +42,8 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
     if protocol.get("inference", "none") != "none":
         options["inference"] = protocol["inference"]
+    if protocol.get("eot", 1) > 1:
+        options["eot"] = protocol["eot"]
     options |= _attack_options(protocol)
     if protocol.get("precision", "float32") != "float32":
         return []  # evaluate.py has no option for it
@@ -80,9 +83,10 @@ def _quoted(word: str) -> str:
 
 def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    named = PROTOCOLS.get(protocol.get("protocol", ""))
-    if named is not None and protocol.get("protocol_digest", named.digest()) == named.digest():
-        options["protocol"] = named.name
+    name = protocol.get("protocol", "")
+    # A definition may have changed since the measurement.
+    if name in NAMED_PROTOCOLS and protocol.get("protocol_digest", NAMED_PROTOCOLS[name]) == NAMED_PROTOCOLS[name]:
+        options["protocol"] = name
     elif "attacks" in protocol:
         surrogates = protocol.get("surrogates") or []
         options = {
@@ -91,7 +95,7 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
             "surrogates": "" if surrogates == ["model"] else ",".join(surrogates),
             "attacks": ",".join(protocol["attacks"]),
             "budget": [f"{name}={_budget(budget)}" for name, budget in protocol["attacks"].items()],
-            "survivors_only": protocol.get("survivors_only", False),
+            "full_grid": protocol.get("full_grid", False),
         }
     if options:
         options["neighbours"] = ",".join(map(str, protocol.get("neighbours") or ["none"]))
@@ -100,8 +104,8 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _budget(budget: Mapping[str, int]) -> str:
-    times = budget.get("targets") or budget.get("rounds")
-    return f"{budget['iterations']}" + (f"x{times}" if times else "")
+    return f"{budget['iterations']}" + "".join(
+        f"{letter}{budget[name]}" for letter, name in (("x", "targets"), ("r", "restarts")) if name in budget)
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Final
 FLAGS: Final = dict.fromkeys((
     "clean-near-chance", "labels-off-by-one", "no-gradient", "zero-gradient", "random-forward", "batch-dependent",
     "changes-state", "black-box-stronger", "rough-gradient", "non-finite-logits", "batch-not-finite", "probabilities",
-), True) | dict.fromkeys(("lost-head", "saturated-softmax", "zero-loss-gradient"), False)
+), True) | dict.fromkeys((
+    "lost-head", "averaged-draws", "saturated-softmax", "zero-loss-gradient"), False)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
 from .checks import check_report
 from .examples import Example
 from .flags import Flag
-from .metrics import attack_of, most_errors_accuracy, standard_error, wilson_interval, worst_accuracy
+from .metrics import attack_of, most_errors_accuracy, right_in_all, standard_error, wilson_interval, worst_accuracy
 
 #: Written and read.
 SCHEMA_VERSION: Final = 2
@@ -75,8 +76,8 @@ class AttackReport:
     Arguments:
         protocol: everything that determines the numbers: threat model, number of images, batch size, inference mode,
             surrogates, attacks with their budgets, seed, device, versions.
-        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, a text with one character per
-            image: `1` if the true model, judging whole batches, classifies it correctly, else `0`.
+        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, in the order of the attacks, a text with
+            one character per image: `1` if the true model, judging whole batches, classifies it correctly, else `0`.
         baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier
             (plain AutoAttack); empty without an HPM head.
         cost: seconds, and images that passed forward and backward through the backbone, for each attack and in all.
@@ -125,6 +126,44 @@ class AttackReport:
         return worst_accuracy(self.verdicts.values())
 
     @property
+    def robust(self) -> list[bool]:
+        """Whether each image is classified correctly in every judged batch (point-wise worst case)."""
+        return right_in_all(self.verdicts.values())
+
+    @property
+    def fell_to(self) -> list[str]:
+        """The candidate set that broke each image first, such as `"fc/apgd-ce"`.
+
+        `"clean"` for an image that is misclassified without an attack, `""` for a robust one.
+        """
+        rows = self.verdicts
+        return [next((name for name, verdict in zip(rows, verdicts, strict=True) if verdict == "0"), "")
+                for verdicts in zip(*rows.values(), strict=True)]
+
+    def adversarial_images(self, folder: str | os.PathLike) -> Tensor:
+        """Returns the first successful candidate of each image, (N, channels, H, W), from the run's `folder`.
+
+        An image that no attack broke, or that is misclassified without one, is the clean image.
+
+        Raises:
+            ValueError: if the folder's adversarial.safetensors is damaged or of another report.
+            OSError: if there is none: the attack was run without `save_adversarial`.
+        """
+        path = Path(folder) / "adversarial.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                if json.loads((file.metadata() or {}).get("protocol", "null")) != self.protocol:
+                    raise ValueError("it is of another run")
+                images, fell_to = file.get_tensor("clean"), self.fell_to
+                for name in {name for name in fell_to if name not in ("", "clean")}:
+                    rows = [i for i, fell in enumerate(fell_to) if fell == name]
+                    images[rows] = file.get_tensor(name)[rows]
+                return images
+        except (SafetensorError, ValueError, LookupError, RecursionError) as error:
+            raise ValueError(f"{path} does not hold the candidates of this report ({error}); expected the folder of "
+                             "its run with save_adversarial") from error
+
+    @property
     def assembled_robust_accuracy(self) -> float:
         """Accuracy on the assembled batches; outside batch mode equal to `robust_accuracy`."""
         return worst_accuracy([self.assembled]) if self.assembled else self.robust_accuracy
@@ -159,8 +198,11 @@ class AttackReport:
         """Accuracy of the FC classifier: `"clean"`, each attack, and `"worst"`; empty without an HPM head."""
         if not self.baseline_correct:
             return {}
-        rows = {name.rpartition("/")[2]: worst_accuracy([row]) for name, row in self.baseline_correct.items()}
-        return rows | {"worst": worst_accuracy(self.baseline_correct.values())}
+        rows: dict[str, list[str]] = {}
+        for name, row in self.baseline_correct.items():
+            rows.setdefault(attack_of(name), []).append(row)
+        return {attack: worst_accuracy(some) for attack, some in rows.items()} | {
+            "worst": worst_accuracy(self.baseline_correct.values())}
 
     @property
     def unreliable(self) -> bool:
@@ -183,6 +225,7 @@ class AttackReport:
             "robust_accuracy_interval": list(self.robust_accuracy_interval),
             "assembled_robust_accuracy": self.assembled_robust_accuracy,
             "realised_robust_accuracy": self.realised_robust_accuracy,
+            "fell_to": self.fell_to,
             "by_surrogate": self.by_surrogate,
             "baseline": self.baseline,
         } | {name: value for name, value in asdict(self).items() if value or name not in _NEW}

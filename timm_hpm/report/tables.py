@@ -1,9 +1,10 @@
 """Texts and tables of a report that Markdown and HTML share."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .metrics import wilson_interval
+from .metrics import attack_of, wilson_interval
 from .schema import AttackReport
 
 #: The name of the robust accuracy among the `accuracies`.
@@ -84,9 +85,9 @@ def attack_table(report: AttackReport) -> Table:
     attacks = [*dict.fromkeys(
         attack for row in report.by_surrogate.values() for attack in row if attack != "worst"), "worst"]
     note = "Accuracy of the true model in %, on the candidates of each attack on each surrogate."
-    if report.protocol.get("survivors_only"):
-        note += (" This protocol attacks an image no more once it is misclassified: later rows keep its successful "
-                 "candidate, so that rows do not compare attacks.")
+    if not report.protocol.get("full_grid", True):
+        note += (" A misclassified image is attacked no more: in later rows it keeps the candidate that broke it, so "
+                 "that rows do not compare attacks.")
     return Table("Accuracy under each attack", note, ["surrogate", *attacks], [
         [surrogate, *(percent(row[attack]) if attack in row else "" for attack in attacks)]
         for surrogate, row in report.by_surrogate.items()])
@@ -107,10 +108,12 @@ def protocol_table(report: AttackReport) -> Table:
 
 
 def cost_table(report: AttackReport) -> Table:
-    """Returns the table of the cost of each attack."""
-    return Table("Cost", "", ["attack", "seconds", "images forward", "images backward"], [
-        [name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}"]
-        for name, row in report.cost.items()])
+    """Returns the table of the cost of each attack, and of the images that it broke first."""
+    fallen = Counter(attack_of(name) for name in report.fell_to if "/" in name)
+    fallen["all"] = fallen.total()
+    return Table("Cost", "", ["attack", "seconds", "images forward", "images backward", "images broken first"], [
+        [name, f"{row['seconds']:,.1f}", f"{row['forward_passes']:,.0f}", f"{row['backward_passes']:,.0f}",
+         str(fallen[name])] for name, row in report.cost.items()])
 
 
 def pixels_note(protocol: Mapping[str, Any]) -> str:

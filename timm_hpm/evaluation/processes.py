@@ -1,0 +1,39 @@
+"""The processes that share an evaluation, by their `Accelerator`; None stands for a single process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+
+def is_first(accelerator: Accelerator | None) -> bool:
+    """Returns whether this process writes the files."""
+    return accelerator is None or accelerator.is_main_process
+
+
+def rank_of(accelerator: Accelerator | None) -> tuple[int, int]:
+    """Returns this process's number, from 0, and the number of processes."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+
+
+def gathered(accelerator: Accelerator | None, items: list[Any]) -> list[Any]:
+    """Returns the items of all processes, in their order."""
+    return items if accelerator is None else gather_object(items)
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[Accelerator | None]:
+    """Yields the accelerator of the processes that torchrun or `accelerate launch` started, None for a single one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield None
+        return
+    # One process may have a batch more than another, and a batch may take hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+    yield accelerator
+    # Without it, torchrun sometimes aborts a process; after an error the others would report a lost connection.
+    accelerator.end_training()

@@ -70,7 +70,7 @@ def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
     for name, part in (("model", "303,419 parameters, HPM head, inference mode batch"), ("threat model", "Linf:0.1"),
                        ("data", "digits, split test, 20 images of 8x8 pixels and 1 channel"),
                        ("normalisation", "mean (0.3053)"), ("batches", "of 10 images"), ("device", "cpu, 1 thread"),
-                       ("protocol", "fast, on fc, dataset, soft, ste, mixed: apgd-ce 100; apgd-t 100 x 3; square 1000"),
+                       ("protocol", "fast, on fc, dataset, soft, ste, mixed: apgd-ce 100; apgd-t 100x3; square 1000"),
                        ("time", "about ")):
         assert part in found[name]
 
@@ -80,5 +80,5 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     images = torch.rand(8, 1, 8, 8)
     attacked = AttackedModel(model, images)
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
-    plan = make_plan(protocol, attacked, 10, has_gradients=True)
+    plan = make_plan(protocol, attacked, 10, ())
     assert f"{101 + 2 * 9 * 101 + 401:,} passes an image" in estimate(plan, attacked, images, 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import timm_hpm
 from timm_hpm import find_head, head_mode
@@ -130,6 +130,24 @@ def test_a_saved_network_is_made_again_by_its_named_constructor_only(net, functi
                           ("hpm_wrn10_2", rf"the weights are of net\.py:{function}, and the network is hpm_wrn10_2")):
         with pytest.raises(ValueError, match=message):
             create_model(name, pretrained=True, checkpoint=None if ":" in name else weights)
+
+
+def test_any_network_is_saved_with_its_class_as_the_constructor(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                torch.nn.Linear(4, 3))
+    write_model(timm_hpm.add_hpm_head(model, mix=0.25), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["timm_hpm"])
+        assert set(file.keys()) == model.state_dict().keys()
+    assert config["constructor"] == "torch.nn.modules.container:Sequential" and config["num_classes"] == 3
+    assert config["model_args"] == find_head(model).config() and config["pretrained_cfg"]["classifier"] == "3"
+    assert config["pretrained_cfg"]["mean"] == [0, 0] and not hasattr(model, "pretrained_cfg")
+    images = torch.rand(2, 2, 4, 4)
+    expected = model(images)
+    timm_hpm.add_hpm_head(timm_hpm.remove_hpm_head(model)).reset_classifier(3)
+    assert not torch.equal(model(images), expected)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(model(images), expected)
 
 
 def test_weights_of_one_s_own_load_with_their_own_names(net, tmp_path):

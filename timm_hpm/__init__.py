@@ -28,6 +28,7 @@ from .evaluation.evaluate import evaluate
 from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
+from .models.create import create_model
 from .models.load import load_model
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport, compare, merge_reports
@@ -65,6 +66,7 @@ __all__ = [
     "cards",
     "compare",
     "comparison_markdown",
+    "create_model",
     "evaluate",
     "find_head",
     "fit_prototypes",

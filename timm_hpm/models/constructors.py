@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from ..head import HPMHead, find_head, head_name
-from ..surgery import UnsupportedHeadError, add_hpm_head, find_classifier, is_equipped
+from ..surgery import HPMMixin, UnsupportedHeadError, add_hpm_head, find_classifier, is_equipped
 
 # Prefixes of timm's own names with a colon.
 _PLACES: Final = ("hf-hub", "hf_hub", "local-dir")
@@ -120,6 +120,8 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         head = find_head(model)
         for key, value in HPMHead(1, 1, **{**head.config(), **head_args}).config().items():
             setattr(head, key, value)
+    if "mean" not in {**(getattr(model, "pretrained_cfg", None) or {}), **overlay}:
+        model.normalisation_source = f"none, {name} takes pixels in [0, 1]"
     describe(model, name, {key: value for key, value in overlay.items() if key != "file"})
     model.network_args = args
     if given.get("num_classes") not in (None, model.num_classes):
@@ -128,18 +130,29 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     return model
 
 
-def describe(model: Any, name: str, fields: Mapping[str, Any]) -> None:
+def describe(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> None:
     """Gives a network the attributes `num_classes` and `pretrained_cfg`, by which timm's models describe themselves.
 
-    Its own `pretrained_cfg`, which may hold some fields only, is kept. A network without one takes pixels in [0, 1].
+    See `described_cfg` for the arguments.
+    """
+    model.pretrained_cfg = cfg = described_cfg(model, name, fields)
+    model.num_classes = cfg["num_classes"]
+
+
+def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the pretrained cfg of a network that timm did not make; without a mean it takes pixels in [0, 1].
+
+    Fields of the network's own `pretrained_cfg`, which may be a few, are kept.
 
     Arguments:
-        name: that of its constructor.
+        name: that of its constructor; None takes its class.
         fields: of the pretrained cfg, such as `mean` and `std`; they win over its own.
 
     Raises:
         ValueError: if the number of classes is unknown.
     """
+    kind = type(model).__bases__[1] if isinstance(model, HPMMixin) else type(model)
+    name, fields = name or f"{kind.__module__}:{kind.__qualname__}", fields or {}
     own = {**(getattr(model, "pretrained_cfg", None) or {}), **fields}
     try:
         classifier = head_name(model) or find_classifier(model)
@@ -152,9 +165,7 @@ def describe(model: Any, name: str, fields: Mapping[str, Any]) -> None:
     first, channels = (convs[0][0], convs[0][1].in_channels) if convs else (None, 3)
     if "mean" in own or "input_size" in own:
         channels = len(own["mean"]) if "mean" in own else own["input_size"][0]
-    model.num_classes, model.pretrained_cfg = classes, {
+    return {
         "input_size": (channels, 224, 224), "mean": (0.0,) * channels, "std": (1.0,) * channels, "crop_pct": 1.0,
         "interpolation": "bicubic", **own, "first_conv": first, "classifier": classifier, "num_classes": classes,
         "architecture": name, "constructor": name, "tag": None}
-    if "mean" not in own:
-        model.normalisation_source = f"none, {name} takes pixels in [0, 1]"

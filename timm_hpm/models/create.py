@@ -26,7 +26,7 @@ from .hpm_timm import register_saved
 from .saving import CONFIG, WEIGHTS, config_args, config_fields, in_chans, saved_config
 
 
-def create_model(name: str, *, pretrained: bool, checkpoint: str | None = None, new_head: bool = False,
+def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None = None, new_head: bool = False,
                  **kwargs: Any) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`, with the weights of the file `checkpoint` if given.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..head import find_head, head_name
 from .configs import checked_config
+from .constructors import described_cfg
 from .preact import PreActNet
 
 WEIGHTS: Final = "model.safetensors"
@@ -64,16 +65,14 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
         model_args: further arguments of `timm.create_model`, which older versions of timm do not record.
 
     Raises:
-        ValueError: if timm.create_model did not make the model, or JSON cannot hold its arguments.
+        ValueError: if JSON cannot hold the model's arguments, or its number of classes is unknown.
     """
     head_args = {} if head_name(model) is None else find_head(model).config()
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture = cfg.get("architecture")
-    if not architecture:
-        raise ValueError(f"{type(model).__name__} has no architecture in its pretrained_cfg, so timm could not build "
-                         "it again. Expected a model that timm.create_model made")
-    if cfg.get("constructor"):
-        return _constructor_config(model, {**model.network_args, **model_args, **head_args})
+    architecture: Any = cfg.get("architecture")
+    if not architecture or cfg.get("constructor"):
+        return _constructor_config(described_cfg(model, cfg.get("constructor")),
+                                   {**getattr(model, "network_args", {}), **model_args, **head_args})
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         path = Path(temporary) / CONFIG
         try:
@@ -103,13 +102,11 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     return config
 
 
-def _constructor_config(model: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config of a network that a caller's own constructor made."""
-    cfg = {name: value for name, value in model.pretrained_cfg.items() if name != "constructor" and value is not None}
-    config = {"architecture": cfg.pop("architecture"), "constructor": model.pretrained_cfg["constructor"],
-              "num_classes": model.num_classes, "model_args": dict(sorted(args.items())),
-              "pretrained_cfg": {**cfg, "num_classes": model.num_classes, "classifier": head_name(model) or
-                                 cfg.get("classifier")}}
+def _constructor_config(cfg: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of a network that timm did not make."""
+    fields = {name: value for name, value in cfg.items() if value is not None}
+    config = {"architecture": fields.pop("architecture"), "constructor": fields.pop("constructor"),
+              "num_classes": cfg["num_classes"], "model_args": dict(sorted(args.items())), "pretrained_cfg": fields}
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:

@@ -190,7 +190,7 @@ def walk(architectures: Architectures) -> tuple[dict[str, list[str]], dict[str, 
 
 def reason(error: Exception) -> str:
     """Returns the start of an error, with the model's class left out."""
-    text = str(error).partition("\n")[0].partition(": ")[0]
+    text = str(error).strip().partition("\n")[0].partition(": ")[0]
     for sign in (" has ", " sees features without pooling"):
         if sign in text and isinstance(error, timm_hpm.UnsupportedHeadError):
             return text[text.index(sign) + 1:]

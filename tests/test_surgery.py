@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+import torchvision
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -405,3 +406,20 @@ def test_features_that_are_not_pooled_are_refused():
     model = add_hpm_head(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Linear(4, 5)))
     with pytest.raises(ValueError, match=r"features have the shape \(2, 6, 4\); expected \(B, 4\), the pooled input"):
         model(torch.rand(2, 3, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "path"), [
+    ("alexnet", "classifier.6"), ("resnet18", "fc"), ("densenet121", "classifier"), ("googlenet", "fc"),
+    ("mobilenet_v3_small", "classifier.3"), ("mnasnet0_5", "classifier.1"), ("swin_t", "head"),
+    ("vit_b_16", "heads.head"), ("squeezenet1_0", None)])
+def test_torchvision_s_networks_take_a_head(name, path):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, **{"init_weights": False} if "goog" in name else {})
+    keys = list(model.state_dict())
+    if path is None:
+        with pytest.raises(UnsupportedHeadError, match=r"features without pooling \(classifier.3 comes after it\)"):
+            add_hpm_head(model)
+        return
+    assert head_name(add_hpm_head(model.eval(), inference="fc")) == path
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    assert list(remove_hpm_head(model).state_dict()) == keys

@@ -123,6 +123,8 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     if "mean" not in {**(getattr(model, "pretrained_cfg", None) or {}), **overlay}:
         model.normalisation_source = f"none, {name} takes pixels in [0, 1]"
     describe(model, name, {key: value for key, value in overlay.items() if key != "file"})
+    if given.get("img_size"):
+        model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], *[given["img_size"]] * 2)
     model.network_args = args
     if given.get("num_classes") not in (None, model.num_classes):
         raise ValueError(f"{name} made a network of {model.num_classes} classes, and num_classes is "

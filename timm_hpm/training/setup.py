@@ -15,6 +15,7 @@ from ..data import ImageSplit, PixelModel, check_every_class, first_images
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, head_mode
+from ..models.constructors import is_constructor
 from ..models.create import class_names, create_model, open_split_for
 from ..models.saving import OF_TRAINING
 from ..threat import ThreatModel
@@ -72,6 +73,8 @@ def size_argument(config: TrainConfig) -> dict[str, Any]:
     """Returns the `img_size` of timm.create_model that a network of a fixed size needs for images of another."""
     if config.img_size is None:
         return {}
+    if is_constructor(config.model):  # which need not take it
+        return {"img_size": config.img_size}
     cfg = _quietly_created(config, pretrained=False, num_classes=0).pretrained_cfg
     same = all(side == config.img_size for side in cfg["input_size"][1:])
     return {"img_size": config.img_size} if cfg.get("fixed_input_size") and not same else {}

@@ -187,12 +187,13 @@ def test_wrong_arguments_are_refused(wrong, message):
 # timm's interfaces
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "getter", "fx"])
+@pytest.mark.parametrize("feature_cls", [None, "list", "getter", "fx"])
 @pytest.mark.parametrize("name", ALL)
 def test_features_only(name, feature_cls):
-    if "xcit" in name and feature_cls != "getter":
+    if "xcit" in name and feature_cls in ("list", "fx"):
         pytest.skip("timm offers the features of XCiT by getter only")
-    model = create(name, features_only=True, feature_cls=feature_cls).eval()
+    given = {} if feature_cls is None else {"feature_cls": feature_cls}
+    model = create(name, features_only=True, **given).eval()
     x = images(create(name) if name in CIFAR else model)
     maps = model(x)
     assert len(maps) == (3 if "xcit" in name else 5 if "resnet" in name else 4)

@@ -55,9 +55,15 @@ def register_entrypoint(module: str, name: str, doc: str, build: Callable[[str, 
 def build_preact_net(variant: str, pretrained: bool, kwargs: Mapping[str, Any], **arch_args: Any) -> Any:
     """Returns `build_variant` of the `PreActNet` with the architecture's `arch_args`."""
     levels = tuple(range(len(arch_args["depths"]) + 1))
-    create = partial(build_model_with_cfg, PreActNet, variant, pretrained_filter_fn=_native_filter_fn,
-                     feature_cfg={"out_indices": levels, "flatten_sequential": True}, **arch_args)
+    create = creator(PreActNet, variant, {"out_indices": levels, "flatten_sequential": True},
+                     pretrained_filter_fn=_native_filter_fn, **arch_args)
     return build_variant(create, variant, pretrained, kwargs)
+
+
+def creator(model_cls: type[nn.Module], variant: str, feature_cfg: Mapping[str, Any], **fixed: Any) -> Any:
+    """Returns timm's `build_model_with_cfg` with these arguments, of which others may replace the `fixed` ones."""
+    # timm changes the dictionary that it gets.
+    return lambda **kwargs: build_model_with_cfg(model_cls, variant, feature_cfg={**feature_cfg}, **{**fixed, **kwargs})
 
 
 def _native_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import nn
 
 from ..formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
-from ._builder import build_variant, register_entrypoint
+from ._builder import build_variant, creator, register_entrypoint
 from .function import StatedFunction
 from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 
@@ -110,16 +109,15 @@ class CifarXcit(StatedFunction, Xcit):
 
 def _build_xcit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     embed_dim, num_heads, _ = _XCITS[variant]
-    create = partial(
-        build_model_with_cfg, CifarXcit, variant, pretrained_filter_fn=xcit_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"})
+    create = creator(CifarXcit, variant, {"out_indices": 3, "feature_cls": "getter"},
+                     pretrained_filter_fn=xcit_filter_fn)
     args = {"embed_dim": embed_dim, "depth": 12, "num_heads": num_heads, "eta": 1.0, "tokens_norm": True}
     return build_variant(create, variant, pretrained, {**args, **kwargs}, partial(xcit_state_dict, small=True))
 
 
 def _build_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    create = partial(build_model_with_cfg, CifarResNet, variant)
-    return build_variant(create, variant, pretrained, {"layers": (2, 2, 2, 2), **kwargs}, small_resnet_state_dict)
+    args = {"layers": (2, 2, 2, 2), **kwargs}
+    return build_variant(creator(CifarResNet, variant, {}), variant, pretrained, args, small_resnet_state_dict)
 
 
 register_entrypoint(__name__, "hpm_cifar_resnet18",

@@ -69,7 +69,20 @@ def predictions(
         first_image: int = 0,
         allow_non_finite: bool = False,
 ) -> Tensor:
-    """Returns the classes (N,) that a model predicts in whole batches, in the order given.
+    """Returns the classes (N,) that a model predicts in whole batches, in the order given; see `leads`."""
+    return leads(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)[0]
+
+
+@torch.no_grad()
+def leads(
+        model: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        *,
+        first_image: int = 0,
+        allow_non_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Returns the classes (N,) that a model predicts in whole batches, and how far their logits lead (N,).
 
     Arguments:
         model: a timm model, or a module of pixels in [0, 1]; in eval mode.
@@ -87,14 +100,16 @@ def predictions(
     check_answers_alike(model)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
-    classes = []
+    classes, ahead = [], []
     for first in range(0, len(images), batch_size):
         batch = images[first:first + batch_size].to(device)
         logits = check_logits(ask(model, batch), len(batch))
         if not allow_non_finite:
             check_finite(own_logits(model, batch, logits), first_image + first)
         classes.append(predicted_classes(logits).cpu())
-    return torch.cat(classes)
+        best = logits.float().topk(2, dim=1).values.cpu()
+        ahead.append(torch.where(classes[-1] < 0, 0.0, best[:, 0] - best[:, 1]))
+    return torch.cat(classes), torch.cat(ahead)
 
 
 def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:

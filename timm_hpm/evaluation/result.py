@@ -12,6 +12,7 @@ from ..report import ASSEMBLED, TRUE_MODEL, AttackReport, Flag
 from ..report.metrics import attack_of
 from ..threat import ThreatModel
 from .checks import clean_flags
+from .convergence import measured_convergence
 from .plan import Plan
 from .resume import Step, no_cost
 from .run import first_examples
@@ -45,6 +46,7 @@ def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Fla
         flags=flags,
         examples=first_examples(chain.from_iterable(step.examples for step in steps)),
         date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        convergence=measured_convergence(steps),
     )
 
 

@@ -53,6 +53,8 @@ class Step:
         candidates: (B, channels, H, W) by name, if they are to be kept; a loaded step leaves them on disk.
         not_finite: images whose logits were NaN or infinite, by their place: the search or the verdicts.
         predicted: the true model's classes for the clean images, which no folder keeps; empty for an attack.
+        margins: (B,), the smallest lead of the right logit over its sets; 0 if an image is misclassified.
+        attacked: number of images that were attacked.
     """
 
     attack: str
@@ -66,6 +68,8 @@ class Step:
     candidates: dict[str, Tensor] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     predicted: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    attacked: int = 0
 
     def without_pixels(self) -> "Step":
         """Returns the step without its tensors, of which a mere slice would keep the memory."""
@@ -123,7 +127,8 @@ class ProgressFolder:
         """Writes a step, whole or not at all."""
         result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
                   "cost": found.cost, "flags": found.flags, "not_finite": found.not_finite,
-                  "examples": [asdict(example) for example in found.examples]}
+                  "examples": [asdict(example) for example in found.examples], "margins": found.margins,
+                  "attacked": found.attacked}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in
                    {"broken": found.broken, "points": found.points, **found.candidates}.items()}
         record = {"run": self._run, "batch": batch, "step": step, "names": list(found.correct), "found": result,

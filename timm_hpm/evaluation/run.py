@@ -18,7 +18,7 @@ from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
 from ..report.metrics import attack_of
 from ..threat import ThreatModel
 from .batch import AttackBatch
-from .judge import as_row, judge, own_logits, predictions
+from .judge import as_row, judge, leads, own_logits
 from .plan import Plan, named
 from .resume import ProgressFolder, Step, no_cost
 from .seeding import seeded
@@ -121,7 +121,8 @@ class Run:
         cost = {"seconds": time.perf_counter() - before[0], "forward_passes": model.forward_passes - before[1],
                 "backward_passes": model.backward_passes - before[2]}
         step = self._judged(row, dict(zip(named(group, row), found, strict=True)), state, attack.seed_name(row), group)
-        return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost)
+        return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost,
+                       attacked=len(rows))
 
     def _active(self, name: str, state: "_State") -> Tensor:
         """Returns the images (B,) that a step attacks: all, or in a cascade those that are left."""
@@ -134,6 +135,7 @@ class Run:
         model, batch_size, labels = self.subject.pixel_model, self.subject.batch_size, state.labels
         correct, baseline, examples, not_finite, flags, kept = {}, {}, [], {}, [], {}
         newly, points = torch.zeros_like(state.broken), torch.zeros_like(state.images)
+        margins = torch.full(labels.shape, torch.inf)
         # The assembled batch breaks no image for the first time.
         broken = torch.ones_like(newly) if row == ASSEMBLED else state.broken
         with seeded(self.subject.device, self.subject.seed, "judge", *(seeds or (row,)), state.first):
@@ -145,8 +147,10 @@ class Run:
                 if self.plan.cascade:
                     found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
                 # A model that fails on clean images is broken; under attack that is the adversary's aim.
-                classes = predictions(model, found, batch_size, first_image=state.first,
-                                      allow_non_finite=row != "clean").to(labels.device)
+                classes, ahead = leads(model, found, batch_size, first_image=state.first,
+                                       allow_non_finite=row != "clean")
+                classes = classes.to(labels.device)
+                margins = margins.minimum(torch.where(classes.cpu() == labels.cpu(), ahead, 0.0))
                 lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
                 if lost.any():
                     not_finite[f"{name}: on the candidates, the true model's"] = [
@@ -164,7 +168,7 @@ class Run:
                                               found[i]) for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
         return Step(row, correct, baseline, no_cost(), flags, first_examples(examples),
                     newly.nonzero().squeeze(1).cpu(), points[newly].cpu(), kept, not_finite,
-                    classes.tolist() if row == "clean" else [])
+                    classes.tolist() if row == "clean" else [], margins.tolist())
 
     def _judges_fc(self, name: str) -> bool:
         """Returns whether the FC classifier is judged on the candidates `name`: those of the attacks on it."""

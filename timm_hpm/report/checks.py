@@ -98,6 +98,10 @@ _OPTIONAL: Final = dict.fromkeys(
     "class_names": _or_none(_array(_STRING)),
     "options": _or_none(_ANY_OBJECT),
 }
+_CONVERGENCE: Final = {
+    "fell_after": _array(_or_none(_AMOUNT)), "spent": _AMOUNT, "margins": _array(_AMOUNT),
+    "clean_margin": _or_none(_AMOUNT),
+}
 _COST: Final = dict.fromkeys(("seconds", "forward_passes", "backward_passes"), _AMOUNT)
 # Rows of the fields that are arrays.
 _ROWS: Final = {
@@ -132,11 +136,17 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
         _expect(_is_shallow(value, _DEEPEST), f"the protocol's {name}", value, f"at most {_DEEPEST} levels")
     rows = [(f"the cost of {name}", row, _COST) for name, row in values["cost"].items()]
     rows += [(f"row {i} of {name}", row, rules) for name, rules in _ROWS.items() for i, row in enumerate(values[name])]
+    convergence: Any = values.get("convergence")
+    if convergence is not None:
+        rows.append(("the convergence", convergence, _CONVERGENCE))
     for name, row, rules in rows:
         _expect(isinstance(row, dict), name, row, f"an object with {', '.join(rules)}")
         _check_entries(f"{name}: its", row, rules)
         unknown = sorted(row.keys() - rules.keys())
         _expect(not unknown, f"{name}: its other entries", unknown, f"only {', '.join(rules)}")
+    for name in ("fell_after", "margins") if convergence is not None else ():
+        _expect(len(convergence[name]) == total, f"the convergence: its {name}", convergence[name],
+                f"{total} entries, one for each image")
     _expect(all(example["image"] < total for example in values["examples"]), "examples",
             [example["image"] for example in values["examples"]], f"images below {total}")
     for name, right in (("num_images", total), ("clean_accuracy", correct["clean"].count("1") / total)):

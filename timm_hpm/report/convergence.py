@@ -1,37 +1,31 @@
-"""How far the robust accuracy of a report has converged: its fall with the passes that the attacks spent."""
+"""`Convergence`: whether more attacks would have broken more images."""
 
-from typing import NamedTuple
-
-from .metrics import attack_of, worst_accuracy
-from .schema import AttackReport
+from dataclasses import dataclass
 
 
-class Fall(NamedTuple):
-    """The robust accuracy after an attack.
+@dataclass(frozen=True)
+class Convergence:
+    """When each image fell, and how near the others are to a boundary.
 
     Arguments:
-        passes: forward and backward passes so far, for each image.
-        robust: the accuracy in the worst case so far, a fraction in [0, 1].
-        attack: the attack's name.
+        fell_after: for each image the forward and backward passes that its attacks spent on it until it fell; 0 if it
+            is misclassified when clean, None if it is robust.
+        spent: passes that the attacks spent on an image that did not fall; the largest number of all batches.
+        margins: for each image the smallest lead of the right logit over all others under attack; 0 if it fell.
+        clean_margin: the median lead on clean images that are classified correctly; None without one.
     """
 
-    passes: float
-    robust: float
-    attack: str
+    fell_after: list[float | None]
+    spent: float
+    margins: list[float]
+    clean_margin: float | None
 
+    @property
+    def fell_lately(self) -> int:
+        """Number of images that fell in the last doubling of the passes."""
+        return sum(passes is not None and passes > self.spent / 2 for passes in self.fell_after)
 
-def falls(report: AttackReport) -> list[Fall]:
-    """Returns the robust accuracy after each attack, in the order of their first start; [] without their costs."""
-    by_attack: dict[str, list[str]] = {}
-    for name, row in report.correct.items():
-        by_attack.setdefault(attack_of(name), []).append(row)
-    seen, passes = by_attack.pop("clean"), 0.0
-    if not by_attack.keys() <= report.cost.keys():
-        return []
-    found = []
-    for attack, cost in report.cost.items():
-        passes += (cost["forward_passes"] + cost["backward_passes"]) / report.num_images
-        if attack in by_attack and passes > 0:
-            seen = [*seen, *by_attack[attack]]
-            found.append(Fall(passes, worst_accuracy(seen), attack))
-    return found
+    @property
+    def survivors(self) -> list[float]:
+        """The margins of the robust images, in ascending order."""
+        return sorted(margin for margin, passes in zip(self.margins, self.fell_after, strict=True) if passes is None)

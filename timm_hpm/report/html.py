@@ -10,7 +10,6 @@ from typing import Final
 
 from . import svg
 from .command import evaluate_command, shell_lines
-from .convergence import falls
 from .flags import Flag, paragraph
 from .metrics import wilson_interval
 from .schema import AttackReport
@@ -22,7 +21,9 @@ from .tables import (
     Table,
     accuracies,
     attack_table,
+    convergence_note,
     cost_table,
+    falls,
     interval_text,
     neighbours_table,
     percent,
@@ -173,9 +174,8 @@ def _convergence(report: AttackReport) -> list[str]:
     return ["<h2>Has it converged?</h2>",
             svg.stairs(report.clean_accuracy, steps, "passes for each image (doubling has one width)",
                        "robust accuracy against the passes spent"),
-            "<p>Accuracy in the worst case over the clean images and all attacks so far, against the forward and "
-            "backward passes for each image, in the order of the attacks' first start. The last doubling of the passes "
-            "is shaded.</p>"]
+            f"<p>{convergence_note(report)} The curve is the accuracy in the worst case over all attacks so far, "
+            "against the forward and backward passes for each image. The last doubling of the passes is shaded.</p>"]
 
 
 def _examples(report: AttackReport) -> list[str]:

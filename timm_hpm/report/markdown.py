@@ -16,6 +16,7 @@ from .tables import (
     accuracy_table,
     attack_table,
     cell,
+    convergence_note,
     cost_table,
     interval_text,
     neighbours_table,
@@ -76,6 +77,8 @@ def report_markdown(report: AttackReport) -> str:
     if pixels_note(report.protocol):
         lines += [escaped(pixels_note(report.protocol)), ""]
     lines += results(report)
+    if convergence_note(report):
+        lines += ["", "## Has it converged?", "", convergence_note(report)]
     command = evaluate_command(report.protocol)
     if command:
         lines += ["", "## Command", "", fenced(shell_lines(command), "sh")]

@@ -57,6 +57,7 @@ def merge_reports(reports: Sequence[AttackReport]) -> AttackReport:
         examples=[examples[image] for image in sorted(examples)][:NUM_EXAMPLES],
         neighbours=next((report.neighbours for report in reports if report.neighbours), []),
         date=max(report.date for report in reports),
+        convergence=None,
     )
 
 

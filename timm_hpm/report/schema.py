@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
 from .checks import check_report
+from .convergence import Convergence
 from .examples import Example
 from .flags import Flag
 from .metrics import attack_of, most_errors_accuracy, right_in_all, standard_error, wilson_interval, worst_accuracy
@@ -24,7 +25,7 @@ from .metrics import attack_of, most_errors_accuracy, right_in_all, standard_err
 SCHEMA_VERSION: Final = 2
 
 # Fields that older reports of this version lack.
-_NEW: Final = ("date",)
+_NEW: Final = ("date", "convergence")
 
 #: The row of attacks on the true model itself, without a surrogate.
 TRUE_MODEL: Final = "true"
@@ -88,6 +89,7 @@ class AttackReport:
             the batch.
         neighbours: the rows of `measure_neighbours`; they enter no accuracy.
         date: day of the measurement in UTC, such as "2026-11-28"; empty in older reports.
+        convergence: when each image fell, and the margins of the others; None in older and in merged reports.
     """
 
     protocol: dict[str, Any]
@@ -99,6 +101,7 @@ class AttackReport:
     assembled: str = ""
     neighbours: list[dict[str, Any]] = field(default_factory=list)
     date: str = ""
+    convergence: Convergence | None = None
 
     @property
     def name(self) -> str:
@@ -210,7 +213,7 @@ class AttackReport:
         return any(flag.unreliable for flag in self.flags)
 
     def same_results(self, other: "AttackReport") -> bool:
-        """Returns whether protocol, verdicts, passes and flags are equal: all but date and seconds."""
+        """Returns whether protocol, verdicts, passes and flags are equal: all but seconds, date and convergence."""
         return _without_time(self) == _without_time(other)
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,8 +251,10 @@ class AttackReport:
             if type(version) is int and version == SCHEMA_VERSION:
                 values = {name: data[name] for name in cls.__dataclass_fields__ if name not in _NEW or name in data}
                 check_report(values, data)
+                found = values.get("convergence")
                 return cls(**values | {"flags": [Flag(**flag) for flag in values["flags"]],
-                                       "examples": [Example(**example) for example in values["examples"]]})
+                                       "examples": [Example(**example) for example in values["examples"]],
+                                       "convergence": found and Convergence(**found)})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a report of timm_hpm ({type(error).__name__}: {error}); "
                              "expected the report.json that evaluate.py wrote") from error
@@ -271,7 +276,7 @@ def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:
-    data = asdict(report) | {"date": ""}
+    data = asdict(report) | dict.fromkeys(_NEW)
     for row in data["cost"].values():
         row.pop("seconds")
     return data

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .metrics import attack_of, wilson_interval
+from .metrics import attack_of, wilson_interval, worst_accuracy
 from .schema import AttackReport
 
 #: The name of the robust accuracy among the `accuracies`.
@@ -91,6 +91,62 @@ def attack_table(report: AttackReport) -> Table:
     return Table("Accuracy under each attack", note, ["surrogate", *attacks], [
         [surrogate, *(percent(row[attack]) if attack in row else "" for attack in attacks)]
         for surrogate, row in report.by_surrogate.items()])
+
+
+class Fall(NamedTuple):
+    """The robust accuracy after so many forward and backward passes for each image, and the attack that came last."""
+
+    passes: float
+    robust: float
+    attack: str
+
+
+def falls(report: AttackReport) -> list[Fall]:
+    """Returns the falls of the robust accuracy with the passes, from that of clean images down; [] if unknown.
+
+    In a report without `convergence` there is one for each attack, in the order of their first start.
+    """
+    found = report.convergence
+    if found is not None and found.spent > 0:
+        attacks = {}
+        for passes, name in zip(found.fell_after, report.fell_to, strict=True):
+            if passes:
+                attacks[passes] = attack_of(name)
+        ends = sorted({*attacks, found.spent})
+        robust = (sum(passes is None or passes > end for passes in found.fell_after) for end in ends)
+        return [Fall(end, right / report.num_images, attacks.get(end, "the end"))
+                for end, right in zip(ends, robust, strict=True)]
+    by_attack: dict[str, list[str]] = {}
+    for name, row in report.correct.items():
+        by_attack.setdefault(attack_of(name), []).append(row)
+    seen, total = by_attack.pop("clean"), 0.0
+    if not by_attack.keys() <= report.cost.keys():
+        return []
+    steps = []
+    for attack, cost in report.cost.items():
+        total += (cost["forward_passes"] + cost["backward_passes"]) / report.num_images
+        if attack in by_attack and total > 0:
+            seen = [*seen, *by_attack[attack]]
+            steps.append(Fall(total, worst_accuracy(seen), attack))
+    return steps
+
+
+def convergence_note(report: AttackReport) -> str:
+    """Returns sentences on the last doubling of the passes and on the nearest survivors; empty if unknown."""
+    found = report.convergence
+    if found is None or found.spent <= 0:
+        return ""
+    lately, survivors = found.fell_lately, found.survivors
+    text = (f"{lately or 'No'} image{'s' if lately > 1 else ''} of {report.num_images} fell in the last doubling of "
+            f"the budget, from {found.spent / 2:,.0f} to {found.spent:,.0f} passes for each image"
+            + (": more attacks may break more." if lately else "."))
+    if not survivors or not found.clean_margin:
+        return text
+    near = sum(margin < found.clean_margin / 10 for margin in survivors)
+    nearest = ", ".join(f"{margin:.3g}" for margin in survivors[:3])
+    return (f"{text} Under attack the right logit of the nearest survivors leads by {nearest}; of clean images it "
+            f"leads by {found.clean_margin:.3g} (median). {near or 'None'} of {len(survivors)} survivors leads by "
+            "less than a tenth of that.")
 
 
 def neighbours_table(report: AttackReport) -> Table:

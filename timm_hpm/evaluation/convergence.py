@@ -1,0 +1,43 @@
+"""`measured_convergence`: when each image fell, and the margins of the others, from the steps of a run."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+
+from ..report import Convergence
+from ..report.metrics import right_in_all
+from .resume import Step
+
+
+def measured_convergence(steps: Sequence[Step]) -> Convergence | None:
+    """Returns the `Convergence` of the steps of all batches, in order; None if an older version made some of them."""
+    fell_after: list[float | None] = []
+    margins: list[float] = []
+    clean: list[float] = []
+    spent = {True: 0.0, False: 0.0}  # by whether an image of the batch is left
+    for batch in _batches(steps):
+        size, passes = len(next(iter(batch[0].correct.values()))), 0.0
+        if any(len(step.margins) != size for step in batch):
+            return None
+        clean += [margin for margin in batch[0].margins if margin > 0]
+        fallen: list[float | None] = [None] * size
+        for step in batch:
+            passes += (step.cost["forward_passes"] + step.cost["backward_passes"]) / max(step.attacked, 1)
+            right = right_in_all(step.correct.values())
+            fallen = [passes if before is None and not held else before
+                      for before, held in zip(fallen, right, strict=True)]
+        fell_after += fallen
+        margins += [float(f"{min(row):.6g}") for row in zip(*(step.margins for step in batch), strict=True)]
+        spent[None in fallen] = max(spent[None in fallen], passes)
+    return Convergence(fell_after, spent[True] or spent[False], margins, median(clean) if clean else None)
+
+
+def _batches(steps: Iterable[Step]) -> Iterator[list[Step]]:
+    """Yields the steps of each batch, which begin with the clean one."""
+    batch: list[Step] = []
+    for step in steps:
+        if step.attack == "clean" and batch:
+            yield batch
+            batch = []
+        batch.append(step)
+    if batch:
+        yield batch

@@ -21,7 +21,7 @@ TINY = {"device": "cpu", "pretrained": True, "epochs": 1, "lr": 0.01, "attack_st
 
 def run(folder, resume=False, **options):
     AcceleratorState._reset_state(reset_partial_state=True)
-    kept = train(TrainConfig(**TINY | options), folder, resume=resume, log=lambda line: None)
+    kept = train(None, TrainConfig(**TINY | options), folder, resume=resume, log=lambda line: None)
     AcceleratorState._reset_state(reset_partial_state=True)
     return kept
 

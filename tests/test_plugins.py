@@ -82,7 +82,7 @@ def test_a_registered_objective_trains_by_its_own_attack_and_loss(prototype_feat
     config = TrainConfig(**vars(parser.parse_args(
         ["--objective", "corner", "--device", "cpu", "--pretrained", "--epochs", "1", "--val-attack-steps", "1",
          "--batch-size", "350", "--lr", "0.01", "--prototype-features", prototype_features])))
-    kept = train(config, tmp_path / "run", log=lambda line: None)
+    kept = train(None, config, tmp_path / "run", log=lambda line: None)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert answered == [2] * len(crafted) == [2] * 3 and 0 < kept["loss"] < 0.2
     for clean, adversarial, step_size in crafted:
@@ -97,7 +97,8 @@ def test_a_registered_objective_without_an_attack_trains_and_fits_on_clean_image
     options = {"device": "cpu", "epochs": 1, "val_attack_steps": 1, "batch_size": 350, "prototype_epoch": 0}
     kept = {}
     for name in ("error", "clean"):
-        kept[name] = train(TrainConfig(objective=name, lr=1e-9, **options), tmp_path / name, log=lambda line: None)
+        config = TrainConfig(objective=name, lr=1e-9, **options)
+        kept[name] = train(None, config, tmp_path / name, log=lambda line: None)
         AcceleratorState._reset_state(reset_partial_state=True)
     heads = [load_file(tmp_path / name / "model.safetensors")["fc.prototypes"] for name in kept]
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-3)

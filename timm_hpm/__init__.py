@@ -59,6 +59,7 @@ __all__ = [
     "Sensitivity",
     "ThreatModel",
     "TooLargeError",
+    "TrainConfig",
     "UnfittedHeadWarning",
     "UnsupportedHeadError",
     "add_hpm_head",
@@ -89,12 +90,15 @@ __all__ = [
     "report_markdown",
     "report_page",
     "sweep",
+    "train",
     "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: both need huggingface_hub's slow imports.
+    # Imported on first use: they need the slow imports of huggingface_hub and accelerate.
     if name in ("cards", "hub"):
         return import_module(f".{name}", __name__)
+    if name in ("TrainConfig", "train"):
+        return getattr(import_module(".training", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`train`: adversarial training of a model with an HPM head."""
+"""`train`: adversarial training of a model."""
 
 import signal
 import sys
@@ -16,8 +16,8 @@ from ..training.run_folder import measuring_command, saved_options
 from .parser import Parser
 
 _ABOUT = """\
-Trains a robust model with an HPM head, adversarially, from scratch or from pretrained weights. Options come from
---config, a YAML file, and from the command line, which overrides it. Writes into --output: model.safetensors and
+Trains a robust model adversarially, with or without an HPM head, from scratch or from pretrained weights. Options come
+from --config, a YAML file, and from the command line, which overrides it. Writes into --output: model.safetensors and
 config.json (the epoch of the best robust validation accuracy), args.yaml, metrics.csv, curve.svg, checkpoints/, and
 warnings.txt if something is wrong.
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if output is None:
         output = default_folder(config.model, "train-")
     try:
-        kept = train(config, output, resume=resume is not None, progress=True)
+        kept = train(None, config, output, resume=resume is not None, progress=True)
     except Stopped as stopped:
         if PartialState().is_main_process:
             named = named_again(config.model, {"model": config.model}, output)

@@ -1,7 +1,8 @@
 """Adversarial training: options, objectives, the loop, and the files of a run."""
 
+from .command import train
 from .config import TrainConfig
-from .loop import Run, train
+from .loop import Run
 from .objectives import OBJECTIVES, LossOptions, Objective, TrainingAttack
 from .signals import Stopped
 

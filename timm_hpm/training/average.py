@@ -6,7 +6,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from ..head import find_head
 from .distributed import reduced
 from .trunk import PixelTrunk
 
@@ -19,16 +18,17 @@ class AveragedModel:
     class without an image in this epoch keeps its prototype.
 
     Arguments:
-        model: a timm model with an HPM head, on its device.
+        model: a model on its device.
         decay: upper bound of the decay per update, in [0, 1].
     """
 
     def __init__(self, model: Any, decay: float):
         self.average = ModelEmaV3(model, decay=decay, use_warmup=True)
         self.module: Any = self.average.module
-        self.head = find_head(self.module)
         self.trunk = PixelTrunk(self.module)
-        self.sums, self.counts = torch.zeros_like(self.head.prototypes), torch.zeros_like(self.head.prototypes[:, 0])
+        self.head = self.trunk.head
+        prototypes = torch.zeros(0, 0) if self.head is None else self.head.prototypes
+        self.sums, self.counts = torch.zeros_like(prototypes), prototypes.new_zeros(len(prototypes))
         self._new: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -44,8 +44,10 @@ class AveragedModel:
     @torch.no_grad()
     def update(self, model: Any, step: int) -> None:
         """Moves the average towards `model` after its update number `step`, from 1, and updates the prototypes."""
-        prototypes = self.head.prototypes.clone()
+        prototypes = None if self.head is None else self.head.prototypes.clone()
         self.average.update(model, step=step)
+        if prototypes is None:
+            return
         for total, parts in zip((self.sums, self.counts), zip(*self._new, strict=True), strict=False):
             total.mul_(self.head.ema_decay).add_(reduced(sum(parts)))  # type: ignore[arg-type]
         self._new.clear()

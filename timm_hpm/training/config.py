@@ -41,6 +41,10 @@ class TrainConfig(CommonOptions):
     hflip: float = option(0.0, _DATA, "augmentation: probability of a horizontal flip", least=0, most=1)
     random_resized_crop: bool = option(False, _DATA, "augmentation: random resized crops, and flips")
     batch_size: int = option(128, _DATA, "images per process and forward pass", "-b", least=1)
+    extra_data: str | None = option(
+        None, _DATA, "npz file of further training images, such as generated ones: image, uint8 N×H×W×channels, and "
+                     "label")
+    extra_fraction: float = option(0.7, _DATA, "fraction of each batch that --extra-data gives", least=0, below=1)
     workers: int = option(0, _DATA, "data loading workers per process", "-j", least=0, free=True)
 
     objective: str = option("pgd-at", _ATTACK, "training objective: its attack and its loss", choices=OBJECTIVES)
@@ -113,8 +117,16 @@ class TrainConfig(CommonOptions):
         for name in ("min_lr", "warmup_lr"):
             if (getattr(self, name) or 0.0) > self.lr:
                 raise ValueError(f"{name} is {getattr(self, name)}, above the peak {self.lr} (lr); expected no more")
+        if self.extra_per_batch == self.batch_size:
+            raise ValueError(f"extra_fraction is {self.extra_fraction} of batch_size {self.batch_size}, which leaves "
+                             "no image of the data set; expected a smaller fraction or a larger batch")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
+
+    @property
+    def extra_per_batch(self) -> int:
+        """Returns the number of images of the extra data in a batch."""
+        return round(self.extra_fraction * self.batch_size) if self.extra_data else 0
 
     @property
     def has_weights(self) -> bool:

@@ -1,4 +1,4 @@
-"""Adversarial training of a timm model with an HPM head, on Accelerate."""
+"""`Run`: the loop over the epochs and batches of adversarial training, on Accelerate."""
 
 import math
 import os
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..data import PixelModel, random_flip, random_shift
-from ..files import locked, remove_unfinished, writable_folder
+from ..data import as_pixel_model, random_flip, random_shift
+from ..files import writable_folder
 from ..head import find_head
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
@@ -32,62 +32,28 @@ from .average import AveragedModel
 from .awp import perturbed_weights
 from .config import TrainConfig
 from .distributed import average_, num_processes, process_index, reduced, seed_at
+from .extra import ExtraImages
 from .health import epoch_signs, forget_kept_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
 from .recovery import Progress, RunState
 from .run_folder import RunFolder, saved_options
 from .schedules import create_schedule
-from .setup import Data, check_launcher, create_optimizer, create_trainable, in_effect, open_data, size_argument
-from .signals import Stopped, StopRequest, noted_signals, obey_parent, shielded_batches
+from .setup import (
+    Data,
+    check_launcher,
+    create_optimizer,
+    create_trainable,
+    in_effect,
+    made_trainable,
+    open_data,
+    size_argument,
+)
+from .signals import Stopped, StopRequest, obey_parent, shielded_batches
 from .trunk import PixelTrunk, inputs_only
 from .validation import Validation
 
-
-def train(config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
-          log: Callable[[str], None] = print, progress: bool = False) -> dict[str, Any]:
-    """Trains a model and writes it into the folder `output`; under `accelerate launch` or `torchrun`, on all processes.
-
-    The attack runs in eval mode: BatchNorm uses its running statistics and does not change them. The model then learns
-    in train mode. The prototypes follow the detached features of all processes' images of an update. Before the epoch
-    `prototype_epoch` a head without prototypes predicts by its FC classifier; then they are fitted once. The run keeps
-    the epoch of the best robust validation accuracy. docs/training.md has the details, and the cost of a batch.
-
-    All randomness is a function of the seed, the epoch, the batch and the process. A resumed run on the same machine
-    with the same number of processes therefore ends with the same weights as an uninterrupted one.
-
-    Arguments:
-        config: the options.
-        output: the run's folder: `model.safetensors` and `config.json` (timm's `local-dir:`), `args.yaml`,
-            `metrics.csv`, `curve.svg`, `checkpoints/`.
-        resume: whether to resume from the newest undamaged checkpoint in `output`.
-        log: is called with a line for each epoch.
-        progress: whether to show a progress bar on standard error.
-
-    Returns:
-        The row of `metrics.csv` of the kept epoch.
-
-    Raises:
-        ValueError: if options do not fit each other, the data or the earlier run; nothing is written then.
-        OSError: if a file is missing or cannot be written.
-        FloatingPointError: if the loss or a weight is not finite; the last checkpoint is on disk.
-        Stopped: on SIGTERM or SIGINT; a checkpoint is on disk.
-    """
-    PartialState(cpu=config.device == "cpu")
-    # The name may hold the time, and another one on each process.
-    folder = Path(broadcast_object_list([str(output)])[0])
-    with noted_signals() as asked, locked(folder, shared=True):
-        run = Run(config, folder, resume=resume, log=log, progress=progress, asked_to_stop=asked)
-        accelerator = run.accelerator
-        try:
-            return run.train()
-        finally:
-            if accelerator.is_main_process:
-                remove_unfinished(folder)
-            # A live reference to the process group keeps its threads alive. A thread that calls Python while the
-            # interpreter exits is aborted, and the process with it.
-            del run
-            accelerator.free_memory()
-            accelerator.end_training()
+#: The file in a run's folder that compressed extra data are unpacked into.
+UNPACKED: Final = "extra-data.npy"
 
 
 class Run:
@@ -95,10 +61,10 @@ class Run:
 
     Arguments:
         asked_to_stop: signals that ask the run to stop; the caller appends them.
-        config, output, resume, log, progress: see `train`.
+        model, config, output, resume, log, progress: see `train`.
     """
 
-    def __init__(self, config: TrainConfig, output: str | os.PathLike, *, resume: bool = False,
+    def __init__(self, config: TrainConfig, output: str | os.PathLike, *, model: Any = None, resume: bool = False,
                  log: Callable[[str], None] = print, progress: bool = False, asked_to_stop: Sequence[int] = ()):
         if resume and config.threads is None:
             config = replace(config, threads=saved_options(Path(output)).threads)  # others round differently
@@ -121,24 +87,31 @@ class Run:
         )
         check_launcher(config, accelerator)
         set_seed(config.seed)
-        self.model = create_trainable(config)
+        self.model = create_trainable(config) if model is None else made_trainable(model, config)
+        fresh = model is None and not config.has_weights
         with accelerator.local_main_process_first():  # it may download
-            self.data: Data = open_data(config, self.model)
+            self.data: Data = open_data(config, self.model, fresh)
         self.model.to(accelerator.device)
-        self.config = broadcast_object_list([in_effect(config, self.model, self.data)])[0]
+        self.config = broadcast_object_list([in_effect(config, self.model, self.data, fresh)])[0]
         self.threat = ThreatModel.parse(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
         self.loss_options = LossOptions(config.fc_loss_weight, config.smoothing, config.trades_beta,
                                         config.mart_lambda)
         self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process,
-                                model_args=size_argument(config))
+                                model_args=size_argument(config) if model is None else {})
+        self.extra: ExtraImages | None = None
+        if config.extra_data:
+            with accelerator.main_process_first():
+                self.extra = ExtraImages(config.extra_data, self.model.pretrained_cfg["input_size"],
+                                         self.model.num_classes, folder / UNPACKED,
+                                         unpack=accelerator.is_main_process)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.head = find_head(self.model)
         self.trunk = PixelTrunk(self.model, config.batch_prototypes)
+        self.head = self.trunk.head
         self.frozen = self._freeze()
         self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None
-        self.progress = Progress(num_processes(), log_scale=self.head.log_scale.item())
+        self.progress = Progress(num_processes(), log_scale=self._log_scale())
         self.stop = StopRequest(asked_to_stop)
         self._prepare()
         accelerator.wait_for_everyone()
@@ -154,11 +127,15 @@ class Run:
 
     def _freeze(self) -> nn.Module | None:
         """Freezes the unused scale of an FC head, and the backbone if the options say so; returns a frozen backbone."""
-        if self.head.inference == "fc":
+        if self.head is not None and not self.trunk.uses_prototypes:
             self.head.log_scale.requires_grad_(False)
         if not self.config.freeze_backbone:
             return None
-        own = {id(parameter) for parameter in self.head.parameters()}
+        classifier = self.head or getattr(self.model, "get_classifier", lambda: None)()
+        if not isinstance(classifier, nn.Module):
+            raise ValueError(f"freeze_backbone needs a classifier that can be told apart, and {self.config.model} has "
+                             "neither an HPM head nor timm's get_classifier(); leave it out")
+        own = {id(parameter) for parameter in classifier.parameters()}
         for parameter in self.model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
@@ -168,15 +145,16 @@ class Run:
         """Makes the optimizer, the loader and the schedule, and hands the first two to Accelerate."""
         config, accelerator = self.config, self.accelerator
         optimizer = create_optimizer(config, self.model)
-        loader = DataLoader(self.data.train, config.batch_size, shuffle=True, drop_last=True,
+        own = config.batch_size - config.extra_per_batch
+        loader = DataLoader(self.data.train, own, shuffle=True, drop_last=True,
                             num_workers=config.workers, worker_init_fn=obey_parent,
                             pin_memory=accelerator.device.type == "cuda")
         if config.torchcompile:
             self.trunk.backbone.compile()
         self.trained, self.optimizer, self.loader = accelerator.prepare(self.trunk, optimizer, loader)
         if not len(self.loader):
-            raise ValueError(f"batch_size is {config.batch_size} on {num_processes()} processes; expected no more than "
-                             f"the {len(self.data.train)} training images in all")
+            raise ValueError(f"batch_size is {own} on {num_processes()} processes; expected no more than the "
+                             f"{len(self.data.train)} training images in all")
         self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
         # Not prepared: Accelerate would step it once per process.
         self.schedule = create_schedule(config, optimizer, self.updates_per_epoch)
@@ -211,7 +189,7 @@ class Run:
                 loss = self.learn(images_, labels, sums)
                 state.batches += 1
                 state.loss += loss
-                images += len(labels) * num_processes()
+                images += self.config.batch_size * num_processes()
                 bar.set_postfix_str(f"loss {loss:.3f}")
                 bar.update()
                 if self.accelerator.sync_gradients:
@@ -221,6 +199,10 @@ class Run:
     def learn(self, images: Tensor, labels: Tensor, sums: list[tuple[Tensor, Tensor]]) -> float:
         """Learns from a batch; returns the mean loss over the processes, and appends the class sums to `sums`."""
         config, accelerator = self.config, self.accelerator
+        if self.extra is not None and config.extra_per_batch:
+            further = self.extra.draw(config.extra_per_batch)
+            images, labels = (torch.cat([part, more.to(part.device)])
+                              for part, more in zip((images, labels), further, strict=True))
         images = random_flip(random_shift(images, config.shift), config.hflip)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -236,7 +218,7 @@ class Run:
                 accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if self.head.is_fitted() and self.head.inference != "fc":
+        if self.trunk.has_prototypes:
             first = 0 if config.prototype_features == "both" else -1
             sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in answers[first:]]
             if self.ema is not None:
@@ -302,11 +284,11 @@ class Run:
 
     def _fit_if_due(self, epochs: float) -> None:
         """Fits the prototypes of a head that has none, if `epochs` of training reach `prototype_epoch`."""
-        if epochs < (self.config.prototype_epoch or 0.0) or self.head.is_fitted() or self.head.inference == "fc":
+        if epochs < (self.config.prototype_epoch or 0.0) or not self._lacks_prototypes():
             return
         for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
             self._fit_prototypes(model)
-        self.progress.log_scale = self.head.log_scale.item()
+        self.progress.log_scale = self._log_scale()
 
     def _fit_prototypes(self, model: Any) -> None:
         config = self.config
@@ -315,7 +297,7 @@ class Run:
         options: dict[str, Any] = {"batch_size": 256, "num_workers": config.workers, "worker_init_fn": obey_parent}
         loader = DataLoader(Subset(self.data.plain_train, rows), **options)
         held_out = DataLoader(self.data.val, **options)
-        fit_prototypes(PixelModel(model), self.stop.batches(loader),
+        fit_prototypes(as_pixel_model(model), self.stop.batches(loader),
                        self.threat if self.objective.craft is not None else None, held_out=self.stop.batches(held_out),
                        attack_steps=config.attack_steps, attack_step_size=config.attack_step_size, reduce=reduced)
         for tensor in find_head(model).state_dict().values():
@@ -337,10 +319,8 @@ class Run:
             self._save()
             raise
         state.rows += (row,)
-        # A head without prototypes is unfinished.
-        complete = self.head.is_fitted() or self.head.inference == "fc"
-        # Of equally good epochs the last one is kept.
-        is_best = complete and row["val_robust"] >= state.best.get("val_robust", -1.0)
+        # A head without prototypes is unfinished. Of equally good epochs the last one is kept.
+        is_best = not self._lacks_prototypes() and row["val_robust"] >= state.best.get("val_robust", -1.0)
         if is_best:
             state.best = row
         if self.accelerator.is_main_process:
@@ -360,7 +340,7 @@ class Run:
     def _warn(self, row: dict[str, Any]) -> None:
         """Writes each new sign that the run does not learn into the log and into the run's folder."""
         state, config = self.progress, self.config
-        change = math.exp(self.head.log_scale.item() - state.log_scale)
+        change = math.exp(self._log_scale() - state.log_scale)
         signs = epoch_signs(row, config.epochs, self.model.num_classes, change)
         if row["epoch"] == config.epochs - 1:
             signs |= kept_signs(state.best, self.data.val.labels)
@@ -383,8 +363,14 @@ class Run:
     # Helpers
 
     def _surrogate(self) -> str:
-        """Returns the surrogate to attack through: the FC classifier if the head predicts by it."""
-        return self.config.attack_through if self.head.is_fitted() and self.head.inference != "fc" else "fc"
+        """Returns the surrogate to attack through: the FC classifier if the model predicts by it."""
+        return self.config.attack_through if self.trunk.has_prototypes else "fc"
+
+    def _lacks_prototypes(self) -> bool:
+        return self.trunk.uses_prototypes and not self.trunk.has_prototypes
+
+    def _log_scale(self) -> float:
+        return 0.0 if self.head is None else self.head.log_scale.item()
 
     def _set_mode(self, *, training: bool) -> None:
         self.trained.train(training)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -11,13 +12,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..attacks.pgd import default_step_size
-from ..data import ImageSplit, PixelModel, check_every_class, first_images
+from ..data import ImageSplit, PixelModel, check_every_class, check_logits, data_source, first_images
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
-from ..head import UnfittedHeadWarning, find_head, head_mode
-from ..models.constructors import is_constructor
+from ..head import UnfittedHeadWarning, find_head, head_mode, head_name
+from ..models.constructors import describe, is_constructor
 from ..models.create import class_names, create_model, open_split_for
-from ..models.saving import OF_TRAINING
+from ..models.saving import OF_TRAINING, in_chans
 from ..threat import ThreatModel
 from .config import TrainConfig
 from .distributed import num_processes
@@ -42,7 +43,7 @@ def create_trainable(config: TrainConfig) -> Any:
     """Returns the model of a run, with its weights, on the CPU.
 
     Raises:
-        ValueError: an unknown model, one without an HPM head, or weights that do not fit it.
+        ValueError: an unknown model, weights that do not fit it, or options that do not.
     """
     given = _given(config, "num_classes", "in_chans")
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
@@ -53,7 +54,41 @@ def create_trainable(config: TrainConfig) -> Any:
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **_given(config, "mean", "std")}
     model = _quietly_created(config, pretrained=config.has_weights, new_head=True, **given, **size_argument(config),
                              **(config.model_kwargs or {}))
-    if find_head(model).inference == "fc":
+    return _ready(model, config)
+
+
+def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
+    """Returns a caller's model, `described`, on the CPU.
+
+    Raises:
+        ValueError: options about making a model, or that do not fit this one.
+    """
+    making = _given(config, "initial_checkpoint", "model_kwargs") | ({"pretrained": True} if config.pretrained else {})
+    if making:
+        raise ValueError(f"{', '.join(making)} makes a model, and the run is given one; leave it out")
+    has: Any = {"num_classes": model.num_classes, "in_chans": in_chans(model)}
+    for name, value in _given(config, *has).items():
+        if value != has[name]:
+            raise ValueError(f"{name} is {value}, and the model has {has[name]}; leave it out")
+    return _ready(model.cpu(), config)
+
+
+def described(model: Any, config: TrainConfig) -> Any:
+    """Returns a caller's model with the attributes of a timm model, and with a name in its `pretrained_cfg`.
+
+    Raises:
+        ValueError: if its number of classes is unknown.
+    """
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        size = data_source(config.dataset).image_size
+        if config.num_classes is not None and not hasattr(model, "num_classes"):
+            model.num_classes = config.num_classes
+        describe(model, None, ({"input_size": size} if size else {}) | _given(config, "mean", "std"))
+    return model
+
+
+def _ready(model: Any, config: TrainConfig) -> Any:
+    if _predicts_by_fc(model) and head_name(model) is not None:
         find_head(model).reset_prototypes()  # they would be those of other features
     # The trained weights are no published ones.
     model.pretrained_cfg.update(tag=None, **_given(config, "mean", "std"))
@@ -67,6 +102,15 @@ def create_trainable(config: TrainConfig) -> Any:
         raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
                          "of one image; expected at least 2, or --freeze-backbone")
     return model
+
+
+def _predicts_by_fc(model: nn.Module) -> bool:
+    return head_name(model) is None or find_head(model).inference == "fc"
+
+
+def _fc_mode(model: nn.Module) -> Any:
+    """Returns a context in which the model predicts by its FC classifier."""
+    return nullcontext() if head_name(model) is None else head_mode(model, "fc")
 
 
 def size_argument(config: TrainConfig) -> dict[str, Any]:
@@ -115,7 +159,7 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
                          "Names are those of timm.optim.list_optimizers()") from error
 
 
-def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
+def in_effect(config: TrainConfig, model: Any, data: Data, fresh: bool) -> TrainConfig:
     """Returns the options with the defaults that depend on the model and the data.
 
     Raises:
@@ -130,7 +174,7 @@ def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
     mode, images = model.training, min(len(data.val), config.batch_size)
     defaults = {
         "threat": str(threat), "attack_step_size": default_step_size(threat, config.attack_steps),
-        "prototype_epoch": 0.0 if _is_trained(config, model, data) else _late(config, len(data.train)),
+        "prototype_epoch": 0.0 if _is_trained(config, model, data, fresh) else _late(config, len(data.train)),
         "warmup_epochs": config.epochs / 4 if config.sched == "onecycle" else 0.0,
         "num_classes": model.num_classes, "in_chans": channels, "img_size": height if height == width else None,
         "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"]),
@@ -142,32 +186,31 @@ def in_effect(config: TrainConfig, model: Any, data: Data) -> TrainConfig:
 
 def _late(config: TrainConfig, num_images: int) -> float:
     """Returns the epochs before the prototypes of a network that starts without a trained classifier."""
-    batches = max(1, num_images // (config.batch_size * num_processes()))
+    batches = max(1, num_images // ((config.batch_size - config.extra_per_batch) * num_processes()))
     updates_per_epoch = -(-batches // config.grad_accum_steps)
     return min(max(_LATE_PART * config.epochs, _LATE_UPDATES / updates_per_epoch), config.epochs)
 
 
-def _is_trained(config: TrainConfig, model: Any, data: Data) -> bool:
-    """Returns whether the head has prototypes or a trained FC classifier.
+def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> bool:
+    """Returns whether the model needs no prototypes, has them, or has a trained FC classifier.
 
     A trained one is right on a quarter of the first validation images that the commonest class gets wrong.
     """
-    head = find_head(model)
-    if head.is_fitted() or head.inference == "fc":
+    if _predicts_by_fc(model) or find_head(model).is_fitted():
         return True
-    if not config.has_weights:
+    if fresh:
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
     mode = model.training
-    with head_mode(model, "fc"):
+    with _fc_mode(model):
         right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
     model.train(mode)
     share = labels.bincount().max().item() / len(labels)
     return right.float().mean().item() > share + (1 - share) / 4
 
 
-def open_data(config: TrainConfig, model: Any) -> Data:
-    """Returns the data of a run; the model takes over their class names, and if it starts at random their mean and std.
+def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
+    """Returns the data of a run; the model takes over their class names, and if it is `fresh` their mean and std.
 
     Raises:
         ValueError: data that do not fit the model, or a training split without an image of some class.
@@ -186,7 +229,7 @@ def open_data(config: TrainConfig, model: Any) -> Data:
         cfg.pop(name, None)
     # timm saves the names only if the number is right.
     cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)
-    if data.train.mean is not None and not config.has_weights:
+    if data.train.mean is not None and fresh:
         cfg.update({"mean": data.train.mean, "std": data.train.std} | _given(config, "mean", "std"))
     pixels = data.train[0][0].unsqueeze(0)
     for name in ("mean", "std"):
@@ -201,8 +244,10 @@ def open_data(config: TrainConfig, model: Any) -> Data:
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
     mode = model.training
     try:
-        with torch.no_grad(), head_mode(model, "fc"):
-            PixelModel(model.eval())(pixels)
+        with torch.no_grad(), _fc_mode(model):
+            logits = check_logits(PixelModel(model.eval())(pixels), 1)
+        if logits.shape[1] != model.num_classes:
+            raise ValueError(f"it returns {logits.shape[1]} logits for {model.num_classes} classes")
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(map(str, pixels.shape[1:]))
         raise ValueError(f"{config.model} does not take {config.dataset}'s images of {size} (channels, height, width): "

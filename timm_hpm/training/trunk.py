@@ -1,4 +1,4 @@
-"""`PixelTrunk`: a timm model cut in front of its HPM head, so that one pass serves the head and every surrogate."""
+"""`PixelTrunk`: a model cut in front of its HPM head, so that one pass serves the head and every surrogate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from ..data import PixelModel
-from ..head import find_head, without_head
+from ..data import as_pixel_model
+from ..head import find_head, head_name, without_head
 from ..surrogates import SURROGATES, ste_logits
 from .distributed import gather_with_gradient, num_processes, process_index
 
@@ -17,12 +17,13 @@ BATCH_PROTOTYPES: Final = ("local", "global")
 
 
 class PixelTrunk(nn.Module):
-    """A timm model that maps pixels in [0, 1] to features, HPM logits and FC logits.
+    """A model that maps pixels in [0, 1] to features, HPM logits and FC logits.
 
-    It shares parameters, buffers and submodules with `model`, which stays whole.
+    It shares parameters, buffers and submodules with `model`, which stays whole. Without an HPM head all three are the
+    model's logits.
 
     Arguments:
-        model: a timm model with an HPM head.
+        model: a model with or without an HPM head.
         batch_prototypes: `"local"` makes the batch-level prototypes of this process's images, `"global"` of all
             processes' images in the same step, with the gradients that one process with all of them would have. Then
             every process must call with equally many images.
@@ -30,10 +31,20 @@ class PixelTrunk(nn.Module):
 
     def __init__(self, model: Any, batch_prototypes: str = "local"):
         super().__init__()
-        self.head = find_head(model)
-        self.backbone = PixelModel(without_head(model))
+        self.head: Any = None if head_name(model) is None else find_head(model)
+        self.backbone = as_pixel_model(model if self.head is None else without_head(model))
         self.batch_prototypes = batch_prototypes
         self.train(model.training)
+
+    @property
+    def uses_prototypes(self) -> bool:
+        """Returns whether the model predicts by prototypes, once it has some."""
+        return self.head is not None and self.head.inference != "fc"
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Returns whether the model predicts by prototypes."""
+        return self.uses_prototypes and self.head.is_fitted()
 
     def forward(self, *pixels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each batch (B, channels, H, W) the features (B, d), and the HPM's and FC's logits (B, C).
@@ -43,14 +54,16 @@ class PixelTrunk(nn.Module):
         return [self._answers(self.backbone(batch)) for batch in pixels]
 
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
-        """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W)."""
-        answer = partial(SURROGATES[surrogate].logits, self.head)
+        """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W), or the model's own."""
         features = self.backbone(pixels)
+        if self.head is None:
+            return features
+        answer = partial(SURROGATES[surrogate].logits, self.head)
         return self._in_its_batch(answer, features) if SURROGATES[surrogate].batch_dependent else answer(features)
 
     def _answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fc_logits = self.head.fc_logits(features).float()
-        if self.head.inference == "fc":
+        fc_logits = (features if self.head is None else self.head.fc_logits(features)).float()
+        if not self.uses_prototypes:
             return features, fc_logits, fc_logits
         return features, self._in_its_batch(partial(ste_logits, self.head), features), fc_logits
 

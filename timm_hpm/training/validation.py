@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..attacks import pgd
-from ..data import ImageSplit, PixelModel
+from ..data import ImageSplit, as_pixel_model
 from ..evaluation.judge import judge
 from ..head import head_mode
 from ..threat import ThreatModel
@@ -46,7 +46,7 @@ class Validation:
         trunk = copy.copy(trunk)
         trunk.batch_prototypes = "local"  # another process may have no batch at the time
         model.eval()
-        judged = PixelModel(model)
+        judged = as_pixel_model(model)
         counts = torch.zeros(3, device=device)
         batches = torch.arange(len(self.split)).split(size)
         own = range(process_index(), len(batches), num_processes())
@@ -56,8 +56,10 @@ class Validation:
         for number, (images, labels) in zip(own, pairs, strict=True):
             images, labels = images.to(device), labels.to(device)
             robust = clean = judge(judged, images, labels, size)
-            with head_mode(model, "fc"):
-                fc = judge(judged, images, labels, size)
+            fc = clean
+            if trunk.uses_prototypes:
+                with head_mode(model, "fc"):
+                    fc = judge(judged, images, labels, size)
             for name in surrogates:
                 seed_at(config.seed, "validation", number, name)
                 with self.accelerator.autocast(), inputs_only(trunk):

@@ -1,0 +1,141 @@
+"""Training of model objects: timm's without an HPM head, and modules of one's own."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+import timm_hpm
+from timm_hpm import PixelModel
+from timm_hpm.models.saving import saved_config
+from timm_hpm.training import TrainConfig, train
+from timm_hpm.training.run_folder import measuring_command
+
+CONFIG = TrainConfig(device="cpu", epochs=3, lr=0.1, attack_steps=1, val_attack_steps=1, batch_size=64,
+                     model_ema_decay=0.5)
+
+
+class Net(nn.Module):
+    """A network of pixels in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+        self.last = nn.Linear(16 * 9, 10)
+
+    def forward(self, x):
+        return self.last(self.body(x))
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_a_test():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def digits():
+    return timm_hpm.load_split("digits", "val").tensors
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"model_ema": True, "objective": "trades", "awp_gamma": 0.005}, {"mean": (0.3,), "std": (0.4,)}], ids=str)
+def test_a_module_of_one_s_own_is_trained_in_place_and_saved(options, digits, tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    kept = timm_hpm.train(model, CONFIG, tmp_path / "run", log=quiet, **options)
+    assert kept["val_clean"] > 0.8 and kept["val_robust"] > 0.3 and kept["val_fc_clean"] == kept["val_clean"]
+    images, labels = digits
+    pixels = PixelModel(model, options.get("mean", (0,)), options.get("std", (1,)))
+    assert timm_hpm.judge(pixels, images, labels, 64).float().mean().item() == pytest.approx(kept["val_clean"])
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert saved.keys() == Net().state_dict().keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    config = saved_config(tmp_path / "run" / "model.safetensors")
+    assert config["constructor"] == f"{__name__}:Net" and config["num_classes"] == 10
+    assert config["pretrained_cfg"]["mean"] == list(options.get("mean", (0,)))
+    assert config["training"]["options"]["epochs"] == 3
+
+
+def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits, tmp_path):
+    config = dataclasses.replace(CONFIG, model="resnet10t", num_classes=10, in_chans=1, epochs=1, batch_size=350,
+                                 freeze_backbone=True)
+    train(None, config, tmp_path / "run", log=quiet)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    assert type(model).__name__ == "ResNet" and model.pretrained_cfg["mean"] == [0.3053]
+    assert timm_hpm.judge(model, digits[0][:8], digits[1][:8], 8).shape == (8,)
+    before = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    torch.manual_seed(0)
+    assert not torch.equal(model.fc.weight, before.fc.weight)
+    # As an object it keeps the normalisation that it has.
+    again = timm_hpm.train(model, epochs=1, device="cpu", attack_steps=1, val_attack_steps=1, batch_size=350,
+                           output=tmp_path / "again", log=quiet)
+    assert model.pretrained_cfg["mean"] == [0.3053] and not model.training
+    assert timm_hpm.judge(model, *digits, 350).float().mean().item() == pytest.approx(again["val_clean"])
+
+
+def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
+    model = timm_hpm.add_hpm_head(Net())
+    kept = timm_hpm.train(PixelModel(model, (0.3,), (0.4,)), CONFIG, tmp_path / "run", log=quiet)
+    assert timm_hpm.find_head(model).is_fitted() and kept["val_clean"] > 0.8
+    assert timm_hpm.judge(PixelModel(model, (0.3,), (0.4,)), *digits, 64).float().mean().item() == pytest.approx(
+        kept["val_clean"])
+    assert saved_config(tmp_path / "run" / "model.safetensors")["pretrained_cfg"]["mean"] == pytest.approx([0.3])
+
+
+def test_a_constructor_is_trained_and_the_printed_command_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("import torch.nn as nn\n\ndef make(num_classes=10):\n"
+                              "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), "
+                              "nn.Linear(288, num_classes))\n")
+    train(None, dataclasses.replace(CONFIG, model="net.py:make", epochs=1), "run", log=quiet)
+    words = shlex.split(measuring_command(Path("run")))
+    assert words[words.index("--model") + 1] == "net.py:make"
+    file = words[words.index("--checkpoint") + 1]
+    model = timm_hpm.models.create.create_model("net.py:make", pretrained=False, checkpoint=file)
+    assert all(torch.equal(tensor, load_file(file)[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    whole, part = Net(), Net()
+    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    part.load_state_dict(start)
+    timm_hpm.train(whole, CONFIG, tmp_path / "whole", sched="constant", log=quiet)
+    timm_hpm.train(part, CONFIG, tmp_path / "part", sched="constant", epochs=2, log=quiet)
+    timm_hpm.train(Net(), CONFIG, tmp_path / "part", sched="constant", resume=True, log=quiet)
+    newest = [load_file(tmp_path / name / "checkpoints" / "epoch-00003-batch-00000000" / "model.safetensors")
+              for name in ("whole", "part")]
+    assert all(torch.equal(tensor, newest[1][name]) for name, tensor in newest[0].items())
+    with pytest.raises(ValueError, match=r"model \('test_any_network:Net' there, 'torch.nn.*Sequential' given\)"):
+        timm_hpm.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), CONFIG, tmp_path / "part", sched="constant",
+                       resume=True, log=quiet)
+
+
+@pytest.mark.parametrize(("model", "options", "message"), [
+    (Net, {"pretrained": True}, "pretrained makes a model, and the run is given one"),
+    (Net, {"model_kwargs": {"mix": 0.5}}, "model_kwargs makes a model"),
+    (Net, {"num_classes": 5}, "Net has 5 classes and digits 10. To train, give --num-classes 10"),
+    (Net, {"in_chans": 3}, "in_chans is 3, and the model has 1"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), {}, "Sequential has 7 classes and digits 10"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), {}, "Sequential does not take digits's images"),
+    (nn.Flatten, {}, "Flatten does not say its number of classes"),
+    (nn.Flatten, {"num_classes": 10}, "it returns 64 logits for 10 classes"),
+    (Net, {"freeze_backbone": True}, "neither an HPM head nor timm's get_classifier"),
+    (Net, {"grad_checkpointing": True}, "Net has no gradient checkpointing"),
+])
+def test_a_model_or_options_that_do_not_fit_are_refused_before_anything_is_written(model, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.train(model(), CONFIG, tmp_path / "run", log=quiet, **options)
+    assert not list(tmp_path.iterdir())

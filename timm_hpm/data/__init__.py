@@ -4,7 +4,7 @@ from .pixels import (
     PixelModel,
     as_pixel_model,
     ask,
-    check_answers_alike,
+    check_eval_mode,
     check_logits,
     check_pixels,
     check_weights,
@@ -20,7 +20,7 @@ from .sources import DATASETS, DataSource, data_source
 from .splits import SPLITS, ImageSplit, check_every_class, first_images, hold_out, load_split, open_split
 
 __all__ = [
-    "DATASETS", "SPLITS", "DataSource", "ImageSplit", "PixelModel", "as_pixel_model", "ask", "check_answers_alike",
+    "DATASETS", "SPLITS", "DataSource", "ImageSplit", "PixelModel", "as_pixel_model", "ask", "check_eval_mode",
     "check_every_class", "check_logits", "check_pixels", "check_weights", "checked_integer", "class_indices",
     "data_source", "first_images", "hold_out", "load_split", "normal_tensor", "normalisation_of", "open_split",
     "random_flip", "random_shift", "unwrapped",

@@ -200,7 +200,7 @@ def check_weights(model: nn.Module) -> None:
                              "make the model outside")
 
 
-def check_answers_alike(model: nn.Module) -> None:
+def check_eval_mode(model: nn.Module) -> None:
     """Raises a ValueError unless `model` passes `check_weights` and is in eval mode."""
     check_weights(model)
     in_training = [name for name, module in model.named_modules() if module.training]

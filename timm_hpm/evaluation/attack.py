@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import margin_loss
-from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
 from ..surrogates import check_names
 from ..threat import ThreatModel
 from .batch import AttackBatch
@@ -54,7 +54,7 @@ def attack(
     protocol = Protocol("single", {name: record.budget if budget is None else as_budget(name, budget)}).changed()
     batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
     threat = ThreatModel.of(threat)
-    check_answers_alike(model)
+    check_eval_mode(model)
     images = check_pixels(images, labels)
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     with restored(model):

@@ -14,7 +14,7 @@ from ..data import (
     PixelModel,
     as_pixel_model,
     ask,
-    check_answers_alike,
+    check_eval_mode,
     check_logits,
     check_pixels,
     checked_integer,
@@ -97,7 +97,7 @@ def leads(
         NonFiniteLogitsError: if logits are not finite and `allow_non_finite` is false; the message names the image.
     """
     batch_size = checked_integer("batch_size", batch_size, 1)
-    check_answers_alike(model)
+    check_eval_mode(model)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
     classes, ahead = [], []
@@ -135,7 +135,7 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
             outside of the threat model, or the model's normalisation or mix differs from the saved protocol.
         OSError: if there is no such file.
     """
-    check_answers_alike(model)
+    check_eval_mode(model)
     protocol = saved_protocol(path)
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name != "labels"]  # noqa: SIM118  (it is no dict)
@@ -227,7 +227,7 @@ def as_row(correct: Tensor) -> str:
 
 
 def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
-    """Returns `model` as a classifier of float32 pixels in [0, 1] that answers in float32."""
+    """Returns `model` as a classifier of float32 pixels in [0, 1] with float32 logits."""
     pixel_model = as_pixel_model(model)
     if isinstance(pixel_model, PixelModel) or all(p.dtype == torch.float32 for p in model.parameters()):
         return pixel_model

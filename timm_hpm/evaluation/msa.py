@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
 from ..files import locked, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
@@ -91,7 +91,7 @@ def mixed_surrogate_attack(
     threat, protocol = ThreatModel.of(threat), find_protocol(protocol).changed()
     about = _in_json({} if about is None else about)
     _check_folder(folder, save_adversarial, accelerator)
-    check_answers_alike(model)
+    check_eval_mode(model)
     images = check_pixels(images, labels)
     start = time.perf_counter()
     images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import margin_loss
-from ..data import check_answers_alike, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
 from ..head import find_head
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
@@ -69,7 +69,7 @@ def measure_neighbours(
         ValueError: if an argument is malformed, or the head is not in batch mode.
         NonFiniteLogitsError: if the logits of the images in the order given are NaN or infinite.
     """
-    check_answers_alike(model)
+    check_eval_mode(model)
     images = check_pixels(images, labels)
     check_neighbours(batch_sizes, mixes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)

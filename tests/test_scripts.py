@@ -150,7 +150,7 @@ def test_rejudging_takes_the_model_of_the_run(tmp_path, capsys):
     (["--model", "resnet18", "--no-pretrained", "--model-kwargs", "num_classes=10"],
      "has images of (channels, height, width)"),
     (["--inference", "fc,batch", "--robustbench-json", "info.json"], "--robustbench-json is of one evaluation"),
-    (["--neighbours", "10", "--inference", "fc,sample"], "they do nothing (inference mode fc, sample)"),
+    (["--neighbours", "10", "--inference", "fc,sample"], "here they do not (inference mode fc, sample)"),
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
     (["--surrogates-at-once", "0", "--output", "mended"], "surrogates_at_once is 0; expected at least 1"),
     (["--surrogates", "nope", "--save-adversarial", "--eps-sweep", "0.1:0.2:0.1"], "unknown surrogate 'nope'"),

@@ -20,6 +20,7 @@ from typing import Any, Final
 import yaml
 from timm.utils import ParseKwargs
 
+from .deadline import parse_time
 from .guards import shortened
 from .names import did_you_mean
 from .threat import parse_number
@@ -76,8 +77,17 @@ class CommonOptions:
     # NumPy's random state takes no larger one.
     seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
 
+    time_limit: str | None = option(
+        None, "machine and output", "time such as 30m or 2h30m after which the run stops, at the end of a batch, and "
+                                    "can be resumed", free=True)
+
     def __post_init__(self) -> None:
         check(self)
+        self.seconds()
+
+    def seconds(self) -> float | None:
+        """Returns the time limit in seconds."""
+        return None if self.time_limit is None else parse_time(self.time_limit)
 
 
 def check(options: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 from ..console import show
 from ..evaluation.command import load_report, merged, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
+from ..evaluation.msa import PARTIAL, STOPPED
 from ..evaluation.robustbench import AUTHORS_FIELDS
 from ..evaluation.sweep import SWEEP
 from ..files import use_any_console
 from ..models.constructors import named_again
 from ..options import given_options
+from ..report import AttackReport
 from ..report import compare as compare_reports
 from ..report.command import DOOR, shell_line
 from ..report.markdown import comparison_markdown, report_markdown
@@ -114,11 +116,22 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
             again += ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
         print(f"\nstopped; to go on: {shell_line(again)}", file=sys.stderr)
         return 130
+    if reports and STOPPED in reports[-1].protocol:
+        return _say_stopped(reports[-1], output)
     if reports:
         several = len(reports) > 1 or config.eps_sweep
         show(sweep_markdown(reports) if several else report_markdown(reports[0]))
         page = output / (SWEEP if several else "report.html")
         print(f"{output} holds a finished run" if finished else f"written: {page}, and the files beside it")
+    return 0
+
+
+def _say_stopped(report: AttackReport, output: Path) -> int:
+    """Prints the report of a run that its time limit stopped."""
+    show(report_markdown(report))
+    pages = [str(path) for path in sorted(output.rglob(f"{PARTIAL}/report.html"))]
+    print(f"stopped {report.protocol[STOPPED]}; written: {', '.join(pages)}; to go on: "
+          f"{shell_line([*DOOR, 'evaluate', '--resume', str(output)])}")
     return 0
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import ImageSplit, as_pixel_model, first_images
+from ..deadline import time_limit
 from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
 from ..models.constructors import named_again
@@ -25,7 +26,7 @@ from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
 from .header import evaluation_header
 from .judge import rejudge, saved_protocol
-from .msa import REPORT
+from .msa import REPORT, STOPPED
 from .neighbours import BATCH_SIZES, check_neighbours
 from .processes import is_first, several_processes
 from .protocols import PROTOCOLS
@@ -68,6 +69,8 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
             reports = _evaluate(config, output, accelerator, resume)
             if not is_first(accelerator):
                 return []
+            if STOPPED in reports[-1].protocol:
+                return reports
             if len(reports) > 1 or config.eps_sweep:
                 save_sweep(reports, output)
             if robustbench_json:
@@ -96,9 +99,11 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
             print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
     begins = is_first(accelerator) and begin(config, output, resume)
     try:
-        return list(sweep(pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
-                          folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator,
-                          progress=True, about=about, **options))
+        with time_limit(config.seconds()):
+            return list(sweep(
+                pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+                folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
+                about=about, **options))
     except ValueError:
         # Nothing was attacked yet, so the mended command must find no earlier run.
         if begins and [path.name for path in output.rglob("*") if path.is_file() and path.name != LOCK] == [OPTIONS]:

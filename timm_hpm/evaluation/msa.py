@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
-from ..files import locked, remove_unfinished
+from ..deadline import is_over
+from ..files import locked, remove, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
 from .checks import restored
@@ -30,6 +32,10 @@ from .subject import Subject
 REPORT: Final = "report.json"
 ADVERSARIAL: Final = "adversarial.safetensors"
 PROGRESS: Final = "progress"
+#: The folder there with the report of the batches that a time limit left time for.
+PARTIAL: Final = "partial"
+#: The entry of such a report's protocol.
+STOPPED: Final = "stopped"
 
 
 # A caller's inference mode would leave no gradients to attack by.
@@ -71,7 +77,8 @@ def mixed_surrogate_attack(
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the predictions depend on it.
         seed: of the attacks' random numbers; the caller's random state is restored.
         folder: the run's folder. It keeps the results of each attack on each batch, so that a stopped run resumes to
-            the same report, and at last report.json. If that exists, it is returned and nothing is attacked.
+            the same report, and at last report.json. If that exists, it is returned and nothing is attacked. If a
+            `time_limit` is over before the last batch, `partial/` there has the report of the batches before.
         save_adversarial: writes images, labels, every candidate, the assembled batches and the protocol to
             adversarial.safetensors in the folder, for `rejudge`.
         progress: shows a progress bar on standard error.
@@ -110,31 +117,44 @@ def mixed_surrogate_attack(
             return report
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:
             run = Run(subject, threat, plan, save_adversarial, kept)
-            steps, earlier = _all_steps(run, images, labels, progress, accelerator)
-            if save_adversarial and folder is not None and is_first(accelerator):
+            steps, done, earlier = _all_steps(run, images, labels, progress, accelerator)
+            if done < len(images):
+                about = about | {STOPPED: f"by a time limit, after {done} of {len(images)} images"}
+                images, labels = images[:done], labels[:done]
+                described |= subject.described(images, labels, raised)
+            elif save_adversarial and folder is not None and is_first(accelerator):
                 run.save_candidates(Path(folder) / ADVERSARIAL, images, labels, about | described)
         report = make_report(subject, plan, steps, flags, about | described, images, labels)
     report.cost["all"]["seconds"] = time.perf_counter() - start + earlier
     if folder is not None:
         if is_first(accelerator):
-            report.save(Path(folder) / REPORT)
-        _tidy(folder, report, accelerator)
+            report.save(Path(folder) / (PARTIAL if STOPPED in about else "") / REPORT)
+        if STOPPED not in about:
+            _tidy(folder, report, accelerator)
     return report
 
 
 def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
-               accelerator: Accelerator | None) -> tuple[list[Step], float]:
-    """Returns the steps of all batches in order, and the mean seconds of a process that earlier ones had spent."""
+               accelerator: Accelerator | None) -> tuple[list[Step], int, float]:
+    """Returns the steps of all batches in order, how many images these are, and a process's mean seconds before.
+
+    After a `time_limit` they are the batches before the first one that is missing.
+    """
     rank, processes = rank_of(accelerator)
     size = run.subject.batch_size
     mine = range(rank * size, len(images), processes * size)
     with tqdm(total=len(mine) * run.plan.queries(), disable=not progress or rank > 0, unit="query",
               smoothing=0) as bar:
-        batches = [(first, run.attack_batch(first, images[first:first + size], labels[first:first + size], bar))
-                   for first in mine]
+        batches: list[tuple[int, list[Step]]] = []
+        for first in mine:
+            if batches and is_over():
+                break
+            batch = images[first:first + size], labels[first:first + size]
+            batches.append((first, run.attack_batch(first, *batch, bar)))
     batches = sorted(gathered(accelerator, batches), key=lambda batch: batch[0])
     earlier = gathered(accelerator, [run.earlier_seconds])
-    return [step for _, steps in batches for step in steps], sum(earlier) / processes
+    whole = [steps for number, (first, steps) in enumerate(batches) if first == number * size]
+    return list(chain.from_iterable(whole)), min(len(whole) * size, len(images)), sum(earlier) / processes
 
 
 def _check_folder(folder: Any, save_adversarial: Any, accelerator: Any) -> None:
@@ -153,6 +173,7 @@ def _tidy(folder: str | os.PathLike, report: AttackReport, accelerator: Accelera
     """Removes the progress of a finished run, also if an earlier process was stopped in between."""
     if is_first(accelerator):
         remove_progress(Path(folder) / PROGRESS, report.protocol)
+        remove(Path(folder) / PARTIAL)
         remove_unfinished(folder)
 
 

@@ -19,7 +19,7 @@ from ..report import AttackReport
 from ..report.sweep_page import sweep_page
 from ..report.write import write_report
 from ..threat import ThreatModel
-from .msa import REPORT, mixed_surrogate_attack
+from .msa import PARTIAL, REPORT, STOPPED, mixed_surrogate_attack
 from .neighbours import check_neighbours, measure_neighbours
 from .processes import gathered, is_first, rank_of
 
@@ -66,6 +66,8 @@ def sweep(
 ) -> Iterator[AttackReport]:
     """Yields the report of each inference mode at each radius above 0, as soon as it is there.
 
+    A report that a `time_limit` cut is the last one.
+
     At radius 0 there is nothing to attack: the robust accuracy is the clean one, which every report holds.
 
     Arguments:
@@ -107,15 +109,26 @@ def sweep(
             asked = {"neighbours": list(neighbours), "neighbours_mixes": neighbours_mixes and list(neighbours_mixes)}
             report = mixed_surrogate_attack(model, images, labels, threat, folder=place, accelerator=accelerator,
                                             about={**(about or {}), **(asked if pairs else {})}, **options)
+            if STOPPED in report.protocol:
+                if place is not None and is_first(accelerator):
+                    write_report(report, place / PARTIAL)
+                return report
             measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
             report = _with_neighbours(report, pairs, measure, place, accelerator)
         if place is not None and is_first(accelerator) and not (place / PAGE).exists():
             write_report(report, place)
         return report
 
+    def all_reports() -> Iterator[AttackReport]:
+        for entry in plan:
+            report = there[entry] if entry in there else one(*entry)
+            yield report
+            if STOPPED in report.protocol:
+                return
+
     # Not a generator itself, so that wrong arguments raise at once.
     there = {entry: one(*entry) for entry, place in places.items() if (place / REPORT).exists()}
-    return (there[entry] if entry in there else one(*entry) for entry in plan)
+    return all_reports()
 
 
 def _pairs(model: nn.Module, sizes: Sequence[int], mixes: Sequence[float] | None) -> list[tuple[int, float]]:

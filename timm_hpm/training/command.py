@@ -65,7 +65,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     PartialState(cpu=config.device == "cpu")
     # The name may hold the time, and another one on each process.
     folder = Path(broadcast_object_list([str(output or default_folder(config.model, "train-"))])[0])
-    with noted_signals() as asked, locked(folder, shared=True), _removed_at_end(folder / UNPACKED):
+    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _removed_at_end(folder / UNPACKED):
         run = Run(config, folder, model=model, resume=resume, log=log, progress=progress, asked_to_stop=asked)
         accelerator = run.accelerator
         try:

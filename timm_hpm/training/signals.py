@@ -1,5 +1,6 @@
 """Signals of a training run: SIGTERM and SIGINT ask it to stop, and its DataLoader workers outlive them."""
 
+import math
 import os
 import signal
 import threading
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: Stands among the signals for the end of a run's time.
+TIME_LIMIT: Final = -1
+_CAUSES: Final = (*SIGNALS, TIME_LIMIT)
 # Neither Windows nor macOS can tell a worker who sent it a signal.
 _HAS_MASKS: Final = hasattr(signal, "sigwaitinfo")
 
@@ -20,16 +24,19 @@ Batch = TypeVar("Batch")
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. Its progress is in a checkpoint; `signal` is the signal's number."""
+    """A signal or the time limit stopped the run. Its progress is in a checkpoint; `signal` is the signal's number."""
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(f"stopped by {'the time limit' if number == TIME_LIMIT else signal.Signals(number).name}")
         self.signal = number
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second Ctrl-C acts at once."""
+def noted_signals(seconds: float | None = None) -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGINT are noted in the list that it yields; a second Ctrl-C acts at once.
+
+    After so many seconds `TIME_LIMIT` is noted, too.
+    """
     before: dict[int, Any] = {}
     asked: list[int] = []
     first = 0.0
@@ -44,9 +51,14 @@ def noted_signals() -> Iterator[list[int]]:
 
     if threading.current_thread() is threading.main_thread():  # no other may
         before = {number: signal.signal(number, note) for number in SIGNALS}
+    timer = threading.Timer(math.inf if seconds is None else seconds, asked.append, [TIME_LIMIT])
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
     try:
         yield asked
     finally:
+        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -60,11 +72,11 @@ class StopRequest:
 
     def votes(self) -> Tensor:
         """Returns a 1 for the signal that this process was given first, of `SIGNALS`; the processes add them up."""
-        return torch.tensor([float(number in self.asked[:1]) for number in SIGNALS])
+        return torch.tensor([float(number in self.asked[:1]) for number in _CAUSES])
 
     def agree(self, votes: Sequence[float]) -> None:
         """Takes the first signal that any process was given, by the sum of all their `votes`."""
-        self.number = next((number for number, count in zip(SIGNALS, votes, strict=True) if count), 0)
+        self.number = next((number for number, count in zip(_CAUSES, votes, strict=True) if count), 0)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yields the batches of a loader; raises `Stopped` before the next one if this process was asked to stop."""

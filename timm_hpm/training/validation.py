@@ -67,7 +67,8 @@ class Validation:
                                       steps=config.val_attack_steps)
                 robust = robust & judge(judged, adversarial, labels, size, allow_non_finite=True)
             counts += torch.stack([clean.sum(), robust.sum(), fc.sum()]).to(counts)
-        *counted, interrupts, terminations = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
-        self.stop.agree([interrupts, terminations])
+        summed = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
+        counted, votes = summed[:len(counts)], summed[len(counts):]
+        self.stop.agree(votes)
         return {name: count / len(self.split)
                 for name, count in zip(("val_clean", "val_robust", "val_fc_clean"), counted, strict=True)}

@@ -1,0 +1,74 @@
+"""Time limits: a run stops at the end of a batch, says what is done, and resumes to the same result."""
+
+import pytest
+from protocols import run_attack
+
+from timm_hpm import AttackReport, ThreatModel
+from timm_hpm.__main__ import main
+from timm_hpm.deadline import is_over, parse_time, time_limit
+from timm_hpm.evaluation import Budget
+
+NUM_DIGITS = 10
+ATTACK = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": Budget(3), "joint": Budget(2)}, "batch_size": 4}
+QUICK = ["--num-images", "10", "-b", "4", "--device", "cpu", "--surrogates", "fc", "--attacks", "apgd-ce", "--budget",
+         "apgd-ce=3"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90s", 90), ("30m", 1800), ("2h30m", 9000), ("1.5h", 5400), ("1d", 86400)])
+def test_a_time_is_read(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "0m", "m", "-3m", "1e9h", "30 m", "30min", "nanm", "9" * 400 + "d"])
+def test_another_text_is_no_time(text):
+    with pytest.raises(ValueError, match=r"cannot read the time .*expected such as 30m"):
+        parse_time(text)
+
+
+def test_a_block_within_a_block_has_its_own_limit():
+    with time_limit(1e-9):
+        assert is_over()
+        with time_limit(None):
+            assert not is_over()
+        assert is_over()
+    assert not is_over()
+
+
+def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(model, digits, tmp_path):
+    threat = ThreatModel("Linf", 0.1)
+    whole = run_attack(model, *digits, threat, **ATTACK)
+    with time_limit(1e-9):
+        cut = run_attack(model, *digits, threat, folder=tmp_path, **ATTACK)
+    few = run_attack(model, *(part[:4] for part in digits), threat, **ATTACK)
+    assert cut.protocol.pop("stopped") == "by a time limit, after 4 of 10 images"
+    for name in ("protocol", "correct", "baseline_correct", "assembled", "examples"):
+        assert getattr(cut, name) == getattr(few, name)
+    assert not (tmp_path / "report.json").exists()
+    assert AttackReport.load(tmp_path / "partial" / "report.json").num_images == 4
+    assert run_attack(model, *digits, threat, folder=tmp_path, **ATTACK).same_results(whole)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"report.json"}
+
+
+def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *QUICK, "--output", "run", "--time-limit", "0.001s"]) == 0
+    printed = capsys.readouterr().out
+    assert "| fc | 100.0 | 100.0 |" in printed
+    *_, last = printed.splitlines()
+    assert last == ("stopped by a time limit, after 4 of 10 images; written: run/partial/report.html; to go on: python "
+                    "-m timm_hpm evaluate --resume run")
+    assert "by a time limit" in (tmp_path / "run" / "partial" / "report.md").read_text()
+    assert main(last.split("timm_hpm ")[1].split()) == 0
+    assert AttackReport.load(tmp_path / "run" / "report.json").num_images == 10
+    assert not (tmp_path / "run" / "partial").exists()
+
+
+def test_a_training_run_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--device", "cpu", "--pretrained", "--attack-steps", "1", "--val-attack-steps", "1", "--output",
+             "run", "--batch-size", "500"]
+    assert main([*words, "--epochs", "1000", "--time-limit", "0.5s"]) == 0
+    said = capsys.readouterr().err
+    assert "stopped by the time limit; to go on: python -m timm_hpm train --resume run" in said
+    assert list((tmp_path / "run" / "checkpoints").iterdir())

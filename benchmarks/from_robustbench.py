@@ -206,7 +206,8 @@ def table(tagged: dict[str, list], converted: dict[str, list], others: list) -> 
     lines += ["", "To convert a linked file: `timm-hpm convert FILE --output FOLDER` and", "",
               "| options | RobustBench |", "|---|---|"]
     lines += [f"| `{options}` | {links(rows)} |" for options, rows in converted.items()]
-    return "\n".join([*lines, "", "Other networks, as RobustBench's `load_model` returns them: " + links([(*row[:3], None) for row in others]) + ".", ""])
+    other = links([(*row[:3], None) for row in others])
+    return "\n".join([*lines, "", f"Other networks, as RobustBench's `load_model` returns them: {other}.", ""])
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ def reason(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0].partition(": ")[0]
     for sign in (" has ", " sees features without pooling"):
         if sign in text and isinstance(error, timm_hpm.UnsupportedHeadError):
-            return text[text.index(sign) + 1:]
+            return text[text.index(sign) + 1:].partition(". ")[0]
     return text
 
 

@@ -86,8 +86,6 @@ def push_odd(repo_id: str, odd: str, **kwargs: Any) -> dict[str, Any]:
         model.norm.eval()
     elif odd == "changed":
         model.act = torch.nn.GELU()
-    elif odd == "headless":
-        pushed = timm.create_model("test_resnet")
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     timm_hpm.hub.push(pushed, repo_id, **kwargs)
     assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -212,3 +213,25 @@ def test_a_public_network_by_its_tag_or_its_data_set_and_threat():
 def test_a_public_network_that_is_not_the_only_one_is_not_guessed(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm_hpm.load_model(**arguments)
+
+
+def test_any_network_is_saved_with_a_card(net, tmp_path):
+    robust = create_model("net.py:robust").eval()
+    report = timm_hpm.mixed_surrogate_attack(
+        robust, torch.rand(4, 1, 8, 8), torch.arange(4), "Linf:0.1",
+        protocol=timm_hpm.PROTOCOLS["fast"].changed(attacks=["apgd-ce"], budgets={"apgd-ce": 2}))
+    timm_hpm.hub.save(robust, tmp_path / "robust", report=report)
+    card = (tmp_path / "robust/README.md").read_text()
+    assert "timm_hpm.create_model(\"net.py:small\"" not in card and "net.py:robust" in card
+    assert "timm.create_model(" not in card and "Inference modes" in card
+    timm_hpm.hub.save(create_model("net.py:small"), tmp_path / "plain")
+    card = (tmp_path / "plain/README.md").read_text()
+    assert "HPM head" not in card and "Inference modes" not in card and "checkpoint='model.safetensors'" in card
+    # A plain timm model is made again by timm alone, any other module by its class.
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    timm_hpm.hub.save(model, tmp_path / "timm")
+    images = torch.rand(1, 3, 64, 64)
+    again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images)) and head_name(again) is None
+    timm_hpm.hub.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), tmp_path / "module")
+    assert "torch.nn.modules.container:Sequential" in (tmp_path / "module/README.md").read_text()

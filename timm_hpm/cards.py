@@ -11,7 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
 from .head import HPMHead, find_head
+from .models.constructors import is_constructor
 from .models.create import create_model
+from .models.saving import WEIGHTS
 from .report import TRUE_MODEL, AttackReport
 from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
 from .report.compare import paired
@@ -55,13 +57,15 @@ def model_card(
         notes: str = "",
         register: bool = False,
         training: Mapping[str, Any] | None = None,
+        plain: bool = False,
 ) -> str:
     """Returns the text of a card, README.md on the Hub.
 
     Arguments:
         title: its heading, such as "org/name" or a tag.
         name: the argument of `timm.create_model`.
-        cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url and paper_ids count.
+        cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url, paper_ids, and the
+            `constructor` of a network that timm does not make, count.
         head: the model's; None for a checkpoint without prototypes.
         parameters: their number.
         report: the measurement; None for a card without one.
@@ -70,24 +74,28 @@ def model_card(
         notes: Markdown by hand: the text before the first `## ` opens the card, the rest follows the usage.
         register: whether the loader must register the architecture first.
         training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
+        plain: whether the model is a classifier without an HPM head.
     """
     opening, _, sections = f"\n{notes.strip()}".partition("\n## ")
     fitted = head is not None and head.is_fitted()
     parts = {
         "title": escaped(title),
-        "opening": opening.strip() or _opening(cfg, parameters, fitted),
+        "opening": opening.strip() or _opening(cfg, parameters, "" if plain else " with an HPM head" if fitted else
+                                               " with an HPM head that has no prototypes yet"),
         "usage": _usage(name, cfg, register),
         "classes": _classes(cfg, report),
-        "unfitted": "" if fitted else _UNFITTED,
+        "unfitted": "" if fitted or plain else _UNFITTED,
         "sections": sections and f"## {sections}",
         "training": _training(training),
-        "evaluation": _evaluation(name, report) if report else _not_measured(cfg),
+        "evaluation": _evaluation(cfg.get("constructor", name), report) if report else _not_measured(cfg),
         "mode": _mode_sentence(head),
         "figures": "so is every figure above, and none the paper's" if report else "no figure here is the paper's",
         "origin": _origin(cfg),
     }
     data = _data(title, cfg, report, license, base_model)
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8").strip()
+    if plain:
+        template = f"{template.partition('## Inference modes')[0]}{{origin}}"
     text = "\n\n".join(part.format(**parts) for part in template.split("\n\n") if part.format(**parts))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
@@ -121,13 +129,12 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
         **found)
 
 
-def _opening(cfg: Mapping[str, Any], parameters: int | None, fitted: bool) -> str:
+def _opening(cfg: Mapping[str, Any], parameters: int | None, head: str) -> str:
     size = "" if parameters is None else (
         f" ({parameters / 1e6:.1f} million parameters)" if parameters >= 1e6 else
         f" ({parameters / 1e3:.0f} thousand parameters)")
-    head = "an HPM head" if fitted else "an HPM head that has no prototypes yet"
     shape = "×".join(map(str, cfg["input_size"]))
-    return _wrapped(f"{_code(cfg['architecture'])}{size} with {head}, for images of {shape} and "
+    return _wrapped(f"{_code(cfg['architecture'])}{size}{head}, for images of {shape} and "
                     f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
 
 
@@ -137,12 +144,16 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
     if register:
         base = _literal(str(cfg["architecture"]).removeprefix("hpm_"))
         lines.append(f"timm_hpm.register_hpm({base})        # this architecture has no hpm_ name until then")
+    if "constructor" in cfg:
+        lines = ["import timm_hpm", "# The network's own constructor, whose code these files do not hold.",
+                 f"model = timm_hpm.create_model({_literal(cfg['constructor'])}, checkpoint='{WEIGHTS}').eval()"]
+    else:
+        lines.append(f"model = timm.create_model({_literal(name)}, pretrained=True).eval()")
     lines += [
-        f"model = timm.create_model({_literal(name)}, pretrained=True).eval()",
         f"pixel_model = timm_hpm.PixelModel(model)      # (B, {shape}), pixels in [0, 1], to logits (B, {classes})",
     ]
     text = fenced("\n".join(lines), "python")
-    if name.startswith("hf-hub:"):
+    if name.startswith("hf-hub:") and "constructor" not in cfg:
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
         arguments = _literal(repo_id) + (f", revision={_literal(revision)}" if revision else "")
         text += f"\n\n{_code(f'timm_hpm.hub.pull({arguments})')} does the same, with a token if one is needed."
@@ -176,8 +187,11 @@ def _training(training: Mapping[str, Any] | None) -> str:
 
 def _evaluation(name: str, report: AttackReport) -> str:
     options = report.protocol.get("options")
-    there = {"model": name} if options is None else {
-        "model": name, "options": {option: options.get(option) for option in DATA_OPTIONS}}
+    there: dict[str, Any] = {"model": name}
+    if options is not None:
+        there["options"] = {option: options.get(option) for option in DATA_OPTIONS}
+        if is_constructor(name):
+            there["options"]["checkpoint"] = WEIGHTS
     command = evaluate_command(report.protocol | there)
     parts = [fenced(shell_lines(command), "sh") if command else
              "Measured from Python by `timm_hpm.mixed_surrogate_attack`: no command line repeats it.",

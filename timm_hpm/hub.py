@@ -22,6 +22,7 @@ import timm
 import torch
 from huggingface_hub import errors as hf_errors
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -30,8 +31,9 @@ from .cards import model_card
 from .data import PixelModel, normalisation_of
 from .files import replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
-from .head import HPMHead, find_head
+from .head import HPMHead, find_head, head_name
 from .models.configs import read_config
+from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import register_saved
 from .models.saving import CONFIG, WEIGHTS, in_chans, saved_config, write_model
@@ -70,7 +72,8 @@ def push(
     made. A second push replaces all files; without `report` it removes the report of the first.
 
     Arguments:
-        model: a model with an HPM head, made by `timm.create_model` (with `add_hpm_head`, or an `hpm_*` name).
+        model: a classifier with an HPM head or without. If `timm.create_model` did not make it, its files name its
+            constructor or class, which whoever pulls it must have.
         repo_id: "organisation/name", or "name" in the account of the token.
         report: the result of `mixed_surrogate_attack` on this very model, or its file.
         private: whether a new repository is private; refused for a public one.
@@ -84,7 +87,7 @@ def push(
             if the model still has its weights.
 
     Raises:
-        ValueError: if the model has no HPM head, the report is of another model, or the token is malformed.
+        ValueError: if the report is of another model, or the token is malformed.
         HubError: in all other cases. The Hub is unchanged then, but for a new and empty repository or branch.
     """
     token = _usable_token(token)
@@ -165,12 +168,14 @@ def save(
         repo_id: the repository in the card's usage, "org/name" or "org/name@revision"; None for the folder.
 
     Raises:
-        ValueError: if the model has no HPM head, or the report is of another model.
+        ValueError: if the report is of another model.
         HubError: if the model cannot be saved, or the saved files give another model.
     """
     folder = Path(folder)
     model = unwrap_model(model)
-    head = find_head(model)
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        describe(model)
+    head = None if head_name(model) is None else find_head(model)
     if report is not None and not isinstance(report, AttackReport):
         report = AttackReport.load(report)
     if report is not None:
@@ -184,10 +189,11 @@ def save(
             write_text(built / CARD, model_card(
                 (repo_id or folder.resolve().name).partition("@")[0],
                 f"local-dir:{folder}" if repo_id is None else f"hf-hub:{repo_id}",
-                config["pretrained_cfg"] | {"architecture": config["architecture"], "label_names": class_names(model)},
-                head=head, parameters=sum(p.numel() for p in model.parameters()), report=report, license=license,
-                base_model=base_model, notes=notes, register=config["architecture"] not in _registered_at_import(),
-                training=training))
+                config["pretrained_cfg"] | {"label_names": class_names(model)} | {
+                    name: config[name] for name in ("architecture", "constructor") if name in config},
+                head=head, plain=head is None, parameters=sum(p.numel() for p in model.parameters()), report=report,
+                license=license, base_model=base_model, notes=notes, training=training,
+                register=head is not None and config["architecture"] not in _registered_at_import()))
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
@@ -218,11 +224,12 @@ def _training_of(model: Any) -> dict[str, Any] | None:
     return training if same else None
 
 
-def _check_report(report: AttackReport, model: Any, head: HPMHead) -> None:
+def _check_report(report: AttackReport, model: Any, head: HPMHead | None) -> None:
     """Raises a ValueError if a report is not of this model in its present state."""
     now: dict[str, Any] = {
-        "architecture": model.pretrained_cfg.get("architecture"), "num_classes": head.out_features,
-        "prototypes_fitted": head.is_fitted(), "inference": head.inference, "mix": head.mix,
+        "architecture": model.pretrained_cfg.get("architecture"), "num_classes": model.num_classes,
+        "prototypes_fitted": head and head.is_fitted(), "inference": head.inference if head else "none",
+        "mix": head and head.mix,
         "weights_digest": weights_digest(model), "normalisation": _float32(normalisation_of(PixelModel(model)))}
     measured = {**now, **report.protocol}
     # None: of a caller's own module.
@@ -241,6 +248,11 @@ def _float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
 
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
     """Raises a HubError if the model in the saved folder has other weights or logits."""
+    if "constructor" in read_config(folder / CONFIG):  # which only its caller may run
+        saved, own = load_file(folder / WEIGHTS), model.state_dict()
+        if saved.keys() != own.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in own):
+            raise HubError(f"cannot save a model for {repo_id}: its {WEIGHTS} has other weights. Nothing was uploaded")
+        return
     parameter = next(model.parameters())
     # The caller's random state must not depend on this check.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

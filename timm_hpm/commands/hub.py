@@ -9,7 +9,7 @@ from .. import hub
 from ..cards import tag_card
 from ..convert import convert as convert_checkpoint
 from ..files import write_text
-from ..head import find_head
+from ..head import find_head, head_name
 from ..models.create import create_model
 from ..models.saving import saved_config
 from .parser import Parser
@@ -60,7 +60,7 @@ def push(argv: list[str] | None = None) -> int:
         f"Pushes a model and its card to the Hugging Face Hub, in one commit.{_TOKEN}")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository, made if it is missing")
     parser.add_argument("--model", required=True, metavar="NAME",
-                        help="timm model with an HPM head, such as hpm_wrn28_10")
+                        help="timm model such as hpm_wrn28_10, or a constructor such as net.py:small")
     parser.add_argument("--checkpoint", metavar="FILE",
                         help="weights, such as the model.safetensors of a run (the model's pretrained ones)")
     parser.add_argument("--report", metavar="FILE", help="report.json of an evaluation, measured of this model")
@@ -92,10 +92,11 @@ def pull(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="a copy of its files, for local-dir:FOLDER")
     args = parser.parse_args(argv)
     model = hub.pull(args.repo_id, revision=args.revision, output=args.output)
-    head = find_head(model)
     print(f"{args.repo_id}: {model.pretrained_cfg['architecture']}, {model.num_classes} classes, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"head: {head}, prototypes {'fitted' if head.is_fitted() else 'not fitted'}")
+    if head_name(model) is not None:
+        head = find_head(model)
+        print(f"head: {head}, prototypes {'fitted' if head.is_fitted() else 'not fitted'}")
     if args.output is not None:
         print(f"written: {args.output}")
     return 0

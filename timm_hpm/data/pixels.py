@@ -209,9 +209,11 @@ def check_eval_mode(model: nn.Module) -> None:
                          "would change from call to call; call model.eval()")
 
 
-def normal_tensor(x: Tensor) -> Tensor:
-    """Returns `x`, or a copy that can have gradients if it was made in inference mode."""
-    return x.clone() if x.is_inference() else x
+def for_gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns checked images in contiguous float32 and labels in int64, from which gradients can be taken."""
+    pair = check_pixels(images, labels), labels
+    images, labels = (x.clone() if x.is_inference() else x for x in pair)
+    return images.detach().float().contiguous(), labels.detach().long()
 
 
 def class_indices(labels: Tensor, images: Tensor) -> Tensor:

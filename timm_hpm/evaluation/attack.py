@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import margin_loss
-from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, checked_integer, for_gradients
 from ..surrogates import check_names
 from ..threat import ThreatModel
 from .batch import AttackBatch
@@ -55,8 +55,7 @@ def attack(
     batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
     threat = ThreatModel.of(threat)
     check_eval_mode(model)
-    images = check_pixels(images, labels)
-    images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
+    images, labels = for_gradients(images, labels)
     with restored(model):
         subject = Subject.of(model, images, labels, batch_size, seed)
         copy, exact = subject.attacked, subject.attacked.exact_surrogate()
@@ -70,9 +69,7 @@ def attack(
             for row in record.rows(plan.budget(name).restarts):
                 with seeded(subject.device, seed, record.seed_name(row), surrogates, first), without_autocast(clean):
                     batch = AttackBatch(copy, surrogates, clean, truth)
-                    points = record.run(batch, threat, plan.budget(name))
-                    points = threat.project(torch.where(points.isfinite(), points, batch.clean), batch.clean)
-                candidates += points.split(len(clean))
+                    candidates += record.candidates(batch, threat, plan.budget(name)).split(len(clean))
             found.append(_best(subject, candidates, truth).to(images.device))
     return torch.cat(found)
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, checked_integer, for_gradients
 from ..deadline import is_over
 from ..files import locked, remove, remove_unfinished
 from ..report import AttackReport
@@ -99,9 +99,8 @@ def mixed_surrogate_attack(
     about = _in_json({} if about is None else about)
     _check_folder(folder, save_adversarial, accelerator)
     check_eval_mode(model)
-    images = check_pixels(images, labels)
     start = time.perf_counter()
-    images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
+    images, labels = for_gradients(images, labels)
     with restored(model):
         subject = Subject.of(model, images, labels, batch_size, seed)
         flags = subject.flags_before(images, labels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import margin_loss
-from ..data import check_eval_mode, check_pixels, checked_integer, normal_tensor
+from ..data import check_eval_mode, checked_integer, for_gradients
 from ..head import find_head
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
@@ -70,11 +70,10 @@ def measure_neighbours(
         NonFiniteLogitsError: if the logits of the images in the order given are NaN or infinite.
     """
     check_eval_mode(model)
-    images = check_pixels(images, labels)
+    images, labels = for_gradients(images, labels)
     check_neighbours(batch_sizes, mixes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
     pixel_model = pixel_model_for(model, images)
-    images, labels = normal_tensor(images).detach().float().contiguous(), normal_tensor(labels).detach().long()
     device = device_of(pixel_model, images)
     with seeded(device, seed, "split"):
         split = AttackedModel(pixel_model, images[:max(batch_sizes)].to(device))

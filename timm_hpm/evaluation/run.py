@@ -108,9 +108,7 @@ class Run:
                     model, surrogates, state.images[rows], state.labels[rows], active=active[:, rows],
                     victims=~state.broken[rows], start=state.standing[rows] if attack.whole_batch else None,
                     on_query=on_query)
-                points = attack.run(batch, self.threat, self.plan.budget(row))
-                # The attacks end in the ball already, up to rounding, if none of their arithmetic overflowed.
-                points = self.threat.project(torch.where(points.isfinite(), points, batch.clean), batch.clean)
+                points = attack.candidates(batch, self.threat, self.plan.budget(row))
             points = points.view(len(group), len(rows), *points.shape[1:])
             found[:, rows] = torch.where(active[:, rows, None, None, None], points, found[:, rows])
             for lost in sorted(batch.not_finite):

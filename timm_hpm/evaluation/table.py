@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from ..surrogates import SURROGATES
@@ -42,6 +43,11 @@ class Attack:
     def by_image(self) -> bool:
         """Returns whether the attack treats each image and each surrogate by itself."""
         return not (self.whole_batch or self.chained)
+
+    def candidates(self, batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
+        """Returns the candidates (S·B, channels, H, W) of `run`, inside the ball also if some arithmetic overflowed."""
+        points = self.run(batch, threat, budget)
+        return threat.project(torch.where(points.isfinite(), points, batch.clean), batch.clean)
 
     def rows(self, restarts: int) -> list[str]:
         """Returns the names of the attack's candidate sets, such as `"apgd-ce#2"` for a second start."""

@@ -1,6 +1,7 @@
 """What a command says in a terminal: facts, times, and Markdown without its marks."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 import timm_hpm
-from timm_hpm.console import duration, facts, rendered, show
+from timm_hpm.__main__ import main
+from timm_hpm.console import duration, facts, images_bar, rendered, show
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.header import estimate, evaluation_header
 from timm_hpm.evaluation.plan import make_plan
@@ -82,3 +84,25 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
     plan = make_plan(protocol, attacked, 10, ())
     assert f"{101 + 2 * 9 * 101 + 401:,} passes an image" in estimate(plan, attacked, images, 8)
+
+
+def test_a_training_run_says_its_facts_and_a_line_for_each_epoch(tmp_path, capsys):
+    assert main(["train", "--device", "cpu", "--pretrained", "--epochs", "1", "--attack-steps", "1",
+                 "--val-attack-steps", "1", "--batch-size", "500", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    names = [line.split("  ")[0] for line in err.splitlines() if "  " in line]
+    assert names[:9] == ["model", "weights", "data", "normalisation", "threat model", "objective", "optimisation",
+                         "device", "time"]
+    assert "digits, 1,077 images for training and 360 for validation, of 8x8 pixels and 1 channel" in err
+    line = r"epoch 0  lr \S+  loss \d\.\d{3}  clean \d+\.\d %  robust \d+\.\d %  fc clean \d+\.\d %"
+    assert re.search(rf"^{line}  [\d,]+ images/s$", out, re.MULTILINE)
+    assert re.search(f"^kept: {line}$", out, re.MULTILINE)
+
+
+def test_a_bar_of_images_changes_no_answer_and_leaves_no_hook():
+    model = nn.Linear(2, 2)
+    for shown in (False, True):
+        with images_bar(model, "checks", shown):
+            output = model(torch.zeros(7, 2))
+            assert len(model._forward_pre_hooks) == shown
+        assert torch.equal(output, model.bias.expand(7, 2)) and not model._forward_pre_hooks

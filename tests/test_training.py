@@ -435,7 +435,7 @@ def test_the_log_names_no_rate_if_nothing_was_left_to_train_on(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     lines: list[str] = []
     train(None, dataclasses.replace(TINY, **changes), tmp_path, resume=True, log=lines.append)
-    assert [line for line in lines if "val_robust" in line] and not [line for line in lines if "images/s" in line]
+    assert [line for line in lines if "robust " in line] and not [line for line in lines if "images/s" in line]
 
 
 def checkpoint(updates: int) -> Checkpoint:

@@ -6,10 +6,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from .files import use_any_console, writing
 from .guards import last_words
@@ -119,3 +122,14 @@ def _unmarked(text: str) -> str:
     text = re.sub(r"(?<!\\)\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", text)
     text = html.unescape(re.sub(r"\\([^\w\s])", r"\1", text))
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+@contextmanager
+def images_bar(model: nn.Module, text: str, shown: bool) -> Iterator[None]:
+    """Shows a bar of the images that go through a model in the block; its total is unknown."""
+    if not shown:
+        yield
+        return
+    with tqdm(desc=text, unit="image", leave=False) as bar, model.register_forward_pre_hook(
+            lambda module, inputs: bar.update(sum(map(len, inputs[:1]))) and None):
+        yield

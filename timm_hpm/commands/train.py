@@ -12,6 +12,7 @@ from ..models.constructors import named_again
 from ..options import given_options
 from ..report.command import DOOR, shell_line
 from ..training import Stopped, TrainConfig, train
+from ..training.header import row_text
 from ..training.run_folder import measuring_command, saved_options
 from .parser import Parser
 
@@ -59,6 +60,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{stopped}; to go on: {again}", file=sys.stderr)
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:
-        print("kept: " + "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
+        print(f"kept: {row_text(kept, config.epochs)}")
         print(f"written: {output}/model.safetensors; measure it with: {measuring_command(output)}")
     return 0

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..console import images_bar
 from ..data import check_eval_mode, checked_integer, for_gradients
 from ..deadline import is_over
 from ..files import locked, remove, remove_unfinished
@@ -103,7 +104,9 @@ def mixed_surrogate_attack(
     images, labels = for_gradients(images, labels)
     with restored(model):
         subject = Subject.of(model, images, labels, batch_size, seed)
-        flags = subject.flags_before(images, labels)
+        shown = progress and is_first(accelerator)
+        with images_bar(model, "checks before the attacks", shown):
+            flags = subject.flags_before(images, labels)
         raised = {flag.name for flag in flags}
         plan = make_plan(protocol, subject.attacked, subject.num_classes, raised)
         described = subject.described(images, labels, raised) | {
@@ -123,7 +126,8 @@ def mixed_surrogate_attack(
                 described |= subject.described(images, labels, raised)
             elif save_adversarial and folder is not None and is_first(accelerator):
                 run.save_candidates(Path(folder) / ADVERSARIAL, images, labels, about | described)
-        report = make_report(subject, plan, steps, flags, about | described, images, labels)
+        with images_bar(model, "checks after the attacks", shown):
+            report = make_report(subject, plan, steps, flags, about | described, images, labels)
     report.cost["all"]["seconds"] = time.perf_counter() - start + earlier
     if folder is not None:
         if is_first(accelerator):

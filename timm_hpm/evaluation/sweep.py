@@ -13,6 +13,7 @@ from typing import Any, Final
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..console import images_bar
 from ..files import write_text
 from ..head import check_inference, find_head, head_mode, head_name
 from ..report import AttackReport
@@ -114,7 +115,8 @@ def sweep(
                     write_report(report, place / PARTIAL)
                 return report
             measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
-            report = _with_neighbours(report, pairs, measure, place, accelerator)
+            with images_bar(model, "neighbours", bool(pairs and options.get("progress") and is_first(accelerator))):
+                report = _with_neighbours(report, pairs, measure, place, accelerator)
         if place is not None and is_first(accelerator) and not (place / PAGE).exists():
             write_report(report, place)
         return report

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from .awp import perturbed_weights
 from .config import TrainConfig
 from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .extra import ExtraImages
+from .header import row_text, training_header
 from .health import epoch_signs, forget_kept_signs, kept_signs
 from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
 from .recovery import Progress, RunState
@@ -165,6 +167,8 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Trains to the end; returns the row of the kept epoch."""
+        if self.show_progress and self.accelerator.is_main_process:
+            print(training_header(self.config, self.model, self.data, self.accelerator.device), file=sys.stderr)
         while self.progress.epoch < self.config.epochs:
             self._finish_epoch(self._train_epoch())
         return self.progress.best
@@ -324,8 +328,7 @@ class Run:
         if is_best:
             state.best = row
         if self.accelerator.is_main_process:
-            rate = {"images/s": images_per_second} if images_per_second else {}
-            self.log("  ".join(f"{name} {value:.4g}" for name, value in (row | rate).items()))
+            self.log(row_text(row, config.epochs, images_per_second))
             if is_best:
                 self.folder.write_best(kept, row)
             self.folder.write_metrics(state.rows)

@@ -1,0 +1,78 @@
+"""What a training run says: the facts before it begins, and a line for each epoch."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..console import device_text, duration, facts
+from ..data import as_pixel_model, first_images, normalisation_of
+from ..head import head_name
+from ..report.tables import pixels_note
+from .config import TrainConfig
+from .distributed import num_processes
+from .setup import Data
+
+# Few enough for a second or so.
+_FEW_IMAGES = 8
+
+
+def row_text(row: Mapping[str, Any], epochs: int, images_per_second: float | None = None) -> str:
+    """Returns a row of `metrics.csv` as a line: accuracies in %."""
+    words = [f"epoch {row['epoch']:>{len(str(epochs - 1))}}", f"lr {row['lr']:.3g}",
+             f"loss {row['loss']:.3f}"]
+    words += [f"{name.removeprefix('val_').replace('_', ' ')} {100 * value:.1f} %"
+              for name, value in row.items() if name.startswith("val_")]
+    if images_per_second:
+        words.append(f"{images_per_second:,.0f} images/s")
+    return "  ".join(words)
+
+
+def training_header(config: TrainConfig, model: Any, data: Data, device: torch.device) -> str:
+    """Returns the facts of a training run, a line each.
+
+    Arguments:
+        config: the options in effect.
+        model: on its device; asked for a few images, to time it. It does not change.
+        data: the images.
+        device: the model's.
+    """
+    images, _ = first_images(data.plain_train, min(_FEW_IMAGES, len(data.plain_train)))
+    channels, height, width = images.shape[1:]
+    head = "HPM head" if head_name(model) is not None else "no HPM head"
+    weights = config.initial_checkpoint or ("pretrained" if config.has_weights else "random")
+    steps = "" if config.objective == "clean" else f", {config.attack_steps} PGD steps of {config.attack_step_size:.3g}"
+    return facts({
+        "model": f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {head}",
+        "weights": weights,
+        "data": f"{config.dataset}, {len(data.train):,} images for training and {len(data.val):,} for validation, of "
+                f"{width}x{height} pixels and {channels} channel{'s' * (channels > 1)}",
+        "normalisation": pixels_note({"normalisation": normalisation_of(as_pixel_model(model))}),
+        "threat model": str(config.threat),
+        "objective": f"{config.objective}{steps}",
+        "optimisation": f"{config.epochs} epochs, batches of {config.batch_size}, {config.opt}, learning rate up to "
+                        f"{config.lr:.3g}",
+        "device": device_text(device, num_processes()),
+        "time": _estimate(config, model, data, images.to(device)),
+    })
+
+
+def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor) -> str:
+    """Returns how long the run may take, from the time of one pass of a few images."""
+    passes = config.epochs * (len(data.train) * (config.attack_steps + 1) + len(data.val) * config.val_attack_steps)
+    mode = model.training
+    pixel_model = as_pixel_model(model.eval())
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        x = images.clone().requires_grad_()
+        torch.autograd.grad(pixel_model(x).sum(), x)[0].sum().item()  # waits for the device
+        return time.perf_counter() - start
+
+    try:
+        total = passes * min(seconds() for _ in range(3)) / len(images) / num_processes()
+    finally:
+        model.train(mode)
+    return f"about {duration(total)}: {passes:.2g} passes of an image, timed on {len(images)} of them"

@@ -162,7 +162,7 @@ def test_a_curve_of_one_point_and_a_flat_one_are_drawn():
     assert "nan" not in svg.stairs(1.0, [svg.Step(1e-9, 1.0, "square", "")], "passes", "a plot")
 
 
-def browse(html: str, folder: Path) -> list:
+def browse(html: str, folder: Path, width: int = 900) -> list:
     """Returns what a browser sees: images, those shown, plots shown, cut texts, whether the page fits; and its log."""
     # The page itself has no script: this one is the test's, and writes down what it sees.
     probe = """<script>addEventListener("load", () => {
@@ -178,7 +178,7 @@ def browse(html: str, folder: Path) -> list:
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={folder / 'profile'}", "--window-size=900,900", "--enable-logging=stderr", "--v=0",
+         f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr", "--v=0",
          "--dump-dom", f"file://{folder / 'page.html'}"],
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -190,8 +190,9 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look
 
 
 @needs_browser
-def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path):
-    assert browse(report_page(report), tmp_path) == [12, 12, 2, [], True, []]
+@pytest.mark.parametrize("width", [1300, 400])
+def test_a_browser_shows_every_picture_and_reports_no_error(report, tmp_path, width):
+    assert browse(report_page(report), tmp_path, width) == [12, 12, 2, [], True, []]
 
 
 @needs_browser

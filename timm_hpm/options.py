@@ -60,8 +60,8 @@ class CommonOptions:
                        "set's)")
     std: tuple[float, ...] | None = option(
         None, "model", "per-channel standard deviation of the normalisation (see --mean)", above=0)
-    dataset: str = option("digits", "data", "digits, fashion_mnist, folder, or a name of timm.data.create_dataset; see "
-                                            "docs/data.md")
+    dataset: str = option("digits", "data", "digits, fashion_mnist, svhn, stl10, tiny_imagenet, folder, torch/NAME or "
+                                            "hfds/NAME; see docs/data.md")
     data_dir: str | None = option(None, "data", "folder of the data set")
     dataset_download: bool = option(False, "data", "download of the data set by torchvision", free=True)
     class_map: str | None = option(

@@ -28,6 +28,7 @@ def square_search(
         clean: Tensor,
         threat: ThreatModel | str,
         queries: int,
+        on_fooled: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Returns the points (R, ...) of largest margin that random changes find; a fooled image is left alone.
 
@@ -38,6 +39,7 @@ def square_search(
         clean: (R, channels, H, W), pixels in [0, 1].
         threat: the threat model, or a text such as `"Linf:8/255"`.
         queries: changes to try on each image; the start costs one more.
+        on_fooled: is called with the rows (r,) that are fooled and their pixels (r, ...) before the others go on.
     """
     threat = ThreatModel.of(threat)
     search = (_LinfSearch if threat.norm == "Linf" else _L2Search)(clean, threat.eps)
@@ -45,11 +47,14 @@ def square_search(
     margin = margin_fn(rows, found)
     places = torch.arange(len(rows), device=rows.device)
     for query in range(queries):
-        fooled = margin >= 0
-        if fooled.any():
-            found[places[fooled]] = search.points[fooled]
-            rows, places, margin = rows[~fooled], places[~fooled], margin[~fooled]
-            search.keep(~fooled)
+        gone = (margin >= 0).nonzero().squeeze(1)  # the one result of the device that a query waits for
+        if len(gone):
+            found[places[gone]] = search.points[gone]
+            if on_fooled is not None:
+                on_fooled(rows[gone], search.points[gone])
+            kept = (~(margin >= 0)).nonzero().squeeze(1)
+            rows, places, margin = rows[kept], places[kept], margin[kept]
+            search.keep(kept)
         if not len(rows):
             return found
         part = _FIRST_PART / 2 ** sum(query > end for end in _HALVINGS)

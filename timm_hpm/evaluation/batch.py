@@ -58,7 +58,8 @@ class AttackBatch:
         self.victims = torch.ones_like(labels, dtype=torch.bool) if victims is None else victims
         self._start = images if start is None else start
         self.points = self._start.repeat(copies, 1, 1, 1)
-        self.not_finite: set[int] = set()
+        self._lost = torch.zeros_like(self.rows, dtype=torch.bool)
+        self._substitutes: Tensor | None = None
         #: Flags of the attack: the name and a text with two `{}`, for the images affected and all images.
         self.flags: dict[tuple[str, str], tuple[int, int]] = {}
         self._queried: tuple[Tensor, list[_Part]] = (self.rows, self._parts(self.rows))
@@ -97,17 +98,31 @@ class AttackBatch:
         return self.finite(rows, pixels, logits)
 
     def finite(self, rows: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
-        """Returns the `logits` (R, C) of `rows` at `pixels`, with substitutes for rows that are not finite."""
-        if logits.isfinite().all():
-            return logits
+        """Returns the `logits` (R, C) of `rows` at `pixels`, with substitutes for rows that are not finite.
+
+        A search calls it at each step, so it waits for no result of the device.
+        """
         lost = ~logits.isfinite().all(dim=1)
-        self.not_finite.update(rows[lost].tolist())
-        is_exact = torch.tensor([name == self.model.exact_surrogate() for name in self.surrogates], device=rows.device)
-        is_exact, labels = is_exact[rows // self.size], self.labels[rows]
-        one_hot = F.one_hot(torch.where(is_exact, (labels + 1) % logits.shape[1], labels), logits.shape[1])
-        others = one_hot * torch.where(is_exact, 1.0, _BEYOND_DOUBT).unsqueeze(1)
-        # The last term keeps a gradient even if the model outputs a constant.
-        return torch.where(lost.unsqueeze(1), others, logits) + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
+        self._lost = self._lost.index_copy(0, rows, self._lost.index_select(0, rows) | lost)
+        if self._substitutes is None:
+            self._substitutes = self._substitutes_of(logits.shape[1])
+        logits = torch.where(lost.unsqueeze(1), self._substitutes.index_select(0, rows), logits)
+        if logits.requires_grad or not pixels.requires_grad:
+            return logits
+        # The last term is a gradient even if the model outputs a constant.
+        return logits + 0 * pixels.flatten(1).sum(dim=1, keepdim=True)
+
+    @property
+    def not_finite(self) -> set[int]:
+        """The rows that had logits that are not finite."""
+        return set(self._lost.nonzero().squeeze(1).tolist())
+
+    def _substitutes_of(self, num_classes: int) -> Tensor:
+        """Returns the logits (S·B, C) of rows whose own are not finite."""
+        is_exact = torch.tensor([name == self.model.exact_surrogate() for name in self.surrogates])
+        is_exact = is_exact.repeat_interleave(self.size).to(self.labels.device)
+        one_hot = F.one_hot(torch.where(is_exact, (self.labels + 1) % num_classes, self.labels), num_classes)
+        return one_hot * torch.where(is_exact, 1.0, _BEYOND_DOUBT).unsqueeze(1)
 
     def flag(self, name: str, text: str, affected: int, total: int) -> None:
         """Adds to a flag of this attack: its name, a text with two `{}`, and the numbers of images for them."""

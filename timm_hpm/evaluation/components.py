@@ -88,7 +88,6 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
 
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of Square, a random search that needs no gradient."""
-    keeps_whole_batches = batch.batch_dependent()
     active = labelled = batch.active
     labels = batch.labels[active]
 
@@ -97,15 +96,11 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
         # The search queries the same rows until one of them is fooled.
         if rows is not labelled:
             labelled, labels = rows, batch.labels[rows]
-        loss = margin_loss(batch.query(rows, pixels), labels)
-        if keeps_whole_batches:
-            # A fooled row is queried no more: from here on its batch holds this point.
-            fooled = loss >= 0
-            if fooled.any():
-                batch.place(rows[fooled], pixels[fooled])
-        return loss
+        return margin_loss(batch.query(rows, pixels), labels)
 
-    found = square_search(margin, active, batch.clean[active], threat, budget.iterations)
+    # A fooled row is queried no more: from then on its batch holds this point, if its neighbours' logits depend on it.
+    found = square_search(margin, active, batch.clean[active], threat, budget.iterations,
+                          on_fooled=batch.place if batch.batch_dependent() else None)
     return batch.points.index_copy(0, active, found)
 
 

@@ -93,6 +93,7 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
     """
     model, head = batch.model, batch.model.head
     assert head is not None
+    exact = model.exact_surrogate()  # it asks the device
     before, best, most = x, x, torch.full((len(batch.surrogates),), -1, device=x.device)
     for i in range(iterations + 1):
         temperature = _LAST_TEMPERATURE ** (i / iterations)
@@ -109,7 +110,7 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
             loss = softened_errors(_STEEPNESS / unit * margins, victims).sum()
         with torch.no_grad():
             # The head's own logits, which the exact surrogate has computed already.
-            own = torch.cat([part if name == model.exact_surrogate() else model.logits(model.exact_surrogate(), inputs)
+            own = torch.cat([part if name == exact else model.logits(exact, inputs)
                              for name, inputs, part in zip(batch.surrogates, features, parts, strict=True)])
             wrong = (predicted_classes(own) != batch.labels).view_as(victims)
             errors = (wrong & victims).sum(dim=1)

@@ -38,7 +38,7 @@ def named_again(name: str, given: Mapping[str, Any], folder: Any) -> list[str]:
         return []
     if given.get("model") != name:
         raise ValueError(f"the run in {folder} is of the constructor {name}, and code is not run because a file names "
-                         f"it. Name it yourself: --model {name}")
+                         f"it. If it is your own, name it: --model {name}")
     return ["--model", name]
 
 

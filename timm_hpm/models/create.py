@@ -105,9 +105,9 @@ def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         if place in ("hf-hub", "hf_hub", "local-dir"):
             config = read_config(Path(path) / CONFIG if place == "local-dir" else download_from_hf(path, CONFIG))
             if "constructor" in config:
-                raise ValueError(f"its constructor is {config['constructor']!r}, and code is not run because a file "
-                                 f"names it. Name it yourself: --model {config['constructor']} --checkpoint "
-                                 f"{path}/{WEIGHTS}")
+                raise ValueError(f"its constructor is {str(config['constructor'])!r:.200}, and code is not run because "
+                                 "a file names it. If it is your own, name it, with these weights: --model "
+                                 f"CONSTRUCTOR --checkpoint {path}/{WEIGHTS}")
             register_saved(config["architecture"])
             asked = {**kwargs, "config": config}
         elif timm.is_model(split_model_name_tag(name)[0].removeprefix("hpm_")):

@@ -16,7 +16,7 @@ from ..data import ImageSplit, as_pixel_model, first_images
 from ..deadline import time_limit
 from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head
-from ..models.constructors import named_again
+from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..report import TRUE_MODEL, AttackReport, merge_reports
 from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
@@ -204,6 +204,8 @@ def weights_of(model: Any, config: EvaluateConfig) -> str:
     """Returns the origin of the weights, for the report."""
     if config.checkpoint:
         return config.checkpoint
+    if is_constructor(config.model):
+        return f"those that {config.model} gives it"
     if config.pretrained is False:
         return "random"
     overlay = (config.model_kwargs or {}).get("pretrained_cfg_overlay") or {}

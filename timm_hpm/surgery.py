@@ -20,6 +20,8 @@ from .head import HPMConvHead, HPMHead, WholeLoading, check_module, head_name
 # Linear layers that only compute F.linear; any other subclass may compute more.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
 _WRAPPERS = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
+_BY_HAND = (". By hand: put timm_hpm.HPMHead(num_features, num_classes) in the classifier's place, behind features (B, "
+            "num_features)")
 # The registries of an nn.Module.
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
@@ -163,9 +165,10 @@ def add_hpm_head(
         raise UnsupportedHeadError(f"{kind} is compiled, or wrapped for several devices; give add_hpm_head the module "
                                    "inside, before that")
     config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
-    own_reset = classifier is None and hasattr(model, "reset_classifier")
+    num_classes: Any = getattr(model, "num_classes", None)
+    own_reset = classifier is None and hasattr(model, "reset_classifier") and isinstance(num_classes, int)
     path = None if own_reset else find_classifier(model, classifier)
-    if path is not None or getattr(model, "num_classes", 0) > 0:
+    if path is not None or num_classes > 0:
         _put_head(model, path, config)
     base: Any = type(model)
     model.__class__ = _hpm_class(base)
@@ -208,15 +211,15 @@ def find_classifier(model: nn.Module, path: str | None = None) -> str:
         if len(listed) > 8:
             listed[4:-4] = ["..."]
         raise UnsupportedHeadError(f"{kind} has {len(found)} classifiers: {', '.join(listed) or 'none'}. An HPM head "
-                                   "replaces exactly one, whose answer is the model's: name it, as in "
-                                   "add_hpm_head(model, classifier='fc')")
+                                   "replaces exactly one, whose answer is the model's" + (
+                                       ": name it, as in add_hpm_head(model, classifier='fc')" if listed else _BY_HAND))
     classifier: Any
     (name, classifier), = found.items()
     place = f"the classifier {name or 'itself'} of {kind}"
     if not name or not _is_replaceable(classifier):
         raise UnsupportedHeadError(
-            f"{place} is a {type(classifier).__name__}; expected a linear layer or a 1x1 convolution inside the model. "
-            "By hand: put timm_hpm.HPMHead(num_features, num_classes) in its place, behind features (B, num_features)")
+            f"{place} is a {type(classifier).__name__}; expected a linear layer or a 1x1 convolution inside the model"
+            + _BY_HAND)
     if unpooled := _missing_pooling(model, name):
         raise UnsupportedHeadError(f"{place} sees features without pooling ({unpooled}). An HPM head needs pooled "
                                    "ones: pass a global_pool such as 'avg', or pool in front of the classifier")

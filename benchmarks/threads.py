@@ -38,7 +38,8 @@ def seconds(options: list[str], runs: int, threads: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", RUN, str(ROOT), str(threads), *options, "--device", "cpu", "--output",
-                            f"{folder}/run"], check=True, stdout=subprocess.DEVNULL, env=FREE)
+                            f"{folder}/run"], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=FREE)
             found.append(time.perf_counter() - start)
     return statistics.median(found)
 

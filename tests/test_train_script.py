@@ -197,7 +197,7 @@ del trained, output, trunk, model  # they hold the process group, whose threads 
 # Weights, prototypes and BatchNorm's statistics are equal, though each process sees its own images.
 run = Run(TrainConfig(device="cpu", pretrained=True, epochs=1, lr=0.05, attack_steps=1, val_attack_steps=1,
                       batch_size=48, grad_accum_steps=2, prototype_features="both", model_ema=True,
-                      model_ema_decay=0.5), f"{folder}/run", log=lambda line: None)
+                      model_ema_decay=0.5, awp_gamma=0.01), f"{folder}/run", log=lambda line: None)
 run.train()
 for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict().items()]:
     parts = [torch.empty_like(tensor) for _ in range(2)]

@@ -126,8 +126,9 @@ def test_attacks_gather_no_parameter_gradients_and_keep_less():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("objective", "passes"), [("pgd-at", 4), ("trades", 5), ("clean", 1)])
-def test_each_objective_makes_its_number_of_passes(objective, passes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("objective", "gamma", "passes"), [
+    ("pgd-at", 0, 4), ("trades", 0, 5), ("mart", 0, 5), ("clean", 0, 1), ("pgd-at", 0.01, 5), ("mart", 0.01, 7)])
+def test_each_objective_makes_its_number_of_passes(objective, gamma, passes, tmp_path, monkeypatch):
     counts = {"forward": 0, "backward": 0}
     create = timm_hpm.training.loop.create_trainable
 
@@ -143,7 +144,7 @@ def test_each_objective_makes_its_number_of_passes(objective, passes, tmp_path, 
         return model
 
     monkeypatch.setattr(timm_hpm.training.loop, "create_trainable", counted)
-    run(tmp_path, epochs=1, attack_steps=3, objective=objective, batch_size=1000)
+    run(tmp_path, epochs=1, attack_steps=3, objective=objective, awp_gamma=gamma, batch_size=1000)
     # One batch, and PGD-1 through fc and mixed on the validation batch.
     assert counts == {"forward": passes + 2, "backward": passes + 2}
 

@@ -550,7 +550,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         return trunk
 
     made: list[int] = []
-    accelerator = timm_hpm.training.loop.Accelerator
+    accelerator = timm_hpm.training.setup.Accelerator
     monkeypatch.setattr(accelerator, "backward", lambda self, loss: (made.append(1), loss.backward()))
     monkeypatch.setattr(timm_hpm.training.loop, "PixelTrunk", lambda *args: spoil(PixelTrunk(*args)))
     with pytest.raises(FloatingPointError, match=r"update 3 \(batch 2 of epoch 0\) left weights that are not finite"):

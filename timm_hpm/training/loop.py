@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    broadcast,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -42,7 +34,7 @@ from .run_folder import RunFolder, saved_options
 from .schedules import create_schedule
 from .setup import (
     Data,
-    check_launcher,
+    create_accelerator,
     create_optimizer,
     create_trainable,
     in_effect,
@@ -71,23 +63,8 @@ class Run:
         if resume and config.threads is None:
             config = replace(config, threads=saved_options(Path(output)).threads)  # others round differently
         self.config = config
-        if config.log_with is not None and config.log_with not in {
-                str(tracker.value) for tracker in get_available_trackers()}:
-            raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install "
-                                      f"{config.log_with}")
         folder, self.log, self.show_progress = writable_folder(output), log, progress
-        self.accelerator = accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no",
-            gradient_accumulation_steps=config.grad_accum_steps,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
-            # `after_update` averages the buffers.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            log_with=config.log_with,
-            project_dir=folder,
-            step_scheduler_with_optimizer=False,
-        )
-        check_launcher(config, accelerator)
+        self.accelerator = accelerator = create_accelerator(config, folder)
         set_seed(config.seed)
         self.model = create_trainable(config) if model is None else made_trainable(model, config)
         fresh = model is None and not config.has_weights
@@ -117,12 +94,8 @@ class Run:
         self.stop = StopRequest(asked_to_stop)
         self._prepare()
         accelerator.wait_for_everyone()
-        if resume and (checkpoint := self.folder.newest_checkpoint()):
-            self.state.load(checkpoint, self.config)
-            self.folder.restore_best(checkpoint)
-            if checkpoint.config["epochs"] < self.config.epochs:
-                forget_kept_signs(self.progress.warnings)
-                self.folder.write_warnings(self.progress.warnings.values())
+        if resume:
+            self._restore()
         self.folder.begin()
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
@@ -162,6 +135,17 @@ class Run:
         self.schedule = create_schedule(config, optimizer, self.updates_per_epoch)
         self.state = RunState(self.model, self.ema, self.optimizer, self.schedule, accelerator.scaler, self.progress)
         self.validation = Validation(self.data.val, config, self.threat, accelerator, self.stop)
+
+    def _restore(self) -> None:
+        """Takes up the newest undamaged checkpoint, if there is one."""
+        checkpoint = self.folder.newest_checkpoint()
+        if checkpoint is None:
+            return
+        self.state.load(checkpoint, self.config)
+        self.folder.restore_best(checkpoint)
+        if checkpoint.config["epochs"] < self.config.epochs:
+            forget_kept_signs(self.progress.warnings)
+            self.folder.write_warnings(self.progress.warnings.values())
 
     # The loop
 

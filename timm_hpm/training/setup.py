@@ -4,10 +4,13 @@ import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -134,7 +137,32 @@ def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:
         return create_model(config.model, **arguments)
 
 
-def check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
+def create_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Returns Accelerate's view of the processes and devices of a run in `folder`.
+
+    Raises:
+        ModuleNotFoundError: a tracker that is not installed.
+        ValueError: a launcher that asks for other settings than the options.
+    """
+    if config.log_with is not None and config.log_with not in {
+            str(tracker.value) for tracker in get_available_trackers()}:
+        raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install {config.log_with}")
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no",
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
+        # The loop averages the buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=config.log_with,
+        project_dir=folder,
+        step_scheduler_with_optimizer=False,
+    )
+    _check_launcher(config, accelerator)
+    return accelerator
+
+
+def _check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raises a ValueError if the launcher asks for other settings than the options, or the CPU lacks the precision."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", accelerator.mixed_precision):

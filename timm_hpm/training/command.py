@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
@@ -78,6 +79,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
             del run
             accelerator.free_memory()
             accelerator.end_training()
+            AcceleratorState._reset_state()  # it would keep this run's precision for the process's next one
         if model is not None:
             model.load_state_dict(load_file(folder / WEIGHTS))
             model.eval()

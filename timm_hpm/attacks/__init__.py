@@ -2,8 +2,9 @@
 
 from .apgd import Ascent, apgd
 from .fab import fab
-from .losses import cross_entropy, margin_loss, predicted_classes, targeted_loss
+from .losses import cross_entropy, margin_loss, predicted_classes, probability_margin, target_margin, targeted_loss
 from .pgd import pgd
+from .search import margin_search
 from .square import square_search
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "cross_entropy",
     "fab",
     "margin_loss",
+    "margin_search",
     "pgd",
     "predicted_classes",
+    "probability_margin",
     "square_search",
+    "target_margin",
     "targeted_loss",
 ]

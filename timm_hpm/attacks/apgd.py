@@ -57,9 +57,9 @@ def apgd(
         start: (R, ...), pixels; None means a random point on the surface of the ball.
     """
     threat = ThreatModel.of(threat)
-    ball = _Ball(clean, threat)
+    ball = Ball(clean, threat)
     x = (ball.random_start() if start is None else start.clone()).clamp_(0, 1)
-    loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels)
+    loss, gradient, wrong = query(logits_fn, loss_fn, x, labels)
     without_gradient = int((gradient.flatten(1).abs().sum(dim=1) == 0).sum())
     fooling, fooled = x.clone(), wrong
     best, best_loss, best_gradient = x.clone(), loss, gradient.clone()
@@ -76,16 +76,16 @@ def apgd(
         new = _NEW_STEP if i else 1.0
         moved = ball.project(moved.sub_(x).mul_(new).add_(x).add_((x - before).mul_(1 - new)))
         before, x = x, moved
-        loss, gradient, wrong = _query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
+        loss, gradient, wrong = query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)
         fooled = fooled | wrong
-        _put(fooling, wrong, x)
+        put(fooling, wrong, x)
         losses[i] = loss
         larger = loss > best_loss
         best_loss = torch.where(larger, loss, best_loss)
-        _put(best, larger, x)
+        put(best, larger, x)
         if i + 1 == iterations:
             break
-        _put(best_gradient, larger, gradient)
+        put(best_gradient, larger, gradient)
         if i + 1 - last_check == checkpoint:
             raising = (losses > losses.roll(1, dims=0))[i + 1 - checkpoint:i + 1].sum(dim=0)
             halved = (raising <= checkpoint * _RAISING) | (~halved_then & (best_loss_then >= best_loss))
@@ -97,12 +97,12 @@ def apgd(
     return Ascent(best, best_loss, fooling, fooled, without_gradient)
 
 
-def _put(into: Tensor, mask: Tensor, values: Tensor) -> None:
+def put(into: Tensor, mask: Tensor, values: Tensor) -> None:
     """Copies the images of `values` (R, ...) in the `mask` (R,) `into` (R, ...), without a sync of the device."""
     torch.where(per_image(mask, values), values, into, out=into)
 
 
-class _Ball:
+class Ball:
     """The ball of a threat model around clean images, in the arithmetic of AutoAttack."""
 
     def __init__(self, clean: Tensor, threat: ThreatModel):
@@ -130,7 +130,7 @@ class _Ball:
         return delta.div_(length + 1e-12).mul_(length.clamp(max=self.eps)).add_(self.clean).clamp_(0, 1)
 
 
-def _query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
+def query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
            with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss (R,), its gradient (R, ...), and whether images are misclassified (R,)."""
     x = x.detach().requires_grad_(with_gradient)

@@ -28,6 +28,19 @@ def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]
     return loss
 
 
+def target_margin(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the margin (R,) of the `targets` (R,) over the labels, z_t − z_y, as a function of logits (R, C)."""
+    return lambda logits: (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
+def probability_margin(labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the probability margin (R,), max_{c≠y} p_c − p_y, as a function of logits (R, C).
+
+    Source: arXiv 2411.15210.
+    """
+    return lambda logits: margin_loss(F.softmax(logits, dim=1), labels)
+
+
 def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns max_{c≠y} z_c − z_y (B,) for `logits` (B, C): positive if it is misclassified."""
     others = logits.scatter(1, labels.unsqueeze(1), -math.inf)

@@ -11,15 +11,19 @@ Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenk
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, pgd, square_search, targeted_loss
+from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, margin_search, pgd, square_search, targeted_loss
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .budget import Budget
+
+#: Targets of the margin search, as many as those of AutoAttack's targeted attacks.
+_SEARCHED_TARGETS: Final = 9
 
 
 def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
@@ -84,6 +88,15 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
             batch.place(some[better], points[better])
             loss[some[better]] = new_loss[better]
     return batch.points
+
+
+def search(batch: AttackBatch, threat: ThreatModel, budget: Budget, until_dry: bool = False) -> Tensor:
+    """Returns the candidates (S·B, ...) of `margin_search`, with `budget.iterations` steps per image on average."""
+    rows = batch.active
+    targets = _targets(batch, Budget(1, _SEARCHED_TARGETS).for_classes(batch.clean_logits.shape[1]))
+    found = margin_search(batch.query, rows, batch.clean[rows], batch.labels[rows], targets[rows], threat,
+                          budget.iterations, until_dry)
+    return batch.points.index_copy(0, rows, found)
 
 
 def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:

@@ -37,6 +37,7 @@ class Protocol:
         name: stands in the report.
         attacks: budgets by names of `ATTACKS`, as `as_budget` reads them; those that do not apply to a model are left
             out.
+        plain: the attacks on a classifier without an HPM head in the place of `attacks`; None means the same.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
         full_grid: attacks every image through every surrogate by every attack, also after it is broken. Otherwise
             that is so only if the predictions depend on the batch: else a broken image is attacked no more, the
@@ -53,12 +54,19 @@ class Protocol:
     surrogates: tuple[str, ...] | None = None
     full_grid: bool = False
     surrogates_at_once: int = field(default=1, compare=False)
+    plain: Mapping[str, Budget] | None = None
 
     def __post_init__(self) -> None:
         checked_integer("surrogates_at_once", self.surrogates_at_once, 1)
         if not isinstance(self.full_grid, bool):
             raise ValueError(f"full_grid is {self.full_grid!r:.100}; expected True or False")
-        object.__setattr__(self, "attacks", {name: as_budget(name, value) for name, value in self.attacks.items()})
+        for field_name in ("attacks", "plain"):
+            if (attacks := getattr(self, field_name)) is not None:
+                object.__setattr__(self, field_name, {name: as_budget(name, value) for name, value in attacks.items()})
+
+    def for_plain(self) -> "Protocol":
+        """Returns the protocol with the attacks of a classifier without an HPM head."""
+        return self if self.plain is None else replace(self, attacks=self.plain, plain=None)
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that tell the protocol, its name and budgets, from any other."""
@@ -66,13 +74,13 @@ class Protocol:
 
     def summary(self) -> dict[str, Any]:
         """Returns all of it in JSON's types, as a report's protocol shows it."""
-        return {
+        summary: dict[str, Any] = {
             "protocol": self.name,
             "surrogates": None if self.surrogates is None else list(self.surrogates),
-            "attacks": {name: {key: value for key, value in asdict(budget).items() if (key, value) not in _DEFAULTS}
-                        for name, budget in self.attacks.items()},
+            "attacks": _summary(self.attacks),
             "full_grid": self.full_grid,
         }
+        return summary if self.plain is None else summary | {"plain": _summary(self.plain)}
 
     def changed(
             self,
@@ -84,7 +92,8 @@ class Protocol:
     ) -> "Protocol":
         """Returns the protocol with other surrogates, attacks or budgets, or with or without the full grid.
 
-        It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one.
+        It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one. Attacks or
+        budgets that are given hold for every classifier, with an HPM head or without.
 
         Raises:
             ValueError: if an attack is unknown, or its budget lacks targets.
@@ -110,22 +119,35 @@ class Protocol:
         other = replace(
             self, attacks={name: budget_of[name] for name in names},
             surrogates=self.surrogates if surrogates is None else surrogates,
+            plain=None if attacks is not None or given else self.plain,
             full_grid=self.full_grid if full_grid is None else full_grid,
             surrogates_at_once=self.surrogates_at_once if surrogates_at_once is None else surrogates_at_once)
         return other if other == self else replace(other, name="custom")
 
 
+def _summary(attacks: Mapping[str, Budget]) -> dict[str, dict[str, int]]:
+    return {name: {key: value for key, value in asdict(budget).items() if (key, value) not in _DEFAULTS}
+            for name, budget in attacks.items()}
+
+
 _AUTOATTACK: Final = ("apgd-ce", "apgd-t", "fab-t", "square")
+_STANDARD: Final = {name: attack.budget for name, attack in ATTACKS.items() if not name.startswith("search")}
+_FAST: Final = {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
+                "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}
+_STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-t": Budget(50, targets=2),
+                          "square": Budget(1_000)}
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
-#: `fast`: the same without FAB, with fewer targets and fewer queries of Square. `autoattack`: AutoAttack's standard
+#: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier without an HPM head is
+#: attacked by a margin search instead; `thorough` goes on with it until it is dry. `autoattack`: AutoAttack's standard
 #: version alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
-        Protocol("standard", {name: attack.budget for name, attack in ATTACKS.items()}),
-        Protocol("fast", {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
-                          "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}),
+        Protocol("standard", _STANDARD, plain=_STANDARD_PLAIN),
+        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(250), "square": Budget(100)}),
+        Protocol("thorough", _STANDARD | {"search": Budget(1_000)},
+                 plain=_STANDARD_PLAIN | {"search-on": Budget(10_000)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),
     )
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -12,7 +13,7 @@ from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .batch import AttackBatch
 from .budget import Budget
-from .components import apgd_ce, apgd_t, fab_t, square
+from .components import apgd_ce, apgd_t, fab_t, search, square
 from .joint import apgd_chain, joint, joint_subset
 
 
@@ -71,6 +72,8 @@ ATTACKS: Final = {
         Attack("apgd-ce", apgd_ce, Budget(100)),
         Attack("apgd-t", apgd_t, Budget(100, targets=9)),
         Attack("fab-t", fab_t, Budget(100, targets=9)),
+        Attack("search", search, Budget(1_000)),
+        Attack("search-on", partial(search, until_dry=True), Budget(10_000)),
         Attack("square", square, Budget(5_000), needs_gradient=False),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),

@@ -1,0 +1,109 @@
+"""The margin search and its losses, against answers in closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import timm_hpm
+from timm_hpm import ThreatModel
+from timm_hpm.attacks import margin_loss, margin_search, probability_margin, target_margin
+
+
+def test_the_margin_of_a_target_is_a_difference_of_logits():
+    logits = torch.tensor([[3.0, 1.0, -2.0], [0.5, 0.0, 4.0]])
+    loss = target_margin(torch.tensor([0, 2]), torch.tensor([2, 1]))
+    assert loss(logits).tolist() == [-5.0, -4.0]
+
+
+def test_the_probability_margin_of_two_classes_is_a_hyperbolic_tangent():
+    logits = torch.tensor([[0.0, 1.5], [2.0, -1.0]])
+    expected = [math.tanh(0.75), math.tanh(-1.5)]
+    assert probability_margin(torch.tensor([0, 0]))(logits).tolist() == pytest.approx(expected)
+
+
+@pytest.fixture
+def problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A linear model of grey images that no perturbation of size 0.1 takes out of [0, 1], and all wrong classes."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).double()
+    images = 0.4 + 0.2 * torch.rand(12, 1, 4, 4, dtype=torch.float64)
+    labels = model(images).argmax(dim=1)
+    return model, images, labels, torch.stack([(labels + k) % 4 for k in (1, 2, 3)], dim=1)
+
+
+def largest_margins(model, images, labels, threat) -> torch.Tensor:
+    """The largest margins (B,) within the threat model of a linear model: margin + eps · dual norm of the weights."""
+    weight = model[1].weight
+    differences = weight.unsqueeze(0) - weight[labels].unsqueeze(1)
+    logits = model(images)
+    margins = logits - logits.gather(1, labels.unsqueeze(1)) + threat.eps * differences.norm(
+        p=1 if threat.norm == "Linf" else 2, dim=2)
+    return margins.scatter(1, labels.unsqueeze(1), -math.inf).amax(dim=1)
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("Linf", 0.02), ThreatModel("L2", 0.08)], ids=str)
+def test_of_a_linear_model_the_nearest_boundary_is_found(problem, threat):
+    model, images, labels, targets = problem
+    found = margin_search(lambda rows, pixels: model(pixels), torch.arange(12), images, labels, targets, threat, 200)
+    expected = largest_margins(model, images, labels, threat)
+    margins = margin_loss(model(found), labels)
+    assert threat.contains(found, images).all()
+    assert 2 <= (expected > 0).sum() <= 10, "the problem tests nothing"
+    assert torch.equal(margins > 0, expected > 0)
+    assert margins[expected <= 0].tolist() == pytest.approx(expected[expected <= 0].tolist(), abs=2e-3)
+
+
+def counted(problem, threat, steps, until_dry):
+    model, images, labels, targets = problem
+    count = 0
+
+    def logits(rows, pixels):
+        nonlocal count
+        count += len(rows)
+        return model(pixels)
+
+    margin_search(logits, torch.arange(12), images, labels, targets, threat, steps, until_dry)
+    return count / 12
+
+
+def test_the_steps_are_those_of_the_budget_and_a_dry_search_ends_early(problem):
+    robust = ThreatModel("Linf", 1e-4)
+    assert 600 <= counted(problem, robust, 600, False) <= 800
+    assert counted(problem, robust, 6_000, True) <= 900
+
+
+def test_a_point_that_only_a_local_search_reaches_is_found():
+    """Each pixel has a shallow slope to the wrong side: an ascent from a random point gets one pixel in two right."""
+    class Wells(nn.Module):
+        def forward(self, pixels):
+            delta = 40 * (pixels.flatten(1) - 0.5)
+            margin = torch.where(delta > 0, delta, 0.8 * -delta).sum(dim=1) - 0.93 * delta.shape[1]
+            return torch.stack([-margin, margin], dim=1)
+
+    images, labels = torch.full((8, 1, 6, 6), 0.5), torch.zeros(8, dtype=torch.long)
+    targets, threat = torch.ones(8, 1, dtype=torch.long), ThreatModel("Linf", 1 / 40)
+    model = Wells()
+    breaks = {steps: (margin_loss(model(margin_search(lambda rows, pixels: model(pixels), torch.arange(8), images,
+                                                      labels, targets, threat, steps)), labels) > 0).sum()
+              for steps in (10, 400)}
+    assert breaks[10] < 4 and breaks[400] == 8
+
+
+@pytest.mark.parametrize("name", ["fast", "standard", "thorough"])
+def test_a_plain_classifier_is_searched(name):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+    images = torch.rand(6, 3, 4, 4)
+    report = timm_hpm.mixed_surrogate_attack(model, images, model(images).argmax(dim=1), "Linf:0.01", protocol=name)
+    expected = {"fast": {"apgd-ce", "search", "square"}, "standard": {"apgd-ce", "apgd-t", "search", "square"},
+                "thorough": {"apgd-ce", "apgd-t", "search", "search-on", "square"}}[name]
+    assert report.by_surrogate["model"].keys() == expected | {"worst"}
+    assert report.protocol["protocol"] == name and not report.protocol["full_grid"]
+
+
+def test_attacks_that_are_given_hold_for_every_classifier():
+    standard = timm_hpm.PROTOCOLS["standard"]
+    assert standard.changed().for_plain().attacks.keys() == {"apgd-ce", "search", "apgd-t", "square"}
+    assert standard.changed(budgets={"apgd-ce": 3}).for_plain().attacks["apgd-ce"].iterations == 3
+    assert "fab-t" in standard.changed(budgets={"apgd-ce": 3}).for_plain().attacks
+    assert standard.digest() != timm_hpm.evaluation.Protocol("standard", standard.attacks).digest()

@@ -1,0 +1,134 @@
+"""Margin search, a local search that spends its steps on the images and classes nearest to a decision boundary.
+
+Ten steps towards each target find the nearest one. From then on an ascent starts at the best point of its image with
+a fifth of the pixels at random again, as in an iterated local search; the images that are far from a boundary leave
+the search one after another. Ascents from random points alone break fewer images at equal cost (docs/benchmarks.md).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..threat import ThreatModel, per_image
+from .apgd import Ball, put, query
+from .losses import target_margin
+
+#: Steps of an ascent from a random start towards each target, and of an ascent from a changed best point.
+FIRST_STEPS: Final = 10
+NEXT_STEPS: Final = 20
+#: Part of the pixels of a best point that are drawn anew.
+_REDRAWN: Final = 0.2
+#: Part of a step that is new; the rest is the step before it.
+_NEW_STEP: Final = 0.75
+#: Part of the images left that take part in a round, on average: fewer and fewer, or always as many until it is dry.
+_SERVED: Final = 0.25
+#: A search until it is dry ends if it has taken this many times the rounds to its last success.
+_PATIENCE: Final = 2
+
+
+def margin_search(
+        logits_fn: Callable[[Tensor, Tensor], Tensor],
+        rows: Tensor,
+        clean: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        threat: ThreatModel | str,
+        steps: int,
+        until_dry: bool = False,
+) -> Tensor:
+    """Returns a misclassified point (R, ...) of each image, or its point of largest margin if none is found.
+
+    Arguments:
+        logits_fn: some of the `rows` (r,), and pixels (r, ...) for them, to logits (r, C).
+        rows: (R,), the images' names for `logits_fn`.
+        clean: (R, ...), pixels in [0, 1].
+        labels: (R,), class indices.
+        targets: (R, T), wrong classes, the most promising first.
+        threat: the threat model, or a text such as `"Linf:8/255"`.
+        steps: steps per image, on average over the images that are not broken; an ascent costs one query more.
+        until_dry: whether `steps` is only a limit, and the search ends earlier if half of its rounds, the later half,
+            have broken no image.
+    """
+    search = _Search(logits_fn, rows, clean, labels, targets, ThreatModel.of(threat))
+    for number in range(targets.shape[1]):
+        left = search.nearest(1.0)
+        search.ascend(left, torch.full_like(left, number), search.random_start(left), FIRST_STEPS)
+    rounds = math.ceil(max(steps - FIRST_STEPS * targets.shape[1], 0) / (_SERVED * NEXT_STEPS))
+    last_success = rounds // (10 * _PATIENCE)
+    for done in range(rounds):
+        left = search.nearest(_SERVED if until_dry else (1 - done / rounds) ** (1 / _SERVED - 1))
+        if not len(left) or (until_dry and done > _PATIENCE * last_success):
+            break
+        search.ascend(left, search.margins[left].argmax(dim=1), search.near_best(left), NEXT_STEPS)
+        if until_dry and search.fooled[left].any():
+            last_success = max(done + 1, last_success)
+    return search.points
+
+
+@dataclass
+class _Search:
+    """The images of a search: their best points and margins, and whether they are fooled."""
+
+    logits_fn: Callable[[Tensor, Tensor], Tensor]
+    rows: Tensor
+    clean: Tensor
+    labels: Tensor
+    targets: Tensor
+    threat: ThreatModel
+
+    def __post_init__(self) -> None:
+        self.points = self.clean.clone()
+        self.fooled = torch.zeros_like(self.labels, dtype=torch.bool)
+        self.best = torch.full_like(self.labels, -math.inf, dtype=self.clean.dtype)
+        self.margins = torch.full_like(self.targets, -math.inf, dtype=self.clean.dtype)
+
+    def nearest(self, part: float) -> Tensor:
+        """Returns the images (r,) of largest margin, ascending: a `part` of those that are not fooled."""
+        left = (~self.fooled).nonzero().squeeze(1)
+        served = math.ceil(part * len(left))
+        return left[self.best[left].argsort(descending=True, stable=True)[:served]].sort().values
+
+    def random_start(self, images: Tensor) -> Tensor:
+        """Returns random starts (r, ...)."""
+        return Ball(self.clean[images], self.threat).random_start().clamp_(0, 1)
+
+    def near_best(self, images: Tensor) -> Tensor:
+        """Returns starts (r, ...): the best points with some pixels at random, under Linf on the surface."""
+        clean, best = self.clean[images], self.points[images]
+        ball = Ball(clean, self.threat)
+        drawn = ball.random_start()
+        if self.threat.norm == "Linf":
+            drawn = torch.where(drawn > clean, ball.high, ball.low)
+        return ball.project(torch.where(torch.rand_like(best) < _REDRAWN, drawn, best))
+
+    def ascend(self, images: Tensor, numbers: Tensor, start: Tensor, steps: int) -> None:
+        """Raises the margins of the targets of those `numbers` (r,), with shorter and shorter steps."""
+        if not len(images):
+            return
+        rows, labels = self.rows[images], self.labels[images]
+        ball = Ball(self.clean[images], self.threat)
+        loss_fn = target_margin(labels, self.targets[images, numbers])
+        x = before = start
+        margins, points, fooled = torch.full_like(self.best[images], -math.inf), start.clone(), self.fooled[images]
+        for i in range(steps + 1):
+            margin, gradient, wrong = query(lambda pixels: self.logits_fn(rows, pixels), loss_fn, x, labels,
+                                            with_gradient=i < steps)
+            # The first misclassified point counts, or else the point of largest margin.
+            put(points, ~fooled & (wrong | (margin > margins)), x)
+            margins, fooled = margins.maximum(margin), fooled | wrong
+            if i == steps:
+                break
+            size = torch.full_like(per_image(margin, x), self.threat.eps * (1 + math.cos(math.pi * i / steps)))
+            moved = ball.project(ball.step(gradient, size).add_(x))
+            if i:
+                moved = ball.project(moved.sub_(x).mul_(_NEW_STEP).add_(x).add_(x - before, alpha=1 - _NEW_STEP))
+            before, x = x, moved
+        better = fooled | (margins > self.best[images])
+        self.points[images[better]] = points[better]
+        self.best[images] = self.best[images].maximum(margins)
+        self.margins[images, numbers] = self.margins[images, numbers].maximum(margins)
+        self.fooled[images] = fooled

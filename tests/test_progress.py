@@ -459,7 +459,8 @@ def test_a_resumed_run_measures_only_the_neighbours_that_it_lacks(model, digits,
 
 def test_a_changed_protocol_is_called_custom_and_has_another_digest():
     standard = PROTOCOLS["standard"]
-    assert standard.changed(budgets={"apgd-ce": Budget(100)}, attacks=list(standard.attacks)) == standard
+    autoattack = PROTOCOLS["autoattack"]
+    assert autoattack.changed(budgets={"apgd-ce": Budget(100)}, attacks=list(autoattack.attacks)) == autoattack
     custom = standard.changed(["fc"], ["square", "apgd-t"], {"square": Budget(7)})
     assert custom == Protocol("custom", {"square": Budget(7), "apgd-t": Budget(100, 9)}, ("fc",))
     restarts = replace(standard, attacks={**standard.attacks, "joint-subset": Budget(25, restarts=31)})

@@ -46,7 +46,8 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     pixel_model = as_pixel_model(model)
     attacked, device = attacked_copy(pixel_model, images[:batch_size])
     plan = make_plan(protocol, attacked, 10**6, ())
-    budgets = "; ".join(f"{name} {budget}" for name, budget in protocol.attacks.items())
+    budgets = "; ".join(f"{name} {budget}" for name, budget in
+                        (protocol if attacked.head is not None else protocol.for_plain()).attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
     processes = 1 if accelerator is None else accelerator.num_processes
     channels, height, width = images.shape[1:]

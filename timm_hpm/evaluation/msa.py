@@ -73,7 +73,7 @@ def mixed_surrogate_attack(
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: the threat model, or a text such as `"Linf:8/255"`.
-        protocol: `"standard"`, `"fast"`, `"autoattack"` or a `Protocol`, such as
+        protocol: `"standard"`, `"fast"`, `"thorough"`, `"autoattack"` or a `Protocol`, such as
             `PROTOCOLS["standard"].changed(attacks=["apgd-ce"])`. Targets are capped at C − 1.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the predictions depend on it.
         seed: of the attacks' random numbers; the caller's random state is restored.

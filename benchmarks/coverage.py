@@ -20,7 +20,7 @@ import time
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,6 @@ FAMILIES: dict[str, Callable[[], Architectures]] = {
 }
 
 
-def made_by(make: Callable[[], Any]) -> Iterator[nn.Module]:
-    """Yields the model on the meta device if that works, and then on the CPU."""
-    try:
-        with torch.device("meta"):
-            yield make().eval()
-    except (NotImplementedError, RuntimeError):  # it reads the numbers of tensors
-        pass
-    yield make().eval()
-
-
 def kind_of_head(model: nn.Module) -> str:
     """Returns the kind of the classifier that the HPM head of `model` replaces."""
     name = head_name(model)
@@ -168,12 +158,13 @@ def check(model: nn.Module, size: int | None) -> str:
 
 
 def tried(make: Callable[[], Any], size: int | None) -> str:
-    """Returns the kind of the head that an architecture takes, or raises the reason of the last attempt."""
-    attempts = made_by(make)
+    """Returns the kind of the head that an architecture takes, on the meta device or else on the CPU, or raises."""
     try:
-        return check(next(attempts), size)
-    except (NotImplementedError, RuntimeError):  # its forward pass reads the numbers of tensors
-        return check(next(attempts), size)
+        with torch.device("meta"):
+            model = make().eval()
+        return check(model, size)
+    except (NotImplementedError, RuntimeError):  # it reads the numbers of tensors
+        return check(make().eval(), size)
 
 
 def walk(architectures: Architectures) -> tuple[dict[str, list[str]], dict[str, list[tuple[str, str]]]]:
@@ -190,10 +181,10 @@ def walk(architectures: Architectures) -> tuple[dict[str, list[str]], dict[str, 
 
 def reason(error: Exception) -> str:
     """Returns the start of an error, with the model's class left out."""
-    text = str(error).strip().partition("\n")[0].partition(": ")[0]
+    text = str(error).strip().partition("\n")[0].partition(": ")[0].partition(". ")[0]
     for sign in (" has ", " sees features without pooling"):
         if sign in text and isinstance(error, timm_hpm.UnsupportedHeadError):
-            return text[text.index(sign) + 1:].partition(". ")[0]
+            return text[text.index(sign) + 1:]
     return text
 
 

@@ -105,7 +105,7 @@ class AttackBatch:
         lost = ~logits.isfinite().all(dim=1)
         self._lost = self._lost.index_copy(0, rows, self._lost.index_select(0, rows) | lost)
         if self._substitutes is None:
-            self._substitutes = self._substitutes_of(logits.shape[1])
+            self._substitutes = self._substitutes_of(logits.shape[1]).to(logits.dtype)
         logits = torch.where(lost.unsqueeze(1), self._substitutes.index_select(0, rows), logits)
         if logits.requires_grad or not pixels.requires_grad:
             return logits

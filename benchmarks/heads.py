@@ -147,6 +147,7 @@ def table(_: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs a command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     running = commands.add_parser("run")

@@ -152,3 +152,13 @@ def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):
     saved = [Sensitivity.load(file) for file in sorted((tmp_path / "out").glob("*.json"))]
     assert [len(study.rows) for study in saved] == [2, 2] and saved[0].rows == saved[1].rows
     assert "| FC | 0.1 |" in capsys.readouterr().out
+
+
+def test_images_and_labels_of_other_types_give_the_same_study_and_a_training_model_is_refused():
+    model = LinearFeatures().eval()
+    images, labels = images_of(model, "fc")
+    rows = [measure_sensitivity(model, x, y, "Linf", [0.02], ["fc"], iterations=3).rows
+            for x, y in ((images, labels), (images.double(), labels.int()), (images, labels.to(torch.uint8)))]
+    assert rows[0] == rows[1] == rows[2]
+    with pytest.raises(ValueError, match="eval"):
+        measure_sensitivity(model.train(), images, labels, "Linf", [0.02], ["fc"])

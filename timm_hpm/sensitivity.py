@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .attacks.apgd import apgd
 from .attacks.losses import cross_entropy, margin_loss
-from .data import as_pixel_model, check_pixels, checked_integer
+from .data import as_pixel_model, check_eval_mode, checked_integer, for_gradients
 from .evaluation.attacked import AttackedModel
 from .evaluation.seeding import seeded
 from .files import write_text
@@ -146,7 +146,7 @@ def measure_sensitivity(
         progress: shows a progress bar on standard error.
 
     Raises:
-        ValueError: if the head is not fitted, or an argument is malformed.
+        ValueError: if the head is not fitted, the model is in train mode, or an argument is malformed.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     modes = tuple(dict.fromkeys(check_inference(mode) for mode in modes))
@@ -157,8 +157,9 @@ def measure_sensitivity(
                          "timm_hpm.fit_prototypes(model, loader) first")
     iterations, seed = checked_integer("iterations", iterations, 1), checked_integer("seed", seed, 0)
     batch_size = checked_integer("batch_size", batch_size, 1)
+    check_eval_mode(model)
     device = next(model.parameters()).device
-    images, labels = check_pixels(images, labels).to(device), labels.to(device)
+    images, labels = (part.to(device) for part in for_gradients(images, labels))
     study = _Study(model, images, labels, batch_size)
     clean = {mode: study.at(mode, images) for mode in modes}
     rows = []

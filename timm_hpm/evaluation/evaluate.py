@@ -51,8 +51,8 @@ def evaluate(
     """
     about = dict(options.pop("about", None) or {})
     if isinstance(data, str):
-        opened = (open_split_for if hasattr(model, "pretrained_cfg") else _open_for_any)(
-            model, data, split, data_dir=data_dir)
+        opened = (open_split_for(model, data, split, data_dir=data_dir) if hasattr(model, "pretrained_cfg")
+                  else open_split(data, split, data_dir=data_dir))
         images, labels = first_images(opened, num_images)
         threat = opened.threat if threat is None else threat
         about = {"dataset": data, "split": split} | about
@@ -66,16 +66,12 @@ def evaluate(
         return mixed_surrogate_attack(model, images, labels, threat, about=about, **options)
 
 
-def _open_for_any(model: nn.Module, data: str, split: str, **options: Any) -> Any:
-    return open_split(data, split, **options)
-
-
 def _first_of(data: Any, num_images: int) -> tuple[Tensor, Tensor]:
     if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise ValueError(f"data is a {type(data).__name__}; expected the name of a data set, a data set of (image, "
                              "label), or a pair of tensors (images, labels)")
-        pairs = [data[i] for i in range(min(num_images, len(data)) or len(data))]
+        pairs = [data[i] for i in range(min(max(num_images, 0), len(data)) or len(data))]
         try:
             data = torch.stack([torch.as_tensor(image) for image, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
         except (TypeError, ValueError, RuntimeError) as error:

@@ -69,15 +69,14 @@ def test_a_module_of_one_s_own_is_trained_in_place_and_saved(options, digits, tm
 
 
 def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits, tmp_path):
-    config = dataclasses.replace(CONFIG, model="resnet10t", num_classes=10, in_chans=1, epochs=1, batch_size=350,
-                                 freeze_backbone=True)
+    # With a stride of 8 no convolution of stride 2 meets a map of one pixel: torch's CPU kernel for bfloat16 leaves
+    # parts of that weight gradient uninitialised.
+    config = dataclasses.replace(CONFIG, model="test_resnet", model_kwargs={"output_stride": 8}, num_classes=10,
+                                 in_chans=1, epochs=1, batch_size=350, freeze_backbone=True)
     train(None, config, tmp_path / "run", log=quiet)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert type(model).__name__ == "ResNet" and model.pretrained_cfg["mean"] == [0.3053]
     assert timm_hpm.judge(model, digits[0][:8], digits[1][:8], 8).shape == (8,)
-    before = timm.create_model("resnet10t", num_classes=10, in_chans=1)
-    torch.manual_seed(0)
-    assert not torch.equal(model.fc.weight, before.fc.weight)
     # As an object it keeps the normalisation that it has, and a process's next run may have another precision.
     again = timm_hpm.train(model, epochs=1, device="cpu", amp=True, attack_steps=1, val_attack_steps=1, batch_size=350,
                            output=tmp_path / "again", log=quiet)

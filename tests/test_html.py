@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel, report_page
 from timm_hpm.evaluation import Budget
-from timm_hpm.report import FLAGS, Flag, make_example, svg
+from timm_hpm.report import FLAGS, Convergence, Flag, make_example, svg
 from timm_hpm.report.sweep_page import sweep_page
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,9 @@ def report() -> AttackReport:
     flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
     neighbours = [{"batch_size": 10, "mix": 0.9, "kind": kind, "targets": 48, "flipped": flipped}
                   for kind, flipped in (("reshuffled", 2.4), ("adversarial", 31))]
-    return dataclasses.replace(committed, examples=examples, flags=flags, neighbours=neighbours)
+    convergence = Convergence([None if robust else 50.0 for robust in committed.robust], 80.0, [0.5] * 100, 1.0)
+    return dataclasses.replace(committed, examples=examples, flags=flags, neighbours=neighbours,
+                               convergence=convergence)
 
 
 def test_the_page_holds_the_report_s_numbers(report):
@@ -56,14 +58,11 @@ def test_the_page_holds_the_report_s_numbers(report):
 
 
 def test_the_accuracy_falls_with_the_passes_in_the_order_in_which_the_attacks_ran():
-    def cost(passes: float) -> dict[str, float]:
-        return {"seconds": 1, "forward_passes": passes, "backward_passes": passes}
-
+    fell_after = [10.0, 10.0, None, 80.0, 80.0, 80.0, None, None, None, 0.0]
     report = AttackReport(
         {"architecture": "Linear"},
-        # By surrogate, as a report has them; APGD ran on both before Square did.
         {"clean": "1111111110", "a/apgd-ce": "0111111111", "a/square": "1110001111", "b/apgd-ce": "1011111111"},
-        cost={"apgd-ce": cost(50), "square": cost(350), "all": cost(500)})
+        convergence=Convergence(fell_after, 80.0, [0.5] * 10, 1.0))
     html = report_page(report)
     assert [unescape(title) for title in re.findall(r"<title>(after .*?)</title>", html)] == [
         "after apgd-ce, 10 passes: 70.0 %", "after square, 80 passes: 40.0 %"]
@@ -76,8 +75,7 @@ def test_the_accuracy_falls_with_the_passes_in_the_order_in_which_the_attacks_ra
     assert y[0] == y[1] and y[2] == y[3] and (y[2] - y[1]) / (y[4] - y[3]) == pytest.approx(2 / 3, abs=0.01)
     shade = re.search(r"<rect x='(.*?)'", plot)[1]
     assert float(shade) == pytest.approx(right - (right - left) / 4, abs=0.1)
-    for unknown in ({}, {"square": cost(20)}):
-        assert "passes spent" not in report_page(dataclasses.replace(report, cost=unknown))
+    assert "passes spent" not in report_page(dataclasses.replace(report, convergence=None))
 
 
 def test_the_names_of_a_plot_have_colours_of_their_own_the_same_in_every_report(report):
@@ -205,10 +203,10 @@ def test_a_browser_shows_a_sweep(report, tmp_path):
 def test_an_evaluation_shows_images_that_were_broken():
     model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
     images, labels = timm_hpm.load_split("digits", "test").tensors
-    images, labels = images[:40], labels[:40]
-    options = {"attacks": ["apgd-ce", "square"], "surrogates": ["fc", "ste"],
+    images, labels = images[:20], labels[:20]
+    options = {"attacks": ["apgd-ce", "square"], "surrogates": ["fc"],
                "budgets": {"apgd-ce": Budget(5), "square": Budget(5)}}
-    report = run_attack(model, images, labels, ThreatModel("Linf", 0.3), batch_size=20, **options)
+    report = run_attack(model, images, labels, ThreatModel("Linf", 0.3), batch_size=10, **options)
     assert len(report.examples) == 8
     for example in report.examples:
         rows = {name: row[example.image] for name, row in report.correct.items()}

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 from protocols import run_attack
 
 import evaluate
@@ -17,8 +18,9 @@ OPTIONS = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": 1, "joint": 2
            "batch_size": 6}
 
 
-@pytest.fixture
-def reports(model, digits) -> list[AttackReport]:
+@pytest.fixture(scope="module")
+def reports(digits) -> list[AttackReport]:
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
     return [run_attack(model, *digits, "Linf:0.1", seed=seed, **OPTIONS) for seed in (3, 0)]
 
 

@@ -8,18 +8,16 @@ from ..report.metrics import right_in_all
 from .resume import Step
 
 
-def measured_convergence(steps: Sequence[Step]) -> Convergence | None:
-    """Returns the `Convergence` of the steps of all batches, in order; None if an older version made some of them."""
+def measured_convergence(steps: Sequence[Step]) -> Convergence:
+    """Returns the `Convergence` of the steps of all batches, in order."""
     fell_after: list[float | None] = []
     margins: list[float] = []
     clean: list[float] = []
     spent = {True: 0.0, False: 0.0}  # by whether an image of the batch is left
     for batch in _batches(steps):
-        size, passes = len(next(iter(batch[0].correct.values()))), 0.0
-        if any(len(step.margins) != size for step in batch):
-            return None
+        passes = 0.0
         clean += [margin for margin in batch[0].margins if margin > 0]
-        fallen: list[float | None] = [None] * size
+        fallen: list[float | None] = [None] * len(batch[0].margins)
         for step in batch:
             passes += (step.cost["forward_passes"] + step.cost["backward_passes"]) / max(step.attacked, 1)
             right = right_in_all(step.correct.values())

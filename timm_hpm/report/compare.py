@@ -33,12 +33,6 @@ class PairedRow:
         return (self.only_b - self.only_a) / self.num_images
 
     @property
-    def difference_se(self) -> float:
-        """Standard error of the paired difference."""
-        apart = self.only_a + self.only_b
-        return math.sqrt(max(0.0, apart / self.num_images - self.difference ** 2) / self.num_images)
-
-    @property
     def difference_interval(self) -> tuple[float, float]:
         """The 95 % interval of `difference`, of the Wilson intervals of a and b; wide also if no image differs.
 
@@ -95,12 +89,8 @@ def compare(a: AttackReport, b: AttackReport) -> Comparison:
     """Returns two reports on the same images side by side, with paired significance.
 
     Raises:
-        ValueError: if the reports are of different images, or one does not name its images.
+        ValueError: if the reports are of different images.
     """
-    for name, report in (("first", a), ("second", b)):
-        if "data_digest" not in report.protocol:
-            raise ValueError(f"the {name} report does not say which images it is of (no data_digest in its protocol); "
-                             "evaluate again with this version")
     if a.protocol["data_digest"] != b.protocol["data_digest"]:
         images = (f"{report.num_images} images of {report.protocol.get('dataset', 'an unnamed data set')} "
                   f"(data_digest {report.protocol['data_digest']})" for report in (a, b))

@@ -32,11 +32,6 @@ def worst_accuracy(rows: Iterable[str]) -> float:
     return sum(right) / len(right)
 
 
-def standard_error(accuracy: float, num_images: int) -> float:
-    """Returns the standard error of an accuracy, by the binomial distribution."""
-    return math.sqrt(accuracy * (1 - accuracy) / num_images)
-
-
 def wilson_interval(accuracy: float, num_images: int) -> tuple[float, float]:
     """Returns the 95 % score interval of an accuracy, fractions in [0, 1], also at accuracies of 0 and 1.
 

@@ -19,7 +19,7 @@ from .checks import check_report
 from .convergence import Convergence
 from .examples import Example
 from .flags import Flag
-from .metrics import attack_of, most_errors_accuracy, right_in_all, standard_error, wilson_interval, worst_accuracy
+from .metrics import attack_of, most_errors_accuracy, right_in_all, wilson_interval, worst_accuracy
 
 #: Written and read.
 SCHEMA_VERSION: Final = 2
@@ -182,11 +182,6 @@ class AttackReport:
         return most_errors_accuracy(self.verdicts.values(), self.protocol["batch_size"])
 
     @property
-    def robust_accuracy_se(self) -> float:
-        """Standard error of `robust_accuracy`, by the binomial distribution."""
-        return standard_error(self.robust_accuracy, self.num_images)
-
-    @property
     def robust_accuracy_interval(self) -> tuple[float, float]:
         """The 95 % Wilson interval of `robust_accuracy`, which has a width at 0 and 1, too."""
         return wilson_interval(self.robust_accuracy, self.num_images)
@@ -224,7 +219,6 @@ class AttackReport:
             "num_images": self.num_images,
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
-            "robust_accuracy_se": self.robust_accuracy_se,
             "robust_accuracy_interval": list(self.robust_accuracy_interval),
             "assembled_robust_accuracy": self.assembled_robust_accuracy,
             "realised_robust_accuracy": self.realised_robust_accuracy,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .metrics import attack_of, wilson_interval, worst_accuracy
+from .metrics import attack_of, wilson_interval
 from .schema import AttackReport
 
 #: The name of the robust accuracy among the `accuracies`.
@@ -102,33 +102,15 @@ class Fall(NamedTuple):
 
 
 def falls(report: AttackReport) -> list[Fall]:
-    """Returns the falls of the robust accuracy with the passes, from that of clean images down; [] if unknown.
-
-    In a report without `convergence` there is one for each attack, in the order of their first start.
-    """
+    """Returns the falls of the robust accuracy with the passes, from that of clean images down; [] if unknown."""
     found = report.convergence
-    if found is not None and found.spent > 0:
-        attacks = {}
-        for passes, name in zip(found.fell_after, report.fell_to, strict=True):
-            if passes:
-                attacks[passes] = attack_of(name)
-        ends = sorted({*attacks, found.spent})
-        robust = (sum(passes is None or passes > end for passes in found.fell_after) for end in ends)
-        return [Fall(end, right / report.num_images, attacks.get(end, "the end"))
-                for end, right in zip(ends, robust, strict=True)]
-    by_attack: dict[str, list[str]] = {}
-    for name, row in report.correct.items():
-        by_attack.setdefault(attack_of(name), []).append(row)
-    seen, total = by_attack.pop("clean"), 0.0
-    if not by_attack.keys() <= report.cost.keys():
+    if found is None or found.spent <= 0:
         return []
-    steps = []
-    for attack, cost in report.cost.items():
-        total += (cost["forward_passes"] + cost["backward_passes"]) / report.num_images
-        if attack in by_attack and total > 0:
-            seen = [*seen, *by_attack[attack]]
-            steps.append(Fall(total, worst_accuracy(seen), attack))
-    return steps
+    attacks = {passes: attack_of(name) for passes, name in zip(found.fell_after, report.fell_to, strict=True) if passes}
+    ends = sorted({*attacks, found.spent})
+    robust = (sum(passes is None or passes > end for passes in found.fell_after) for end in ends)
+    return [Fall(end, right / report.num_images, attacks.get(end, "the end"))
+            for end, right in zip(ends, robust, strict=True)]
 
 
 def convergence_note(report: AttackReport) -> str:

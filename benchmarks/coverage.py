@@ -13,11 +13,7 @@ work: the last gives the class and the keys of before.
 
 import argparse
 import fnmatch
-import importlib
-import importlib.util
-import sys
 import time
-import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +24,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from _robustbench import zoo_module
 from torch import nn
 
 import timm_hpm
@@ -64,16 +61,13 @@ def torchvision_architectures() -> Architectures:
 
 def robustbench_architectures() -> Architectures:
     """Returns the networks that the modules of RobustBench's `architectures` make."""
-    spec = importlib.util.find_spec("robustbench")
-    if spec is None:
+    try:
+        zoo_module("architectures")
+    except ModuleNotFoundError:
         return {}
-    # Without its packages' own __init__, which import data sets, attacks and a timm of 2024.
-    for package in ("robustbench", "robustbench.model_zoo"):
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(Path(spec.submodule_search_locations[0], *package.split(".")[1:]))]
 
     def of(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"robustbench.model_zoo.architectures.{module}"), name)(*args, **kwargs)
+        return getattr(zoo_module(f"architectures.{module}"), name)(*args, **kwargs)
 
     small = {"CARD_resnet": "LRR_ResNet WidePreActResNet", "Meansparse_wrn_70_16": "DMWideResNet DMPreActResNet",
              "Meansparse_wrn_94_16": "MeanSparse_DMWideResNet", "boosting_wide_resnet": "BoostingWideResNet",
@@ -101,7 +95,7 @@ def robustbench_architectures() -> Architectures:
         made[f"convstem_models.{name}_cvst"] = make, 224
 
     def resnext() -> nn.Module:
-        module = importlib.import_module("robustbench.model_zoo.architectures.resnext")
+        module = zoo_module("architectures.resnext")
         return module.CifarResNeXt(module.ResNeXtBottleneck, 29, 4, 32, 10)
 
     def normalised() -> nn.Module:

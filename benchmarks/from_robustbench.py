@@ -11,10 +11,8 @@ and gives the same logits. No weights are downloaded.
 
 import argparse
 import fnmatch
-import importlib
 import re
 import sys
-import types
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -22,13 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import timm
 import torch
+from _robustbench import randomised, zoo_module
 from torch import Tensor, nn
 
 import timm_hpm
@@ -81,31 +79,12 @@ class StandIns:
 
 def zoo() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Yields the data set, the norm, the id and the entry of RobustBench's adversarially robust models."""
-    spec = find_spec("robustbench")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("RobustBench is not installed: pip install --no-deps robustbench==1.1.1")
-    # Its packages' own __init__ would import data sets, attacks and its downloads.
-    root = Path(spec.submodule_search_locations[0])
-    for package, folder in (("robustbench", root), ("robustbench.model_zoo", root / "model_zoo")):
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(folder)]
     sys.meta_path.append(StandIns())  # type: ignore[arg-type]
     for dataset in DATASETS:
-        module = importlib.import_module(f"robustbench.model_zoo.{dataset}")
+        module = zoo_module(dataset)
         for norm in NORMS:
             for name, entry in getattr(module, norm, {}).items():
                 yield dataset, norm, name, entry
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Gives a network random BatchNorm statistics and a classifier that tells images apart."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    return model.eval()
 
 
 def shapes(model: nn.Module) -> Counter:

@@ -2,7 +2,7 @@
 """Attacks the robust images of a Mixed Surrogate Attack by independent implementations, at larger budgets.
 
     pip install -e '.[benchmarks]' && pip install --no-deps adv-lib==0.2.8
-    python evaluate.py --output output/digits && python benchmarks/independent.py --report output/digits/report.json
+    python evaluate.py --output output/digits && python benchmarks/independent.py output/digits/report.json
 
 PGD, APGD and FAB are adv-lib's and Square is ART's, not this project's or pyautoattack's. (adv-lib is installed without
 its dependencies: visdom cannot be built with today's setuptools. torchattacks needs an old `requests` and installs its
@@ -10,8 +10,7 @@ own `robustbench`.) Each attacks the true model in its inference mode, and each 
 
 Each run is judged by the true model in the report's whole batches, with each image at its point of largest loss. In
 batch mode all images of a batch are attacked, and each whole batch is judged, too, in which the run misclassified an
-image for the first time; in the other modes only the robust images are attacked. Without --report the protocol
-`standard` runs first.
+image for the first time; in the other modes only the robust images are attacked.
 """
 
 import argparse
@@ -30,19 +29,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_hpm
-from timm_hpm import write_report
 from timm_hpm.attacks import margin_loss
 from timm_hpm.data import first_images
-from timm_hpm.evaluation import PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.command import load_model
+from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.evaluation.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.files import writable_folder, write_text
-from timm_hpm.models.create import create_model, open_split_for, usable_device
+from timm_hpm.models.create import open_split_for
 from timm_hpm.report import TRUE_MODEL, data_digest, weights_digest
 from timm_hpm.report.metrics import right_in_all
 
@@ -214,8 +212,8 @@ def find_missed(
     for what, ours, theirs in (("weights", weights_digest(model), protocol["weights_digest"]),
                                ("images", data_digest(images, labels), protocol["data_digest"])):
         if ours != theirs:
-            raise ValueError(f"the {what} have the digest {ours}, those of the report {theirs}; give the model, "
-                             "checkpoint, data set and split that it is of")
+            raise ValueError(f"the {what} have the digest {ours}, those of the report {theirs}; they are "
+                             "others now")
     size = protocol["batch_size"]
     if as_row(judge(model, images, labels, size)) != report.correct["clean"]:
         raise ValueError("the model classifies the clean images otherwise than the report says; is it of the same "
@@ -274,57 +272,28 @@ def to_markdown(missed: dict[str, dict[str, list[int]]], report: timm_hpm.Attack
         f"missed by MSA: {number} of {total} images, {points:.1f} points"])
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="the report.json of evaluate.py to check; it says "
-                        "the threat model, batch size, number of images and inference mode")
-    parser.add_argument("--model", default="hpm_wrn10_2", help="(%(default)s)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to load instead of the pretrained ones")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
-                        help="arguments of timm.create_model")
-    parser.add_argument("--dataset", default="digits", help="(%(default)s)")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="folder of the data set")
-    parser.add_argument("--split", default="test", help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    group = parser.add_argument_group("without a report")
-    group.add_argument("--threat", metavar="NORM:EPS", help="(the data set's usual one)")
-    group.add_argument("--num-images", type=int, metavar="N", help="the first N images, 0 for all (100)")
-    group.add_argument("-b", "--batch-size", type=int, metavar="N", help="images in a judged batch (100)")
-    group = parser.add_argument_group("attackers")
-    group.add_argument("--budget-scale", type=float, default=1.0, metavar="X",
-                       help=f"times the steps and queries of {Budgets()} (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    group.add_argument("--output", type=Path, default=Path("output/independent"), metavar="FOLDER",
-                       help="folder of independent.json, and of a report.json made here (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.report and (args.threat, args.num_images, args.batch_size) != (None, None, None):
-        raise ValueError("the report says the threat model, the number of images and the batch size; leave out "
-                         "--threat, --num-images and --batch-size")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the missed images and writes them into a file; returns the exit code."""
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, metavar="REPORT", help="the report.json of an evaluation, which names the "
+                        "model, the images, the threat model, the batch size and the inference mode")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--budget-scale", type=float, default=1.0, metavar="X",
+                        help=f"times the steps and queries of {Budgets()} (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("output/independent"), metavar="FOLDER",
+                        help="folder of independent.json (%(default)s)")
+    args = parser.parse_args(argv)
     budgets = Budgets().scaled(args.budget_scale)
     import_attacks()
     writable_folder(args.output)
-    model = create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint,
-                         **args.model_kwargs)
-    model = model.to(usable_device(args.device)).eval()
-    split = open_split_for(model, args.dataset, args.split, data_dir=args.data_dir)
-    if args.report:
-        report = timm_hpm.AttackReport.load(args.report)
-        images, labels = first_images(split, report.num_images)
-    else:
-        images, labels = first_images(split, 100 if args.num_images is None else args.num_images)
-        report = timm_hpm.mixed_surrogate_attack(
-            model, images, labels, timm_hpm.ThreatModel.parse(args.threat or split.threat),
-            protocol=PROTOCOLS["standard"].changed(surrogates_at_once=5), seed=args.seed,
-            batch_size=100 if args.batch_size is None else args.batch_size, progress=True,
-            about={"model": args.model, "dataset": args.dataset, "split": args.split})
-        write_report(report, args.output)
+    report = timm_hpm.AttackReport.load(args.report)
+    config = EvaluateConfig(**{name: report.protocol[name] for name in ("model", "dataset", "split")},
+                            **(report.protocol.get("options") or {}), device=args.device)
+    model = load_model(config)
+    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
+                           class_map=config.class_map)
+    images, labels = first_images(split, report.num_images)
     missed = find_missed(model, images, labels, report, budgets, seed=args.seed, progress=True)
     write_text(args.output / "independent.json", json.dumps({
         "missed": missed,

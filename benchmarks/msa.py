@@ -5,10 +5,6 @@
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
         [--output FOLDER]
 
-- attack over passes: time of an evaluation by `standard` on one batch, checks and verdicts
-  included, over the time that its counted passes take by themselves, before it and after it: the attacks' in their
-  order, from the pixels to the logits of each surrogate, with as many rows as each had, and the judge's. The median of
-  several runs after one that does not count; also for each attack.
 - standard over naive: time of the protocol `standard`, over that of pyautoattack's standard version once per surrogate
   and the judge on its results.
 - fast over naive: the same of the protocol `fast`.
@@ -28,12 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from _timing import seconds
@@ -42,7 +35,7 @@ from torch import Tensor, nn
 
 import timm_hpm
 from timm_hpm.data import first_images
-from timm_hpm.evaluation import ATTACKS, PROTOCOLS, Protocol
+from timm_hpm.evaluation import PROTOCOLS, Protocol
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.judge import as_row
 from timm_hpm.files import writable_folder, write_text
@@ -50,105 +43,7 @@ from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.report import weights_digest
 from timm_hpm.report.metrics import right_in_all
 
-NAMES = ("attack over passes", "standard over naive", "fast over naive", "two processes over one")
-
-
-def passes(split: AttackedModel, images: Tensor, surrogates: Sequence[str], sizes: Sequence[tuple[int, bool]]) -> None:
-    """Makes the passes that were counted, in their order, to the logits of each of the surrogates side by side.
-
-    Arguments:
-        sizes: the number of rows of each pass, and whether it had a gradient.
-    """
-    rows = images.repeat(max((size for size, _ in sizes), default=0) // len(images) + 1, 1, 1, 1)
-
-    def logits(x: Tensor) -> Tensor:
-        parts = split.features(x).split(-(-len(x) // len(surrogates)))
-        return torch.cat([split.logits(name, part) for name, part in zip(surrogates, parts, strict=False)])
-
-    for size, with_gradient in sizes:
-        x = rows[:size].clone().requires_grad_(with_gradient)
-        with torch.set_grad_enabled(with_gradient):
-            answers = logits(x)
-        if with_gradient:
-            torch.autograd.grad(answers.sum(), x)
-
-
-@contextmanager
-def counted_sizes() -> Iterator[dict[str, list[tuple[int, bool]]]]:
-    """Yields a dict that collects the sizes of the passes of each attack in the block; see `passes`."""
-    sizes: dict[str, list[tuple[int, bool]]] = {}
-    features, attacks = AttackedModel.features, dict(ATTACKS)
-    now: list[str] = []
-
-    def counting(split: AttackedModel, pixels: Tensor) -> Tensor:
-        if now:
-            sizes[now[-1]].append((len(pixels), torch.is_grad_enabled() and pixels.requires_grad))
-        return features(split, pixels)
-
-    def named(name: str, *args: Any) -> Tensor:
-        sizes.setdefault(name, [])
-        now.append(name)
-        try:
-            return attacks[name].run(*args)
-        finally:
-            now.pop()
-
-    AttackedModel.features = counting  # type: ignore[method-assign]
-    ATTACKS.update({name: replace(attack, run=partial(named, name)) for name, attack in attacks.items()})
-    try:
-        yield sizes
-    finally:
-        AttackedModel.features = features  # type: ignore[method-assign]
-        ATTACKS.update(attacks)
-
-
-def overhead(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel, scale: float,
-             runs: int) -> dict[str, float]:
-    """Returns the time of a whole evaluation on one batch, and of each of its attacks, over that of its passes.
-
-    The passes alone are timed before and after each evaluation, as the machine's speed drifts.
-    """
-    pixel_model = timm_hpm.PixelModel(model)
-    split = AttackedModel(pixel_model, images)
-
-    def evaluated() -> dict[str, dict[str, float]]:
-        return timm_hpm.mixed_surrogate_attack(
-            model, images, labels, threat, batch_size=len(images),
-            protocol=scaled(PROTOCOLS["standard"], scale).changed(surrogates_at_once=5)).cost
-
-    def alone() -> dict[str, float]:
-        times = {}
-        for name, some in sizes.items():
-            surrogates = ATTACKS[name].surrogates(split, split.surrogates())
-            # The chain takes one surrogate after the other, each with as many passes.
-            at_once = [[one] for one in surrogates] if ATTACKS[name].chained else [surrogates]
-            each = len(some) // len(at_once)
-            times[name] = sum(
-                seconds(partial(passes, split, images, names, some[i * each:(i + 1) * each]))
-                for i, names in enumerate(at_once))
-        times["all"] = sum(times.values()) + seconds(lambda: judge_passes(pixel_model, images, rest))
-        return times
-
-    with counted_sizes() as sizes:
-        cost = evaluated()
-    # The judge's, and those of the checks.
-    rest = cost["all"]["forward_passes"] - sum(size for some in sizes.values() for size, _ in some)
-    ratios: dict[str, list[float]] = {}
-    before = alone()
-    for _ in range(runs):
-        cost = evaluated()
-        after = alone()
-        for name, part in cost.items():
-            ratios.setdefault(name, []).append(part["seconds"] / statistics.mean((before[name], after[name])))
-        before = after
-    return {name: statistics.median(values) for name, values in ratios.items()}
-
-
-@torch.no_grad()
-def judge_passes(model: nn.Module, images: Tensor, number: float) -> None:
-    """Makes so many passes of the true model in batches of `images`."""
-    for _ in range(round(number / len(images))):
-        model(images)
+NAMES = ("standard over naive", "fast over naive", "two processes over one")
 
 
 def scaled(protocol: Protocol, scale: float) -> Protocol:
@@ -189,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=3, help="of the first and the last (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of two processes (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--model", default="hpm_wrn10_2")
     parser.add_argument("--checkpoint")
@@ -208,17 +103,12 @@ def main() -> None:
     images, labels = first_images(data, args.images)
     threat = timm_hpm.ThreatModel.parse(data.threat)
 
-    if NAMES[0] in args.only:
-        size = args.batch_size
-        ratios = overhead(model, images[:size], labels[:size], threat, args.scale, args.runs)
-        each = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if name != "all")
-        print(f"{NAMES[0]}: {ratios['all']:.2f} ({each})", flush=True)
     protocols = [name for name in ("standard", "fast") if f"{name} over naive" in args.only]
     if protocols:
         compare_protocols(model, images, labels, threat, protocols, args)
-    if NAMES[3] in args.only:
+    if NAMES[2] in args.only:
         each = processes(args)
-        print(f"{NAMES[3]}: {statistics.median(each):.2f} ({', '.join(f'{ratio:.2f}' for ratio in each)})")
+        print(f"{NAMES[2]}: {statistics.median(each):.2f} ({', '.join(f'{ratio:.2f}' for ratio in each)})")
 
 
 def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: timm_hpm.ThreatModel,

@@ -5,8 +5,6 @@ None of the public files can be had here: their formats are made with random wei
 """
 
 import gc
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -14,8 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
-import warnings
 from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +24,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from benchmarks._robustbench import randomised, zoo_module
 from timm_hpm import (
     CheckpointError,
     DroppedClassifierWarning,
@@ -55,35 +52,11 @@ for _base in ("test_resnet", "test_convnext"):
 
 
 def robustbench(name: str):
-    """Returns a module of RobustBench's architectures.
-
-    Without its packages' own __init__: those import data sets, attacks and a timm of 2024.
-    """
-    if "robustbench" not in sys.modules:
-        spec = importlib.util.find_spec("robustbench")
-        if spec is None:
-            pytest.skip("RobustBench is not installed, whose architectures give the expected logits; run: "
-                        "pip install --no-deps robustbench==1.1.1 (with its dependencies it would replace timm)")
-        root = Path(spec.submodule_search_locations[0])
-        for package, folder in (("robustbench", root), ("robustbench.model_zoo", root / "model_zoo")):
-            sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [str(folder)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return importlib.import_module(f"robustbench.model_zoo.architectures.{name}")
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Gives a network random BatchNorm statistics and a classifier that tells images apart."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    return model.eval()
+    """Returns a module of RobustBench's architectures, which give the expected logits."""
+    try:
+        return zoo_module(f"architectures.{name}")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def prefixed(state_dict, prefix):
@@ -584,7 +557,6 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
-# urllib's error keeps its socket until it is collected.
 # urllib's error keeps its socket until it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(("status", "advice"), [

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from timm_hpm import PixelModel, ThreatModel, find_head, fit_prototypes, load_split
-from timm_hpm.data import as_pixel_model, check_pixels, data_source, random_shift
+from timm_hpm.data import as_pixel_model, check_pixels, random_shift
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.judge import judge
 
@@ -40,15 +40,6 @@ def test_the_splits_of_the_digits_are_always_the_same():
     digits = load_digits()
     assert sorted(rows) == sorted(zip([(image / 16).astype("float32").tobytes() for image in digits.images],
                                       digits.target.tolist(), strict=True))
-
-
-def test_unknown_data_sets_and_splits_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; expected one of .* Did you mean torch/mnist"):
-        load_split("mnist", "train")
-    with pytest.raises(ValueError, match=r"unknown data set 'imagedir'; expected one of .*digits"):
-        data_source("imagedir")
-    with pytest.raises(ValueError, match="unknown split 'valid'; expected one of train, val, test"):
-        load_split("digits", "valid")
 
 
 # PixelModel

@@ -66,9 +66,10 @@ def contents(split) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME\. Did you mean torch/cifar10"),
-    ("fashionmnist", r"Did you mean fashion_mnist"),
-    ("torch/cifar11", r"Did you mean torch/cifar10"),
+    ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME; did you mean torch/cifar10"),
+    ("mnist", "did you mean torch/mnist"),
+    ("fashionmnist", "did you mean fashion_mnist"),
+    ("torch/cifar11", "did you mean torch/cifar10"),
     ("hfds/", "unknown data set 'hfds/'"),
     ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
     ("HFIDS/some/thing", "is streamed"),
@@ -76,6 +77,8 @@ def contents(split) -> list[bytes]:
 def test_an_unknown_data_set_is_refused_with_near_names(name, message):
     with pytest.raises(ValueError, match=message):
         open_split(name, "train")
+    with pytest.raises(ValueError, match="unknown split 'valid'; expected one of train, val, test"):
+        open_split("digits", "valid")
 
 
 def test_the_digits_as_a_split_are_those_in_memory():

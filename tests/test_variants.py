@@ -86,8 +86,8 @@ def test_a_base_without_classes_takes_them():
 
 
 @pytest.mark.parametrize(("base", "advice"), [
-    ("resnet500", r"expected .*nearest: .*\bresnet50\b"), ("hpm_resnet18", r"nearest: .*\bresnet18\b"),
-    ("resnet50.a1_in1k", r"nearest: .*\bresnet50\b"), ("zzzzzzzz", r"see timm.list_models")])
+    ("resnet500", r"; did you mean .*\bresnet50\b"), ("hpm_resnet18", r"; did you mean .*\bresnet18\b"),
+    ("resnet50.a1_in1k", r"; did you mean .*\bresnet50\b"), ("zzzzzzzz", "expected one of timm.list_models.*a tag$")])
 def test_an_unknown_base_is_refused_with_the_nearest(base, advice):
     with pytest.raises(ValueError, match=rf"unknown base '{base}'.*{advice}"):
         register_hpm(base)

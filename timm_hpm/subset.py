@@ -9,10 +9,10 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from .data import unwrapped
+from .names import some
 from .surgery import find_classifier
 
 _IMAGENET_CLASSES: Final = 1000
-_SHOWN: Final = 5
 
 
 def keep_classes(model: Any, classes: Sequence[str | int]) -> Any:
@@ -35,8 +35,8 @@ def keep_classes(model: Any, classes: Sequence[str | int]) -> Any:
     names = model_classes(model)
     numbers = [_number(one, names) for one in classes]
     if len(numbers) < 2 or len(set(numbers)) < len(numbers):
-        twice = [names[number] for number in dict.fromkeys(numbers) if numbers.count(number) > 1]
-        raise ValueError(f"the subset has {len(numbers)} classes, {_some(twice) or 'none'} twice; expected two or "
+        twice = [repr(names[number]) for number in dict.fromkeys(numbers) if numbers.count(number) > 1]
+        raise ValueError(f"the subset has {len(numbers)} classes, {some(twice) or 'none'} twice; expected two or "
                          "more, each once")
     network: Any = unwrapped(model)
     layers = network.get_classifier() if hasattr(network, "get_classifier") else network.get_submodule(
@@ -93,9 +93,5 @@ def _number(one: str | int, names: Sequence[str]) -> int:
     number = int(one) if isinstance(one, int) or one.isdecimal() else -1
     if not 0 <= number < len(names):
         raise ValueError(f"the subset has the class {one!r}, which the model has not; expected numbers from 0 to "
-                         f"{len(names) - 1}, or names such as {_some(names)}")
+                         f"{len(names) - 1}, or names such as {some(map(repr, names))}")
     return number
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
+
+from ..names import some
 
 MODES: Final = {1: "L", 3: "RGB"}
 _MAX_16_BIT: Final = 65535
@@ -149,9 +151,9 @@ def image_folder(folder: Path) -> ImageFolder:
     if not found:
         raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it"
                          + _passed_over(others))
-    empty = [classes[number] for number in sorted(set(range(len(classes))) - set(labels))]
+    empty = [repr(classes[number]) for number in sorted(set(range(len(classes))) - set(labels))]
     if empty:
-        warnings.warn(f"{folder} has no image in {len(empty)} of its {len(classes)} class folders: {_some(empty)}. "
+        warnings.warn(f"{folder} has no image in {len(empty)} of its {len(classes)} class folders: {some(empty)}. "
                       "They count as classes", stacklevel=2)
     if others:
         warnings.warn(f"{folder}{_passed_over(others)}", stacklevel=2)
@@ -161,13 +163,8 @@ def image_folder(folder: Path) -> ImageFolder:
 def _passed_over(files: list[str]) -> str:
     if not files:
         return ""
-    kinds = Counter(Path(file).suffix or "no suffix" for file in files).most_common()
-    return f": {len(files)} files were passed over, which are no images in a class folder ({_some(kinds)})"
-
-
-def _some(things: Iterable[Any]) -> str:
-    texts = [f"{thing[1]} {thing[0]}" if isinstance(thing, tuple) else repr(thing) for thing in things]
-    return ", ".join(texts[:5]) + (", ..." if len(texts) > 5 else "")
+    kinds = some(f"{n} {kind}" for kind, n in Counter(Path(file).suffix or "no suffix" for file in files).most_common())
+    return f": {len(files)} files were passed over, which are no images in a class folder ({kinds})"
 
 
 @cache

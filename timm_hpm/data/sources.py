@@ -1,6 +1,5 @@
 """The data sets: their files, how they are read, and the usual threat model and normalisation."""
 
-import difflib
 import gzip
 import math
 import zlib
@@ -17,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
+from ..names import did_you_mean
 from .images import EncodedImages, Part, class_folders, image_folder, open_path
 from .official import read_stl10, read_svhn, read_tiny_imagenet
 
@@ -70,10 +70,8 @@ def data_source(dataset: str) -> DataSource:
                          "split is held out and a run resumes; use a folder of images, or hfds/...")
     known = dataset.lower() if slash else dataset or "folder"
     if known not in DATASETS:
-        near = [name for name in DATASETS if known.lower() == name.rpartition("/")[2]]
-        near += [name for name in difflib.get_close_matches(known, DATASETS, n=3) if name not in near]
         raise ValueError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}, hfds/NAME"
-                         + (f". Did you mean {' or '.join(near)}?" if near else ""))
+                         f"{did_you_mean(known.lower(), DATASETS)}")
     return DATASETS[known]
 
 

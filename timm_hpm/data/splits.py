@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..names import some
 from .images import MODES, EncodedImages, Part
 from .sources import DataSource, data_source
 
@@ -208,9 +209,8 @@ def check_every_class(split: ImageSplit, num_classes: int) -> None:
     missing = (split.labels.bincount(minlength=num_classes)[:num_classes] == 0).nonzero().flatten().tolist()
     if missing:
         names = dict(enumerate(split.class_names or ()))
-        some = ", ".join(f"{number} {names.get(number, '')}".rstrip() for number in missing[:5])
-        some += ", ..." if len(missing) > 5 else ""
-        raise ValueError(f"{split} has no image of {len(missing)} of the model's {num_classes} classes ({some}); add "
+        listed = some(f"{number} {names.get(number, '')}".rstrip() for number in missing)
+        raise ValueError(f"{split} has no image of {len(missing)} of the model's {num_classes} classes ({listed}); add "
                          f"images of them, or choose a model of fewer classes (--num-classes)")
 
 
@@ -279,8 +279,8 @@ def _check_classes(part: Part, numbers: Mapping[str, int]) -> None:
     unknown = [name for name in own if name not in numbers]
     absent = [name for name, number in numbers.items() if number >= 0 and name not in own]
     if unknown or absent:
-        raise ValueError(f"the data set has {len(unknown)} classes that the model has not ({', '.join(unknown[:5])}) "
-                         f"and lacks {len(absent)} of the subset ({', '.join(absent[:5])}); expected the same names: "
+        raise ValueError(f"the data set has {len(unknown)} classes that the model has not ({some(unknown)}) "
+                         f"and lacks {len(absent)} of the subset ({some(absent)}); expected the same names: "
                          "rename the folders, or mend the subset")
 
 

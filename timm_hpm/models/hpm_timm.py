@@ -1,6 +1,5 @@
 """timm's architectures with an HPM head: `hpm_{base}` for the bases listed here, any other by `register_hpm`."""
 
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, model_entrypoint
 
 from ..formats import plain_state_dict, xcit_state_dict
+from ..names import did_you_mean
 from ._builder import build_variant, register_entrypoint
 from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
@@ -154,10 +154,8 @@ def register_hpm(base: str) -> str:
         return name
     cfg = variant_cfg(base) if timm.is_model(base) and "." not in base else None
     if cfg is None or base.startswith("hpm_"):
-        known = [architecture for architecture in timm.list_models() if not architecture.startswith("hpm_")]
-        nearest = ", ".join(get_close_matches(base.partition(".")[0], known, n=5)) or "see timm.list_models()"
-        raise ValueError(f"unknown base {base!r}; expected an architecture of timm's, without a tag. "
-                         f"The nearest: {nearest}")
+        near = did_you_mean(base.partition(".")[0], timm.list_models(exclude_filters="hpm_*"))
+        raise ValueError(f"unknown base {base!r}; expected one of timm.list_models(), without hpm_ and a tag{near}")
     public = _public_tags(base)
     first = next(iter(public.values()), {})
     another = "model_args" in first or any(field in first and first[field] != getattr(cfg, field)

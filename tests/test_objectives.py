@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_hpm.training import TrainConfig, train
 from timm_hpm.training.awp import perturbed_weights
-from timm_hpm.training.objectives import LossOptions, boosted_cross_entropy, mart
+from timm_hpm.training.objectives import boosted_cross_entropy, mart
 from timm_hpm.training.run_folder import saved_options
 
 TINY = {"device": "cpu", "pretrained": True, "epochs": 1, "lr": 0.01, "attack_steps": 1, "val_attack_steps": 1,
@@ -55,9 +55,9 @@ def test_mart_in_closed_form():
         divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
         return -2 * math.log(q) + 3 * divergence * (1 - p)
 
-    options = LossOptions(fc_weight=0.0, mart_lambda=3.0)
+    options = TrainConfig(fc_loss_weight=0.0, mart_lambda=3.0)
     assert mart([clean, adversarial], label, options).item() == pytest.approx(expected(0.8, 0.4), rel=1e-5)
-    both = mart([clean, adversarial], label, LossOptions(fc_weight=0.5, mart_lambda=3.0)).item()
+    both = mart([clean, adversarial], label, TrainConfig(fc_loss_weight=0.5, mart_lambda=3.0)).item()
     assert both == pytest.approx((expected(0.8, 0.4) + 0.5 * expected(0.2, 0.6)) / 1.5, rel=1e-5)
     # Clean images that the model is sure of, or alike answers, leave the boosted cross-entropy.
     for first in (answers(1 - 1e-7, 1e-7), adversarial):
@@ -72,7 +72,7 @@ def test_mart_agrees_with_its_authors_formula_where_that_does_not_saturate():
     boosted = F.cross_entropy(attacked, labels) + F.nll_loss((1 - q).log(), rival)
     doubt = 1 - p.gather(1, labels[:, None]).squeeze(1)
     whole = boosted + 5 * ((p * (p / q).log()).sum(dim=1) * doubt).mean()
-    got = mart([(natural, natural, natural), (attacked, attacked, attacked)], labels, LossOptions(fc_weight=0.0))
+    got = mart([(natural, natural, natural), (attacked, attacked, attacked)], labels, TrainConfig(fc_loss_weight=0.0))
     assert got.item() == pytest.approx(whole.item(), rel=1e-5)
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import timm_hpm
 from timm_hpm import AttackReport
 from timm_hpm.attacks import pgd
-from timm_hpm.training.objectives import LossOptions, cross_entropy
+from timm_hpm.training import TrainConfig
+from timm_hpm.training.objectives import cross_entropy
 from timm_hpm.training.trunk import PixelTrunk
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +167,7 @@ import timm_hpm
 from timm_hpm.attacks import pgd
 from timm_hpm.training import Run, TrainConfig
 from timm_hpm.training.distributed import reduced
-from timm_hpm.training.objectives import LossOptions, cross_entropy
+from timm_hpm.training.objectives import cross_entropy
 from timm_hpm.training.trunk import PixelTrunk, inputs_only
 
 folder = sys.argv[1]
@@ -184,7 +185,7 @@ for batch_prototypes in ("local", "global"):
         found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[mine], labels[mine], threat, steps=2,
                     random_start=False)
     output, = trained(found)
-    cross_entropy([output], labels[mine], LossOptions(fc_weight=1.0)).backward()
+    cross_entropy([output], labels[mine], TrainConfig()).backward()
     answers[batch_prototypes] = {"found": found, "logits": output[1].detach(),
                                  "gradients": [parameter.grad for parameter in model.parameters()]}
 model = timm.create_model("hpm_wrn10_2", pretrained=True)
@@ -227,7 +228,7 @@ def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_pat
         found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[rows], labels[rows], threat, steps=2,
                     random_start=False)
         output, = trunk(found)
-        cross_entropy([output], labels[rows], LossOptions(fc_weight=1.0)).backward()
+        cross_entropy([output], labels[rows], TrainConfig()).backward()
         return {"found": found, "logits": output[1].detach(),
                 "gradients": [parameter.grad for parameter in model.parameters()]}
 

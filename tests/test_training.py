@@ -29,7 +29,7 @@ from timm_hpm.files import remove_unfinished
 from timm_hpm.options import read_options
 from timm_hpm.training import Run, TrainConfig, train
 from timm_hpm.training.health import epoch_signs, kept_signs
-from timm_hpm.training.objectives import LossOptions, away_from, cross_entropy, kl_divergence, trades
+from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
 from timm_hpm.training.run_folder import saved_options
 from timm_hpm.training.trunk import PixelTrunk, inputs_only
@@ -75,17 +75,18 @@ def test_the_objectives_in_closed_form():
     divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     clean, adversarial = answers(2.0, 0.0), answers(-1.0, 0.0)
     for found, expected in (
-            (cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.5)), (softplus(2) + 0.5 * softplus(1)) / 1.5),
-            (cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.0)), softplus(2)),
-            (cross_entropy([answers(2.0, 1.0)], labels, LossOptions(0.0, 0.1)),
+            (cross_entropy([answers(2.0, 1.0)], labels, TrainConfig(fc_loss_weight=0.5)),
+             (softplus(2) + 0.5 * softplus(1)) / 1.5),
+            (cross_entropy([answers(2.0, 1.0)], labels, TrainConfig(fc_loss_weight=0.0)), softplus(2)),
+            (cross_entropy([answers(2.0, 1.0)], labels, TrainConfig(fc_loss_weight=0.0, smoothing=0.1)),
              0.95 * softplus(2) + 0.05 * softplus(-2)),
             # A head that answers as its FC classifier has that classifier's loss, whatever the weight.
-            (cross_entropy([answers(2.0, 2.0)], labels, LossOptions(0.7)), softplus(2)),
+            (cross_entropy([answers(2.0, 2.0)], labels, TrainConfig(fc_loss_weight=0.7)), softplus(2)),
             (kl_divergence(adversarial[1], clean[1]), 2 * divergence),
             (away_from(clean[1])(adversarial[1], labels), 2 * divergence),
-            (trades([clean, adversarial], labels, LossOptions(0.0, 0.0, 6.0)), softplus(2) + 6 * divergence),
+            (trades([clean, adversarial], labels, TrainConfig(fc_loss_weight=0.0)), softplus(2) + 6 * divergence),
             # The FC classifier's two answers are alike: its divergence is 0.
-            (trades([clean, adversarial], labels, LossOptions(0.5, 0.0, 6.0)),
+            (trades([clean, adversarial], labels, TrainConfig(fc_loss_weight=0.5)),
              (softplus(2) + 6 * divergence + 0.5 * softplus(0)) / 1.5)):
         assert found.item() == pytest.approx(expected, rel=1e-5)
 

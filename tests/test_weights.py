@@ -18,7 +18,6 @@ from timm_hpm.__main__ import main
 from timm_hpm.evaluation.command import weights_of
 from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.models.create import create_model
-from timm_hpm.models.hpm_wrn import hpm_wrn10_2
 from timm_hpm.models.saving import saved_config
 from timm_hpm.training.config import TrainConfig
 from timm_hpm.training.setup import create_trainable
@@ -109,10 +108,6 @@ def test_a_config_of_other_classes_than_its_weights_is_refused(tmp_path, place, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"have 7 classes, and their config {number}"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    args, cfg = config["model_args"], config["pretrained_cfg"]
-    cfg |= {"num_classes": config["num_classes"], "source": "local-dir", "file": str(tmp_path)}
-    with pytest.raises(CheckpointError, match=rf"have 7 classes, and their config {number}"):
-        hpm_wrn10_2(pretrained=True, pretrained_cfg=cfg, **args)  # as older versions of timm do
     with pytest.raises(hub.HubError, match=rf"have 7 classes, and their config {number}"):
         hub._load(tmp_path, "org/name")
 

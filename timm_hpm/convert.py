@@ -46,5 +46,5 @@ def convert(
                          "is converted with the rest")
     with new_folder(output) as folder:
         model = create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
-        write_model(model, folder, **model_args)
+        write_model(model, folder)
     return model

@@ -57,17 +57,13 @@ class HPMMixin(WholeLoading):
         with _all_or_nothing(self):
             if head_name(self) is not None:
                 self.head_config = _take_head(self)
-            parameter = next(self.parameters())
             if path is None:
                 base.reset_classifier(num_classes, *args, **kwargs)
             else:
                 _reset_layer(self, path, num_classes)
                 self.num_classes = num_classes
             if num_classes > 0:
-                fresh = self.get_submodule(find_classifier(self, path)).train(self.training)
-                # Older versions of timm create it on the CPU and in float32.
-                if len(args) < 2 and kwargs.keys().isdisjoint(("device", "dtype")):
-                    fresh.to(parameter.device, parameter.dtype)
+                self.get_submodule(find_classifier(self, path)).train(self.training)
                 _put_head(self, path, self.head_config)
 
     def no_weight_decay(self) -> set[str]:

@@ -29,9 +29,8 @@ from ..formats import native_state_dict, num_classes_of, plain_state_dict, warn_
 from ..guards import check_size, weights_only
 from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
-from .configs import read_config
 from .preact import PreActNet
-from .saving import CONFIG, WEIGHTS, config_args, config_fields, own_config, saved_config
+from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 from .tags import is_whole, names_weights, own_cfg, tag_args
 
 # Arguments of an HPM head, and its entries in a state dict beside the classifier's weight and bias.
@@ -153,7 +152,8 @@ def _resolved(
     state_dict = read_checkpoint(cfg, kwargs.get("cache_dir"))
     foreign, place = names_weights(kwargs), weights_place(cfg)
     with fitting(place, variant):
-        stated = _stated_args(cfg, args)
+        # Those in the config of a saved model, which timm passes on like the caller's.
+        stated = args.get("pretrained_model_args") or {}
         config = _weights_config(cfg, kwargs.get("cache_dir"))
         if config:
             check_architecture(config, variant)
@@ -189,15 +189,6 @@ def _weights_config(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[st
         return own_config(cached) if isinstance(cached, str | Path) else {}
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _stated_args(cfg: PretrainedCfg, args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the model arguments in the config of a saved model, which timm passes on like the caller's."""
-    stated = args.get("pretrained_model_args")  # of newer versions of timm
-    path = Path(str(cfg.file)) / CONFIG
-    if stated is None and cfg.source == "local-dir" and path.is_file():
-        stated = read_config(path)["model_args"]
-    return stated or {}
 
 
 def _warn_of_folder(place: str, cfg: PretrainedCfg, fields: Mapping[str, Any], of_folder: Mapping[str, Any],

@@ -30,22 +30,16 @@ _METADATA: Final = "timm_hpm"
 _NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_indices", "cache_dir", "device", "dtype")
 
 
-def write_model(
-        model: Any,
-        folder: Path,
-        *,
-        training: dict[str, Any] | None = None,
-        license: str | None = None,
-        **model_args: Any,
-) -> dict[str, Any]:
+def write_model(model: Any, folder: Path, *, training: dict[str, Any] | None = None,
+                license: str | None = None) -> dict[str, Any]:
     """Writes a model into an existing folder in the format of timm's `local-dir:`, and returns its config.
 
     Arguments:
-        model, model_args: see `model_config`.
+        model: see `model_config`.
         training: the options and results of the model's training, for the config.
         license: of the weights; None leaves that of the model's pretrained cfg.
     """
-    config = model_config(model, **model_args)
+    config = model_config(model)
     if training is not None:
         config["training"] = training
     if license is not None:
@@ -55,14 +49,13 @@ def write_model(
     return config
 
 
-def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
+def model_config(model: Any) -> dict[str, Any]:
     """Returns the config that timm makes a model from: its architecture, its pretrained cfg and its model arguments.
 
     The weights do not show mix, EMA decay, inference mode, layout, channels and normalisation.
 
     Arguments:
         model: a model that `timm.create_model` or a caller's own constructor made, with an HPM head or without.
-        model_args: further arguments of `timm.create_model`, which older versions of timm do not record.
 
     Raises:
         ValueError: if JSON cannot hold the model's arguments, or its number of classes is unknown.
@@ -72,15 +65,12 @@ def model_config(model: Any, **model_args: Any) -> dict[str, Any]:
     architecture: Any = cfg.get("architecture")
     if not architecture or cfg.get("constructor"):
         return _constructor_config(described_cfg(model, cfg.get("constructor")),
-                                   {**getattr(model, "network_args", {}), **model_args, **head_args})
+                                   {**getattr(model, "network_args", {}), **head_args})
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
         path = Path(temporary) / CONFIG
         try:
-            # Newer versions of timm add the arguments of create_model; older ones only write these.
-            args = {**model_args, **_network_args(model), **head_args}
-            if in_chans(model) != cfg["input_size"][0]:
-                args["in_chans"] = in_chans(model)
-            save_config_for_hf(model, path, model_args=args)  # type: ignore[arg-type]
+            # timm adds the arguments of create_model.
+            save_config_for_hf(model, path, model_args={**_network_args(model), **head_args})  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise ValueError(f"timm cannot write the config of {architecture}: {error}. Create the model with "
                              "arguments that JSON can hold") from error

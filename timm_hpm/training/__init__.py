@@ -3,7 +3,7 @@
 from .command import train
 from .config import TrainConfig
 from .loop import Run
-from .objectives import OBJECTIVES, LossOptions, Objective, TrainingAttack
+from .objectives import OBJECTIVES, Objective, TrainingAttack
 from .signals import Stopped
 
-__all__ = ["OBJECTIVES", "LossOptions", "Objective", "Run", "Stopped", "TrainConfig", "TrainingAttack", "train"]
+__all__ = ["OBJECTIVES", "Objective", "Run", "Stopped", "TrainConfig", "TrainingAttack", "train"]

@@ -28,7 +28,7 @@ from .distributed import average_, num_processes, process_index, reduced, seed_a
 from .extra import ExtraImages
 from .header import row_text, training_header
 from .health import epoch_signs, forget_kept_signs, kept_signs
-from .objectives import OBJECTIVES, Answers, LossOptions, TrainingAttack
+from .objectives import OBJECTIVES, Answers, TrainingAttack
 from .recovery import Progress, RunState
 from .run_folder import RunFolder, saved_options
 from .schedules import create_schedule
@@ -40,7 +40,6 @@ from .setup import (
     in_effect,
     made_trainable,
     open_data,
-    size_argument,
 )
 from .signals import Stopped, StopRequest, obey_parent, shielded_batches
 from .trunk import PixelTrunk, inputs_only
@@ -74,10 +73,7 @@ class Run:
         self.config = broadcast_object_list([in_effect(config, self.model, self.data, fresh)])[0]
         self.threat = ThreatModel.parse(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
-        self.loss_options = LossOptions(config.fc_loss_weight, config.smoothing, config.trades_beta,
-                                        config.mart_lambda)
-        self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process,
-                                model_args=size_argument(config) if model is None else {})
+        self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process)
         self.extra: ExtraImages | None = None
         if config.extra_data:
             with accelerator.main_process_first():
@@ -199,7 +195,7 @@ class Run:
         with accelerator.accumulate(self.trained):
             with perturbed_weights(self.trunk, partial(self._loss, batches, labels), self._gamma()):
                 answers: list[Answers] = self.trained(*batches)
-                loss = self.objective.loss(answers, labels, self.loss_options)
+                loss = self.objective.loss(answers, labels, config)
                 mean = self._checked(loss)
                 accelerator.backward(loss)
             if accelerator.sync_gradients and config.clip_grad is not None:
@@ -219,7 +215,7 @@ class Run:
         """Returns the loss of this process's batches, scaled for float16, to perturb the weights by."""
         scaler = self.accelerator.scaler
         with self.accelerator.autocast():
-            loss = self.objective.loss(self.trunk(*batches), labels, self.loss_options)
+            loss = self.objective.loss(self.trunk(*batches), labels, self.config)
         return loss if scaler is None else scaler.scale(loss)
 
     def _gamma(self) -> float:
@@ -344,7 +340,7 @@ class Run:
         self.state.check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.folder.write_checkpoint(self.state.checkpoint(self.config, self.folder.metadata(self.model)))
+            self.folder.write_checkpoint(self.state.checkpoint(self.config))
         self.accelerator.wait_for_everyone()
 
     # Helpers

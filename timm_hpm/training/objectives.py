@@ -7,7 +7,7 @@ classifier alone, both parts are that classifier's loss.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -41,23 +41,6 @@ class TrainingAttack:
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """The options of the losses.
-
-    Arguments:
-        fc_weight: weight of the FC classifier's loss; the HPM head's is 1.
-        smoothing: label smoothing in [0, 1), the weight that all classes share equally.
-        trades_beta: weight of the divergence in `trades`.
-        mart_lambda: weight of the divergence in `mart`.
-    """
-
-    fc_weight: float = 1.0
-    smoothing: float = 0.0
-    trades_beta: float = 6.0
-    mart_lambda: float = 5.0
-
-
-@dataclass(frozen=True)
 class Objective:
     """A training objective.
 
@@ -65,32 +48,32 @@ class Objective:
         name: the value of the option `objective`.
         loss: returns the scalar to minimise, of the answers to each batch that is learned from (clean images, if the
             objective or the prototypes use them; then adversarial images, if there is an attack), the labels (B,), and
-            the options.
+            the run's `TrainConfig`.
         craft: returns adversarial images (B, ...) for an attack, clean images (B, ...) and labels (B,); None trains on
             clean images alone.
         uses_clean: whether the loss uses the answers to the clean images.
     """
 
     name: str
-    loss: Callable[[Sequence[Answers], Tensor, LossOptions], Tensor]
+    loss: Callable[[Sequence[Answers], Tensor, Any], Tensor]
     craft: Callable[[TrainingAttack, Tensor, Tensor], Tensor] | None = TrainingAttack.pgd
     uses_clean: bool = False
 
 
-def cross_entropy(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+def cross_entropy(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
     """Returns the mean cross-entropy (nats) of the last batch: of the HPM logits, and of the FC logits."""
     return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=options.smoothing), answers[-1],
-                      options.fc_weight)
+                      options.fc_loss_weight)
 
 
-def trades(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+def trades(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
     """Returns the clean cross-entropy plus β times the KL divergence of the adversarial answers from the clean ones.
 
     Source: Zhang et al., arXiv 1901.08573; for both of the head's classifiers.
     """
     clean, adversarial = answers
     divergence = _over_both(lambda logits, reference: kl_divergence(logits, reference) / len(labels), adversarial,
-                            options.fc_weight, clean)
+                            options.fc_loss_weight, clean)
     return cross_entropy([clean], labels, options) + options.trades_beta * divergence
 
 
@@ -101,7 +84,7 @@ def craft_trades(attack: TrainingAttack, images: Tensor, labels: Tensor) -> Tens
     return attack.pgd(images, labels, away_from(reference))
 
 
-def mart(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Tensor:
+def mart(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
     """Returns MART's loss: `boosted_cross_entropy` of the adversarial answers, plus λ times their divergence.
 
     That is the KL divergence from the clean answers, weighted by 1 minus the clean probability of the label.
@@ -115,7 +98,7 @@ def mart(answers: Sequence[Answers], labels: Tensor, options: LossOptions) -> Te
         return boosted_cross_entropy(logits, labels, options.smoothing) + options.mart_lambda * (
             divergence * doubt).mean()
 
-    return _over_both(loss, adversarial, options.fc_weight, clean)
+    return _over_both(loss, adversarial, options.fc_loss_weight, clean)
 
 
 def boosted_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..evaluation.resume import sealed, unsealed
 from ..files import remove, writing
-from ..models.saving import tensors_of
+from ..models.saving import model_config, tensors_of, weights_metadata
 from ..options import check
 from .average import AveragedModel
 from .config import TrainConfig, differing
@@ -114,15 +114,15 @@ class RunState:
     scaler: Any
     progress: Progress
 
-    def checkpoint(self, config: TrainConfig, metadata: dict[str, str]) -> Checkpoint:
-        """Returns the state as a checkpoint; see `Checkpoint` for `metadata`."""
+    def checkpoint(self, config: TrainConfig) -> Checkpoint:
+        """Returns the state as a checkpoint."""
         optimizer = {"optimizer": self.optimizer.state_dict(),
                      "scaler": {} if self.scaler is None else self.scaler.state_dict()}
         average = None
         if self.average is not None:
             average, optimizer["average"] = tensors_of(self.average.module), self.average.class_sums()
         return Checkpoint(tensors_of(self.model), average, optimizer, dict(vars(self.progress)), config.to_dict(),
-                          metadata)
+                          weights_metadata(model_config(self.model)))
 
     def load(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
         """Takes up the state of a checkpoint.

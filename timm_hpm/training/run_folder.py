@@ -15,7 +15,7 @@ import yaml
 from ..data import data_source, open_split
 from ..files import remove, remove_unfinished, replacing, write_text, writing
 from ..models.constructors import is_constructor
-from ..models.saving import CONFIG, WEIGHTS, model_config, weights_metadata, write_model
+from ..models.saving import CONFIG, WEIGHTS, write_model
 from ..options import read_options
 from ..report import svg
 from ..report.command import evaluate_command, shell_line
@@ -30,15 +30,13 @@ class RunFolder:
 
     Arguments:
         resume: whether the folder is to hold a run of the same options already.
-        model_args: arguments of timm.create_model that older versions of timm do not record.
 
     Raises:
         ValueError: another run in the folder, none to resume, or one of other options; the message says which.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool,
-                 model_args: dict[str, Any] | None = None):
-        self.path, self.config, self.is_main, self.model_args = path, config, is_main, model_args or {}
+    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
+        self.path, self.config, self.is_main = path, config, is_main
         # Folder of the best epoch's files: in a checkpoint, or made for the next one.
         self._best: Path | None = None
         if resume:
@@ -68,8 +66,7 @@ class RunFolder:
         remove(self._best)
         self._best.mkdir()
         with writing(self.path / WEIGHTS):
-            write_model(model, self._best, training={"options": self.config.to_dict(), "kept": row},
-                        **self._model_args(model))
+            write_model(model, self._best, training={"options": self.config.to_dict(), "kept": row})
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """Writes the files of the best epoch again if they are not as the checkpoint has them."""
@@ -95,12 +92,6 @@ class RunFolder:
         writer.writerows(rows)
         write_text(self.path / "metrics.csv", text.getvalue())
         write_text(self.path / "curve.svg", _curve(rows))
-
-    def metadata(self, model: Any) -> dict[str, str]:
-        return weights_metadata(model_config(model, **self._model_args(model)))
-
-    def _model_args(self, model: Any) -> dict[str, Any]:
-        return {**(self.config.model_kwargs or {}), **self.model_args, "num_classes": model.num_classes}
 
     def write_warnings(self, texts: Iterable[str]) -> None:
         """Writes `warnings.txt`, a line each; removes it if there are none."""

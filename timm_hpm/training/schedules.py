@@ -39,12 +39,11 @@ def create_schedule(config: TrainConfig, optimizer: Any, updates_per_epoch: int)
     if config.sched == "onecycle":
         low = _LOW if config.warmup_lr is None else config.warmup_lr / config.lr
         return OneCycleScheduler(optimizer, total, warmup / total, low, config.min_lr)
-    constant = config.sched == "constant"  # not among older timm's
     return create_scheduler_v2(
-        optimizer, "step" if constant else config.sched,
+        optimizer, config.sched,
         num_epochs=math.ceil(total - warmup) if config.warmup_prefix else total,
         decay_epochs=config.decay_epochs * updates_per_epoch,
         decay_milestones=[round(epoch * updates_per_epoch) for epoch in config.decay_milestones],
-        decay_rate=1.0 if constant else config.decay_rate, min_lr=config.min_lr,
+        decay_rate=config.decay_rate, min_lr=config.min_lr,
         warmup_lr=1e-5 if config.warmup_lr is None else config.warmup_lr, warmup_epochs=warmup,  # type: ignore[arg-type]
         warmup_prefix=config.warmup_prefix)[0]

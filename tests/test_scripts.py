@@ -263,6 +263,12 @@ def test_closed_narrow_and_full_outputs_are_no_traceback(command, shell, code, m
         assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob(".lock"))
 
 
+def test_a_command_whose_reader_has_gone_ends_without_a_word():
+    line = 'exec > >(exec <&-); wait $!; exec "$0" -m timm_hpm --help'
+    done = subprocess.run(["bash", "-c", line, sys.executable], cwd=ROOT, capture_output=True, timeout=900)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.slow
 def test_the_readme_s_first_command(tmp_path):
     done = script("evaluate.py", "--output", "report", folder=tmp_path)

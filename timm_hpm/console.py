@@ -18,10 +18,14 @@ from .files import use_any_console, writing
 from .guards import last_words
 
 _OF_PRINTING: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
+_READER_GONE: Final = 128 + 13  # SIGPIPE, which Windows has not
 
 
 def run_command(name: str, main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error."""
+    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error.
+
+    If the reader of the output has gone, such as `| head -1`, it ends without a word, as a process by SIGPIPE.
+    """
     sys.stdout, sys.stderr = (_usable(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     use_any_console()
     code: int | str
@@ -30,7 +34,8 @@ def run_command(name: str, main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         # An error of a file names it, one of printing does not.
         printing = isinstance(error, OSError) and error.filename is None and error.errno in _OF_PRINTING
-        code = last_words(name, OSError(f"cannot write standard output: {error}") if printing else error)
+        code = _READER_GONE if isinstance(error, BrokenPipeError) and printing else last_words(
+            name, OSError(f"cannot write standard output: {error}") if printing else error)
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -38,7 +43,7 @@ def run_command(name: str, main: Callable[[], int]) -> NoReturn:
         with writing("standard output"):
             sys.stdout.flush()
     except OSError as error:
-        code = f"{name}: {error}"
+        code = _READER_GONE if isinstance(error.__cause__, BrokenPipeError) else f"{name}: {error}"
         # Python would try once more as it exits, and print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

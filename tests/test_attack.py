@@ -1,15 +1,15 @@
 """A single attack by its name, the adversarial images of a report, and models that draw random numbers."""
 
 import pytest
-import timm
 import torch
 from protocols import run_attack
 from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import PixelModel, ThreatModel
+from timm_hpm import PixelModel, ThreatModel, find_head
 from timm_hpm.evaluation import ATTACKS
+from timm_hpm.evaluation.attacked import AttackedModel
 
 NUM_DIGITS = 12
 
@@ -109,9 +109,40 @@ def test_draws_average_logits_and_gradients_and_the_flag_becomes_a_statement(dig
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_draws_below_one_or_with_an_hpm_head_are_refused(digits):
+class NoisyInput(nn.Module):
+    def forward(self, x):
+        return x + 0.3 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digits, mode):
+    network = nn.Sequential(NoisyInput(), model).eval()
+    find_head(model).inference = mode
+    whole = PixelModel(network, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], draws=3)
+    one = PixelModel(network, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    attacked, single = (AttackedModel(pixel_model, digits[0]) for pixel_model in (whole, one))
+    for copy in (attacked, single):  # which moderates the scale
+        copy.head.log_scale.data.copy_(find_head(model).log_scale)
+    x = digits[0].clone().requires_grad_()
+    exact = attacked.exact_surrogate()
+    found = []
+    for logits in (lambda: whole(x), lambda: attacked.logits(exact, attacked.features(x))):
+        torch.manual_seed(7)
+        found.append(logits())
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    # The gradient is the mean of those of three single draws.
+    gradient, = torch.autograd.grad(found[1].sum(), x)
+    torch.manual_seed(7)
+    alone = [torch.autograd.grad(single.logits(exact, single.features(x)).sum(), x)[0] for _ in range(3)]
+    torch.testing.assert_close(gradient, torch.stack(alone).mean(dim=0), atol=1e-4, rtol=1e-4)
+    report = run_attack(whole, *digits, THREAT, attacks=["apgd-ce", "square"], budgets=TINY, batch_size=6)
+    assert "averaged-draws" in [flag.name for flag in report.flags] and report.protocol["eot"] == 3
+    assert report.cost["apgd-ce"]["forward_passes"] % 3 == 0
+    if mode == "batch":
+        with pytest.raises(ValueError, match="neighbours are chosen by the features of one draw, and the model av"):
+            run_attack(whole, *digits, THREAT, attacks=["apgd-ce"], budgets=TINY, batch_size=6, neighbours=(4,))
+
+
+def test_draws_below_one_are_refused():
     with pytest.raises(ValueError, match="draws is 0; expected at least 1"):
         PixelModel(Noisy(), [0.0], [1.0], draws=0)
-    model = PixelModel(timm.create_model("hpm_wrn10_2", pretrained=True).eval(), draws=2)
-    with pytest.raises(ValueError, match="averages 2 draws and has an HPM head"):
-        run_attack(model, *digits, THREAT)

@@ -12,6 +12,7 @@ import train
 from timm_hpm.__main__ import COMMANDS, main
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.report.command import evaluate_command
 from timm_hpm.training import TrainConfig
 
 QUICK = ["--num-images", "4", "-b", "4", "--device", "cpu", "--surrogates", "fc", "--attacks", "apgd-ce", "--budget",
@@ -63,6 +64,9 @@ def test_the_scripts_parse_the_same_options_in_groups_with_defaults(command, con
     (["evaluate", "--batchsize", "3"], r"unrecognized arguments: --batchsize 3; did you mean --batch-size"),
     (["evaluate", "--protocol", "fsat"], r"--protocol: 'fsat'; expected one of standard, fast, .*did you mean fast\?"),
     (["train", "--objective", "trade"], r"--objective: 'trade'; expected one of .*did you mean trades\?"),
+    (["train", "--cutmix-minmax", "0.2", "1"], "--cutmix-minmax is an option of timm's scripts and not of this one: a "
+                                               "mixture of images belongs to no class"),
+    (["evaluate", "--gp=avg"], "--gp is an option of timm's scripts and .*: give it in --model-kwargs, such as global"),
     (["compare", "one"], "the following arguments are required: B"),
 ])
 def test_a_mistyped_option_is_one_line_with_the_nearest_names(words, message, capsys):
@@ -81,6 +85,20 @@ def test_a_mistyped_value_is_answered_with_the_nearest_names(options, message):
     with pytest.raises(ValueError, match=message):
         config = EvaluateConfig(**options)
         timm_hpm.PROTOCOLS["standard"].changed(config.surrogates, config.attacks, {"apgd-ce": Budget(1)})
+
+
+def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", *QUICK, "--amp", "--channels-last", "--in-chans", "1", "--save-adversarial", "--output", "one"]
+    assert main(words) == 0
+    assert "judged in autocast to bfloat16" in capsys.readouterr().err
+    one = timm_hpm.AttackReport.load("one/report.json")
+    assert one.protocol["precision"] == "autocast to bfloat16"
+    assert main([*evaluate_command(one.protocol)[3:], "--output", "two"]) == 0
+    two = timm_hpm.AttackReport.load("two/report.json")
+    assert two.protocol["options"] == one.protocol["options"] == {"in_chans": 1, "channels_last": True}
+    assert (two.correct, two.protocol["clean_margin"]) == (one.correct, one.protocol["clean_margin"])
+    assert main(["rejudge", "one"]) == 0
 
 
 def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch, capsys):

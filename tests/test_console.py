@@ -83,7 +83,7 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     attacked = AttackedModel(model, images)
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
     plan = make_plan(protocol, attacked, 10, ())
-    assert f"{101 + 2 * 9 * 101 + 401:,} passes an image" in estimate(plan, attacked, images, 8)
+    assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)
 
 
 def test_a_training_run_says_its_facts_and_a_line_for_each_epoch(tmp_path, capsys):

@@ -1,8 +1,13 @@
 """Time limits: a run stops at the end of a batch, says what is done, and resumes to the same result."""
 
-import pytest
-from protocols import run_attack
+import time
 
+import pytest
+import torch
+from protocols import run_attack
+from torch import nn
+
+import timm_hpm
 from timm_hpm import AttackReport, ThreatModel
 from timm_hpm.__main__ import main
 from timm_hpm.deadline import is_over, parse_time, time_limit
@@ -48,6 +53,39 @@ def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(
     assert AttackReport.load(tmp_path / "partial" / "report.json").num_images == 4
     assert run_attack(model, *digits, threat, folder=tmp_path, **ATTACK).same_results(whole)
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"report.json"}
+
+
+class Slow(nn.Module):
+    """A network that sleeps at some images."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor):
+        super().__init__()
+        self.model, self.images = timm_hpm.PixelModel(model), images
+
+    def forward(self, x):
+        if torch.equal(x, self.images):
+            time.sleep(1.5)
+        return self.model(x)
+
+
+def test_a_time_limit_cuts_a_later_batch_between_its_attacks(model, digits):
+    plain = timm_hpm.remove_hpm_head(model).eval()
+    with time_limit(1.5):
+        cut = run_attack(Slow(plain, digits[0][4:8]).eval(), *digits, "Linf:0.1", attacks=["apgd-ce"], batch_size=4,
+                         budgets={"apgd-ce": Budget(1)})
+    assert cut.protocol["stopped"] == "by a time limit, after 4 of 10 images"
+
+
+def test_a_time_limit_cuts_the_studies_of_neighbours(model, digits, tmp_path):
+    options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "batch_size": 10, "neighbours": (2, 3),
+               "folder": tmp_path}
+    with time_limit(1e-9):
+        cut = run_attack(model, *digits, "Linf:0.1", **options)
+    assert cut.protocol["stopped"] == "by a time limit, after 0 of 2 studies of neighbours" and not cut.neighbours
+    assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
+    whole = run_attack(model, *digits, "Linf:0.1", **options)
+    assert {row["batch_size"] for row in whole.neighbours} == {2, 3} and "stopped" not in whole.protocol
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "partial").exists()
 
 
 def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, capsys):

@@ -2,12 +2,14 @@
 
 import gzip
 import os
+import random
 import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -23,6 +25,7 @@ from timm_hpm.data import (
     random_flip,
     sources,
 )
+from timm_hpm.models.create import open_split_for
 
 
 def grey_levels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -350,7 +353,8 @@ def test_a_damaged_image_is_named_and_no_other_taken_in_its_place(tmp_path, dama
 
 def test_random_crops_are_a_function_of_seed_epoch_and_index(folder):
     def opened(seed: int | None, epoch: int = 0):
-        split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop_seed=seed)
+        split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop=True,
+                           augmentation_seed=seed)
         split.set_epoch(epoch)
         return split
 
@@ -366,8 +370,37 @@ def test_random_crops_are_a_function_of_seed_epoch_and_index(folder):
     check_pixels(*first_images(opened(5)), 3)
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "original", "augmix-m3"])
+def test_policies_are_a_function_of_seed_epoch_and_index(folder, policy):
+    for options in ({"dataset": "digits"}, {"dataset": "folder", "data_dir": folder, "input_size": (3, 16, 16)}):
+        plain, *drawn = (open_split(split="train", auto_augment=policy, augmentation_seed=seed, **options)
+                         for seed in (None, 5, 5, 6))
+        states = random.getstate(), np.random.get_state()[1].tolist()
+        one, same, other = ([split[i][0] for i in range(12)] for split in drawn)
+        assert states == (random.getstate(), np.random.get_state()[1].tolist())
+        assert all(map(torch.equal, one, same)) and not all(map(torch.equal, one, other))
+        assert not all(torch.equal(image, plain[i][0]) for i, image in enumerate(one))
+        check_pixels(torch.stack(one), drawn[0].labels[:12])
+    with pytest.raises(ValueError, match=r"--aa\) is 'random', which timm does not know .*expected such as rand-m9"):
+        open_split("digits", "train", auto_augment="random", augmentation_seed=0)
+
+
+def test_the_crop_of_an_option_is_the_model_s_from_then_on_and_workers_read_the_same_images(folder):
+    model = timm.create_model("test_resnet", num_classes=3)
+    own, wide = (open_split_for(model, "folder", "train", data_dir=folder, img_size=16, **options)
+                 for options in ({}, {"crop_pct": 0.5, "interpolation": "nearest"}))
+    assert (model.pretrained_cfg["crop_pct"], model.pretrained_cfg["interpolation"]) == (0.5, "nearest")
+    assert not torch.equal(own[0][0], wide[0][0])
+    state = torch.get_rng_state()
+    assert torch.equal(first_images(wide, 9, workers=2)[0], torch.stack([wide[i][0] for i in range(9)]))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="crop_pct is of decoded images, and those of digits are all of one size"):
+        open_split_for(timm.create_model("hpm_wrn10_2"), "digits", "test", crop_pct=0.9)
+
+
 def test_workers_that_live_on_draw_the_crops_of_the_epoch(folder):
-    split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop_seed=0)
+    split = open_split("folder", "train", data_dir=folder, input_size=(3, 16, 16), random_resized_crop=True,
+                       augmentation_seed=0)
     loader = DataLoader(split, batch_size=16, num_workers=2, persistent_workers=True)
     for epoch in (0, 1, 5):
         split.set_epoch(epoch)

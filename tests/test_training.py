@@ -183,10 +183,12 @@ def test_a_run_leaves_a_model_its_options_its_numbers_and_their_curve(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"objective": "trades", "trades_beta": 3.0, "smoothing": 0.1, "hflip": 0.5},
-    {"objective": "clean", "prototype_features": "both", "workers": 1, "random_resized_crop": True},
+    {"objective": "clean", "prototype_features": "both", "workers": 1, "random_resized_crop": True,
+     "aa": "rand-m5"},
     {"threat": "L2:0.5", "attack_steps": 2, "attack_through": "soft", "prototype_features": "both"},
     {"amp": True, "channels_last": True, "clip_grad": 1.0, "log_with": "tensorboard"},
-    {"opt": "adamw", "lr": 1e-3, "sched": "cosine", "warmup_epochs": 0.5, "layer_decay": 0.7},
+    {"opt": "adamw", "opt_betas": (0.8, 0.99), "opt_eps": 1e-7,
+     "lr": 1e-3, "sched": "cosine", "warmup_epochs": 0.5, "layer_decay": 0.7},
     {"grad_checkpointing": True, "grad_accum_steps": 3, "recovery_interval": 1},
     {"model_kwargs": {"inference": "sample", "mix": 0.2}, "fc_loss_weight": 0.0},
     {"model_kwargs": {"inference": "fc"}},
@@ -499,6 +501,9 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), and digits has images of 1 channels"),
     ({"attack_step_size": 2}, "the ball of Linf:0.1 is 0.2 wide; expected no more than that. Did you mean 2/255?"),
     ({"amp": True, "amp_dtype": "float16"}, "float16"),
+    ({"opt_betas": (0.9, 0.99)}, "cannot make the optimizer 'sgd'"),
+    ({"model": "resnet10t", "num_classes": 10, "in_chans": 1, "pretrained": False, "amp": True},
+     "of resnet10t meets maps narrower than its stride. Of its weight's gradient in bfloat16, torch leaves a part"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

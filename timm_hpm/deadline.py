@@ -27,7 +27,10 @@ def parse_time(text: str) -> float:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Makes `mixed_surrogate_attack` stop in this block after so many seconds, at the end of a batch; None never."""
+    """Makes an evaluation in this block stop after so many seconds, at the end of an attack on a batch; None never.
+
+    The first batch is finished.
+    """
     token = _END.set(math.inf if seconds is None else time.monotonic() + seconds)
     try:
         yield

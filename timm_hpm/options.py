@@ -25,6 +25,9 @@ from .guards import shortened
 from .names import did_you_mean
 from .threat import parse_number
 
+AMP_DTYPES: Final = ("bfloat16", "float16")
+INTERPOLATIONS: Final = ("bilinear", "bicubic", "lanczos", "nearest")
+
 _MOST_BYTES: Final = 2**20
 _RANGES: Final = {"least": (operator.ge, "at least"), "most": (operator.le, "at most"),
                   "above": (operator.gt, "above"), "below": (operator.lt, "below")}
@@ -55,6 +58,7 @@ class CommonOptions:
                                                    "file.py:function")
     model_kwargs: dict[str, Any] | None = option(None, "model", "arguments of timm.create_model, such as mix=0.5")
     num_classes: int | None = option(None, "model", "number of classes (the model's)")
+    in_chans: int | None = option(None, "model", "channels of the images (the model's)")
     mean: tuple[float, ...] | None = option(
         None, "model", "per-channel mean of the normalisation of pixels in [0, 1] (the model's; from scratch the data "
                        "set's)")
@@ -67,10 +71,18 @@ class CommonOptions:
     class_map: str | None = option(
         None, "data", "file of class names in the order of the model's classes, as in timm")
     img_size: int | None = option(None, "data", "side of decoded images in pixels (the model's)")
+    crop_pct: float | None = option(
+        None, "data", "part of a decoded image's side that the centre crop keeps (the model's)", above=0, most=1)
+    interpolation: str | None = option(
+        None, "data", "interpolation of decoded images (the model's)", choices=INTERPOLATIONS)
+    workers: int = option(0, "data", "data loading workers per process", "-j", least=0, free=True)
     val_fraction: float | None = option(
         None, "data", "fraction of the training images held out for validation, of a data set without a validation "
                       "split (0.1, at most 5,000 images)", above=0, below=1)
     threat: str | None = option(None, "attack", "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
+    amp: bool = option(False, "machine and output", "mixed precision; in an evaluation of the judged model")
+    amp_dtype: str = option("bfloat16", "machine and output", "data type of mixed precision", choices=AMP_DTYPES)
+    channels_last: bool = option(False, "machine and output", "channels-last memory format")
     threads: int | None = option(
         None, "machine and output", "CPU threads of a process (OMP_NUM_THREADS, or the fastest number in a short "
                                     "measurement)", least=1)
@@ -78,8 +90,8 @@ class CommonOptions:
     seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
 
     time_limit: str | None = option(
-        None, "machine and output", "time such as 30m or 2h30m after which the run stops, at the end of a batch, and "
-                                    "can be resumed", free=True)
+        None, "machine and output", "time such as 30m or 2h30m after which the run stops and can be resumed; an "
+                                    "evaluation finishes its first batch, and the attack that it is in", free=True)
 
     def __post_init__(self) -> None:
         check(self)

@@ -10,7 +10,7 @@ from ..evaluation.command import load_report, merged, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.msa import PARTIAL, STOPPED
 from ..evaluation.robustbench import AUTHORS_FIELDS
-from ..evaluation.sweep import SWEEP
+from ..evaluation.sweep import PAGE, SWEEP
 from ..files import use_any_console
 from ..models.constructors import named_again
 from ..options import given_options
@@ -103,7 +103,7 @@ verdicts with those of its report. The other options are those of evaluate.""")
 
 def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     config, output = chosen(given, args.output, args.resume)
-    finished = any((output / name).exists() for name in ("report.json", SWEEP))
+    finished = any((output / name).exists() for name in (PAGE, SWEEP))
     try:
         reports = run(config, output, resume=args.resume is not None, robustbench_json=args.robustbench_json,
                       robustbench_info=args.robustbench_info)
@@ -121,7 +121,7 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     if reports:
         several = len(reports) > 1 or config.eps_sweep
         show(sweep_markdown(reports) if several else report_markdown(reports[0]))
-        page = output / (SWEEP if several else "report.html")
+        page = output / (SWEEP if several else PAGE)
         print(f"{output} holds a finished run" if finished else f"written: {page}, and the files beside it")
     return 0
 

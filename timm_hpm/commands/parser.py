@@ -6,10 +6,11 @@ from typing import Any
 
 from ..names import did_you_mean
 from ..report.command import DOOR
+from .timm_names import reason_against
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of `python -m timm_hpm <command>`; an unknown option is answered with the nearest ones.
+    """The parser of `python -m timm_hpm <command>`; an unknown option is answered with a reason or the nearest ones.
 
     Arguments:
         command: the command's name.
@@ -41,5 +42,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             first = unknown[0].partition("=")[0]
+            if (reason := reason_against(first)) is not None:
+                self.error(f"{first} is an option of timm's scripts and not of this one: {reason}")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(first, known)}; see --help")
         return found

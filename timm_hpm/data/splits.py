@@ -3,21 +3,24 @@
 import hashlib
 import os
 import pickle
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.readers.class_map import load_class_map
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ..names import some
 from .images import MODES, EncodedImages, Part
@@ -32,6 +35,7 @@ _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
 # So that a whole split is not in memory twice.
 _AT_ONCE: Final = 256
+_POLICIES: Final = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
 
 
 class ImageSplit(Dataset):
@@ -98,18 +102,26 @@ class ImageSplit(Dataset):
             yield
             return
         text = f"{self._seed} {int(self._epoch)} {index}"
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed accelerators too.
-            torch.default_generator.manual_seed(
-                int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-            yield
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        before = random.getstate(), np.random.get_state()  # timm's policies draw from both
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                # Not torch.manual_seed, which would seed accelerators too.
+                torch.default_generator.manual_seed(number)
+                yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
                download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
                class_map: str | os.PathLike | Mapping[str, int] | None = None,
-               random_resized_crop_seed: int | None = None) -> ImageSplit:
+               augmentation_seed: int | None = None, random_resized_crop: bool = False,
+               auto_augment: str | None = None) -> ImageSplit:
     """Opens a split of a data set.
 
     A missing validation split is held out from the training images: stratified by class, always the same ones. Splits
@@ -131,7 +143,9 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
             pickled dict of names and numbers (.pkl). Images of other classes are left out. A mapping must have exactly
             the data set's classes, −1 for those left out, and may have more of these. None takes the data set's own
             numbers; class folders are numbered in sorted order, as torchvision does.
-        random_resized_crop_seed: seed of random resized crops and flips; None for the centre crop.
+        augmentation_seed: seed of `random_resized_crop` and `auto_augment`; None for neither.
+        random_resized_crop: random resized crops and flips instead of the centre crop.
+        auto_augment: a policy in timm's words, such as "rand-m9-mstd0.5", "original" or "augmix-m3".
 
     Raises:
         ValueError: if the data set or split is unknown, images or labels do not fit the model, there is no image, or a
@@ -155,7 +169,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         names = (part.class_names or ()) + ("",) * (num_classes - part.num_classes)
         part = part._replace(num_classes=num_classes, class_names=names)
     _check_labels(name, part.labels[indices], num_classes)
-    seed, size = random_resized_crop_seed, input_size
+    size = input_size
     if isinstance(part.images, Tensor):
         size = part.images.shape[1:]
         _check_size(name, tuple(size), None if input_size is None else tuple(input_size))
@@ -168,16 +182,32 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         if size[0] not in MODES:
             raise ValueError(f"the model takes images of {size[0]} channels; files can be read as 1 (grey) or 3 (RGB)")
         indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(_SPLIT_SEED))]
-    transform: Callable[[Any], Any] | None
-    if seed is not None:
+    steps: list[Callable[[Any], Any]] = []
+    if random_resized_crop and augmentation_seed is not None:
         mode = str_to_interp_mode(interpolation)
-        transform = Compose([RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()])
-    elif isinstance(part.images, Tensor):
-        transform = None
-    else:
-        transform = create_transform((size[0], size[1], size[2]), interpolation=interpolation,
-                                     crop_pct=crop_pct, normalize=False)
-    return ImageSplit(name, source, part, indices, size[0], transform, seed)
+        steps = [RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()]
+    elif not isinstance(part.images, Tensor):
+        steps = [create_transform((size[0], size[1], size[2]), interpolation=interpolation,
+                                  crop_pct=crop_pct, normalize=False)]
+    if auto_augment and augmentation_seed is not None:
+        steps.append(_policy(auto_augment, size))
+    return ImageSplit(name, source, part, indices, size[0], Compose(steps) if steps else None, augmentation_seed)
+
+
+def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
+    """Returns timm's augmentation policy of a name for images of a size (channels, height, width)."""
+    make = next((make for start, make in _POLICIES.items() if name.startswith(start)), auto_augment_transform)
+    params = {"translate_const": int(0.45 * min(size[1:])), "img_mean": (128,) * 3 if size[0] == 3 else 128}
+    try:
+        policy = make(name, params)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"auto_augment (--aa) is {name!r}, which timm does not know ({type(error).__name__}: {error});"
+                         " expected such as rand-m9-mstd0.5, augmix-m3, original, v0 or 3a") from error
+    return Compose([_as_image, policy])
+
+
+def _as_image(image: Tensor | Image.Image) -> Image.Image:
+    return to_pil_image(image) if isinstance(image, Tensor) else image
 
 
 def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:
@@ -188,8 +218,10 @@ def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:
     return TensorDataset(*first_images(open_split(dataset, split, **options)))
 
 
-def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
+def first_images(split: ImageSplit, n: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
     """Returns the first `n` images (n, C, H, W), float32 in [0, 1], and labels (n,) of a split, 0 for all.
+
+    `workers` is the number of processes that read them; 0 reads in this one.
 
     Raises:
         ValueError: if `n` is below 0 or above the number of images.
@@ -198,9 +230,10 @@ def first_images(split: ImageSplit, n: int = 0) -> tuple[Tensor, Tensor]:
         raise ValueError(f"asked for the first {n} images; {split} has {len(split)} (0 for all)")
     n = n or len(split)
     images = torch.empty(n, *split[0][0].shape)
-    for part in range(0, n, _AT_ONCE):
-        chosen = range(part, min(part + _AT_ONCE, n))
-        torch.stack([image for image, _ in split.__getitems__(chosen)], out=images[part:part + _AT_ONCE])
+    # A generator of its own, or the caller's random state would change.
+    loader = DataLoader(split, min(n, _AT_ONCE), sampler=range(n), num_workers=workers, generator=torch.Generator())
+    for first, (some, _) in zip(range(0, n, _AT_ONCE), loader, strict=True):
+        images[first:first + len(some)] = some
     return images, split.labels[:n]
 
 

@@ -83,11 +83,11 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 class _HeadInput(nn.Module):
-    """A whole classifier that outputs its HPM head's input (B, d)."""
+    """A whole classifier that outputs its HPM head's inputs of `draws` passes side by side, (B, draws·d)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, draws: int):
         super().__init__()
-        self.model = model
+        self.model, self.draws = model, draws
 
     def forward(self, pixels: Tensor) -> Tensor:
         inputs: list[Tensor] = []
@@ -95,7 +95,7 @@ class _HeadInput(nn.Module):
         with find_head(self.model).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1).clone()),
                                                              prepend=True):
             self.model(pixels)
-        return inputs[-1]
+        return torch.cat(inputs[-self.draws:], dim=1)
 
 
 def _cut(backbone: Any, _: Tensor) -> nn.Module:
@@ -145,26 +145,36 @@ class AttackedModel:
         self.backward_passes = 0
         changes = [(_in_channels_last, _ROUNDING_IN_FORMAT), (_folded, _ROUNDING)]
         if head_name(self.backbone) is not None:
-            self.head, self.backbone = find_head(self.backbone), _HeadInput(self.backbone)
-            changes.insert(0, (_cut, _ROUNDING))
+            self.head, self.backbone = find_head(self.backbone), _HeadInput(self.backbone, self._draws)
+            if self._draws == 1:  # without its head the model would average features
+                changes.insert(0, (_cut, _ROUNDING))
         with torch.no_grad():
             for change, rounding in changes:
                 self.backbone = _if_alike(change, self.backbone, example[:_FEW_IMAGES], rounding)
             if self.head is not None and self.head.is_fitted():
-                moderate_scale(self.head, ask(self.backbone, example))
+                moderate_scale(self.head, torch.cat(ask(self.backbone, example).chunk(self._draws, dim=1)))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns the head's input (B, d), or the logits (B, C) of a classifier without one."""
+        """Returns the head's input (B, d), or the logits (B, C) of a classifier without one.
+
+        Of a model that averages N draws, (B, N·d): those of each draw, side by side.
+        """
         self.forward_passes += self._draws * len(pixels)
         if torch.is_grad_enabled() and pixels.requires_grad:
             self.backward_passes += self._draws * len(pixels)
         return ask(self.backbone, pixels)
 
-    def logits(self, surrogate: str, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch."""
+    def logits(self, surrogate: str, features: Tensor, temperature: float | None = None) -> Tensor:
+        """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch, the mean over the draws.
+
+        With a `temperature` those of `Surrogate.at`.
+        """
         if self.head is None:
             return features.float()
-        return SURROGATES[surrogate].logits(self.head, features.to(self.head.weight.dtype))
+        chosen, head = SURROGATES[surrogate], self.head
+        draws = [chosen.logits(head, part) if temperature is None else chosen.at(temperature, head, part)
+                 for part in features.to(head.weight.dtype).chunk(self._draws, dim=1)]
+        return draws[0] if len(draws) == 1 else torch.stack(draws).mean(dim=0)
 
     def batch_dependent(self, surrogate: str) -> bool:
         """Returns whether an image's logits under the surrogate depend on the other images of its batch."""

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,25 +82,28 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
 def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | None,
               resume: bool) -> list[AttackReport]:
     model = load_model(config, accelerator)
-    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
+    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, crop_pct=config.crop_pct,
+                           interpolation=config.interpolation, data_dir=config.data_dir,
                            download=config.dataset_download,
                            class_map=model.class_map if config.class_subset else config.class_map,
                            val_fraction=None if config.split == "test" else config.val_fraction)
     threat = ThreatModel.parse(config.threat or split.threat)
-    images, labels = first_images(split, config.num_images)
+    images, labels = first_images(split, config.num_images, config.workers)
     options = _attack_options(config, model, images)
     pixel_model = as_pixel_model(model, config.mean, config.std, config.eot)
     config = replace(config, threads=use_threads(config.threads, pixel_model, images[:config.batch_size]))
     about = _about(config, model, split)
-    if is_first(accelerator) and not (output / REPORT).exists():
-        print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
-                                modes=config.inference, batch_size=config.batch_size, accelerator=accelerator),
-              file=sys.stderr)
-        if accelerator is not None:
-            print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="", file=sys.stderr)
-    begins = is_first(accelerator) and begin(config, output, resume)
+    begins = False
     try:
-        with time_limit(config.seconds()):
+        with time_limit(config.seconds()), mixed_precision(config):
+            if is_first(accelerator) and not (output / REPORT).exists():
+                print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
+                                        modes=config.inference, batch_size=config.batch_size, accelerator=accelerator),
+                      file=sys.stderr)
+                if accelerator is not None:
+                    print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="",
+                          file=sys.stderr)
+            begins = is_first(accelerator) and begin(config, output, resume)
             return list(sweep(
                 pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
                 folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
@@ -111,13 +115,20 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
         raise
 
 
+def mixed_precision(config: EvaluateConfig) -> AbstractContextManager[Any]:
+    """Returns the autocast of the options, in which the model is judged; attacks search in float32."""
+    if not config.amp:
+        return nullcontext()
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.amp_dtype))
+
+
 def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Returns the arguments of `sweep` that the options give, checked against model and images."""
     if config.inference:
         find_head(model)
     neighbours = config.neighbours
     if neighbours is None:
-        skips = config.is_custom or config.eps_sweep
+        skips = config.is_custom or config.eps_sweep or config.eot > 1
         neighbours = () if skips else tuple(
             size for size in BATCH_SIZES if size <= min(len(images), config.batch_size))
     if config.neighbours or config.neighbours_mix:
@@ -189,14 +200,15 @@ def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -
     device = usable_device(config.device)
     pretrained = config.checkpoint is None if config.pretrained is None else config.pretrained
     arguments = dict(config.model_kwargs or {})
-    if config.num_classes is not None:
-        arguments["num_classes"] = config.num_classes
+    arguments |= {name: value for name, value in config.own_arguments().items() if value is not None}
     own = {name: value for name, value in (("mean", config.mean), ("std", config.std)) if value is not None}
     if config.checkpoint and own:
         arguments["pretrained_cfg_overlay"] = {**(arguments.get("pretrained_cfg_overlay") or {}), **own}
     model = create_model(config.model, pretrained=pretrained, checkpoint=config.checkpoint, **arguments)
     if config.class_subset:
         keep_classes(model, read_subset(config.class_subset))
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     return model.to(device if accelerator is None else accelerator.device).eval()
 
 
@@ -258,11 +270,11 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
     config = EvaluateConfig(**{**saved, **given})
     with several_processes(config.device) as accelerator:
         model = load_model(config, accelerator)
-        if config.mean is not None or config.std is not None:
-            model = as_pixel_model(model, config.mean, config.std)
+        model = as_pixel_model(model, config.mean, config.std, config.eot)
         if config.threads is not None:
             torch.set_num_threads(config.threads)  # others round differently
-        return _compared_verdicts(model, folder)
+        with mixed_precision(config):
+            return _compared_verdicts(model, folder)
 
 
 def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:

@@ -91,13 +91,18 @@ class EvaluateConfig(CommonOptions):
         if unused:
             raise ValueError(f"--budget is given for {', '.join(unused)}, which is not among the attacks that are run, "
                              f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
-        other = (self.model_kwargs or {}).get("num_classes", self.num_classes)
-        if self.num_classes is not None and other != self.num_classes:
-            raise ValueError(f"--num-classes is {self.num_classes} and --model-kwargs num_classes={other}; give one of "
-                             "them")
+        for name, value in self.own_arguments().items():
+            other = (self.model_kwargs or {}).get(name, value)
+            if value is not None and other != value:
+                raise ValueError(f"--{name.replace('_', '-')} is {value} and --model-kwargs {name}={other}; give one "
+                                 "of them")
         if self.class_subset and self.class_map:
             raise ValueError("--class-subset and --class-map both number the classes; give one of them")
         self.radii()
+
+    def own_arguments(self) -> dict[str, int | None]:
+        """Returns the arguments of timm.create_model that have an option of their own."""
+        return {"num_classes": self.num_classes, "in_chans": self.in_chans}
 
     @property
     def base_protocol(self) -> str:

@@ -18,6 +18,7 @@ from .attacked import AttackedModel
 from .plan import Plan, make_plan
 from .protocols import Protocol
 from .seeding import seeded
+from .subject import precision_of
 from .table import ATTACKS
 
 # Few enough for a second or so; of faster networks the whole batch is timed.
@@ -49,6 +50,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     budgets = "; ".join(f"{name} {budget}" for name, budget in
                         (protocol if attacked.head is not None else protocol.for_plain()).attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
+    precision = precision_of(pixel_model, device)
     processes = 1 if accelerator is None else accelerator.num_processes
     channels, height, width = images.shape[1:]
     return facts({
@@ -60,7 +62,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         "threat model": str(threat) if radii is None else f"{threat.norm}, {len(radii)} radii up to {max(radii):g}",
         "protocol": f"{protocol.name}, on {', '.join(plan.surrogates)}: {budgets}",
         "batches": f"of {batch_size} images",
-        "device": device_text(device, processes),
+        "device": device_text(device, processes) + ("" if precision == "float32" else f", judged in {precision}"),
         "time": estimate(plan, attacked, images[:batch_size].to(device), len(images) * times / processes),
     })
 
@@ -73,17 +75,18 @@ def attacked_copy(pixel_model: nn.Module, images: Tensor) -> tuple[AttackedModel
 
 
 def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float) -> str:
-    """Returns how long the attacks of a plan on so many images may take, from the time of one pass."""
+    """Returns how long a plan's attacks and verdicts on so many images may take, from the time of one pass."""
     queries: Counter[tuple[int, bool]] = Counter()
     for group, row in plan.steps:
         queries[len(group), ATTACKS[attack_of(row)].needs_gradient] += plan.budget(row).queries()
+        queries[len(group), False] += 1  # the verdicts
     # Surrogates side by side share a pass, which costs less than one for each.
     seconds = sum(
         number * size * _seconds_per_image(attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient)
         for (size, gradient), number in queries.items())
     passes = sum(size * number for (size, _), number in queries.items())
     most = "at most about" if plan.cascade else "about"
-    return (f"{most} {duration(num_images * seconds)} for the attacks: {passes:,} passes an image, timed "
+    return (f"{most} {duration(num_images * seconds)} for the attacks and verdicts: {passes:,} passes an image, timed "
             "on the first images")
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacks import margin_loss, predicted_classes
-from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .budget import Budget
@@ -91,16 +90,15 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
 
     `choose` maps a surrogate's margins (B,) at `x` to the images (B,) whose errors count.
     """
-    model, head = batch.model, batch.model.head
-    assert head is not None
+    model = batch.model
     exact = model.exact_surrogate()  # it asks the device
     before, best, most = x, x, torch.full((len(batch.surrogates),), -1, device=x.device)
     for i in range(iterations + 1):
         temperature = _LAST_TEMPERATURE ** (i / iterations)
         x = x.detach().requires_grad_(i < iterations)
         with torch.set_grad_enabled(i < iterations):
-            features = model.features(x).to(head.weight.dtype).split(batch.size)
-            parts = [SURROGATES[name].at(temperature, head, part).float()
+            features = model.features(x).split(batch.size)
+            parts = [model.logits(name, part, temperature).float()
                      for name, part in zip(batch.surrogates, features, strict=True)]
             logits = batch.finite(batch.rows, x, torch.cat(parts))
             margins = margin_loss(logits, batch.labels).view(len(most), batch.size)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ..console import images_bar
 from ..data import check_eval_mode, checked_integer, for_gradients
-from ..deadline import is_over
 from ..files import locked, remove, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
@@ -150,10 +149,11 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
               smoothing=0) as bar:
         batches: list[tuple[int, list[Step]]] = []
         for first in mine:
-            if batches and is_over():
+            found = run.attack_batch(first, images[first:first + size], labels[first:first + size], bar,
+                                     may_stop=bool(batches))
+            if found is None:
                 break
-            batch = images[first:first + size], labels[first:first + size]
-            batches.append((first, run.attack_batch(first, *batch, bar)))
+            batches.append((first, found))
     batches = sorted(gathered(accelerator, batches), key=lambda batch: batch[0])
     earlier = gathered(accelerator, [run.earlier_seconds])
     whole = [steps for number, (first, steps) in enumerate(batches) if first == number * size]

@@ -74,6 +74,9 @@ def measure_neighbours(
     check_neighbours(batch_sizes, mixes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
     pixel_model = pixel_model_for(model, images)
+    if getattr(pixel_model, "draws", 1) > 1:
+        raise ValueError(f"neighbours are chosen by the features of one draw, and the model averages "
+                         f"{pixel_model.draws}; leave out draws (--eot)")
     device = device_of(pixel_model, images)
     with seeded(device, seed, "split"):
         split = AttackedModel(pixel_model, images[:max(batch_sizes)].to(device))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..deadline import is_over
 from ..files import Parts, save_parts
 from ..head import head_mode
 from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
@@ -47,14 +48,20 @@ class Run:
     #: Seconds of the steps that an earlier process had finished.
     earlier_seconds: float = 0.0
 
-    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step]:
-        """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's."""
+    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm,
+                     may_stop: bool = False) -> list[Step] | None:
+        """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's.
+
+        None if it may stop and the time of a `time_limit` is over before the last one.
+        """
         state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
         place = first // self.subject.batch_size
         clean = self._judged("clean", {"clean": state.images}, state)
         state.add(clean)
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
+            if may_stop and is_over():
+                return None
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.plan.budget(attack).queries()
             step = self.folder.load(place, number, named(group, attack)) if self.folder else None

@@ -14,6 +14,7 @@ from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of
 from ..functional import in_autocast
 from ..head import find_head, head_name
 from ..report import Flag, data_digest, weights_digest
+from ..report.command import AUTOCAST
 from ..report.metrics import right_in_all
 from ..threat import ThreatModel
 from .attacked import AttackedModel
@@ -47,9 +48,6 @@ class Subject:
         pixel_model = pixel_model_for(model, images)
         device = device_of(pixel_model, images)
         example = images[:batch_size].to(device)
-        if getattr(pixel_model, "draws", 1) > 1 and head_name(pixel_model) is not None:
-            raise ValueError(f"the model averages {pixel_model.draws} draws and has an HPM head, whose surrogates know "
-                             "one draw only; leave out draws (--eot), or attack it without its HPM head")
         # A model may draw random numbers at each call.
         with seeded(device, seed, "model"):
             logits = _first_logits(pixel_model, example)
@@ -123,7 +121,7 @@ class Subject:
             "mix": None if head is None else head.mix,
             "prototypes_fitted": None if head is None else head.is_fitted(),
             "clean_margin": margin,
-            "precision": _precision(self.model, self.device),
+            "precision": precision_of(self.model, self.device),
             "attacked_scale": None if self.attacked.head is None else float(self.attacked.head.scale()),
             "device": self.device.type,
             "versions": {"python": platform.python_version()} | {
@@ -140,7 +138,9 @@ def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
     with head.register_forward_hook(lambda module, inputs, output: outputs.append(output.flatten(1).clone())):
         logits = check_logits(ask(pixel_model, images), len(images))
     check_finite(own_logits(pixel_model, images, logits))
-    if name is not None and not (outputs and torch.equal(outputs[-1].float(), logits.float())):
+    # Those of the last draws: a randomised model may be called several times.
+    own = outputs[-getattr(pixel_model, "draws", 1):]
+    if name is not None and not (own and torch.equal(torch.stack(own).float().mean(dim=0), logits.float())):
         raise ValueError(f"the model's logits are not those of its HPM head ({name}): another layer follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")
     return logits
@@ -151,9 +151,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
 
 
-def _precision(model: nn.Module, device: torch.device) -> str:
+def precision_of(model: nn.Module, device: torch.device) -> str:
     """Returns the dtype that the judge computes in."""
     dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        dtype = f"autocast to {torch.get_autocast_dtype(device.type)}"
+        dtype = f"{AUTOCAST}{torch.get_autocast_dtype(device.type)}"
     return dtype.replace("torch.", "")

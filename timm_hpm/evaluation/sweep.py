@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..console import images_bar
+from ..deadline import is_over
 from ..files import write_text
 from ..head import check_inference, find_head, head_mode, head_name
 from ..report import AttackReport
@@ -110,15 +111,16 @@ def sweep(
             asked = {"neighbours": list(neighbours), "neighbours_mixes": neighbours_mixes and list(neighbours_mixes)}
             report = mixed_surrogate_attack(model, images, labels, threat, folder=place, accelerator=accelerator,
                                             about={**(about or {}), **(asked if pairs else {})}, **options)
-            if STOPPED in report.protocol:
-                if place is not None and is_first(accelerator):
-                    write_report(report, place / PARTIAL)
-                return report
             measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
-            with images_bar(model, "neighbours", bool(pairs and options.get("progress") and is_first(accelerator))):
-                report = _with_neighbours(report, pairs, measure, place, accelerator)
-        if place is not None and is_first(accelerator) and not (place / PAGE).exists():
-            write_report(report, place)
+            if STOPPED not in report.protocol:
+                shown = bool(pairs and options.get("progress") and is_first(accelerator))
+                with images_bar(model, "neighbours", shown):
+                    report = _with_neighbours(report, pairs, measure, place, accelerator)
+        if place is not None and is_first(accelerator):
+            if STOPPED in report.protocol:
+                write_report(report, place / PARTIAL)
+            elif not (place / PAGE).exists():
+                write_report(report, place)
         return report
 
     def all_reports() -> Iterator[AttackReport]:
@@ -144,12 +146,16 @@ def _with_neighbours(report: AttackReport, pairs: Sequence[tuple[int, float]], m
                      place: Path | None, accelerator: Accelerator | None) -> AttackReport:
     """Returns the report with the rows of `measure_neighbours` for the pairs that it lacks.
 
-    Each process measures one pair at a time, and the report is saved after each round of them.
+    Each process measures one pair at a time, and the report is saved after each round of them. A `time_limit` cuts the
+    rounds, which the returned report says.
     """
     done = {(row["batch_size"], row["mix"]) for row in report.neighbours}
     missing = [pair for pair in pairs if pair not in done]
     rank, processes = rank_of(accelerator)
     for i in range(0, len(missing), processes):
+        if any(gathered(accelerator, [is_over()])):
+            stopped = f"by a time limit, after {len(pairs) - len(missing) + i} of {len(pairs)} studies of neighbours"
+            return replace(report, protocol={**report.protocol, STOPPED: stopped})
         rows = [row for size, mix in missing[i + rank:i + rank + 1]
                 for row in measure(batch_sizes=[size], mixes=[mix])]
         report = replace(report, neighbours=[*report.neighbours, *gathered(accelerator, rows)])

@@ -180,18 +180,25 @@ def _explained(path: str) -> Iterator[None]:
         raise ValueError(shortened(str(error))) from error
 
 
-def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, **options: Any) -> ImageSplit:
+def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None = None, crop_pct: float | None = None,
+                   interpolation: str | None = None, **options: Any) -> ImageSplit:
     """Returns `open_split(dataset, split, **options)` in the size, the channels and the classes that `model` takes.
 
     Arguments:
         model: a timm model.
         img_size: side in pixels to which images are resized as they are decoded; None means the model's own.
+        crop_pct, interpolation: of decoded images, which `model` takes over; None means the model's own.
 
     Raises:
         ValueError: if images or classes do not fit the model, and as `open_split`.
     """
     cfg = model.pretrained_cfg
     source = data_source(dataset)
+    given = {name: value for name, value in (("crop_pct", crop_pct), ("interpolation", interpolation)) if value}
+    if given and source.image_size is not None:
+        raise ValueError(f"{' and '.join(given)} is of decoded images, and those of {dataset} are all of one size; "
+                         "leave it out")
+    cfg.update(given)
     height, width = (img_size, img_size) if img_size is not None else cfg["input_size"][1:]
     if img_size is None and source.image_size is not None and not cfg.get("fixed_input_size"):
         height, width = source.image_size[1:]

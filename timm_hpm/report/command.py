@@ -14,8 +14,13 @@ NAMED_PROTOCOLS: Final[dict[str, str]] = {}
 DOOR: Final = ("python", "-m", "timm_hpm")
 
 #: Options of an evaluation that open the model, and those that open the images; a protocol keeps them as `options`.
-MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "model_kwargs")
-DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "class_map", "class_subset", "val_fraction")
+MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "in_chans", "model_kwargs",
+                        "channels_last")
+DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "crop_pct", "interpolation", "class_map",
+                       "class_subset", "val_fraction")
+
+#: The precision in a protocol of a model that is judged in autocast, before the data type.
+AUTOCAST: Final = "autocast to "
 
 _WIDTH: Final = 110
 
@@ -45,7 +50,10 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     if protocol.get("eot", 1) > 1:
         options["eot"] = protocol["eot"]
     options |= _attack_options(protocol)
-    if protocol.get("precision", "float32") != "float32":
+    precision = protocol.get("precision", "float32")
+    if precision.startswith(AUTOCAST):
+        options |= {"amp": True, "amp_dtype": precision.removeprefix(AUTOCAST)}
+    elif precision != "float32":
         return []  # evaluate.py has no option for it
     options |= {name: protocol[name] for name in ("surrogates_at_once", "seed", "device", "threads")
                 if name in protocol}

@@ -66,7 +66,8 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     PartialState(cpu=config.device == "cpu")
     # The name may hold the time, and another one on each process.
     folder = Path(broadcast_object_list([str(output or default_folder(config.model, "train-"))])[0])
-    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _removed_at_end(folder / UNPACKED):
+    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _removed_at_end(folder / UNPACKED), \
+            _own_precision():
         run = Run(config, folder, model=model, resume=resume, log=log, progress=progress, asked_to_stop=asked)
         accelerator = run.accelerator
         try:
@@ -79,11 +80,19 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
             del run
             accelerator.free_memory()
             accelerator.end_training()
-            AcceleratorState._reset_state()  # it would keep this run's precision for the process's next one
         if model is not None:
             model.load_state_dict(load_file(folder / WEIGHTS))
             model.eval()
         return kept
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Forgets this run's precision at its end, which Accelerate would keep for the process's next one."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
 
 
 @contextmanager

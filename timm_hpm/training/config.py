@@ -10,7 +10,6 @@ from ..threat import ThreatModel
 from .objectives import OBJECTIVES
 from .trunk import BATCH_PROTOTYPES
 
-AMP_DTYPES: Final = ("bfloat16", "float16")
 TRACKERS: Final = ("tensorboard", "wandb")
 SCHEDULES: Final = ("onecycle", "cosine", "tanh", "step", "multistep", "poly", "constant")
 
@@ -32,7 +31,8 @@ class TrainConfig(CommonOptions):
 
     pretrained: bool = option(False, _MODEL, "initial weights: the model's pretrained ones, else random ones")
     initial_checkpoint: str | None = option(None, _MODEL, "file of the initial weights, ours or another project's")
-    in_chans: int | None = option(None, _MODEL, "channels of the images (the model's)")
+    drop: float | None = option(None, _MODEL, "dropout of the classifier's input (the model's)", least=0, below=1)
+    drop_path: float | None = option(None, _MODEL, "stochastic depth (the model's)", least=0, below=1)
     freeze_backbone: bool = option(False, _MODEL, "training of the head alone")
     grad_checkpointing: bool = option(False, _MODEL, "gradient checkpointing: less memory, one more forward pass")
 
@@ -40,12 +40,13 @@ class TrainConfig(CommonOptions):
     shift: int = option(1, _DATA, "augmentation: largest random shift in pixels", least=0)
     hflip: float = option(0.0, _DATA, "augmentation: probability of a horizontal flip", least=0, most=1)
     random_resized_crop: bool = option(False, _DATA, "augmentation: random resized crops, and flips")
+    aa: str | None = option(
+        None, _DATA, "augmentation: timm's name of a policy, such as rand-m9-mstd0.5, original or augmix-m3")
     batch_size: int = option(128, _DATA, "images per process and forward pass", "-b", least=1)
     extra_data: str | None = option(
         None, _DATA, "npz file of further training images, such as generated ones: image, uint8 N×H×W×channels, and "
                      "label")
     extra_fraction: float = option(0.7, _DATA, "fraction of each batch that --extra-data gives", least=0, below=1)
-    workers: int = option(0, _DATA, "data loading workers per process", "-j", least=0, free=True)
 
     objective: str = option("pgd-at", _ATTACK, "training objective: its attack and its loss", choices=OBJECTIVES)
     trades_beta: float = option(6.0, _ATTACK, "weight of TRADES' divergence", least=0)
@@ -73,6 +74,10 @@ class TrainConfig(CommonOptions):
     epochs: int = option(60, _OPTIMISATION, "passes over the training images", least=1)
     opt: str = option("sgd", _OPTIMISATION, "timm optimizer, such as sgd or adamw")
     lr: float = option(0.1, _OPTIMISATION, "peak learning rate", above=0)
+    opt_eps: float | None = option(None, _OPTIMISATION, "epsilon of the optimizer (its own)", above=0)
+    opt_betas: tuple[float, ...] | None = option(
+        None, _OPTIMISATION, "betas of the optimizer (its own)", least=0, below=1)
+    opt_kwargs: dict[str, Any] | None = option(None, _OPTIMISATION, "further arguments of the optimizer")
     momentum: float = option(0.9, _OPTIMISATION, "momentum of sgd", least=0, most=1)
     weight_decay: float = option(5e-4, _OPTIMISATION, "weight decay; none for biases, norms and the scale", least=0)
     sched: str = option("onecycle", _OPTIMISATION, "learning rate schedule: timm's, or onecycle", choices=SCHEDULES)
@@ -96,9 +101,6 @@ class TrainConfig(CommonOptions):
 
     device: str | None = option(None, _MACHINE, "cpu ignores accelerators (Accelerate's choice)", choices=("cpu",),
                                 free=True)
-    amp: bool = option(False, _MACHINE, "mixed precision")
-    amp_dtype: str = option("bfloat16", _MACHINE, "data type of mixed precision", choices=AMP_DTYPES)
-    channels_last: bool = option(False, _MACHINE, "channels-last memory format")
     torchcompile: bool = option(False, _MACHINE, "compilation of the backbone")
     recovery_interval: int = option(0, _MACHINE, "updates between checkpoints; 0 means only at the ends of epochs",
                                     least=0, free=True)

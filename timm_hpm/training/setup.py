@@ -2,13 +2,15 @@
 
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.optim import create_optimizer_v2
@@ -48,7 +50,7 @@ def create_trainable(config: TrainConfig) -> Any:
     Raises:
         ValueError: an unknown model, weights that do not fit it, or options that do not.
     """
-    given = _given(config, "num_classes", "in_chans")
+    given = _given(config, "num_classes", "in_chans") | _drops(config)
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
         raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
@@ -66,7 +68,8 @@ def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
     Raises:
         ValueError: options about making a model, or that do not fit this one.
     """
-    making = _given(config, "initial_checkpoint", "model_kwargs") | ({"pretrained": True} if config.pretrained else {})
+    making = _given(config, "initial_checkpoint", "model_kwargs", "drop", "drop_path") | (
+        {"pretrained": True} if config.pretrained else {})
     if making:
         raise ValueError(f"{', '.join(making)} makes a model, and the run is given one; leave it out")
     has: Any = {"num_classes": model.num_classes, "in_chans": in_chans(model)}
@@ -131,6 +134,10 @@ def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
+def _drops(config: TrainConfig) -> dict[str, float]:
+    return {f"{name}_rate": value for name, value in _given(config, "drop", "drop_path").items()}
+
+
 def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnfittedHeadWarning)  # the run fits its prototypes
@@ -178,10 +185,14 @@ def _check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def create_optimizer(config: TrainConfig, model: Any) -> Any:
     """Returns timm's optimizer for a model, or raises a ValueError if timm does not make it."""
+    own = {name.removeprefix("opt_"): value for name, value in _given(config, "opt_eps", "opt_betas").items()}
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-            layer_decay=config.layer_decay)
+            layer_decay=config.layer_decay, **own, **(config.opt_kwargs or {}))
+        if unused := sorted(own.keys() - optimizer.defaults.keys()):  # which timm leaves out
+            raise ValueError(f"it has no {' and no '.join(unused)}")
+        return optimizer
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
                          "Names are those of timm.optim.list_optimizers()") from error
@@ -247,10 +258,12 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
                                "download": config.dataset_download, "class_map": config.class_map,
-                               "val_fraction": config.val_fraction}
+                               "val_fraction": config.val_fraction, "crop_pct": config.crop_pct,
+                               "interpolation": config.interpolation}
     plain = train = open_split_for(model, config.dataset, "train", **options)
-    if config.random_resized_crop:
-        train = open_split_for(model, config.dataset, "train", random_resized_crop_seed=config.seed, **options)
+    if config.random_resized_crop or config.aa:
+        train = open_split_for(model, config.dataset, "train", augmentation_seed=config.seed, auto_augment=config.aa,
+                               random_resized_crop=config.random_resized_crop, **options)
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
     for name in OF_TRAINING:  # of the weights that it begins with
@@ -272,7 +285,7 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
     mode = model.training
     try:
-        with torch.no_grad(), _fc_mode(model):
+        with torch.no_grad(), _fc_mode(model), _narrow_convolutions(model) as narrow:
             logits = check_logits(PixelModel(model.eval())(pixels), 1)
         if logits.shape[1] != model.num_classes:
             raise ValueError(f"it returns {logits.shape[1]} logits for {model.num_classes} classes")
@@ -282,3 +295,25 @@ def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> Non
                          f"{error}. Give --in-chans, --img-size, --mean and --std, or another model") from error
     finally:
         model.train(mode)
+    if narrow and config.amp and PartialState().device.type == "cpu":
+        raise ValueError(f"the strided convolution {narrow[0]} of {config.model} meets maps narrower than its stride. "
+                         "Of its weight's gradient in bfloat16, torch leaves a part uninitialised on CPUs, and the "
+                         "weights would become garbage; leave out --amp, or give larger images")
+
+
+@contextmanager
+def _narrow_convolutions(model: nn.Module) -> Iterator[list[str]]:
+    """Yields a list, which gets the convolutions that meet maps narrower than their stride in the block."""
+    found: list[str] = []
+
+    def note(name: str, module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[-1] < module.stride[-1] and module.kernel_size[-1] > 1:
+            found.append(name)
+
+    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in model.named_modules()
+             if isinstance(module, nn.Conv2d)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 def in_autocast(x: Tensor) -> bool:
-    """Returns whether autocast is enabled on the device of `x`; some devices, such as meta, have none."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    """Returns whether autocast is enabled on the device of `x`; the device meta has none."""
+    # Not torch.amp.is_autocast_available, which torch 2.4 cannot trace.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 @torch.fx.wrap

@@ -232,8 +232,8 @@ def first_images(split: ImageSplit, n: int = 0, workers: int = 0) -> tuple[Tenso
     images = torch.empty(n, *split[0][0].shape)
     # A generator of its own, or the caller's random state would change.
     loader = DataLoader(split, min(n, _AT_ONCE), sampler=range(n), num_workers=workers, generator=torch.Generator())
-    for first, (some, _) in zip(range(0, n, _AT_ONCE), loader, strict=True):
-        images[first:first + len(some)] = some
+    for first, (part, _) in zip(range(0, n, _AT_ONCE), loader, strict=True):
+        images[first:first + len(part)] = part
     return images, split.labels[:n]
 
 

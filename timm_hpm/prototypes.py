@@ -68,13 +68,17 @@ def fit_prototypes(
         features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps, attack_step_size)
         sums = torch.zeros_like(head.prototypes, dtype=torch.float64)
         counts = torch.zeros_like(sums[:, 0])
-        kept = _FeatureSample()
+        kept: list[tuple[Tensor, Tensor]] = []  # whole batches of features, that choose the scale
+
+        def is_full() -> bool:
+            return sum(len(labels) for _, labels in kept) >= _MAX_SCALE_FEATURES
+
         for features, labels in features_of(loader):
             batch_sums, batch_counts = functional.class_sums(features.double(), labels, head.out_features)
             sums += batch_sums
             counts += batch_counts
-            if held_out is None:
-                kept.add(features, labels)
+            if held_out is None and not is_full():
+                kept.append((features, labels))
         if reduce is not None:
             sums, counts = reduce(sums), reduce(counts)
         missing = (counts == 0).nonzero().flatten().tolist()
@@ -82,13 +86,13 @@ def fit_prototypes(
             raise ValueError(f"the loader has no image of {len(missing)} of the {head.out_features} classes "
                              f"({missing[:10]} first); every class needs one for its prototype")
         for features, labels in features_of(() if held_out is None else held_out):
-            if kept.is_full():
+            if is_full():
                 break
-            kept.add(features, labels)
+            kept.append((features, labels))
         fitted = copy.deepcopy(head)
         fitted.set_prototypes((sums / counts.unsqueeze(1)).to(head.prototypes.dtype))
         fitted.log_scale.data.zero_()  # the old scale, perhaps NaN, must not enter the distances
-        log_scale, nll = fit_log_scale(*kept.distances(fitted))
+        log_scale, nll = fit_log_scale(*_distances(fitted, kept))
         fitted.log_scale.data.fill_(log_scale)
         head.load_state_dict(fitted.state_dict())
     finally:
@@ -125,28 +129,15 @@ def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
     return low, F.cross_entropy(-math.exp(low) * d, labels).item()
 
 
-class _FeatureSample:
-    """Whole batches of features, up to `_MAX_SCALE_FEATURES`."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[Tensor, Tensor]] = []
-
-    def is_full(self) -> bool:
-        return sum(len(labels) for _, labels in self.batches) >= _MAX_SCALE_FEATURES
-
-    def add(self, features: Tensor, labels: Tensor) -> None:
-        if not self.is_full():
-            self.batches.append((features, labels))
-
-    @torch.no_grad()
-    def distances(self, head: HPMHead) -> tuple[Tensor, Tensor]:
-        """Returns the squared distances (N, C) of the logits of `head`, batch by batch, and the labels (N,)."""
-        if not self.batches:
-            raise ValueError("held_out yields no image; the scale needs some")
-        # The FC mode has no distances; the default mode chooses its scale.
-        with head_mode(head, "batch" if head.inference == "fc" else head.inference):
-            distances = torch.cat([-head(features) / head.scale() for features, _ in self.batches])
-        return distances, torch.cat([labels for _, labels in self.batches])
+@torch.no_grad()
+def _distances(head: HPMHead, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns the squared distances (N, C) of the head's logits, batch by batch of features, and the labels (N,)."""
+    if not batches:
+        raise ValueError("held_out yields no image; the scale needs some")
+    # The FC mode has no distances; the default mode chooses its scale.
+    with head_mode(head, "batch" if head.inference == "fc" else head.inference):
+        distances = torch.cat([-head(features) / head.scale() for features, _ in batches])
+    return distances, torch.cat([labels for _, labels in batches])
 
 
 def _labelled_features(

@@ -70,7 +70,7 @@ class Surrogate:
             mode `"batch"`.
         exact_in: inference modes in which the logits are the head's own.
         annealed: the logits at a temperature from 1 to nearly 0, its third argument, for attacks that anneal.
-        in_joint: whether attacks on a whole batch use it; None means if it is batch-dependent.
+        in_joint: whether attacks on a whole batch use it if it is batch-dependent.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Surrogate:
     batch_dependent: bool = False
     exact_in: tuple[str, ...] = ()
     annealed: Callable[[HPMHead, Tensor, float], Tensor] | None = None
-    in_joint: bool | None = None
+    in_joint: bool = True
 
     @property
     def joint(self) -> bool:
         """Returns whether attacks on a whole batch use this surrogate."""
-        return self.batch_dependent and self.in_joint is not False
+        return self.batch_dependent and self.in_joint
 
     def at(self, temperature: float, head: HPMHead, features: Tensor) -> Tensor:
         """Returns the logits (B, C) at a temperature, or as they are if the surrogate is not annealed."""

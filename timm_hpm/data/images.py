@@ -4,7 +4,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
@@ -21,14 +21,6 @@ _MAX_16_BIT: Final = 65535
 _UNREADABLE: Final = ("EPS", "MPEG")
 
 
-class ImageFolder(NamedTuple):
-    """The images below the class folders of a folder, in torchvision's order; file i is of `classes[labels[i]]`."""
-
-    files: list[str]
-    labels: list[int]
-    classes: tuple[str, ...]
-
-
 class EncodedImages:
     """Images that are opened one by one as they are read.
 
@@ -40,6 +32,11 @@ class EncodedImages:
         self._open_file = open_file
         # Shared with the workers of a DataLoader.
         self._has_warned = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    @classmethod
+    def of_files(cls, files: list[str]) -> "EncodedImages":
+        """Returns the images in files of these paths."""
+        return cls(partial(_open, files))
 
     def read(self, index: int, channels: int) -> Image.Image:
         """Returns image `index` as grey (1 channel) or RGB (3); grey of 16 bits in the mode F, from 0 to 1, for either.
@@ -119,8 +116,7 @@ def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def open_path(files: list[str], index: int) -> tuple[IO[bytes], str]:
-    """Returns file `index` of a list, opened, and its path."""
+def _open(files: list[str], index: int) -> tuple[IO[bytes], str]:
     return open(files[index], "rb"), files[index]
 
 
@@ -129,8 +125,10 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
 
 
-def image_folder(folder: Path) -> ImageFolder:
-    """Returns the images of a folder; a warning names the classes without one, and counts the files passed over.
+def image_folder(folder: Path) -> Part:
+    """Returns the images below the class folders of a folder, in torchvision's order.
+
+    A warning names the classes without an image, and counts the files passed over.
 
     Raises:
         ValueError: if there is no image.
@@ -157,7 +155,7 @@ def image_folder(folder: Path) -> ImageFolder:
                       "They count as classes", stacklevel=2)
     if others:
         warnings.warn(f"{folder}{_passed_over(others)}", stacklevel=2)
-    return ImageFolder(found, labels, classes)
+    return Part(EncodedImages.of_files(found), torch.tensor(labels), len(classes), classes)
 
 
 def _passed_over(files: list[str]) -> str:

@@ -1,6 +1,5 @@
 """SVHN, STL-10 and Tiny ImageNet, read from the files of their authors."""
 
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import EncodedImages, Part, open_path
+from .images import EncodedImages, Part
 
 _STL10_CLASSES: Final = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _STL10_SHAPE: Final = (3, 96, 96)
@@ -88,8 +87,7 @@ def read_tiny_imagenet(part: str, data_dir: Path | None, download: bool) -> Part
         raise FileNotFoundError(f"there is no image of the part {part} in {root}; expected the unpacked "
                                 "tiny-imagenet-200.zip")
     labels = torch.tensor([numbers[name] for _, name in pairs])
-    images = EncodedImages(partial(open_path, [str(path) for path, _ in pairs]))
-    return Part(images, labels, len(classes), classes)
+    return Part(EncodedImages.of_files([str(path) for path, _ in pairs]), labels, len(classes), classes)
 
 
 def _found(data_dir: Path | None, name: str, folders: tuple[str, ...], source: str) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
 from ..names import did_you_mean
-from .images import EncodedImages, Part, class_folders, image_folder, open_path
+from .images import EncodedImages, Part, class_folders, image_folder
 from .official import read_stl10, read_svhn, read_tiny_imagenet
 
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -166,7 +166,7 @@ def _torchvision_part(dataset: Any) -> Part:
     # ImageNet's synsets name its folders, too; its classes are lists of synonyms.
     names = tuple(getattr(dataset, "wnids", dataset.classes))
     if not hasattr(dataset, "data"):
-        return Part(EncodedImages(partial(open_path, [path for path, _ in dataset.samples])), labels, len(names), names)
+        return Part(EncodedImages.of_files([path for path, _ in dataset.samples]), labels, len(names), names)
     images = torch.as_tensor(dataset.data)
     # CIFAR: (N, H, W, 3); the MNISTs: (N, H, W).
     images = images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images.unsqueeze(1)
@@ -185,8 +185,7 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
 
 
 def _read_folder(part: str, data_dir: Path | None, download: bool) -> Part:
-    files, labels, classes = image_folder(_folders(data_dir)[part])
-    return Part(EncodedImages(partial(open_path, files)), torch.tensor(labels), len(classes), classes)
+    return image_folder(_folders(data_dir)[part])
 
 
 def _folder_classes(data_dir: Path | None) -> tuple[str, ...]:

@@ -263,15 +263,12 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
 
 def weights_place(cfg: PretrainedCfg) -> str:
     """Returns the place of a pretrained cfg's weights, for messages."""
-    name = cfg.hf_hub_filename or "the weights"
-    if cfg.source == "hf-hub":
-        return f"{name} of the Hugging Face repository {cfg.hf_hub_id}"
-    if cfg.state_dict:
+    if cfg.state_dict and cfg.source != "hf-hub":
         return "the given state dict"
-    if cfg.file:
+    if cfg.file and cfg.source != "hf-hub":
         return f"the weights in {cfg.file}"
     if cfg.hf_hub_id:
-        return f"{name} of the Hugging Face repository {cfg.hf_hub_id}"
+        return f"{cfg.hf_hub_filename or 'the weights'} of the Hugging Face repository {cfg.hf_hub_id}"
     return f"the weights at {cfg.url}"
 
 

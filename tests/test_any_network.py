@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
+from training_runs import forget_accelerator
 
 import timm_hpm
 from timm_hpm import PixelModel
@@ -35,9 +35,9 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def one_accelerator_a_test():
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from timm_hpm import find_head, head_mode
 from timm_hpm.commands import evaluate as evaluate_command
 from timm_hpm.commands import train as train_command
 from timm_hpm.head import head_name
-from timm_hpm.models.create import create_model, load_checkpoint
+from timm_hpm.models.create import create_model, load_checkpoint, usable_device
 from timm_hpm.models.saving import write_model
 
 NET = """
@@ -97,10 +97,18 @@ def test_a_constructor_s_head_and_one_by_arguments(net):
     ("net.py", {}, r"a constructor of your own, path/to/file\.py:function"),
     ("resnt18", {}, r"timm_hpm\.register_hpm.*did you mean resnet18"),
     ("hpm_resnt26", {}, "hpm_.*; did you mean hpm_resnet26"),
+    ("hpm_wrn10_2.nosuch", {}, "nosuch"),
+    ("hpm_wrn10_2", {"foo": 1}, "foo=1.*unexpected keyword argument 'foo'"),
 ])
 def test_a_constructor_that_makes_no_network_is_explained(net, name, arguments, message):
     with pytest.raises(ValueError, match=rf"(?s)cannot create the model {name!r}.*{message}"):
         create_model(name, pretrained=False, **arguments)
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_explained(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be used"):
+        usable_device(name)
 
 
 def test_any_base_of_timm_s_has_an_hpm_name():

@@ -489,7 +489,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_resnet18.untrained"])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet.untrained"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
     file = tmp_path / "theirs.ckpt"
@@ -510,7 +510,7 @@ class TypeErrorUnlessUnpickled:
         return *torch.ones(1).__reduce_ex__(2)[:2], (False, None, None)
 
 
-@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_resnet18.untrained"])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet.untrained"])
 @pytest.mark.parametrize("source", ["file", "url"])
 def test_code_does_not_run_at_a_second_attempt_either(tmp_path, name, source, monkeypatch):
     """timm loads a checkpoint from a URL once more, unsafely, where the safe attempt ends in a TypeError."""
@@ -566,7 +566,7 @@ def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_tracebac
         threading.Thread(target=server.serve_forever, daemon=True).start()
         overlay = {"url": f"http://127.0.0.1:{server.server_port}/{status}/x.pth", "hf_hub_id": None}
         with pytest.raises(CheckpointError, match=rf"cannot read the weights at {overlay['url']}: .*{advice}") as error:
-            timm.create_model("hpm_resnet18", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+            timm.create_model("hpm_test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
         server.shutdown()
     # Whatever the server says stays out of what Python prints of the causes.
     assert error.value.__suppress_context__

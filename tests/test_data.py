@@ -74,16 +74,6 @@ def test_pixel_model_answers_in_float32_for_a_bfloat16_model():
         assert (answer - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-def test_pixel_model_wants_a_mean_and_a_positive_std():
-    with pytest.raises(ValueError, match="Flatten has no pretrained_cfg that says its mean; give it"):
-        PixelModel(nn.Flatten())
-    with pytest.raises(ValueError, match="says its std"):
-        PixelModel(nn.Flatten(), mean=(0.5,))
-    for std in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"std is \(.*\); expected (positive|finite) numbers"):
-            PixelModel(nn.Flatten(), mean=(0.5,), std=(std,))
-
-
 def test_as_pixel_model_wraps_timm_models_only_and_only_once():
     model = tiny_timm_model()
     wrapped = as_pixel_model(model)

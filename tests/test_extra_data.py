@@ -10,16 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from training_runs import run, weights
 
 import timm_hpm
-from timm_hpm.training import TrainConfig, train
+from timm_hpm.training import TrainConfig
 from timm_hpm.training.extra import ExtraImages
 
 ROOT = Path(__file__).parent.parent
-TINY = {"device": "cpu", "pretrained": True, "epochs": 1, "lr": 0.01, "attack_steps": 1, "val_attack_steps": 1,
-        "batch_size": 350}
 
 
 def digits(number: int = 400) -> dict[str, np.ndarray]:
@@ -27,13 +24,6 @@ def digits(number: int = 400) -> dict[str, np.ndarray]:
     images, labels = timm_hpm.load_split("digits", "train").tensors
     return {"image": (images[:number] * 255).round().byte().permute(0, 2, 3, 1).numpy(),
             "label": labels[:number].numpy()}
-
-
-def run(folder, resume=False, **options):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    kept = train(None, TrainConfig(**TINY | options), folder, resume=resume, log=lambda line: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return kept
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -79,8 +69,8 @@ def test_a_file_of_180_mib_takes_few_of_them_in_memory(save, tmp_path):
     assert float(done.stdout) < 40  # MiB
 
 
-@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart", "clean"])
-def test_every_objective_learns_from_them(objective, tmp_path):
+@pytest.mark.parametrize("objective", ["trades", "clean"])
+def test_objectives_learn_from_them(objective, tmp_path):
     """All the extra labels are 3, so a model that learns from many of them predicts it too often."""
     three = digits()
     three["label"][:] = 3
@@ -99,9 +89,8 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
     given = {"extra_data": str(tmp_path / "more.npz"), "recovery_interval": 2, "checkpoint_hist": 9}
     run(tmp_path / "plain")
     run(tmp_path / "zero", **given | {"extra_fraction": 0.0})
-    state = load_file(tmp_path / "plain" / "model.safetensors")
-    assert all(torch.equal(tensor, state[name])
-               for name, tensor in load_file(tmp_path / "zero" / "model.safetensors").items())
+    state = weights(tmp_path / "plain")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "zero").items())
     run(tmp_path / "whole", **given, extra_fraction=0.5)
     folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert len(folders) == 4  # 6 batches of 175 digits, and the end of the epoch
@@ -115,10 +104,10 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
 
 def test_two_processes_share_one_unpacked_file(tmp_path):
     np.savez_compressed(tmp_path / "more.npz", **digits())
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if value is not True]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
-         "--pretrained", *words, "--batch-size=100", "--extra-data=more.npz", "--output=run"], cwd=tmp_path, text=True,
+         "--device=cpu", "--pretrained", "--epochs=1", "--lr=0.01", "--attack-steps=1", "--val-attack-steps=1",
+         "--batch-size=100", "--extra-data=more.npz", "--output=run"], cwd=tmp_path, text=True,
         capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "extra-data.npy").exists()

@@ -185,14 +185,3 @@ def test_class_sums_of_two_halves_add_up_to_those_of_the_whole():
     halves = [functional.class_sums(z[half], labels[half], 4) for half in (slice(0, 7), slice(7, 20))]
     torch.testing.assert_close(halves[0][0] + halves[1][0], sums)
     assert torch.equal(halves[0][1] + halves[1][1], counts)
-
-
-def test_ema_update_sets_first_then_averages_and_leaves_absent_classes():
-    prototypes = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-    num_updates = torch.tensor([0, 4, 4])
-    sums, counts = torch.tensor([[10.0, 20.0], [6.0, 9.0], [0.0, 0.0]]), torch.tensor([2.0, 3.0, 0.0])
-    updated, numbers = functional.ema_update(prototypes, num_updates, sums, counts, 0.9)
-    torch.testing.assert_close(updated, torch.tensor([[5.0, 10.0], [2.0, 2.1], [3.0, 3.0]]))
-    assert torch.equal(updated[2], prototypes[2])
-    assert numbers.tolist() == [1, 5, 4]
-    assert prototypes[0].tolist() == [1, 1] and num_updates.tolist() == [0, 4, 4]

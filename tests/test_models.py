@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_notrace_functions, get_notrace_modules, save_for_hf
+from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -109,19 +109,8 @@ def test_a_tag_sets_model_arguments():
     for given in ({"pretrained_cfg": "untrained_deepmind"}, {"pretrained_cfg": deepmind.pretrained_cfg},
                   {"pretrained_cfg_overlay": {"tag": "untrained_deepmind"}}):
         assert isinstance(timm.create_model("hpm_wrn10_2", **given).act, nn.SiLU)
-
-
-def test_explicit_arguments_win_over_a_tag():
-    model = timm.create_model("hpm_wrn10_2.untrained_deepmind", layout="trades", depths=(2, 1, 1), inference="sample")
-    assert isinstance(model.act, nn.ReLU) and len(model.stages[0]) == 2 and find_head(model).inference == "sample"
-
-
-def test_a_saved_folder_keeps_the_arguments_of_its_tag(tmp_path):
-    model = fit(timm.create_model("hpm_wrn10_2.untrained_deepmind")).eval()
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    back = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = images(model)
-    assert torch.equal(back(x), model(x))
+    model = timm.create_model("hpm_wrn10_2.untrained_deepmind", layout="trades", depths=(2, 1, 1))  # these win
+    assert isinstance(model.act, nn.ReLU) and len(model.stages[0]) == 2
 
 
 # The network
@@ -272,20 +261,3 @@ def test_script_and_fx(name):
         assert torch.equal(*traced(x).values(), expected)
     assert torch.allclose(torch.jit.script(model)(x), expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(*torch.jit.script(traced)(x).values(), expected, rtol=1e-4, atol=1e-5)
-
-
-# reset_classifier
-
-
-@pytest.mark.parametrize("classes", [10, 0])
-def test_reset_classifier_makes_a_head_of_the_same_kind(classes):
-    config = {"mix": 0.25, "ema_decay": 0.9, "inference": "dataset"}
-    model = timm.create_model(BODY, num_classes=classes, **config)
-    model.reset_classifier(5)
-    assert (model.num_classes, find_head(model).out_features, model.fc.config()) == (5, 5, config)
-    assert not model.fc.is_fitted() and not model.fc.bias.any()
-    model.fc.mix = 0.75
-    model.reset_classifier(0)
-    assert isinstance(model.get_classifier(), nn.Identity)
-    model.reset_classifier(7)
-    assert model.fc.config() == {**config, "mix": 0.75}

@@ -233,13 +233,10 @@ def test_a_file_that_unfolds_to_a_gigabyte_is_refused_before_it_fills_the_memory
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    for part, number in (("t10k", 0), ("train", 3)):
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte", grey_levels(number, 28, 28))
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(number, dtype=np.uint8))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", grey_levels(0, 28, 28))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.arange(0, dtype=np.uint8))
     with pytest.raises(ValueError, match=r"the split test of fashion_mnist has no image; give another --data-dir$"):
         open_split("fashion_mnist", "test", data_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"has no image; each class has at most one, .*Add images"):
-        open_split("fashion_mnist", "val", data_dir=tmp_path)
 
 
 # torchvision's data sets

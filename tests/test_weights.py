@@ -235,14 +235,6 @@ def test_weights_and_config_of_two_saves_give_the_model_of_the_weights(saved, tm
     assert torch.equal(timm_hpm.PixelModel(model)(pixels), timm_hpm.PixelModel(source)(pixels))
 
 
-def test_a_tag_s_arguments_outlive_the_tag(tmp_path):
-    model = timm.create_model("hpm_resnet152.liu2023_imagenet_linf", layers=(1, 1, 1, 1), num_classes=5)
-    model.pretrained_cfg["tag"] = None
-    hub.save(model, tmp_path)
-    with pytest.warns(timm_hpm.UnfittedHeadWarning):
-        assert type(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).act1) is timm.layers.GELU
-
-
 # Entries that are no tensors
 
 

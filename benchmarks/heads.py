@@ -11,28 +11,26 @@ go to benchmarks/reports/heads, from which `table` makes docs/results.md.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from scipy.stats import ttest_1samp
+from heads_table import REPORTS, page
 from torch.utils.data import DataLoader
 
-from timm_hpm import INFERENCE_MODES, AttackReport, compare, fit_prototypes, load_split
+from timm_hpm import INFERENCE_MODES, AttackReport, fit_prototypes
 from timm_hpm.files import new_folder, write_text
-from timm_hpm.models.create import create_model
+from timm_hpm.models.constructors import is_constructor
+from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.models.saving import write_model
-from timm_hpm.report.metrics import worst_accuracy
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = Path(__file__).with_suffix(".yaml")
-REPORTS = Path(__file__).parent / "reports" / "heads"
-NAMES = {"fc": "FC", "dataset": "ℓ2 (dataset)", "sample": "HPM, sample", "batch": "HPM, batch"}
+# AutoAttack's attacks on the FC classifier alone, at the budgets of fast.
+FC_ALONE = {"surrogates": ["fc"], "attacks": ["apgd-ce", "apgd-t", "square"]}
 
 
 def command(script: str, options: dict[str, Any], folder: Path) -> None:
@@ -42,6 +40,8 @@ def command(script: str, options: dict[str, Any], folder: Path) -> None:
     write_text(config, yaml.safe_dump(options))
     begun = any((folder / name).exists() for name in ("args.yaml", "options.json"))
     where = ["--resume", str(folder)] if begun else ["-c", str(config), "--output", str(folder)]
+    if begun and is_constructor(options["model"]):
+        where += ["--model", options["model"]]
     subprocess.run([sys.executable, str(ROOT / script), *where], check=True)
 
 
@@ -61,89 +61,71 @@ def fitted(base: dict[str, Any], weights: Path) -> Path:
         options = base["train"]
         model = create_model(options["model"], pretrained=False, checkpoint=str(weights),
                              **options.get("model_kwargs", {})).eval()
-        images = DataLoader(load_split(options["dataset"], "train"), batch_size=128)
-        fit_prototypes(model, images, options["threat"])
+        split = open_split_for(model, options["dataset"], "train", data_dir=options.get("data_dir"),
+                               img_size=options.get("img_size"))
+        fit_prototypes(model, DataLoader(split, batch_size=128), options["threat"])
         with new_folder(folder) as place:
             write_model(model, place)
     return folder / "model.safetensors"
 
 
-def evaluate(base: dict[str, Any], weights: Path, mode: str, folder: Path, report: Path) -> None:
-    """Evaluates weights in a mode if that is not done."""
+def judge(base: dict[str, Any], weights: Path, label: str, output: Path,
+          attack: dict[str, Any] | None = None) -> None:
+    """Evaluates weights if that is not done: by `fast`, changed by the base's options, or by those of an `attack`.
+
+    Arguments:
+        label: BASE-TRAINED MODE-JUDGED MODE-SEED, the name of the report.
+    """
+    name, _, mode, _ = label.rsplit("-", 3)
+    report = REPORTS / ("fc-alone" if attack else "") / f"{label}.json"
     if report.exists():
         return
-    given = base["train"]
+    if attack is None:
+        attack = base.get("evaluate_batch", {}) if mode == "batch" else {}
+    given, folder = base["train"], output / name / (f"{label}-fc-alone" if attack is FC_ALONE else label)
     command("evaluate.py", {
         "model": given["model"], "checkpoint": str(weights), "model_kwargs": given.get("model_kwargs", {}),
         "threat": given["threat"], "inference": [mode], "split": "test", "protocol": "fast", **base["evaluate"],
-    }, folder)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "report.json", report)
+        **attack}, folder)
+    replace(AttackReport.load(folder / "report.json"), examples=[]).save(report)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains and evaluates all that is asked for."""
-    configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    for seed in args.seeds:
-        for name in args.bases or configs:
-            base, folder = configs[name], args.output / name
-            first = {} if "base" not in base else {
-                "initial_checkpoint": str(train({**base["base"], "seed": seed}, folder / f"base-{seed}"))}
-            for mode in args.modes:
-                kwargs = {**base["train"].get("model_kwargs", {}), "inference": mode}
-                options = {**base["train"], **first, "model_kwargs": kwargs, "seed": seed}
-                weights = train(options, folder / f"{mode}-{seed}")
-                if args.train_only:
-                    continue
-                for judged in INFERENCE_MODES if mode == "fc" else (mode,):
-                    label = f"{name}-{mode}-{judged}-{seed}"
-                    judged_weights = weights if judged == mode else fitted(base, weights)
-                    evaluate(base, judged_weights, judged, folder / label, REPORTS / f"{label}.json")
+    """Trains and evaluates all that is asked for: the trained heads, then those that are not trained."""
+    text = CONFIGS.read_text(encoding="utf-8")
+    for place in args.place:
+        name, _, folder = place.partition("=")
+        text = text.replace(f"{{{name}}}", folder)
+    configs = yaml.safe_load(text)
+    names = args.bases or list(configs)
+    runs = [(name, mode, seed) for seed in args.seeds for name in names for mode in args.modes]
+    for name, mode, seed in runs:
+        weights = tuned(configs[name], mode, seed, args.output / name)
+        if not args.train_only:
+            judge(configs[name], weights, f"{name}-{mode}-{mode}-{seed}", args.output)
+    for name, mode, seed in [] if args.train_only else runs:
+        base = configs[name]
+        weights = tuned(base, mode, seed, args.output / name)
+        if mode != "fc":
+            judge(base, weights, f"{name}-{mode}-{mode}-{seed}", args.output, FC_ALONE)
+        elif args.untrained is None or seed in args.untrained:
+            weights = fitted(base, weights)
+            for other in ("dataset", "sample", "batch"):
+                for attack in (None, FC_ALONE):
+                    judge(base, weights, f"{name}-{mode}-{other}-{seed}", args.output, attack)
 
 
-def claimed(report: AttackReport) -> float:
-    """Returns the accuracy that attacks on the FC classifier alone would claim."""
-    rows = [row for key, row in report.correct.items() if key == "clean" or key.startswith("fc/")]
-    return worst_accuracy(rows)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Returns mean ± standard error in points."""
-    error = f" ± {100 * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{error}"
-
-
-def row(reports: dict[int, AttackReport], fc: dict[int, AttackReport]) -> list[str]:
-    """Returns the cells of one head: its accuracies over the seeds, and its difference from FC of the same seeds."""
-    cells = [spread([value(report) for report in reports.values()]) for value in (
-        lambda report: report.clean_accuracy, lambda report: report.robust_accuracy,
-        lambda report: report.realised_robust_accuracy, claimed)]
-    pairs = [compare(fc[seed], reports[seed]).rows[1] for seed in sorted(reports.keys() & fc.keys())]
-    differences = [pair.difference for pair in pairs]
-    if not any(differences):
-        return [*cells, "0", "", ""]
-    p = f"{ttest_1samp(differences, 0).pvalue:.3f}" if len(set(differences)) > 1 else ""
-    return [*cells, spread(differences), ", ".join(f"{pair.p_value:.3f}" for pair in pairs), p]
+def tuned(base: dict[str, Any], mode: str, seed: int, folder: Path) -> Path:
+    """Returns the weights of a base that is fine-tuned through a mode."""
+    first = {} if "base" not in base else {
+        "initial_checkpoint": str(train({**base["base"], "seed": seed}, folder / f"base-{seed}"))}
+    kwargs = {**base["train"].get("model_kwargs", {}), "inference": mode}
+    return train({**base["train"], **first, "model_kwargs": kwargs, "seed": seed}, folder / f"{mode}-{seed}")
 
 
 def table(_: argparse.Namespace) -> None:
-    """Prints the table of each base."""
-    found: dict[str, dict[tuple[str, str], dict[int, AttackReport]]] = {}
-    for file in sorted(REPORTS.glob("*.json")):
-        name, mode, judged, seed = file.stem.rsplit("-", 3)
-        found.setdefault(name, {}).setdefault((mode, judged), {})[int(seed)] = AttackReport.load(file)
-    for name, heads in found.items():
-        fc = heads.get(("fc", "fc"), {})
-        any_report = next(iter(next(iter(heads.values())).values()))
-        print(f"## {name}\n\n{any_report.num_images} test images, {any_report.protocol['threat']}, protocol "
-              f"`{any_report.protocol['protocol']}`, batches of {any_report.protocol['batch_size']}, seeds "
-              f"{', '.join(str(seed) for seed in sorted(fc))}\n")
-        print("| head | clean | worst case | realised | attacks on FC alone claim | worst case less FC's | McNemar's p "
-              "by seed | t-test's p |\n|---|---:|---:|---:|---:|---:|---|---:|")
-        for mode, judged in sorted(heads, key=lambda key: (key[0] != "fc" or key[1] != "fc", key)):
-            title = NAMES[judged] if mode == judged else f"{NAMES[judged]}, not trained"
-            print("| " + " | ".join([title, *row(heads[mode, judged], fc)]) + " |")
-        print()
+    """Prints the page of all results."""
+    print(page(), end="")
 
 
 def main() -> None:
@@ -156,6 +138,9 @@ def main() -> None:
     running.add_argument("--bases", nargs="+", metavar="NAME", help="bases of heads.yaml (all)")
     running.add_argument("--modes", nargs="+", choices=INFERENCE_MODES, default=["fc", "dataset", "sample", "batch"])
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    running.add_argument("--untrained", nargs="*", type=int, metavar="N",
+                         help="seeds whose FC network is also evaluated with the other heads, not trained (all)")
+    running.add_argument("--place", nargs="+", default=[], metavar="NAME=FOLDER", help="folders that heads.yaml names")
     running.add_argument("--train-only", action="store_true", help="no evaluations")
     commands.add_parser("table").set_defaults(run=table)
     args = parser.parse_args()

@@ -56,14 +56,19 @@ NETWORKS: Final = {
 }
 
 
+def cnn_a(in_chans: int = 1) -> nn.Module:
+    """Returns their architecture with random weights, for images of 28x28 (1 channel) or 32x32 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(1_568 if in_chans == 1 else 2_048, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
 def load_network(network: Network, folder: Path) -> nn.Module:
     """Returns the network, in eval mode, as a module of pixels in [0, 1]."""
     state = torch.load(folder / network.file, weights_only=True, map_location="cpu")
     state = state.get("state_dict", state)
     state = state[0] if isinstance(state, list) else state
-    model = nn.Sequential(
-        nn.Conv2d(state["0.weight"].shape[1], 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(state["5.weight"].shape[1], 100), nn.ReLU(), nn.Linear(100, 10))
+    model = cnn_a(state["0.weight"].shape[1])
     model.load_state_dict(state)
     return PixelModel(model, network.mean, network.std).eval().requires_grad_(False)
 

@@ -25,6 +25,9 @@ CIFAR = {
     "hpm_cifar_resnet18": {"layers": (1, 1, 1, 1)},
     "hpm_cifar_xcit_small_12_p4_32": {"depth": 3, "embed_dim": 64, "num_heads": 4},
 }
+_THIN = {"depths": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_chs": 16}
+SMALL = CIFAR | {"hpm_wrn16_4": {"channels": (16, 32, 64)}, "hpm_preact_resnet18": _THIN,
+                 "hpm_preact_resnet18.untrained_deepmind": _THIN}
 ALL = (*NAMES, *CIFAR)
 BODY = "hpm_wrn10_2.untrained"
 HPM_ENTRIES = {"fc.prototypes", "fc.num_updates", "fc.log_scale"}
@@ -33,7 +36,7 @@ scripts = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Futu
 
 
 def create(name: str, **kwargs):
-    return timm.create_model(name, **CIFAR.get(name, {}), **kwargs)
+    return timm.create_model(name, **SMALL.get(name, {}), **kwargs)
 
 
 def images(model, batch: int = 2) -> Tensor:

@@ -16,6 +16,8 @@ from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.header import estimate, evaluation_header
 from timm_hpm.evaluation.plan import make_plan
 from timm_hpm.evaluation.protocols import PROTOCOLS
+from timm_hpm.training import TrainConfig
+from timm_hpm.training.header import num_passes
 
 TABLE = r"""# A *title*
 
@@ -84,6 +86,13 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
     plan = make_plan(protocol, attacked, 10, ())
     assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)
+
+
+@pytest.mark.parametrize(("options", "passes"), [
+    ({}, 100 * 11), ({"objective": "clean"}, 100), ({"objective": "trades", "awp_gamma": 0.005}, 100 * 14),
+    ({"extra_data": "x.npz", "extra_fraction": 0.75, "batch_size": 100}, 400 * 11)])
+def test_the_estimate_of_a_training_run_counts_the_passes_of_its_objective(options, passes):
+    assert num_passes(TrainConfig(epochs=3, **options), 100, 7) == 3 * (passes + 7 * 20)
 
 
 def test_a_training_run_says_its_facts_and_a_line_for_each_epoch(tmp_path, capsys):

@@ -87,6 +87,7 @@ def test_a_constructor_s_head_and_one_by_arguments(net):
 @pytest.mark.parametrize(("name", "arguments", "message"), [
     ("nut.py:small", {}, r"there is no file nut\.py; expected path/to/file\.py:function"),
     ("nut.net:small", {}, "there is no module 'nut' here or installed; expected package.module:function"),
+    ("net.py:Net", {"size": 3}, r"argument 'size'; --model-kwargs NAME=VALUE gives the constructor's"),
     ("net.py:smal", {}, r"net\.py has no function 'smal'; it has Net, small, robust, fixed"),
     ("net.py:number", {}, r"net\.py:number returned int; expected an nn\.Module"),
     ("net.py:unknown", {}, "does not say its number of classes: set the attribute num_classes"),

@@ -124,7 +124,7 @@ def test_two_processes_share_one_unpacked_file(tmp_path):
     ({"label": np.array([0, 1, 2, 10])}, "`label` has values from 0 to 10, and the model has the classes 0 to 9"),
     ({"label": np.array([0, 1, 2, -1])}, "`label` has values from -1 to 2"),
     ({"label": np.array([0, "a", None, 2], dtype=object)}, "allow_pickle=False"),
-    ({"label": None}, 'has no "There is no item named'), ({"image": None}, 'label.npz has no "There'),
+    ({"label": None}, "label.npz: it holds image; expected"), ({"image": None}, "label.npz: it holds label; expected"),
     (b"", "not a zip file"), (b"PK\\x03\\x04 cut", "not a zip file"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_another_layout_is_refused_before_anything_is_written(change, message, tmp_path, monkeypatch):

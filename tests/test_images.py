@@ -253,6 +253,10 @@ def test_a_class_map_numbers_the_classes(tmp_path, kind):
         with pytest.warns(UserWarning, match="6 of 8 images of test are of classes that the class map leaves out"):
             split = open_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8), class_map=file)
         assert number_of(NAMES, split) == {"b": 0, "A": 1} and split.num_classes == 2
+        file.write_text("zebra\nlion")
+        with pytest.warns(UserWarning, match="8 of 8"), pytest.raises(
+                ValueError, match=r"the split test of folder has no image of a class of the class map \(.*zebra"):
+            open_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8), class_map=file)
 
 
 @pytest.mark.parametrize(("name", "content"), [

@@ -99,7 +99,7 @@ def test_the_digits_as_a_split_are_those_in_memory():
 
 
 @pytest.mark.parametrize(("wanted", "message"), [
-    ({"input_size": (3, 28, 28)}, r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--model-kwargs in_chans=1$"),
+    ({"input_size": (3, 28, 28)}, r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--in-chans 1$"),
     ({"input_size": [1, 32, 32]}, r"the model takes \(1, 32, 32\); they are not converted: give --img-size 28$"),
     ({"input_size": (3, 32, 32)}, "in_chans=1 and --img-size 28"),
     ({"num_classes": 3}, r"labels up to 3, the model the classes 0 to 2; .*\(--num-classes 4\)"),
@@ -378,8 +378,9 @@ def test_policies_are_a_function_of_seed_epoch_and_index(folder, policy):
         assert all(map(torch.equal, one, same)) and not all(map(torch.equal, one, other))
         assert not all(torch.equal(image, plain[i][0]) for i, image in enumerate(one))
         check_pixels(torch.stack(one), drawn[0].labels[:12])
-    with pytest.raises(ValueError, match=r"--aa\) is 'random', which timm does not know .*expected such as rand-m9"):
-        open_split("digits", "train", auto_augment="random", augmentation_seed=0)
+    for name, text in (("random", "AssertionError"), ("rand-magnitude", "its part 'magnitude' has no number")):
+        with pytest.raises(ValueError, match=rf"--aa\) is .{name}., which timm does not know .*{text}.*expected such"):
+            open_split("digits", "train", auto_augment=name, augmentation_seed=0)
 
 
 def test_the_crop_of_an_option_is_the_model_s_from_then_on_and_workers_read_the_same_images(folder):

@@ -162,6 +162,9 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     part, indices = _read(source, split, None if data_dir is None else Path(data_dir), download, val_fraction, numbers)
     name = f"the split {split} of {dataset or 'folder'}"
     if not len(indices):
+        if isinstance(numbers, Mapping) and len(part.labels):
+            raise ValueError(f"{name} has no image of a class of the class map ({some(numbers)}); expected names of "
+                             "its own classes, such as the class folders'")
         raise ValueError(f"{name} has no image; " + (
             "each class has at most one, which is to train on. Add images, or give a test set and a validation set of "
             "their own (test/ and val/)" if split == "val" and len(part.labels) else "give another --data-dir"))
@@ -199,6 +202,8 @@ def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
     make = next((make for start, make in _POLICIES.items() if name.startswith(start)), auto_augment_transform)
     params = {"translate_const": int(0.45 * min(size[1:])), "img_mean": (128,) * 3 if size[0] == 3 else 128}
     try:
+        if bare := [part for part in name.split("-")[1:] if not any(map(str.isdigit, part))]:
+            raise ValueError(f"its part {bare[0]!r} has no number")  # timm leaves it out
         policy = make(name, params)
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment (--aa) is {name!r}, which timm does not know ({type(error).__name__}: {error});"
@@ -358,7 +363,7 @@ def _check_size(name: str, size: tuple[int, ...], input_size: tuple[int, ...] | 
         return
     hints = []
     if input_size[0] != size[0]:
-        hints.append(f"--model-kwargs in_chans={size[0]}")
+        hints.append(f"--in-chans {size[0]}")
     if input_size[1:] != size[1:]:
         hints.append(f"--img-size {size[1]}")
     raise ValueError(f"{name} has images of (channels, height, width) {size}, the model takes {tuple(input_size)}; "

@@ -79,7 +79,11 @@ def _constructed(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> A
         model = construct(name, kwargs, saved if "constructor" in saved else {})
     except Exception as error:  # the caller's own code raises errors of any type
         frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if not isinstance(error, ValueError) else ""
+        # The call itself fails in a file of this package.
+        own = isinstance(error, ValueError) or Path(frames[-1].filename).parent == Path(__file__).parent
+        place = "" if own else f" ({frames[-1].filename}, line {frames[-1].lineno})"
+        if isinstance(error, TypeError) and own:
+            place = "; --model-kwargs NAME=VALUE gives the constructor's arguments"
         raise ValueError(f"cannot create the model {name!r}: {type(error).__name__}: {error}{place}") from error
     if file:
         load_checkpoint(model, file, overlay, unfitted=checkpoint is None)

@@ -41,6 +41,9 @@ class ExtraImages:
         self.path = Path(path)
         try:
             with zipfile.ZipFile(self.path) as archive:
+                arrays = [name.removesuffix(".npy") for name in archive.namelist()]
+                if not {"image", "label"} <= set(arrays):
+                    raise ValueError(f"it holds {', '.join(arrays[:5]) or 'nothing'}")
                 members = {name: archive.getinfo(f"{name}.npy") for name in ("image", "label")}
                 with archive.open(members["image"]) as file:
                     dtype, size, length = _header(file)
@@ -59,8 +62,6 @@ class ExtraImages:
             self._images = np.memmap(source, np.uint8, "r", start + length, size)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"the extra data {path}: there is no such file") from error
-        except KeyError as error:
-            raise ValueError(f"the extra data {path} has no {error}; {_LAYOUT}") from error
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError) as error:
             raise ValueError(f"cannot use the extra data {path}: {error}; {_LAYOUT}") from error
 

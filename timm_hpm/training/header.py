@@ -13,6 +13,7 @@ from ..head import head_name
 from ..report.tables import pixels_note
 from .config import TrainConfig
 from .distributed import num_processes
+from .objectives import OBJECTIVES
 from .setup import Data
 
 # Few enough for a second or so.
@@ -59,9 +60,19 @@ def training_header(config: TrainConfig, model: Any, data: Data, device: torch.d
     })
 
 
+def num_passes(config: TrainConfig, num_train: int, num_val: int) -> float:
+    """Returns the passes of an image, forward and backward, of a run on so many training and validation images."""
+    objective = OBJECTIVES[config.objective]
+    learned = 2 if objective.uses_clean else 1
+    per_image = learned * (2 if config.awp_gamma else 1) + (config.attack_steps if objective.craft is not None else 0)
+    # The extra data fill batches up, and an epoch is one pass over the data set's own images.
+    images_of_epoch = num_train * config.batch_size / (config.batch_size - config.extra_per_batch)
+    return config.epochs * (images_of_epoch * per_image + num_val * config.val_attack_steps)
+
+
 def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor) -> str:
     """Returns how long the run may take, from the time of one pass of a few images."""
-    passes = config.epochs * (len(data.train) * (config.attack_steps + 1) + len(data.val) * config.val_attack_steps)
+    passes = num_passes(config, len(data.train), len(data.val))
     mode = model.training
     pixel_model = as_pixel_model(model.eval())
 

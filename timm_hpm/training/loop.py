@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -122,7 +123,10 @@ class Run:
                             pin_memory=accelerator.device.type == "cuda")
         if config.torchcompile:
             self.trunk.backbone.compile()
-        self.trained, self.optimizer, self.loader = accelerator.prepare(self.trunk, optimizer, loader)
+        with warnings.catch_warnings():
+            # Torch 2.14's, of an option that older ones need.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.trained, self.optimizer, self.loader = accelerator.prepare(self.trunk, optimizer, loader)
         if not len(self.loader):
             raise ValueError(f"batch_size is {own} on {num_processes()} processes; expected no more than the "
                              f"{len(self.data.train)} training images in all")

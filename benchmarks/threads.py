@@ -45,6 +45,7 @@ def seconds(options: list[str], runs: int, threads: int) -> float:
 
 
 def main() -> None:
+    """Prints the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="(3)")
     parser.add_argument("options", nargs="*", default=["--protocol", "fast", "--num-images", "20"],

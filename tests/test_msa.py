@@ -491,7 +491,7 @@ def test_a_non_finite_answer_is_no_class(digits):
     images, labels = digits[0] * 0.5, torch.zeros_like(digits[1])
     images[[5, 9], 0, 0, 0] = 0.9
     model = Poisoned(0.8).eval()
-    assert (predictions(model, images, 7, allow_non_finite=True) < 0).nonzero().squeeze(1).tolist() == [5, 9]
+    assert (predictions(model, images, 7, allow_non_finite=True)[0] < 0).nonzero().squeeze(1).tolist() == [5, 9]
     # The arg-max of NaN alone is 0, which is right here.
     assert not timm_hpm.judge(model, images, labels, 7, allow_non_finite=True)[[5, 9]].any()
     with pytest.raises(NonFiniteLogitsError, match="image 5 "):

@@ -110,6 +110,7 @@ class Ball:
         self.low, self.high = (clean - threat.eps).clamp_(min=0), (clean + threat.eps).clamp_(max=1)
 
     def random_start(self) -> Tensor:
+        """Returns random points (R, ...) on the surface of the ball, not clamped to [0, 1] (global random state)."""
         if self.norm == "Linf":
             noise = 2 * torch.rand_like(self.clean) - 1
             size = noise.flatten(1).abs().amax(dim=1)
@@ -119,6 +120,7 @@ class Ball:
         return self.clean + self.eps * (noise / (per_image(size, noise) + 1e-12))
 
     def step(self, gradient: Tensor, size: Tensor) -> Tensor:
+        """Returns the steps (R, ...) of the given `size` (R, 1, ...) along the sign or the unit of the gradient."""
         return (gradient.sign() if self.norm == "Linf" else _unit(gradient)).mul_(size)
 
     def project(self, x: Tensor) -> Tensor:

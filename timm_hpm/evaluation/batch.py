@@ -169,16 +169,9 @@ class AttackBatch:
 
 
 class _Part(NamedTuple):
-    """The queried rows of one surrogate.
-
-    Arguments:
-        surrogate: its name.
-        size: their number r.
-        first: the surrogate's first row of all.
-        among: (r,), their places in the surrogate's batch, or None if the others of the batch are not needed.
-    """
+    """The `size` queried rows of one surrogate."""
 
     surrogate: str
     size: int
-    first: int
-    among: Tensor | None
+    first: int  # the surrogate's first row of all
+    among: Tensor | None  # (size,), their places in the surrogate's batch; None if the others are not needed

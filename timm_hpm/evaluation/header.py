@@ -1,10 +1,8 @@
 """What an evaluation says before it begins: the model, the data, the attack, and how long it may take."""
 
-import time
 from collections import Counter
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -15,11 +13,13 @@ from ..report.metrics import attack_of
 from ..report.tables import pixels_note
 from ..threat import ThreatModel
 from .attacked import AttackedModel
+from .judge import device_of
 from .plan import Plan, make_plan
 from .protocols import Protocol
 from .seeding import seeded
 from .subject import precision_of
 from .table import ATTACKS
+from .threads import seconds_of_pass
 
 # Few enough for a second or so; of faster networks the whole batch is timed.
 _FEW_IMAGES = 4
@@ -45,7 +45,10 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     head = "no HPM head" if head_name(model) is None else (
         f"HPM head, inference mode {', '.join(modes or [find_head(model).inference])}")
     pixel_model = as_pixel_model(model)
-    attacked, device = attacked_copy(pixel_model, images[:batch_size])
+    device = device_of(pixel_model, images)
+    batch = images[:batch_size].to(device)
+    with seeded(device, 0, "header"):
+        attacked = AttackedModel(pixel_model, batch)
     plan = make_plan(protocol, attacked, 10**6, ())
     budgets = "; ".join(f"{name} {budget}" for name, budget in
                         (protocol if attacked.head is not None else protocol.for_plain()).attacks.items())
@@ -63,15 +66,8 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         "protocol": f"{protocol.name}, on {', '.join(plan.surrogates)}: {budgets}",
         "batches": f"of {batch_size} images",
         "device": device_text(device, processes) + ("" if precision == "float32" else f", judged in {precision}"),
-        "time": estimate(plan, attacked, images[:batch_size].to(device), len(images) * times / processes),
+        "time": estimate(plan, attacked, batch, len(images) * times / processes),
     })
-
-
-def attacked_copy(pixel_model: nn.Module, images: Tensor) -> tuple[AttackedModel, torch.device]:
-    """Returns the copy of a model that attacks search, and its device."""
-    device = next((p.device for p in pixel_model.parameters()), images.device)
-    with seeded(device, 0, "header"):
-        return AttackedModel(pixel_model, images.to(device)), device
 
 
 def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float) -> str:
@@ -92,20 +88,11 @@ def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: flo
 
 def _seconds_per_image(attacked: AttackedModel, surrogate: str, batch: Tensor, gradient: bool) -> float:
     """Returns the seconds of a pass of one image, forward or also backward."""
+    def seconds(images: Tensor) -> float:
+        # The first pass allocates memory.
+        return min(seconds_of_pass(lambda x: attacked.logits(surrogate, attacked.features(x)), images, gradient)
+                   for _ in range(3)) / len(images)
+
     few = batch[:_FEW_IMAGES]
-    # The first pass allocates memory.
-    seconds = min(_pass(attacked, surrogate, few, gradient) for _ in range(2))
-    if seconds > _FAST_SECONDS:
-        return seconds / len(few)
-    return min(_pass(attacked, surrogate, batch, gradient) for _ in range(3)) / len(batch)
-
-
-def _pass(attacked: AttackedModel, surrogate: str, images: Tensor, gradient: bool) -> float:
-    start = time.perf_counter()
-    x = images.clone().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):
-        total = attacked.logits(surrogate, attacked.features(x)).sum()
-        if gradient and total.requires_grad:
-            torch.autograd.grad(total, x, allow_unused=True)
-    total.item()  # waits for the device
-    return time.perf_counter() - start
+    slow = seconds(few)
+    return slow if slow * len(few) > _FAST_SECONDS else seconds(batch)

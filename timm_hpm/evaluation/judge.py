@@ -56,25 +56,12 @@ def judge(
     Takes `labels` (N,), class indices; the other arguments and the errors are those of `predictions`.
     """
     images = check_pixels(images, labels)
-    classes = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
+    classes, _ = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
     return classes == labels.cpu().long()
 
 
 @torch.no_grad()
 def predictions(
-        model: nn.Module,
-        images: Tensor,
-        batch_size: int,
-        *,
-        first_image: int = 0,
-        allow_non_finite: bool = False,
-) -> Tensor:
-    """Returns the classes (N,) that a model predicts in whole batches, in the order given; see `leads`."""
-    return leads(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)[0]
-
-
-@torch.no_grad()
-def leads(
         model: nn.Module,
         images: Tensor,
         batch_size: int,

@@ -127,11 +127,12 @@ class _Search:
         assert split.head is not None
         self.pixel_model, self.split, self.head, self.size = pixel_model, split, split.head, size
         self.images, self.labels, self.features = images, labels, features
-        self.classes = predictions(pixel_model, images, size)
+        self.classes, _ = predictions(pixel_model, images, size)
         with torch.no_grad():
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
     def rows(self, threat: ThreatModel, num_targets: int, perturbed: bool, seed: int) -> Iterator[dict[str, Any]]:
+        """Yields the rows of `measure_neighbours` without batch size and mix."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         changed = 0
         for _ in range(_SHUFFLES):
@@ -151,7 +152,8 @@ class _Search:
                 for target, neighbours in chosen.items())}
 
     def predict(self, images: Tensor) -> Tensor:
-        return predictions(self.pixel_model, images, self.size, allow_non_finite=True)
+        """Returns the classes (N,) that the true model predicts in batches of this size."""
+        return predictions(self.pixel_model, images, self.size, allow_non_finite=True)[0]
 
     def flips(self, target: int, neighbours: Tensor) -> bool:
         """Returns whether the target is misclassified at the head of a batch with these neighbours (B − 1, ...)."""

@@ -19,7 +19,7 @@ from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
 from ..report.metrics import attack_of
 from ..threat import ThreatModel
 from .batch import AttackBatch
-from .judge import as_row, judge, leads, own_logits
+from .judge import as_row, judge, own_logits, predictions
 from .plan import Plan, named
 from .resume import ProgressFolder, Step, no_cost
 from .seeding import seeded
@@ -29,20 +29,12 @@ from .table import ATTACKS
 
 @dataclass
 class Run:
-    """Attacks batch after batch, judges the candidates, and keeps both in the run's folder.
-
-    Arguments:
-        subject: the model.
-        threat: the threat model.
-        plan: the attacks on a batch.
-        keeps_candidates: whether the folder keeps every candidate, for `save_candidates`.
-        folder: the run's folder, or None.
-    """
+    """Attacks batch after batch, judges the candidates, and keeps both in the run's folder, if it has one."""
 
     subject: Subject
     threat: ThreatModel
     plan: Plan
-    keeps_candidates: bool
+    keeps_candidates: bool  # for `save_candidates`
     folder: ProgressFolder | None
     num_examples: int = 0
     #: Seconds of the steps that an earlier process had finished.
@@ -152,8 +144,8 @@ class Run:
                 if self.plan.cascade:
                     found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
                 # A model that fails on clean images is broken; under attack that is the adversary's aim.
-                classes, ahead = leads(model, found, batch_size, first_image=state.first,
-                                       allow_non_finite=row != "clean")
+                classes, ahead = predictions(model, found, batch_size, first_image=state.first,
+                                             allow_non_finite=row != "clean")
                 classes = classes.to(labels.device)
                 margins = margins.minimum(torch.where(classes.cpu() == labels.cpu(), ahead, 0.0))
                 lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
@@ -192,24 +184,16 @@ class Run:
 
 @dataclass
 class _State:
-    """A batch between its steps, which begins with the image `first` of all.
-
-    Arguments:
-        images: (B, channels, H, W), clean.
-        labels: (B,), class indices.
-        standing: the first successful candidate of each image, or the clean image.
-        broken: (B,), whether the true model misclassifies it.
-        fc_broken: (B,), whether the FC classifier misclassifies a candidate of the attacks on it.
-    """
+    """A batch between its steps, which begins with the image `first` of all."""
 
     first: int
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
-        self.standing = self.images.clone()
-        self.broken = torch.zeros_like(self.labels, dtype=torch.bool)
-        self.fc_broken = self.broken.clone()
+        self.standing = self.images.clone()  # or the first successful candidate of each image
+        self.broken = torch.zeros_like(self.labels, dtype=torch.bool)  # by the true model's verdicts
+        self.fc_broken = self.broken.clone()  # by the FC classifier's on the candidates of the attacks on it
 
     def add(self, step: Step) -> None:
         """Takes the verdicts of a step."""

@@ -58,6 +58,7 @@ class Subject:
 
     @property
     def num_classes(self) -> int:
+        """C, the number of logits."""
         return self.logits.shape[1]
 
     def judges_whole_batches(self) -> bool:

@@ -71,20 +71,21 @@ def _measured(model: nn.Module, images: Tensor, most: int) -> int | None:
     with restored(model), seeded(torch.device("cpu"), 0):
         try:
             torch.set_num_threads(1)
-            while count < len(images) and _seconds(model, images[:count]) < _LONG_ENOUGH:
+            while count < len(images) and seconds_of_pass(model, images[:count]) < _LONG_ENOUGH:
                 count = min(2 * count, len(images))
-            return fastest_threads(lambda: _seconds(model, images[:count]), most)
+            return fastest_threads(lambda: seconds_of_pass(model, images[:count]), most)
         except Exception:  # of the model's own; the attack or the training says by name what is wrong with it
             return None
         finally:
             torch.set_num_threads(before)
 
 
-@torch.enable_grad()
-def _seconds(model: nn.Module, images: Tensor) -> float:
-    """Returns the seconds of a pass forwards and, if there is a gradient, backwards to the images."""
-    start, x = time.perf_counter(), images.float().clone().requires_grad_()
-    logits = ask(model, x)
-    if logits.requires_grad:
-        torch.autograd.grad(logits.sum(), x, allow_unused=True)
+def seconds_of_pass(logits_fn: Callable[[Tensor], Tensor], images: Tensor, gradient: bool = True) -> float:
+    """Returns the seconds of a pass of images (B, ...) forwards and, if there is a gradient, backwards to them."""
+    start, x = time.perf_counter(), images.float().clone().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        total = ask(logits_fn, x).sum()
+        if total.requires_grad:
+            torch.autograd.grad(total, x, allow_unused=True)
+    total.item()  # waits for the device
     return time.perf_counter() - start

@@ -1,6 +1,5 @@
 """What a training run says: the facts before it begins, and a line for each epoch."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from ..console import device_text, duration, facts
 from ..data import as_pixel_model, first_images, normalisation_of
+from ..evaluation.threads import seconds_of_pass
 from ..head import head_name
 from ..report.tables import pixels_note
 from .config import TrainConfig
@@ -75,15 +75,9 @@ def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor)
     passes = num_passes(config, len(data.train), len(data.val))
     mode = model.training
     pixel_model = as_pixel_model(model.eval())
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        x = images.clone().requires_grad_()
-        torch.autograd.grad(pixel_model(x).sum(), x)[0].sum().item()  # waits for the device
-        return time.perf_counter() - start
-
     try:
-        total = passes * min(seconds() for _ in range(3)) / len(images) / num_processes()
+        seconds = min(seconds_of_pass(pixel_model, images) for _ in range(3))
     finally:
         model.train(mode)
+    total = passes * seconds / len(images) / num_processes()
     return f"about {duration(total)}: {passes:.2g} passes of an image, timed on {len(images)} of them"

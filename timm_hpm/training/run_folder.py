@@ -112,6 +112,7 @@ class RunFolder:
                 remove(staged)
 
     def newest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest whole checkpoint, None if there is none."""
         return newest_checkpoint(self.path / "checkpoints")
 
 

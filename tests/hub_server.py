@@ -39,9 +39,6 @@ class Repo:
 class Faults:
     """Faults on demand; all off at first."""
 
-    #: By file name: the connection breaks after so many bytes of a download, `breaks` times.
-    break_after: dict[str, int] = field(default_factory=dict)
-    breaks: int = 1000
     #: By file name: a download ends after so many bytes, as if that were all.
     shorten_to: dict[str, int] = field(default_factory=dict)
     #: The server hangs up inside the body of a request to a path that matches this regular expression.
@@ -165,13 +162,13 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(json.dumps(data).encode(), status, {**(headers or {}), "Content-Type": "application/json"})
 
-    def send(self, content: bytes, status: int, headers: dict[str, str], stop_after: int | None = None) -> None:
+    def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:stop_after])
+            self.wfile.write(content)
 
     # Accounts
 
@@ -282,18 +279,12 @@ class Handler(BaseHTTPRequestHandler):
         content = repo.commits[oid].get(path)
         if content is None:
             raise Refusal(404, "Entry not found", "EntryNotFound")
-        headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes", "ETag": f'"{content_id(path, content)}"'}
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{content_id(path, content)}"'}
         if is_lfs(path):
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers["ETag"]}
         if self.command == "HEAD":
             return self.send(content, 200, headers)
-        faults, start, status = self.server.faults, 0, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start, status = int(asked[1]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        stop_after = faults.break_after.get(path) if faults.breaks else None
-        faults.breaks -= stop_after is not None
-        self.send(content[start:][:faults.shorten_to.get(path)], status, headers, stop_after)
+        self.send(content[:self.server.faults.shorten_to.get(path)], 200, headers)
 
 
 def is_private(data: dict[str, Any]) -> bool:

@@ -14,7 +14,6 @@ from timm_hpm.evaluation import ATTACKS, Budget, joint
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch
 from timm_hpm.evaluation.neighbours import measure_neighbours
-from timm_hpm.evaluation.sweep import sweep
 from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
 
 NUM_DIGITS = 40
@@ -192,13 +191,12 @@ def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, dig
     assert few < many
     assert timm_hpm.find_head(model).mix == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    again = measure_neighbours(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
-    assert rows == again
+    assert measure_neighbours(model, *digits, THREAT, batch_sizes=(40,), mixes=(0.9,), num_targets=8) == rows[-3:]
 
 
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
-    images, labels = digits[0][:12], digits[1][:12]
+    images, labels = digits[0][:8], digits[1][:8]
     plain = run_attack(model, images, labels, THREAT, **options)
     report = run_attack(model, images, labels, THREAT, **options, neighbours=(4,), neighbours_mixes=(0.9,))
     assert [row["kind"] for row in report.neighbours] == ["reshuffled", "chosen", "adversarial"]
@@ -234,13 +232,3 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
 def test_neighbours_that_cannot_be_are_refused(model, digits, mode, options, message):
     with timm_hpm.head_mode(model, mode), pytest.raises(ValueError, match=message):
         measure_neighbours(model, *digits, THREAT, **{"batch_sizes": (10,)} | options)
-
-
-@pytest.mark.parametrize("options", [{"neighbours": (41,)}, {"neighbours": (10,), "neighbours_mixes": (2.0,)},
-                                     {"neighbours_mixes": (0.5,)}])
-def test_neighbours_that_cannot_be_are_refused_in_every_mode_before_anything_is_attacked(model, digits, options,
-                                                                                         tmp_path):
-    with pytest.raises(ValueError, match=r"a batch size is 41|a mix is 2\.0|no batch sizes"):
-        list(sweep(model, *digits, "Linf", [0.1], ["fc", "batch"], folder=tmp_path, attacks=["apgd-ce"],
-                   surrogates=["fc"], budgets={"apgd-ce": Budget(1)}, **options))
-    assert not list(tmp_path.iterdir())

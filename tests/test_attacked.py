@@ -42,16 +42,6 @@ def test_a_network_that_flattens_by_a_view_is_attacked_in_its_own_memory_format(
     assert report.clean_accuracy == 1 and report.robust_accuracy < 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("inference", timm_hpm.INFERENCE_MODES)
-def test_networks_of_other_precision_are_attacked(model, digits, dtype, inference):
-    model.to(dtype)
-    timm_hpm.find_head(model).inference = inference
-    report = run_attack(model, digits[0][:8], digits[1][:8], THREAT, attacks=["apgd-ce"],
-                                    budgets={"apgd-ce": Budget(2)})
-    assert report.clean_accuracy == 1 and len(report.correct["fc/apgd-ce"]) == 8
-
-
 def test_images_of_double_precision_are_attacked_like_the_same_in_single(digits):
     classifier = Flattening().eval()
     labels = classifier(digits[0]).argmax(dim=1)

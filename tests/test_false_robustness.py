@@ -156,26 +156,25 @@ DEFENCES = {
 }
 
 
-@pytest.mark.parametrize(("name", "flag"), [
-    ("saturated", None),
-    ("rounding", "zero-gradient"),
-    ("steep rounding", "rough-gradient"),
-    ("shattered", "black-box-stronger"),
-    ("shattered", "rough-gradient"),
-    ("noise", "random-forward"),
-    ("batch mean", "batch-dependent"),
-    ("batch statistics", "batch-dependent"),
-    ("hidden training", "changes-state"),
-    ("nan gradient", "zero-gradient"),
-    ("nan under attack", "non-finite-logits"),
-    ("nan without a graph", "non-finite-logits"),
-    ("detached", "no-gradient"),
-    ("through NumPy", "no-gradient"),
+@pytest.mark.parametrize(("name", "flags"), [
+    ("saturated", []),
+    ("rounding", ["zero-gradient"]),
+    ("steep rounding", ["rough-gradient"]),
+    ("shattered", ["black-box-stronger", "rough-gradient"]),
+    ("noise", ["random-forward"]),
+    ("batch mean", ["batch-dependent"]),
+    ("batch statistics", ["batch-dependent"]),
+    ("hidden training", ["changes-state"]),
+    ("nan gradient", ["zero-gradient"]),
+    ("nan under attack", ["non-finite-logits"]),
+    ("nan without a graph", ["non-finite-logits"]),
+    ("detached", ["no-gradient"]),
+    ("through NumPy", ["no-gradient"]),
 ])
-def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flag, net, digits, undefended):
+def test_a_defence_that_fails_is_broken_or_called_unreliable(name, flags, net, digits, undefended):
     report = attack(DEFENCES[name](net), digits)
     assert report.unreliable or report.robust_accuracy <= undefended.robust_accuracy + 0.02
-    if flag is not None:
+    for flag in flags:
         assert flag in [found.name for found in report.flags] and report.unreliable and FLAGS[flag]
         assert f"\n### {flag}\n" in report_markdown(report)
 
@@ -274,7 +273,7 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, digits, tmp_pa
     model = guarded(lost, "batch", few[0])
     arguments = {"batch_size": 4, "budgets": TINY, "attacks": list(TINY),
                  "neighbours": [4], "save_adversarial": True, "folder": tmp_path}
-    report = run_attack(model, *few, THREAT, **arguments)
+    report = (unfinished if lost == "features" else run_attack)(model, *few, THREAT, **arguments)
     assert report.clean_accuracy > 0.7 and report.robust_accuracy == 0 == report.assembled_robust_accuracy
     assert {flag.name for flag in report.flags} - {"zero-loss-gradient"} == {"non-finite-logits"} and report.unreliable
     texts = " ".join(flag.text for flag in report.flags)
@@ -289,9 +288,7 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, digits, tmp_pa
     if lost == "answers":
         return
     # Resumed it is the same, from the steps on disk.
-    arguments["folder"] = tmp_path / "resumed"
-    unfinished(model, *few, THREAT, **arguments)
-    for path in sorted((tmp_path / "resumed" / "progress").glob("batch*"))[::2]:
+    for path in sorted((tmp_path / "progress").glob("batch*"))[::2]:
         path.unlink()
     again = run_attack(model, *few, THREAT, **arguments)
     assert again.same_results(report) and again.flags == report.flags and again.examples == report.examples
@@ -397,15 +394,6 @@ def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
     assert timm_hpm.find_head(model).inference == "batch"
     assert [flag.name for flag in check_model(pixel_model, *digits, 100)] == ["batch-dependent"]
     assert timm_hpm.find_head(model).inference == "batch"
-
-
-def test_a_random_model_leaves_the_callers_random_state_and_repeats_its_report(net, digits):
-    few = tuple(part[:5] for part in digits)
-    state = torch.random.get_rng_state()
-    first = attack(Noise(net), few)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(1)
-    assert attack(Noise(net), few).same_results(first)
 
 
 def test_a_check_leaves_the_model_as_it_was(net, digits):

@@ -306,12 +306,6 @@ def test_a_file_that_arrives_short(server, loader, good, tmp_path):
     assert loader("pull", repo_id="org/good", cache_dir=str(tmp_path)) == good[1]
 
 
-def test_a_connection_that_breaks_is_resumed(server, loader, good, tmp_path):
-    server.faults.break_after["model.safetensors"] = 700_000
-    server.faults.breaks = 2
-    assert loader("pull", repo_id="org/good", cache_dir=str(tmp_path)) == good[1]
-
-
 @pytest.mark.parametrize(("file", "damage", "message"), [
     *((file, None, f"it has no {file}.*Check the name") for file in ("config.json", "model.safetensors")),
     *(("model.safetensors", damage, "model.safetensors is damaged .*pushed again") for damage in (

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +40,7 @@ NUM_DIGITS = 24
 SHAPE = (1, 6, 6)
 # Enough for small problems; the standard budgets are the slow tests'.
 SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=12)}
+         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=4)}
 
 
 def linear_problem(num_classes: int, num_images: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -117,7 +116,7 @@ def check_against_closed_form(rows: Iterable[str], distances: torch.Tensor, eps:
 REACH = {"apgd-ce": 0.65, "apgd-t": 0.8, "fab-t": 0.98, "square": 0.14}
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 11])
+@pytest.mark.parametrize("num_classes", [2, 11])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_each_component_breaks_a_linear_classifier_as_the_closed_form_says(norm, num_classes):
     model, images, labels = linear_problem(num_classes, num_images=120)
@@ -138,9 +137,9 @@ def test_prototypes_on_raw_pixels_are_broken_as_the_closed_form_says_under_every
     model[1].mix = 0.0
     distances = prototype_distances(model, images, labels, norm)
     eps = distances.median().item()
+    budgets = {"apgd-ce": Budget(30), "apgd-t": Budget(30, 4), "fab-t": Budget(20, 4), "square": Budget(100)}
     report = run_attack(model, images, labels, ThreatModel(norm, eps), surrogates=list(SURROGATES),
-                        surrogates_at_once=5, budgets={"apgd-ce": Budget(30), "apgd-t": Budget(30, 4),
-                                                       "fab-t": Budget(20, 4), "square": Budget(100)})
+                        surrogates_at_once=5, attacks=list(budgets), budgets=budgets)
     check_against_closed_form(report.correct.values(), distances, eps)
 
 
@@ -234,9 +233,9 @@ def digits_model() -> nn.Module:
 THREAT = ThreatModel("Linf", 0.2)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.17), ("L2", 0.8)])
-def test_components_find_the_points_of_autoattack(digits_model, norm, eps):
+def test_components_find_the_points_of_autoattack(digits_model):
     # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
+    norm, eps = "Linf", 0.17
     images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
     split = AttackedModel(timm_hpm.PixelModel(digits_model), images)
 
@@ -275,9 +274,9 @@ def test_components_find_the_points_of_autoattack(digits_model, norm, eps):
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
 COMPONENTS = tuple(PROTOCOLS["autoattack"].attacks)
 ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
-    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(12))}
+    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(4))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
-          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, restarts=12)}
+          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, restarts=4)}
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +333,7 @@ def test_the_assembled_batch_holds_the_first_candidate_that_broke_each_image(att
     report, names = attacked.report, list(SURROGATES)
     order = [f"{surrogate}/{attack}" for some in (names[:3], names[3:]) for attack in COMPONENTS for surrogate in some]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
-    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(12))
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(4))
               for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
@@ -351,23 +350,6 @@ def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
         for name, row in report.baseline_correct.items():
             assert row == verdicts(attacked.model, attacked.candidates[name], attacked.labels, 25)
             assert set(row) == {"0", "1"} and differing(row, report.correct[name]) >= 5, name
-
-
-def test_worst_cases_are_counted_image_by_image(attacked):
-    report, table = attacked.report, attacked.report.by_surrogate
-    assert list(table) == [*SURROGATES, "true"]
-    for surrogate in SURROGATES:
-        rows = {attack: [report.correct[f"{surrogate}/{row}"] for row in ATTACKS[attack].rows(MIDDLE[attack].restarts)]
-                for attack in table[surrogate] if attack != "worst"}
-        assert sum(map(len, rows.values())) == sum(name.startswith(f"{surrogate}/") for name in ROWS)
-        assert all(table[surrogate][attack] == robust_images(some).sum().item() / 60 for attack, some in rows.items())
-        everything = [row for some in rows.values() for row in some]
-        assert table[surrogate]["worst"] == robust_images(everything).sum().item() / 60
-    assert report.robust_accuracy == robust_images(report.verdicts.values()).sum().item() / 60
-    assert 0 < report.robust_accuracy <= min(row["worst"] for row in table.values())
-    assert report.robust_accuracy < report.clean_accuracy == report.correct["clean"].count("1") / 60 < 1
-    assert report.baseline["worst"] == robust_images(report.baseline_correct.values()).sum().item() / 60
-    assert set(report.baseline) == {"clean", *COMPONENTS, "worst"}
 
 
 def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, digits, tmp_path):
@@ -472,19 +454,6 @@ def test_non_finite_logits_are_an_error_that_names_the_first_bad_image(digits, v
     images[[5, 9], 0, 0, 0] = 0.9
     with pytest.raises(NonFiniteLogitsError, match=r"image 5 .*not finite"):
         run_attack(Poisoned(0.8, value).eval(), images, digits[1], THREAT, batch_size=4)
-
-
-def test_nan_logits_under_attack_are_a_flag(digits):
-    model, images = Poisoned(0.05).eval(), digits[0] * 0
-    labels = torch.full_like(digits[1], int(model(images[:1]).argmax()))
-    report = run_attack(model, images, labels, THREAT, batch_size=5, budgets=SMALL, attacks=["apgd-ce"])
-    assert report.clean_accuracy == 1 and report.unreliable
-    # One for the search and one for the judge, over all five batches: what the search met is what it found.
-    assert [flag.name for flag in report.flags] == ["non-finite-logits"] * 2
-    lost = [re.fullmatch(r"model/apgd-ce: .* are not finite for (\d+) images, the first image (\d+)", flag.text)
-            for flag in report.flags]
-    assert int(lost[0][1]) > 5 and lost[0].groups() == lost[1].groups()
-    assert report.correct["model/apgd-ce"].count("0") >= int(lost[0][1])
 
 
 def test_a_non_finite_answer_is_no_class(digits):

@@ -1,8 +1,6 @@
 """What the Mixed Surrogate Attack makes of odd precisions, layouts and models, and what it leaves as it was."""
 
-import logging
 import random
-import sys
 import threading
 from functools import partial
 
@@ -198,64 +196,6 @@ def test_under_autocast_the_judge_is_and_the_attacks_are_not(model, digits):
     assert report.protocol["precision"] == "autocast to bfloat16" and not report.unreliable
     assert report.protocol["attacked_scale"] == whole.protocol["attacked_scale"]
     assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
-
-
-class Noisy(Colours):
-    def forward(self, x):
-        return super().forward(x + 0.1 * torch.randn_like(x))
-
-
-class Counting(Colours):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(("network", "flag"), [(Noisy, "random-forward"), (Counting, "changes-state")])
-def test_a_model_that_differs_from_call_to_call_makes_the_report_unreliable_and_is_put_back(network, flag):
-    model, images = network().eval(), torch.rand(12, 3, 8, 8)
-    labels = model(images).argmax(dim=1)
-    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    report = run_attack(model, images, labels, THREAT, attacks=["apgd-ce"], budgets=SMALL)
-    assert report.unreliable and flag in [found.name for found in report.flags]
-    with pytest.raises(ValueError, match="expected some of"):
-        run_attack(model, images, labels, THREAT, attacks=["none"])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
-
-
-def test_the_caller_s_random_states_trace_function_and_loggers_are_left_alone(model, digits):
-    traced = []
-
-    def states():
-        loggers = {name: (logger.level, logger.propagate, logger.disabled, tuple(logger.handlers),
-                          tuple(logger.filters))
-                   for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
-        return (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist(), sys.gettrace(),
-                sys.getprofile(), logging.root.level, tuple(logging.root.handlers), logging.root.manager.disable,
-                loggers, torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
-
-    def attack(**options):
-        return run_attack(model, *digits, THREAT, budgets={"apgd-ce": 2, "square": 5}, batch_size=16, **options)
-
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    # Once before: what is imported late makes its logger then.
-    attack(attacks=["apgd-ce", "square"])
-    previous = sys.gettrace()
-    sys.settrace(lambda frame, event, argument: traced.append(event))
-    try:
-        before = states()
-        attack(attacks=["apgd-ce", "square"])
-        assert states() == before
-        with pytest.raises(ValueError, match="unknown attack"):
-            attack(attacks=["none"])
-        assert states() == before
-    finally:
-        sys.settrace(previous)
-    assert "call" in traced
 
 
 class Drawing(Colours):

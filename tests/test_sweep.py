@@ -95,7 +95,7 @@ def test_the_page_and_the_table_hold_every_number(reports):
     markdown = sweep_markdown(reports)
     assert "\n\n| eps | batch | dataset | FC classifier |\n" in markdown
     row = next(line for line in markdown.splitlines() if line.startswith("| 0.1 |"))
-    dataset = f"{100 * reports[2].robust_accuracy:.1f}*"
+    dataset = f"{100 * reports[2].robust_accuracy:.1f}†"
     assert row.split("|")[2:4] == [f" {100 * reports[0].robust_accuracy:.1f} ", f" {dataset} "]
     assert dataset in page.text and "Unreliable" in page.text and "dataset, Linf:0.1: at 3 of 10 images" in page.text
     assert [tag["href"] for tag in page.all("a")] == [

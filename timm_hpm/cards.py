@@ -9,8 +9,9 @@ from typing import Any, Final
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg, split_model_name_tag
+from torch import nn
 
-from .head import HPMHead, find_head
+from .head import HPMHead, find_head, head_name
 from .models.constructors import is_constructor
 from .models.create import create_model
 from .models.saving import WEIGHTS
@@ -49,15 +50,13 @@ def model_card(
         name: str,
         cfg: Mapping[str, Any],
         *,
-        head: HPMHead | None = None,
-        parameters: int | None = None,
+        model: nn.Module | None = None,
         report: AttackReport | None = None,
         license: str | None = None,
         base_model: str | None = None,
         notes: str = "",
         register: bool = False,
         training: Mapping[str, Any] | None = None,
-        plain: bool = False,
 ) -> str:
     """Returns the text of a card, README.md on the Hub.
 
@@ -66,21 +65,21 @@ def model_card(
         name: the argument of `timm.create_model`.
         cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url, paper_ids, and the
             `constructor` of a network that timm does not make, count.
-        head: the model's; None for a checkpoint without prototypes.
-        parameters: their number.
+        model: with an HPM head or without; None for a public checkpoint, which has no prototypes.
         report: the measurement; None for a card without one.
         license: in place of the cfg's.
         base_model: Hub id of the model it was made from.
         notes: Markdown by hand: the text before the first `## ` opens the card, the rest follows the usage.
         register: whether the loader must register the architecture first.
         training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
-        plain: whether the model is a classifier without an HPM head.
     """
+    head = None if model is None or head_name(model) is None else find_head(model)
+    plain = model is not None and head is None
     opening, _, sections = f"\n{notes.strip()}".partition("\n## ")
     fitted = head is not None and head.is_fitted()
     parts = {
         "title": escaped(title),
-        "opening": opening.strip() or _opening(cfg, parameters, "" if plain else " with an HPM head" if fitted else
+        "opening": opening.strip() or _opening(cfg, model, "" if plain else " with an HPM head" if fitted else
                                                " with an HPM head that has no prototypes yet"),
         "usage": _usage(name, cfg, register),
         "classes": _classes(cfg, report),
@@ -118,21 +117,18 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
     if cfg is None or not cfg.has_weights:
         raise ValueError(f"{name!r} is no tag with weights; expected one of timm.list_pretrained('hpm_*')")
     name = f"{architecture}.{cfg.tag}"
-    found: dict[str, Any] = {}
-    if cfg.file and Path(cfg.file).is_file():
-        model = create_model(name, pretrained=True)
-        found = {"head": find_head(model), "parameters": sum(p.numel() for p in model.parameters())}
+    model = create_model(name, pretrained=True) if cfg.file and Path(cfg.file).is_file() else None
     report, notes = (Path(folder or "") / f"{name}.{ending}" for ending in ("report.json", "notes.md"))
     return model_card(
-        name, name, cfg.to_dict(), report=AttackReport.load(report) if folder and report.is_file() else None,
-        notes=notes.read_text(encoding="utf-8") if folder and notes.is_file() else "", base_model=cfg.hf_hub_id,
-        **found)
+        name, name, cfg.to_dict(), model=model,
+        report=AttackReport.load(report) if folder and report.is_file() else None,
+        notes=notes.read_text(encoding="utf-8") if folder and notes.is_file() else "", base_model=cfg.hf_hub_id)
 
 
-def _opening(cfg: Mapping[str, Any], parameters: int | None, head: str) -> str:
-    size = "" if parameters is None else (
-        f" ({parameters / 1e6:.1f} million parameters)" if parameters >= 1e6 else
-        f" ({parameters / 1e3:.0f} thousand parameters)")
+def _opening(cfg: Mapping[str, Any], model: nn.Module | None, head: str) -> str:
+    number = 0 if model is None else sum(p.numel() for p in model.parameters())
+    size = f" ({number / 1e6:.1f} million parameters)" if number >= 1e6 else (
+        f" ({number / 1e3:.0f} thousand parameters)" if number else "")
     shape = "×".join(map(str, cfg["input_size"]))
     return _wrapped(f"{_code(cfg['architecture'])}{size}{head}, for images of {shape} and "
                     f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")

@@ -191,8 +191,7 @@ def save(
                 f"local-dir:{folder}" if repo_id is None else f"hf-hub:{repo_id}",
                 config["pretrained_cfg"] | {"label_names": class_names(model)} | {
                     name: config[name] for name in ("architecture", "constructor") if name in config},
-                head=head, plain=head is None, parameters=sum(p.numel() for p in model.parameters()), report=report,
-                license=license, base_model=base_model, notes=notes, training=training,
+                model=model, report=report, license=license, base_model=base_model, notes=notes, training=training,
                 register=head is not None and config["architecture"] not in _registered_at_import()))
             if report is not None:
                 report.save(built / REPORT)

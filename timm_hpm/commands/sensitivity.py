@@ -1,16 +1,17 @@
 """`sensitivity`: how far an attack moves the features of networks, and how far each head's margin follows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..data import SPLITS, first_images
+from ..data import SPLITS, as_pixel_model, first_images
+from ..evaluation.command import load_model, open_images
+from ..evaluation.config import EvaluateConfig
 from ..evaluation.sweep import parse_radii
 from ..files import default_folder, use_any_console, writable_folder, write_text
 from ..head import INFERENCE_MODES, check_inference
-from ..models.create import class_names, create_model, open_split_for, usable_device
+from ..models.create import class_names
 from ..options import CommonOptions, given_options, option
 from ..report.sensitivity_page import sensitivity_markdown, sensitivity_page
 from ..sensitivity import Sensitivity, measure_sensitivity
@@ -77,22 +78,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivity, tuple[str, ...]]:
     """Returns the study of one network, and the names of its classes."""
-    arguments: dict[str, Any] = dict(config.model_kwargs or {})
-    if config.num_classes is not None:
-        arguments["num_classes"] = config.num_classes
-    if own := {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name) is not None}:
-        arguments["pretrained_cfg_overlay"] = own
-    model = create_model(config.model, pretrained=checkpoint is None, checkpoint=checkpoint, **arguments)
-    model = model.to(usable_device(config.device)).eval()
-    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, data_dir=config.data_dir,
-                           download=config.dataset_download, class_map=config.class_map,
-                           val_fraction=config.val_fraction)
+    shared = {one.name: getattr(config, one.name) for one in fields(CommonOptions)}
+    options = EvaluateConfig(**shared, checkpoint=checkpoint, device=config.device, split=config.split)
+    model = load_model(options)
+    split = open_images(options, model)
     threat = ThreatModel.parse(config.threat or split.threat)
     radii = parse_radii(config.radii) if config.radii else [threat.eps * i * 0.3 for i in range(6)]
     images, labels = first_images(split, config.num_images)
-    study = measure_sensitivity(model, images, labels, threat.norm, radii, config.inference or INFERENCE_MODES[::-1],
-                                iterations=config.iterations, batch_size=config.batch_size, seed=config.seed,
-                                name=checkpoint or config.model, progress=True)
+    study = measure_sensitivity(as_pixel_model(model, config.mean, config.std), images, labels, threat.norm, radii,
+                                config.inference or INFERENCE_MODES[::-1], iterations=config.iterations,
+                                batch_size=config.batch_size, seed=config.seed, name=checkpoint or config.model,
+                                progress=True)
     return study, tuple(split.class_names or class_names(model) or ())
 
 

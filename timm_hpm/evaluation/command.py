@@ -41,17 +41,11 @@ _SURROGATES_AT_ONCE = 5
 
 def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustbench_json: Path | None = None,
         robustbench_info: Sequence[str] = ()) -> list[AttackReport]:
-    """Loads, attacks and writes each report into the folder `output`; under torchrun, on all processes.
+    """Loads, attacks, and writes each report into the folder `output`, which is locked meanwhile.
 
-    Arguments:
-        config: the options.
-        output: the folder, locked meanwhile; several reports are in folders below it, with a page of all.
-        resume: whether the folder may hold a run of the same options.
-        robustbench_json: file for RobustBench's model_info; None writes none.
-        robustbench_info: its fields that only the authors know, texts such as `"name=..."`.
-
-    Returns:
-        The reports on the first process, [] on the others.
+    Several reports are in folders below it, with a page of all. With `resume` the folder may hold a run of the same
+    options. `robustbench_info` are the authors' fields of `robustbench_json`, such as `"name=..."`. Returns the reports
+    on the first of several processes, [] on the others.
 
     Raises:
         ValueError: if options do not fit the model or the data, or the folder holds another run.
@@ -82,11 +76,7 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
 def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | None,
               resume: bool) -> list[AttackReport]:
     model = load_model(config, accelerator)
-    split = open_split_for(model, config.dataset, config.split, img_size=config.img_size, crop_pct=config.crop_pct,
-                           interpolation=config.interpolation, data_dir=config.data_dir,
-                           download=config.dataset_download,
-                           class_map=model.class_map if config.class_subset else config.class_map,
-                           val_fraction=None if config.split == "test" else config.val_fraction)
+    split = open_images(config, model)
     threat = ThreatModel.parse(config.threat or split.threat)
     images, labels = first_images(split, config.num_images, config.workers)
     options = _attack_options(config, model, images)
@@ -210,6 +200,15 @@ def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.to(device if accelerator is None else accelerator.device).eval()
+
+
+def open_images(config: EvaluateConfig, model: Any) -> ImageSplit:
+    """Returns the images of the options, as the model takes them."""
+    return open_split_for(model, config.dataset, config.split, img_size=config.img_size, crop_pct=config.crop_pct,
+                          interpolation=config.interpolation, data_dir=config.data_dir,
+                          download=config.dataset_download,
+                          class_map=model.class_map if config.class_subset else config.class_map,
+                          val_fraction=None if config.split == "test" else config.val_fraction)
 
 
 def weights_of(model: Any, config: EvaluateConfig) -> str:

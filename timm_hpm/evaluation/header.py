@@ -29,18 +29,9 @@ _FAST_SECONDS = 0.1
 def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, threat: ThreatModel, protocol: Protocol,
                       *, radii: list[float] | None = None, modes: tuple[str, ...] | None = None, batch_size: int,
                       accelerator: Accelerator | None = None) -> str:
-    """Returns the facts of an evaluation, a line each.
+    """Returns the facts of an evaluation, a line each; times the model on a few of the images (N, channels, H, W).
 
-    Arguments:
-        about: `model`, `weights`, `dataset` and `split`, as in the report's protocol.
-        model: in eval mode; asked for a few images, to time it.
-        images: (N, channels, H, W), all that are attacked.
-        threat: the threat model.
-        protocol: the protocol.
-        radii: of a sweep, in place of the threat model's.
-        modes: inference modes, each evaluated; None means the model's own.
-        batch_size: images in a judged batch.
-        accelerator: of several processes.
+    `about` has `model`, `weights`, `dataset` and `split`; `radii` are a sweep's, in place of the threat model's.
     """
     head = "no HPM head" if head_name(model) is None else (
         f"HPM head, inference mode {', '.join(modes or [find_head(model).inference])}")

@@ -41,15 +41,14 @@ def measure_neighbours(
         batch_sizes: Sequence[int] = BATCH_SIZES,
         mixes: Sequence[float] | None = None,
         num_targets: int = 50,
-        perturbed: bool = True,
         seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Returns the number of clean, correctly classified targets that flip, by batch size, mix and kind of neighbours.
 
     The kinds: `"chosen"`, clean images of the same set picked for each target by their features; `"adversarial"`, those
-    also perturbed within `threat`; and `"reshuffled"`, without an adversary: all images are targets, and `flipped` is
-    the mean number of changed predictions over 5 random orders of the set. The model itself judges, on whole batches
-    of pixels; logits that are NaN or infinite count as a flip.
+    also perturbed within `threat`, by 10 passes forward and backward of a batch a target; and `"reshuffled"`, without
+    an adversary: all images are targets, and `flipped` is the mean number of changed predictions over 5 random orders
+    of the set. The model itself judges, on whole batches of pixels; logits that are NaN or infinite count as a flip.
 
     Arguments:
         model: with an HPM head in batch mode, in eval mode; it does not change.
@@ -59,7 +58,6 @@ def measure_neighbours(
         batch_sizes: images in a batch, from 2 to N.
         mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
         num_targets: number of targets, the first correct images; 0 for all of them.
-        perturbed: whether to run `"adversarial"` too, which costs 10 passes forward and backward of a batch a target.
         seed: of the random orders and the model's random numbers; the caller's random state is restored.
 
     Returns:
@@ -96,7 +94,7 @@ def measure_neighbours(
                     with seeded(device, seed, "neighbours", size, mix):
                         search = _Search(pixel_model, split, images, labels, features, size)
                         rows += [{"batch_size": size, "mix": mix} | row
-                                 for row in search.rows(threat, num_targets, perturbed, seed)]
+                                 for row in search.rows(threat, num_targets, seed)]
         finally:
             head.mix = before
     return rows
@@ -131,7 +129,7 @@ class _Search:
         with torch.no_grad():
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
-    def rows(self, threat: ThreatModel, num_targets: int, perturbed: bool, seed: int) -> Iterator[dict[str, Any]]:
+    def rows(self, threat: ThreatModel, num_targets: int, seed: int) -> Iterator[dict[str, Any]]:
         """Yields the rows of `measure_neighbours` without batch size and mix."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         changed = 0
@@ -146,10 +144,9 @@ class _Search:
         chosen = {target: self.choose(target) for target in targets}
         flipped = {target: self.flips(target, self.images[neighbours]) for target, neighbours in chosen.items()}
         yield {"kind": "chosen", "targets": len(targets), "flipped": sum(flipped.values())}
-        if perturbed:
-            yield {"kind": "adversarial", "targets": len(targets), "flipped": sum(
-                flipped[target] or self.flips(target, self.move(target, self.images[neighbours], threat))
-                for target, neighbours in chosen.items())}
+        yield {"kind": "adversarial", "targets": len(targets), "flipped": sum(
+            flipped[target] or self.flips(target, self.move(target, self.images[neighbours], threat))
+            for target, neighbours in chosen.items())}
 
     def predict(self, images: Tensor) -> Tensor:
         """Returns the classes (N,) that the true model predicts in batches of this size."""

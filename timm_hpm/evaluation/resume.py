@@ -39,37 +39,21 @@ def no_cost() -> dict[str, float]:
 
 @dataclass
 class Step:
-    """The result of one attack, through surrogates side by side, on one batch of B images.
+    """The result of one attack, through surrogates side by side, on one batch of B images."""
 
-    Arguments:
-        attack: its name, or `"clean"`.
-        correct: the true model's verdicts, a text of B characters for each `"<surrogate>/<attack>"`.
-        baseline_correct: the FC classifier's verdicts on the candidates of that classifier.
-        cost: seconds and passes.
-        flags: the name, the text with two `{}`, and the numbers of images affected and of all.
-        examples: pictures of the first few images that it broke.
-        broken: (K,), the images of the batch that no earlier step had broken.
-        points: (K, channels, H, W), the first successful candidate of each.
-        candidates: (B, channels, H, W) by name, if they are to be kept; a loaded step leaves them on disk.
-        not_finite: images whose logits were NaN or infinite, by their place: the search or the verdicts.
-        predicted: the true model's classes for the clean images, which no folder keeps; empty for an attack.
-        margins: (B,), the smallest lead of the right logit over its sets; 0 if an image is misclassified.
-        attacked: number of images that were attacked.
-    """
-
-    attack: str
-    correct: dict[str, str]
-    baseline_correct: dict[str, str]
-    cost: dict[str, float]
-    flags: list[tuple[str, str, int, int]]
-    examples: list[Example]
-    broken: Tensor
-    points: Tensor
-    candidates: dict[str, Tensor] = field(default_factory=dict)
-    not_finite: dict[str, list[int]] = field(default_factory=dict)
-    predicted: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    attacked: int = 0
+    attack: str  # or "clean"
+    correct: dict[str, str]  # the true model's verdicts, B characters for each "<surrogate>/<attack>"
+    baseline_correct: dict[str, str]  # the FC classifier's, on the candidates of that classifier
+    cost: dict[str, float]  # `no_cost`
+    flags: list[tuple[str, str, int, int]]  # name, text with two `{}`, the numbers of images affected and of all
+    examples: list[Example]  # the first few images that it broke
+    broken: Tensor  # (K,), the images of the batch that no earlier step had broken
+    points: Tensor  # (K, channels, H, W), the first successful candidate of each
+    candidates: dict[str, Tensor] = field(default_factory=dict)  # (B, channels, H, W); not of a loaded step
+    not_finite: dict[str, list[int]] = field(default_factory=dict)  # images by place: the search or the verdicts
+    predicted: list[int] = field(default_factory=list)  # classes of the clean images, which no folder keeps
+    margins: list[float] = field(default_factory=list)  # (B,), smallest lead of the right logit; 0 if misclassified
+    attacked: int = 0  # number of images
 
     def without_pixels(self) -> "Step":
         """Returns the step without its tensors, of which a mere slice would keep the memory."""
@@ -125,10 +109,9 @@ class ProgressFolder:
 
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
-        result = {"attack": found.attack, "correct": found.correct, "baseline_correct": found.baseline_correct,
-                  "cost": found.cost, "flags": found.flags, "not_finite": found.not_finite,
-                  "examples": [asdict(example) for example in found.examples], "margins": found.margins,
-                  "attacked": found.attacked}
+        result = asdict(found.without_pixels())
+        for name in ("broken", "points", "candidates"):
+            del result[name]
         tensors = {name: tensor.cpu().contiguous() for name, tensor in
                    {"broken": found.broken, "points": found.points, **found.candidates}.items()}
         record = {"run": self._run, "batch": batch, "step": step, "names": list(found.correct), "found": result,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ..sensitivity import Movement, Sensitivity
-from . import svg
+from . import markdown, svg
 from .html import page, table
 from .metrics import wilson_interval
 
@@ -14,8 +14,7 @@ _COLUMNS = ["accuracy, %", "naive, %", "feature shift", "margin", "margin lost",
 
 def sensitivity_markdown(study: Sensitivity) -> str:
     """Returns a study as a table in Markdown, a row for each head and radius."""
-    head, rows = _table(study)
-    return "\n".join(["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]) + "\n"
+    return "\n".join(markdown.table(*_table(study), numbers_from=1)) + "\n"
 
 
 def sensitivity_page(studies: Sequence[Sensitivity], class_names: Sequence[str] = ()) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..threat import ThreatModel
-from . import svg
+from . import markdown, svg
 from .flags import Flag
 from .html import flag_section, page, table, unreliable_banner
 from .metrics import wilson_interval
@@ -37,11 +37,9 @@ def sweep_markdown(reports: Sequence[AttackReport]) -> str:
     head, rows = _table(reports)
     unreliable = [f"- {_title(report)}: {', '.join(dict.fromkeys(flag.name for flag in report.flags))}"
                   for report in reports if report.unreliable]
-    lines = [f"**Unreliable** (marked *): {UNRELIABLE}", "", *unreliable, ""] if unreliable else []
+    lines = [f"**Unreliable** (marked †): {UNRELIABLE}", "", *unreliable, ""] if unreliable else []
     lines += [*filter(None, [pixels_note(reports[0].protocol)]), ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *markdown.table(head, rows, numbers_from=0)]) + "\n"
 
 
 def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> str:
@@ -65,7 +63,7 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
         f"<p>Robust accuracy, worst case over all attacks, of {reports[0].num_images} images; bars are {INTERVAL}s. At "
         "eps 0 is the clean accuracy. FC classifier: that of the same network, under the attacks on it.</p>",
         table(head, rows, numbers_from=0),
-        "<p>* unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
+        "<p>† unreliable: see the warnings.</p>" if any(flag.unreliable for flag in flags) else "",
         *flag_section(flags),
         *(["<h2>Reports</h2><ul>", *items, "</ul>"] if items else []),
     ])
@@ -76,7 +74,7 @@ def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]
                for name, curve in curves(reports).items()}
     for report in reports:
         if report.unreliable:
-            by_name[_mode_name(report)][ThreatModel.parse(report.protocol["threat"]).eps] += "*"
+            by_name[_mode_name(report)][ThreatModel.parse(report.protocol["threat"]).eps] += "†"
     radii = sorted({eps for cells in by_name.values() for eps in cells})
     return ["eps", *by_name], [[f"{eps:.4g}", *(cells.get(eps, "") for cells in by_name.values())] for eps in radii]
 

@@ -1,6 +1,6 @@
 """Evaluations by a custom protocol in one call; and the protocol of reports that are made by hand and saved."""
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ def unfinished(model, *arguments: Any, folder: Path, **options: Any) -> AttackRe
     """Runs `run_attack`, and leaves its folder as if the process had been killed before it wrote the report."""
     progress, kept = folder / "progress", folder / "kept"
 
-    def copy(module, inputs, outputs) -> None:
-        if module is model and progress.exists():
-            shutil.copytree(progress, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    def keep(module, inputs, outputs) -> None:
+        for path in progress.glob("[!.]*") if module is model else ():
+            kept.mkdir(exist_ok=True)
+            if not (kept / path.name).exists():
+                os.link(path, kept / path.name)
 
     # The model is called once more when all steps are kept. The attacked copy has this hook, too.
-    with model.register_forward_hook(copy):
+    with model.register_forward_hook(keep):
         report = run_attack(model, *arguments, folder=folder, **options)
     (folder / "report.json").unlink()
     kept.rename(progress)

@@ -175,7 +175,8 @@ def test_neighbours_flip_the_targets_of_the_closed_form():
     # Without the batch's means nobody has a say.
     for mix in (0.0, 0.5):
         model, images, labels = two_classes(mix)
-        rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,))
+        rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,),
+                                  num_targets=4)
         assert all(row["flipped"] == 0 and row["mix"] == 0.0 for row in rows) and model[1].mix == mix
 
 

@@ -108,6 +108,7 @@ def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch,
     first, second = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert main(["compare", f"run/{first}", f"run/{second}/report.json"]) == 0
     assert "McNemar" in capsys.readouterr().out
-    assert main(["evaluate", *QUICK, "--save-adversarial", "--output", "one"]) == 0
-    assert main(["rejudge", "one"]) == 0
+    own = ["--inference", "sample", "--model-kwargs", "mix=0.25"]
+    assert main(["evaluate", *QUICK, *own, "--save-adversarial", "--output", "one"]) == 0
+    assert main(["rejudge", "one"]) == 0, "by the model of the run"
     assert "every verdict as in the report" in capsys.readouterr().out

@@ -119,17 +119,6 @@ def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
         saved_protocol(tmp_path / "x.safetensors")
 
 
-def test_rejudging_takes_the_model_of_the_run(tmp_path, capsys):
-    for name, mix in (("a", "0.25"), ("b", "0.75")):
-        assert evaluate.main([*QUICK, "--budget", "apgd-ce=2", "--inference", "sample", "--model-kwargs", f"mix={mix}",
-                              "--save-adversarial", "--output", str(tmp_path / name)]) == 0
-    capsys.readouterr()
-    assert evaluate.main(["--rejudge", str(tmp_path / "a")]) == 0
-    assert "every verdict as in the report" in capsys.readouterr().out
-    assert evaluate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b" / "report.json")]) == 0
-    assert "| mix | 0.25 | 0.75 |" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--output", "file/below"], "cannot write into the output folder file/below"),
     (["-b", "0"], "batch_size is 0; expected at least 1"),

@@ -152,6 +152,8 @@ def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):
     saved = [Sensitivity.load(file) for file in sorted((tmp_path / "out").glob("*.json"))]
     assert [len(study.rows) for study in saved] == [2, 2] and saved[0].rows == saved[1].rows
     assert "| FC | 0.1 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="leave out --amp"):
+        main(["sensitivity", "--amp"])
 
 
 def test_images_and_labels_of_other_types_give_the_same_study_and_a_training_model_is_refused():

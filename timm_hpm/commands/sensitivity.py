@@ -49,6 +49,8 @@ class SensitivityConfig(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.amp:
+            raise ValueError("a sensitivity study is in float32; leave out --amp")
         for mode in self.inference:
             check_inference(mode)
         if self.radii is not None:
@@ -84,7 +86,7 @@ def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivi
     split = open_images(options, model)
     threat = ThreatModel.parse(config.threat or split.threat)
     radii = parse_radii(config.radii) if config.radii else [threat.eps * i * 0.3 for i in range(6)]
-    images, labels = first_images(split, config.num_images)
+    images, labels = first_images(split, config.num_images, config.workers)
     study = measure_sensitivity(as_pixel_model(model, config.mean, config.std), images, labels, threat.norm, radii,
                                 config.inference or INFERENCE_MODES[::-1], iterations=config.iterations,
                                 batch_size=config.batch_size, seed=config.seed, name=checkpoint or config.model,

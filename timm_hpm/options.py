@@ -52,7 +52,7 @@ def option(default: Any, group: str, about: str, *flags: str, choices: Collectio
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """The options that a training run and an evaluation share."""
+    """The options about the model and the data that several commands share."""
 
     model: str = option("hpm_wrn10_2", "model", "timm model, with or without an HPM head, or a constructor: "
                                                    "file.py:function")
@@ -80,21 +80,29 @@ class CommonOptions:
         None, "data", "fraction of the training images held out for validation, of a data set without a validation "
                       "split (0.1, at most 5,000 images)", above=0, below=1)
     threat: str | None = option(None, "attack", "threat model NORM:EPS, such as Linf:8/255 (the data set's usual one)")
+    # NumPy's random state takes no larger one.
+    seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class RunOptions(CommonOptions):
+    """The options that a training run and an evaluation share."""
+
     amp: bool = option(False, "machine and output", "mixed precision; in an evaluation of the judged model")
     amp_dtype: str = option("bfloat16", "machine and output", "data type of mixed precision", choices=AMP_DTYPES)
     channels_last: bool = option(False, "machine and output", "channels-last memory format")
     threads: int | None = option(
         None, "machine and output", "CPU threads of a process (OMP_NUM_THREADS, or the fastest number in a short "
                                     "measurement)", least=1)
-    # NumPy's random state takes no larger one.
-    seed: int = option(0, "attack", "seed of all randomness", least=0, below=2**32)
-
     time_limit: str | None = option(
         None, "machine and output", "time such as 30m or 2h30m after which the run stops and can be resumed; an "
                                     "evaluation finishes its first batch, and the attack that it is in", free=True)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         self.seconds()
 
     def seconds(self) -> float | None:

@@ -49,8 +49,6 @@ class SensitivityConfig(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.amp:
-            raise ValueError("a sensitivity study is in float32; leave out --amp")
         for mode in self.inference:
             check_inference(mode)
         if self.radii is not None:

@@ -11,7 +11,7 @@ from ..data import SPLITS
 from ..files import default_folder
 from ..head import INFERENCE_MODES, check_inference
 from ..models.constructors import named_again
-from ..options import CommonOptions, as_dict, free_names, option, read_options
+from ..options import RunOptions, as_dict, free_names, option, read_options
 from ..surrogates import SURROGATES
 from .budget import Budget
 from .neighbours import BATCH_SIZES
@@ -28,7 +28,7 @@ _ATTACK: Final = "attack"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CommonOptions):
+class EvaluateConfig(RunOptions):
     """The options of an evaluation; see `python evaluate.py --help`.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..options import CommonOptions, as_dict, free_names, option
+from ..options import RunOptions, as_dict, free_names, option
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .objectives import OBJECTIVES
@@ -22,7 +22,7 @@ _MACHINE: Final = "machine and output"
 
 
 @dataclass(frozen=True)
-class TrainConfig(CommonOptions):
+class TrainConfig(RunOptions):
     """The options of a training run, under timm's names if timm has them; see `python train.py --help`.
 
     Raises:

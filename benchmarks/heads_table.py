@@ -1,5 +1,6 @@
 """docs/results.md, made of the reports of heads.py and of the sensitivity studies."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ TEXT: Final = HERE / "heads_text.md"
 NAMES: Final = {"fc": "FC", "dataset": "ℓ2 (dataset)", "sample": "HPM, sample", "batch": "HPM, batch"}
 # A difference that is at least 2 standard errors above this many points counts as "no worse".
 MARGIN: Final = 0.4
+
+_PLACE: Final = r"^\{(.+)\}$"
 
 #: The trained and the judged mode, to a report for each seed.
 Heads = dict[tuple[str, str], dict[int, AttackReport]]
@@ -255,7 +258,7 @@ def page() -> str:
     studies = read_studies()
     tables = {"claims": claims(bases, studies)}
     for name, heads in bases.items():
-        first = next(iter(next(iter(heads.values())).values()))
+        first = next(iter(heads["fc", "fc"].values()))
         about = (f"{first.num_images:,} test images, {first.protocol['threat']}, protocol "
                  f"`{first.protocol['protocol']}`, batches of {first.protocol['batch_size']}, seeds "
                  f"{', '.join(map(str, sorted(heads['fc', 'fc'])))}.")
@@ -263,10 +266,17 @@ def page() -> str:
     for name, some in studies.items():
         for kind, study in zip(("normal", "robust"), some, strict=True):
             tables[f"{name}, {kind}"] = study_table(study)
-    text = TEXT.read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        place = f"{{{name}}}"
-        if text.count(place) != 1:
-            raise ValueError(f"{TEXT} names {place} {text.count(place)} times; expected once")
-        text = text.replace(place, "\n".join(lines))
-    return text
+    return filled(TEXT.read_text(encoding="utf-8"), tables)
+
+
+def filled(text: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """Returns a text with each table in the place of its name in braces, without the sections of tables not there.
+
+    Raises:
+        ValueError: if the text names a table never or more than once.
+    """
+    if wrong := [name for name in tables if text.count(f"{{{name}}}") != 1]:
+        raise ValueError(f"{TEXT} has not one place, a line {{NAME}}, for each of {', '.join(wrong)}")
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    kept = [section for section in sections if set(re.findall(_PLACE, section, re.MULTILINE)) <= tables.keys()]
+    return re.sub(_PLACE, lambda place: "\n".join(tables[place[1]]), "".join(kept), flags=re.MULTILINE).rstrip() + "\n"

@@ -53,3 +53,10 @@ def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks
     assert table.realised(batch) == [False, True, False, False, False]
     assert table.claimed(batch) == [False, True, True, True, True]
     assert table.realised(report(rows)) == table.worst(report(rows))
+
+
+def test_a_section_whose_table_is_missing_is_left_out(table):
+    text = "# T\n\n{a}\n\n## B\n\nb: {not a place}\n\n{b}\n\n## C\n\nc\n"
+    assert table.filled(text, {"a": ["1", "2"]}) == "# T\n\n1\n2\n\n## C\n\nc\n"
+    with pytest.raises(ValueError, match="for each of d"):
+        table.filled(text, {"a": [], "d": []})

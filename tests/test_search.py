@@ -1,6 +1,7 @@
 """The margin search and its losses, against answers in closed form."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,7 +104,13 @@ def test_a_plain_classifier_is_searched(name):
 
 def test_attacks_that_are_given_hold_for_every_classifier():
     standard = timm_hpm.PROTOCOLS["standard"]
-    assert standard.changed().for_plain().attacks.keys() == {"apgd-ce", "search", "apgd-t", "square"}
-    assert standard.changed(budgets={"apgd-ce": 3}).for_plain().attacks["apgd-ce"].iterations == 3
-    assert "fab-t" in standard.changed(budgets={"apgd-ce": 3}).for_plain().attacks
-    assert standard.digest() != timm_hpm.evaluation.Protocol("standard", standard.attacks).digest()
+    assert standard.changed().for_classifier(plain=True).attacks.keys() == {"apgd-ce", "search", "apgd-t", "square"}
+    assert standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks["apgd-ce"].iterations == 3
+    assert "fab-t" in standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks
+
+
+def test_a_change_for_plain_classifiers_leaves_the_digest_for_hpm_heads():
+    fast = timm_hpm.PROTOCOLS["fast"]
+    other = replace(fast, plain={"search": 1})
+    digests = [[protocol.for_classifier(plain).digest() for plain in (False, True)] for protocol in (fast, other)]
+    assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]

@@ -42,7 +42,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         attacked = AttackedModel(pixel_model, batch)
     plan = make_plan(protocol, attacked, 10**6, ())
     budgets = "; ".join(f"{name} {budget}" for name, budget in
-                        (protocol if attacked.head is not None else protocol.for_plain()).attacks.items())
+                        protocol.for_classifier(plain=attacked.head is None).attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
     precision = precision_of(pixel_model, device)
     processes = 1 if accelerator is None else accelerator.num_processes

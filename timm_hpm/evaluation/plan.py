@@ -48,7 +48,7 @@ def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags:
     Raises:
         ValueError: if the model has none of the surrogates, or none of the attacks applies to it.
     """
-    protocol = protocol.for_plain() if model.head is None else protocol
+    protocol = protocol.for_classifier(plain=model.head is None)
     surrogates = model.surrogates(protocol.surrogates)
     applicable = [ATTACKS[name] for name in protocol.attacks if ATTACKS[name].surrogates(model, surrogates)]
     if not applicable:

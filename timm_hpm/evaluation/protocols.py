@@ -64,9 +64,9 @@ class Protocol:
             if (attacks := getattr(self, field_name)) is not None:
                 object.__setattr__(self, field_name, {name: as_budget(name, value) for name, value in attacks.items()})
 
-    def for_plain(self) -> "Protocol":
-        """Returns the protocol with the attacks of a classifier without an HPM head."""
-        return self if self.plain is None else replace(self, attacks=self.plain, plain=None)
+    def for_classifier(self, plain: bool) -> "Protocol":
+        """Returns the protocol with the attacks of a classifier without an HPM head (`plain`), or with one, only."""
+        return replace(self, attacks=self.attacks if self.plain is None or not plain else self.plain, plain=None)
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that tell the protocol, its name and budgets, from any other."""
@@ -151,7 +151,8 @@ PROTOCOLS: Final = {
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),
     )
 }
-NAMED_PROTOCOLS.update({name: protocol.digest() for name, protocol in PROTOCOLS.items()})
+NAMED_PROTOCOLS.update({name: {protocol.for_classifier(plain).digest() for plain in (False, True)}
+                        for name, protocol in PROTOCOLS.items()})
 
 
 def find_protocol(name: str | Protocol) -> Protocol:

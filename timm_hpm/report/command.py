@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-#: Digests of the named protocols, which the evaluation's protocols fill in.
-NAMED_PROTOCOLS: Final[dict[str, str]] = {}
+#: Digests of the named protocols for both kinds of classifier, which the evaluation's protocols fill in.
+NAMED_PROTOCOLS: Final[dict[str, set[str]]] = {}
 
 #: The words that run this package in any folder.
 DOOR: Final = ("python", "-m", "timm_hpm")
@@ -93,7 +93,7 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     name = protocol.get("protocol", "")
     # A definition may have changed since the measurement.
-    if name in NAMED_PROTOCOLS and protocol.get("protocol_digest", NAMED_PROTOCOLS[name]) == NAMED_PROTOCOLS[name]:
+    if name in NAMED_PROTOCOLS and protocol.get("protocol_digest") in {None, *NAMED_PROTOCOLS[name]}:
         options["protocol"] = name
     elif "attacks" in protocol:
         surrogates = protocol.get("surrogates") or []

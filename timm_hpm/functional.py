@@ -12,7 +12,7 @@ from torch import Tensor
 
 def in_autocast(x: Tensor) -> bool:
     """Returns whether autocast is enabled on the device of `x`; the device meta has none."""
-    # Not torch.amp.is_autocast_available, which torch 2.4 cannot trace.
+    # Not torch.amp.is_autocast_available, which older torch cannot trace.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

@@ -131,7 +131,6 @@ def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: 
     wall, processor = both_times(run_naive)
     robust = sum(right_in_all(correct.values())) / len(images)
     print(f"naive: robust {100 * robust:.1f} %", flush=True)
-    times = {"naive": {"seconds": wall, "processor_seconds": processor}}
     if args.output:
         write_text(args.output / "naive.json", json.dumps({
             "model": args.model, "checkpoint": args.checkpoint, "dataset": args.dataset, "split": args.split,
@@ -143,8 +142,6 @@ def compare_protocols(model: nn.Module, images: Tensor, labels: Tensor, threat: 
               f"{100 * report.robust_accuracy:.1f} %, naive {100 * robust:.1f} %)", flush=True)
         if args.output:
             report.save(args.output / f"{name}.json")
-            times[name] = {"seconds": mine, "processor_seconds": my_processor}
-            write_text(args.output / "times.json", json.dumps(times, indent=1) + "\n")
 
 
 def both_times(task: Callable[[], object]) -> tuple[float, float]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cost of the HPM head, as ratios of two things in one run, each the median of paired runs.
+"""Cost of the HPM head, as ratios of the processor's time in one run, each the median of paired runs, on one thread.
 
     python benchmarks/head.py
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_hpm import HPMHead, find_head, functional
 from timm_hpm.head import head_name
 
-NET_RUNS = 7
+NET_RUNS = 3
 HEAD_RUNS = 31
 
 
@@ -100,6 +100,7 @@ def memory() -> None:
 def main() -> None:
     """Prints the ratios."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     memory()
     head_alone()
     nets()

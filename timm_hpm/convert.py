@@ -1,10 +1,4 @@
-"""Converts a public checkpoint into timm's format: model.safetensors and config.json in a new folder.
-
-    python -m timm_hpm convert CHECKPOINT --model hpm_wrn28_10.untrained_deepmind --output FOLDER
-
-The model's tag gives the normalisation and the layout of the network; `timm.list_pretrained("hpm_*")` lists the tags of
-public checkpoints. timm.create_model("local-dir:FOLDER", pretrained=True) loads the result.
-"""
+"""`convert`: a checkpoint of another project as a folder of timm's format, model.safetensors and config.json."""
 
 from pathlib import Path
 from typing import Any

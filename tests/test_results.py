@@ -34,6 +34,10 @@ def test_a_verdict_is_given_only_at_two_standard_errors(table):
     assert [gap.verdict(claim) for claim in ("above", "below", "not below")] == ["undecided"] * 3
     assert table.Difference(-0.3, 0.04).verdict("not below") == "confirmed"
     assert table.Difference(-1.0, 0.4).verdict("not below") == "refuted"
+    for verdicts, total in (("cc", "confirmed"), ("cu", "confirmed in part"), ("ur", "refuted"), ("rc", "mixed"),
+                            ("uu", "undecided"), ("", "undecided")):
+        words = [{"c": "confirmed", "r": "refuted", "u": "undecided"}[letter] for letter in verdicts]
+        assert table.total_verdict(words) == total
 
 
 def test_the_error_of_a_difference_is_the_larger_of_those_over_images_and_over_seeds(table):
@@ -42,7 +46,7 @@ def test_the_error_of_a_difference_is_the_larger_of_those_over_images_and_over_s
     assert (same.mean, same.error) == (-25.0, pytest.approx(100 * 0.5 / math.sqrt(4)))
     apart = table.difference([(right, right), (right, [False] * 4)])  # no image differs, the seeds do
     assert (apart.mean, apart.error) == (-50.0, pytest.approx(100 * math.sqrt(0.5) / math.sqrt(2)))
-    assert str(same) == "−25.0 ± 25.0"
+    assert str(same) == "−25.0 ± 25.0" and str(table.difference([(right, wrong)])) == "−25.0 ± 25.0 (1 seed)"
 
 
 def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks_on_the_fc_classifier(table):

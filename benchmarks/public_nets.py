@@ -2,11 +2,13 @@
 """What the protocols find on public robust networks, and at which part of AutoAttack's time.
 
     OMP_NUM_THREADS=1 python benchmarks/public_nets.py --nets DIR [--only mnist_cnn_a_adv] [--output FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/public_nets.py --nets DIR --seed 1 --reference FOLDER --protocols fast
 
 DIR holds the networks and their images; NETWORKS names them, with the published bounds. Fashion-MNIST is read as by
 `--dataset fashion_mnist`. AutoAttack is pyautoattack's standard version. All run one after another in this process; the
 ratios are of its CPU time. Each image that a protocol breaks is checked again in float64: it must be misclassified, in
-the ball and in [0, 1]. FOLDER gets a JSON file of each network, with a verdict for each image.
+the ball and in [0, 1]. FOLDER gets a JSON file of each network, with a verdict for each image; as a reference it saves
+AutoAttack's time, which the ratios then take from that other run.
 """
 
 import argparse
@@ -139,16 +141,29 @@ def measured(attack: Callable[[], tuple[Tensor, dict[str, float]]], model: nn.Mo
             "cpu_seconds": spent, **passes}
 
 
-def measure(network: Network, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the measurements of AutoAttack and of each protocol on one network."""
+def reference(path: Path, clean: str) -> dict[str, Any]:
+    """Returns AutoAttack's measurements of an earlier run with the same verdicts on `clean` images."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["clean"]["robust"] != clean:
+        raise SystemExit(f"{path} has other verdicts on clean images, of {len(kept['clean']['robust'])} images instead "
+                         f"of {len(clean)}; give the --num-images of that run")
+    return kept["autoattack"]
+
+
+def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the measurements of AutoAttack and of each protocol on the network `name`."""
+    network = NETWORKS[name]
     model, threat = load_network(network, folder), ThreatModel.parse(network.threat)
     images, labels = load_images(network, folder, args.num_images)
     run = (model, images, labels, threat)
     clean = "".join("1" if one else "0" for one in model(images).argmax(dim=1) == labels)
     results: dict[str, dict[str, Any]] = {"clean": {"robust": clean}}
-    results["autoattack"] = measured(lambda: autoattack(*run, args.seed, args.batch_size), *run)
-    for name in args.protocols:
-        results[name] = measured(lambda name=name: by_protocol(name, *run, args.seed, args.batch_size), *run)
+    results["autoattack"] = (
+        measured(lambda: autoattack(*run, args.seed, args.batch_size), *run) if args.reference is None
+        else reference(args.reference / f"{name}.json", clean))
+    for protocol in args.protocols:
+        results[protocol] = measured(
+            lambda protocol=protocol: by_protocol(protocol, *run, args.seed, args.batch_size), *run)
     return results
 
 
@@ -175,13 +190,15 @@ def main() -> int:
     parser.add_argument("--num-images", type=int, default=2_000, metavar="N", help="first images of each (2000)")
     parser.add_argument("--batch-size", type=int, default=250, metavar="N", help="images per batch (250)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all attacks (0)")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER",
+                        help="the --output of an earlier run, for AutoAttack's results")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for a JSON file of each network")
     args = parser.parse_args()
     print("| network | clean | AutoAttack |" + "".join(f" {name} | of its time |" for name in args.protocols)
           + " published: attacked, verified | lost in float64 |")
     print("|---|" + "---:|" * (4 + 2 * len(args.protocols)))
     for name in args.only:
-        results = measure(NETWORKS[name], args.nets, args)
+        results = measure(name, args.nets, args)
         print(to_row(name, results, args.protocols), flush=True)
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)

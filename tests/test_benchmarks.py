@@ -105,3 +105,14 @@ def test_a_report_is_attacked_again_unless_it_is_of_something_else(independent, 
         replace(report, **change).save(path)
         with pytest.raises(ValueError, match=message):
             independent.main(options)
+
+
+def test_results_of_autoattack_on_other_images_are_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import public_nets
+
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"clean": {"robust": "110"}, "autoattack": {"robust": "100"}}))
+    assert public_nets.reference(path, "110") == {"robust": "100"}
+    with pytest.raises(SystemExit, match=r"of 3 images instead of 2; give the --num-images of that run"):
+        public_nets.reference(path, "11")

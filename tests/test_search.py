@@ -9,7 +9,7 @@ from torch import nn
 
 import timm_hpm
 from timm_hpm import ThreatModel
-from timm_hpm.attacks import margin_loss, margin_search, probability_margin, target_margin
+from timm_hpm.attacks import margin_loss, margin_search, probability_margin, repeated_search, target_margin
 
 
 def test_the_margin_of_a_target_is_a_difference_of_logits():
@@ -55,7 +55,7 @@ def test_of_a_linear_model_the_nearest_boundary_is_found(problem, threat):
     assert margins[expected <= 0].tolist() == pytest.approx(expected[expected <= 0].tolist(), abs=2e-3)
 
 
-def counted(problem, threat, steps, until_dry):
+def counted(search, problem, threat, steps):
     model, images, labels, targets = problem
     count = 0
 
@@ -64,14 +64,14 @@ def counted(problem, threat, steps, until_dry):
         count += len(rows)
         return model(pixels)
 
-    margin_search(logits, torch.arange(12), images, labels, targets, threat, steps, until_dry)
+    search(logits, torch.arange(12), images, labels, targets, threat, steps)
     return count / 12
 
 
-def test_the_steps_are_those_of_the_budget_and_a_dry_search_ends_early(problem):
+def test_the_steps_are_those_of_the_budget_and_a_repeated_search_without_success_ends_early(problem):
     robust = ThreatModel("Linf", 1e-4)
-    assert 600 <= counted(problem, robust, 600, False) <= 800
-    assert counted(problem, robust, 6_000, True) <= 900
+    assert 600 <= counted(margin_search, problem, robust, 600) <= 800
+    assert 6 * 400 <= counted(repeated_search, problem, robust, 100_000) <= 6 * 600
 
 
 def test_a_point_that_only_a_local_search_reaches_is_found():
@@ -95,11 +95,16 @@ def test_a_point_that_only_a_local_search_reaches_is_found():
 def test_a_plain_classifier_is_searched(name):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
     images = torch.rand(6, 3, 4, 4)
-    report = timm_hpm.mixed_surrogate_attack(model, images, model(images).argmax(dim=1), "Linf:0.01", protocol=name)
+    labels = model(images).argmax(dim=1)
+    # Within so large a ball little is left for the long searches.
+    threat = ThreatModel("Linf", 0.01 if name == "fast" else 0.5)
+    report = timm_hpm.mixed_surrogate_attack(model, images, labels, threat, protocol=name)
     expected = {"fast": {"apgd-ce", "search", "square"}, "standard": {"apgd-ce", "apgd-t", "search", "square"},
                 "thorough": {"apgd-ce", "apgd-t", "search", "search-on", "square"}}[name]
     assert report.by_surrogate["model"].keys() == expected | {"worst"}
     assert report.protocol["protocol"] == name and not report.protocol["full_grid"]
+    found = timm_hpm.attack(model, images, labels, "Linf:0.01", "search-on", budget=200)
+    assert ThreatModel("Linf", 0.01).contains(found, images).all()
 
 
 def test_attacks_that_are_given_hold_for_every_classifier():

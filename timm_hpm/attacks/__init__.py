@@ -4,7 +4,7 @@ from .apgd import Ascent, apgd
 from .fab import fab
 from .losses import cross_entropy, margin_loss, predicted_classes, probability_margin, target_margin, targeted_loss
 from .pgd import pgd
-from .search import margin_search
+from .search import margin_search, repeated_search
 from .square import square_search
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "pgd",
     "predicted_classes",
     "probability_margin",
+    "repeated_search",
     "square_search",
     "target_margin",
     "targeted_loss",

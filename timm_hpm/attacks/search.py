@@ -7,7 +7,7 @@ the search one after another. Ascents from random points alone break fewer image
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,9 +24,11 @@ NEXT_STEPS: Final = 20
 _REDRAWN: Final = 0.2
 #: Part of a step that is new; the rest is the step before it.
 _NEW_STEP: Final = 0.75
-#: Part of the images left that take part in a round, on average: fewer and fewer, or always as many until it is dry.
+#: Part of the images left that take part in a round, on average: fewer and fewer.
 _SERVED: Final = 0.25
-#: A search until it is dry ends if it has taken this many times the rounds to its last success.
+#: Of the repeated search: the steps of a repetition, their fewest, and how many times those to the last success.
+_REPEATED_STEPS: Final = 400
+_FEWEST: Final = 6
 _PATIENCE: Final = 2
 
 
@@ -38,7 +40,6 @@ def margin_search(
         targets: Tensor,
         threat: ThreatModel | str,
         steps: int,
-        until_dry: bool = False,
 ) -> Tensor:
     """Returns a misclassified point (R, ...) of each image, or its point of largest margin if none is found.
 
@@ -50,22 +51,36 @@ def margin_search(
         targets: (R, T), wrong classes, the most promising first.
         threat: the threat model, or a text such as `"Linf:8/255"`.
         steps: steps per image, on average over the images that are not broken; an ascent costs one query more.
-        until_dry: whether `steps` is only a limit, and the search ends earlier if half of its rounds, the later half,
-            have broken no image.
     """
     search = _Search(logits_fn, rows, clean, labels, targets, ThreatModel.of(threat))
-    for number in range(targets.shape[1]):
+    search.run(steps)
+    return search.points
+
+
+def repeated_search(
+        logits_fn: Callable[[Tensor, Tensor], Tensor],
+        rows: Tensor,
+        clean: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        threat: ThreatModel | str,
+        steps: int,
+) -> Tensor:
+    """Returns what `margin_search` does, by searches of 400 steps, each from new random points for the images left.
+
+    Ends if the later half of at least six searches broke no image. `steps` limits the steps per image; the other
+    arguments are those of `margin_search`.
+    """
+    search = _Search(logits_fn, rows, clean, labels, targets, ThreatModel.of(threat))
+    last_success = _FEWEST // _PATIENCE
+    for number in range(1, max(steps // _REPEATED_STEPS, 1) + 1):
         left = search.nearest(1.0)
-        search.ascend(left, torch.full_like(left, number), search.random_start(left), FIRST_STEPS)
-    rounds = math.ceil(max(steps - FIRST_STEPS * targets.shape[1], 0) / (_SERVED * NEXT_STEPS))
-    last_success = rounds // (10 * _PATIENCE)
-    for done in range(rounds):
-        left = search.nearest(_SERVED if until_dry else (1 - done / rounds) ** (1 / _SERVED - 1))
-        if not len(left) or (until_dry and done > _PATIENCE * last_success):
+        if not len(left) or number > _PATIENCE * last_success:
             break
-        search.ascend(left, search.margins[left].argmax(dim=1), search.near_best(left), NEXT_STEPS)
-        if until_dry and search.fooled[left].any():
-            last_success = max(done + 1, last_success)
+        again = replace(search, rows=rows[left], clean=clean[left], labels=labels[left], targets=targets[left])
+        again.run(min(steps, _REPEATED_STEPS))
+        search.keep(left, again.points, again.best, again.fooled)
+        last_success = max(number, last_success) if again.fooled.any() else last_success
     return search.points
 
 
@@ -85,6 +100,16 @@ class _Search:
         self.fooled = torch.zeros_like(self.labels, dtype=torch.bool)
         self.best = torch.full_like(self.labels, -math.inf, dtype=self.clean.dtype)
         self.margins = torch.full_like(self.targets, -math.inf, dtype=self.clean.dtype)
+
+    def run(self, steps: int) -> None:
+        """Ascends from a random point to each target, then from changed best points to the nearest targets."""
+        for number in range(self.targets.shape[1]):
+            left = self.nearest(1.0)
+            self.ascend(left, torch.full_like(left, number), self.random_start(left), FIRST_STEPS)
+        rounds = math.ceil(max(steps - FIRST_STEPS * self.targets.shape[1], 0) / (_SERVED * NEXT_STEPS))
+        for done in range(rounds):
+            left = self.nearest((1 - done / rounds) ** (1 / _SERVED - 1))
+            self.ascend(left, self.margins[left].argmax(dim=1), self.near_best(left), NEXT_STEPS)
 
     def nearest(self, part: float) -> Tensor:
         """Returns the images (r,) of largest margin, ascending: a `part` of those that are not fooled."""
@@ -127,8 +152,12 @@ class _Search:
             if i:
                 moved = ball.project(moved.sub_(x).mul_(_NEW_STEP).add_(x).add_(x - before, alpha=1 - _NEW_STEP))
             before, x = x, moved
+        self.margins[images, numbers] = self.margins[images, numbers].maximum(margins)
+        self.keep(images, points, margins, fooled)
+
+    def keep(self, images: Tensor, points: Tensor, margins: Tensor, fooled: Tensor) -> None:
+        """Takes the `points` (r, ...) that fool, or have larger margins, for the `images` (r,)."""
         better = fooled | (margins > self.best[images])
         self.points[images[better]] = points[better]
         self.best[images] = self.best[images].maximum(margins)
-        self.margins[images, numbers] = self.margins[images, numbers].maximum(margins)
         self.fooled[images] = fooled

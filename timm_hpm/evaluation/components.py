@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, margin_search, pgd, square_search, targeted_loss
+from ..attacks import (
+    Ascent,
+    apgd,
+    cross_entropy,
+    fab,
+    margin_loss,
+    margin_search,
+    pgd,
+    repeated_search,
+    square_search,
+    targeted_loss,
+)
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .budget import Budget
@@ -90,12 +101,13 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     return batch.points
 
 
-def search(batch: AttackBatch, threat: ThreatModel, budget: Budget, until_dry: bool = False) -> Tensor:
-    """Returns the candidates (S·B, ...) of `margin_search`, with `budget.iterations` steps per image on average."""
+def search(batch: AttackBatch, threat: ThreatModel, budget: Budget, repeated: bool = False) -> Tensor:
+    """Returns the candidates (S·B, ...) of `margin_search` or `repeated_search`, `budget.iterations` steps an image."""
     rows = batch.active
     targets = _targets(batch, Budget(1, _SEARCHED_TARGETS).for_classes(batch.clean_logits.shape[1]))
-    found = margin_search(batch.query, rows, batch.clean[rows], batch.labels[rows], targets[rows], threat,
-                          budget.iterations, until_dry)
+    function = repeated_search if repeated else margin_search
+    found = function(batch.query, rows, batch.clean[rows], batch.labels[rows], targets[rows], threat,
+                     budget.iterations)
     return batch.points.index_copy(0, rows, found)
 
 

@@ -139,13 +139,13 @@ _STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
 #: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier without an HPM head is
-#: attacked by a margin search instead; `thorough` goes on with it until it is dry. `autoattack`: AutoAttack's standard
-#: version alone.
+#: attacked by a margin search instead; `thorough` repeats it until that stops to pay. `autoattack`: AutoAttack's
+#: standard version alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", _STANDARD, plain=_STANDARD_PLAIN),
-        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(250), "square": Budget(100)}),
+        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(350), "square": Budget(100)}),
         Protocol("thorough", _STANDARD | {"search": Budget(1_000)},
                  plain=_STANDARD_PLAIN | {"search-on": Budget(10_000)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),

@@ -73,7 +73,7 @@ ATTACKS: Final = {
         Attack("apgd-t", apgd_t, Budget(100, targets=9)),
         Attack("fab-t", fab_t, Budget(100, targets=9)),
         Attack("search", search, Budget(1_000)),
-        Attack("search-on", partial(search, until_dry=True), Budget(10_000)),
+        Attack("search-on", partial(search, repeated=True), Budget(10_000)),
         Attack("square", square, Budget(5_000), needs_gradient=False),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),

@@ -282,7 +282,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         if one is float and isinstance(value, str) and "/" in value and _is_number(value):
             return parse_number(value)
-        if isinstance(one, type) and isinstance(value, one) and (one is bool or not isinstance(value, bool)):
+        # Python 3.10 takes tuple[str, ...] for a type.
+        if typing.get_origin(one) is None and isinstance(value, one) and (one is bool or not isinstance(value, bool)):
             return value
     expected = " or ".join("null" if one is type(None) else getattr(one, "__name__", str(one)) for one in _parts(kind))
     hint = ". YAML reads 1e-3 as a text; write 1.0e-3" if isinstance(value, str) and _is_number(value) else ""

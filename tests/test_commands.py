@@ -99,6 +99,8 @@ def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_pat
     assert two.protocol["options"] == one.protocol["options"] == {"in_chans": 1, "channels_last": True}
     assert (two.correct, two.protocol["clean_margin"]) == (one.correct, one.protocol["clean_margin"])
     assert main(["rejudge", "one"]) == 0
+    with pytest.raises(ValueError, match=r"judged in autocast to float16, that of .* in autocast to bfloat16; give"):
+        main(["rejudge", "one", "--amp-dtype", "float16"])
 
 
 def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch, capsys):

@@ -13,11 +13,11 @@ from ..report.metrics import attack_of
 from ..report.tables import pixels_note
 from ..threat import ThreatModel
 from .attacked import AttackedModel
-from .judge import device_of
+from .judge import device_of, precision_of
 from .plan import Plan, make_plan
 from .protocols import Protocol
 from .seeding import seeded
-from .subject import precision_of
+from .subject import without_autocast
 from .table import ATTACKS
 from .threads import seconds_of_pass
 
@@ -38,7 +38,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     pixel_model = as_pixel_model(model)
     device = device_of(pixel_model, images)
     batch = images[:batch_size].to(device)
-    with seeded(device, 0, "header"):
+    with seeded(device, 0, "header"), without_autocast(batch):
         attacked = AttackedModel(pixel_model, batch)
     plan = make_plan(protocol, attacked, 10**6, ())
     budgets = "; ".join(f"{name} {budget}" for name, budget in
@@ -81,8 +81,9 @@ def _seconds_per_image(attacked: AttackedModel, surrogate: str, batch: Tensor, g
     """Returns the seconds of a pass of one image, forward or also backward."""
     def seconds(images: Tensor) -> float:
         # The first pass allocates memory.
-        return min(seconds_of_pass(lambda x: attacked.logits(surrogate, attacked.features(x)), images, gradient)
-                   for _ in range(3)) / len(images)
+        with without_autocast(images):
+            return min(seconds_of_pass(lambda x: attacked.logits(surrogate, attacked.features(x)), images, gradient)
+                       for _ in range(3)) / len(images)
 
     few = batch[:_FEW_IMAGES]
     slow = seconds(few)

@@ -22,6 +22,7 @@ from ..data import (
 )
 from ..head import find_head, head_mode, head_name
 from ..report import data_digest
+from ..report.command import AUTOCAST
 from ..threat import ThreatModel
 
 # Images whose candidates are checked at once.
@@ -119,7 +120,8 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
 
     Raises:
         ValueError: if the file is damaged or of another origin, the images or labels are not the run's, a candidate is
-            outside of the threat model, or the model's normalisation or mix differs from the saved protocol.
+            outside of the threat model, or the model's normalisation, draws, precision or mix differs from the saved
+            protocol.
         OSError: if there is no such file.
     """
     check_eval_mode(model)
@@ -141,6 +143,10 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     if draws[0] != draws[1]:
         raise ValueError(f"the model averages {draws[0]} draws, that of {path} {draws[1]}; give the same (evaluate.py "
                          "--eot; timm_hpm.PixelModel)")
+    precision = precision_of(model, device_of(model, clean))
+    if precision != protocol.get("precision", precision):
+        raise ValueError(f"the model is judged in {precision}, that of {path} in {protocol['precision']}; give the "
+                         "same (evaluate.py --amp, --amp-dtype; torch.autocast)")
     del clean  # candidates are in memory one set at a time
     mode = protocol["inference"]
     with nullcontext() if mode == "none" else head_mode(model, mode) as head:
@@ -228,3 +234,11 @@ def device_of(model: nn.Module, images: Tensor) -> torch.device:
     """Returns the device of the model's parameters, or that of the images if it has none."""
     parameter = next(model.parameters(), None)
     return images.device if parameter is None else parameter.device
+
+
+def precision_of(model: nn.Module, device: torch.device) -> str:
+    """Returns the dtype that the judge computes in."""
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        dtype = f"{AUTOCAST}{torch.get_autocast_dtype(device.type)}"
+    return dtype.replace("torch.", "")

@@ -14,12 +14,11 @@ from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of
 from ..functional import in_autocast
 from ..head import find_head, head_name
 from ..report import Flag, data_digest, weights_digest
-from ..report.command import AUTOCAST
 from ..report.metrics import right_in_all
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .checks import change_flag, check_model, head_flag, probability_flag, rough_flag, verdict_flag
-from .judge import check_finite, device_of, own_logits, pixel_model_for
+from .judge import check_finite, device_of, own_logits, pixel_model_for, precision_of
 from .resume import no_cost
 from .seeding import seeded
 
@@ -150,11 +149,3 @@ def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Returns a context without autocast on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()
-
-
-def precision_of(model: nn.Module, device: torch.device) -> str:
-    """Returns the dtype that the judge computes in."""
-    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        dtype = f"{AUTOCAST}{torch.get_autocast_dtype(device.type)}"
-    return dtype.replace("torch.", "")

@@ -195,6 +195,20 @@ def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, dig
     assert measure_neighbours(model, *digits, THREAT, batch_sizes=(40,), mixes=(0.9,), num_targets=8) == rows[-3:]
 
 
+def test_neighbours_are_searched_in_float32_and_judged_in_the_caller_s_autocast(model, digits, monkeypatch):
+    seen = {"search": set(), "judge": set()}
+
+    def noted(self, pixels, *, features=AttackedModel.features):
+        seen["search"].add(torch.is_autocast_enabled("cpu"))
+        return features(self, pixels)
+
+    monkeypatch.setattr(AttackedModel, "features", noted)
+    model.register_forward_hook(lambda *_: seen["judge"].add(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = measure_neighbours(model, *(part[:6] for part in digits), THREAT, batch_sizes=(3,), num_targets=1)
+    assert len(rows) == 3 and seen["search"] == {False} and True in seen["judge"]
+
+
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     images, labels = digits[0][:8], digits[1][:8]

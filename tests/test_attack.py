@@ -115,7 +115,7 @@ class NoisyInput(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])
-def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digits, mode):
+def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digits, tmp_path, mode):
     network = nn.Sequential(NoisyInput(), model).eval()
     find_head(model).inference = mode
     whole = PixelModel(network, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], draws=3)
@@ -140,8 +140,9 @@ def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digit
     assert report.cost["apgd-ce"]["forward_passes"] % 3 == 0
     if mode == "batch":
         with pytest.raises(ValueError, match="neighbours are chosen by the features of one draw, and the model av"):
-            run_attack(whole, *digits, THREAT, attacks=["apgd-ce"], budgets=TINY, batch_size=6, neighbours=(4,))
-
+            run_attack(whole, *digits, THREAT, attacks=["apgd-ce"], budgets=TINY, batch_size=6, neighbours=(4,),
+                       folder=tmp_path)
+        assert not any(tmp_path.iterdir()), "before any attack"
 
 def test_draws_below_one_are_refused():
     with pytest.raises(ValueError, match="draws is 0; expected at least 1"):

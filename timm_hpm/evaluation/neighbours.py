@@ -20,6 +20,7 @@ from .attacked import AttackedModel
 from .checks import restored
 from .judge import device_of, pixel_model_for, predictions
 from .seeding import seeded
+from .subject import without_autocast
 
 #: From a few strangers' images in a batch to many.
 BATCH_SIZES: Final = (10, 50, 250)
@@ -71,18 +72,17 @@ def measure_neighbours(
     images, labels = for_gradients(images, labels)
     check_neighbours(batch_sizes, mixes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
+    check_one_draw(model)
     pixel_model = pixel_model_for(model, images)
-    if getattr(pixel_model, "draws", 1) > 1:
-        raise ValueError(f"neighbours are chosen by the features of one draw, and the model averages "
-                         f"{pixel_model.draws}; leave out draws (--eot)")
     device = device_of(pixel_model, images)
-    with seeded(device, seed, "split"):
-        split = AttackedModel(pixel_model, images[:max(batch_sizes)].to(device))
+    example = images[:max(batch_sizes)].to(device)
+    with seeded(device, seed, "split"), without_autocast(example):
+        split = AttackedModel(pixel_model, example)
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
         raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
                          "batch mode")
     head = find_head(pixel_model)
-    with torch.no_grad(), seeded(device, seed, "features"):
+    with torch.no_grad(), seeded(device, seed, "features"), without_autocast(example):
         features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
     rows = []
     before = head.mix
@@ -117,6 +117,13 @@ def check_neighbours(batch_sizes: Sequence[int], mixes: Sequence[float] | None, 
     checked_integer("num_targets", num_targets, 0)
 
 
+def check_one_draw(model: nn.Module) -> None:
+    """Raises a ValueError if a model averages several draws: the features of one choose the neighbours."""
+    if (draws := getattr(model, "draws", 1)) > 1:
+        raise ValueError(f"neighbours are chosen by the features of one draw, and the model averages {draws}; leave "
+                         "out the neighbours (--neighbours), or the draws (--eot)")
+
+
 class _Search:
     """Neighbours for targets, in batches of one size."""
 
@@ -141,7 +148,8 @@ class _Search:
         if not right:
             return
         targets = right[:num_targets or len(right)]
-        chosen = {target: self.choose(target) for target in targets}
+        with without_autocast(self.features):
+            chosen = {target: self.choose(target) for target in targets}
         flipped = {target: self.flips(target, self.images[neighbours]) for target, neighbours in chosen.items()}
         yield {"kind": "chosen", "targets": len(targets), "flipped": sum(flipped.values())}
         yield {"kind": "adversarial", "targets": len(targets), "flipped": sum(
@@ -195,7 +203,7 @@ class _Search:
         x = clean
         for i in range(_STEPS):
             x = x.detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), without_autocast(x):
                 batch = torch.cat([z, self.split.features(x)])
                 # The head's own logits, and soft ones with a gradient through the assignment.
                 logits = torch.stack([self.split.logits("ste", batch)[0], soft_logits(self.head, batch, 0.3)[0]])

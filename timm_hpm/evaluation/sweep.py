@@ -22,7 +22,7 @@ from ..report.sweep_page import sweep_page
 from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import PARTIAL, REPORT, STOPPED, mixed_surrogate_attack
-from .neighbours import check_neighbours, measure_neighbours
+from .neighbours import check_neighbours, check_one_draw, measure_neighbours
 from .processes import gathered, is_first, rank_of
 
 #: The page of all reports.
@@ -98,6 +98,7 @@ def sweep(
         find_head(model)
     if neighbours or neighbours_mixes is not None:
         check_neighbours(neighbours, neighbours_mixes, len(images))
+        check_one_draw(model)
     if options.get("save_adversarial") and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]

@@ -19,7 +19,7 @@ REPORTS: Final = HERE / "reports" / "heads"
 STUDIES: Final = HERE / "reports" / "sensitivity"
 TEXT: Final = HERE / "heads_text.md"
 NAMES: Final = {"fc": "FC", "dataset": "ℓ2 (dataset)", "sample": "HPM, sample", "batch": "HPM, batch"}
-# A difference that is at least 2 standard errors above this many points counts as "no worse".
+# Points that a head may lose and still count as no worse.
 MARGIN: Final = 0.4
 
 _PLACE: Final = r"^\{(.+)\}$"
@@ -43,13 +43,14 @@ class Difference:
         return f"{self.mean:+.1f} ± {self.error:.1f}".replace("-", "−") + (" (1 seed)" if self.one_seed else "")
 
     def verdict(self, claim: str) -> str:
-        """Returns whether the difference confirms that it is `"above"`, `"below"` or `"not below"` 0."""
+        """Returns whether the difference confirms that it is `"above"` or `"below"` 0, or `"not below"` −`MARGIN`."""
         low, high = self.mean - 2 * self.error, self.mean + 2 * self.error
         if claim == "below":
             low, high = -high, -low
-        if low > (-MARGIN if claim == "not below" else 0):
+        bound = -MARGIN if claim == "not below" else 0
+        if low > bound:
             return "confirmed"
-        return "refuted" if high < 0 else "undecided"
+        return "refuted" if high < bound else "undecided"
 
 
 def difference(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> Difference:

@@ -192,9 +192,13 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
             layer_decay=config.layer_decay, **own, **(config.opt_kwargs or {}))
         if unused := sorted(own.keys() - optimizer.defaults.keys()):  # which timm leaves out
             raise ValueError(f"it has no {' and no '.join(unused)}")
+        betas = own.get("betas", ())
+        if betas and len(betas) != len(optimizer.defaults["betas"]):
+            raise ValueError(f"it takes {len(optimizer.defaults['betas'])} betas, and {len(betas)} are given")
         return optimizer
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
+        reason = "too few betas are given" if isinstance(error, IndexError) else error
+        raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {reason}. "
                          "Names are those of timm.optim.list_optimizers()") from error
 
 

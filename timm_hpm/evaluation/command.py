@@ -287,8 +287,10 @@ def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:
     different = [name for name in {**report.verdicts, **verdicts} if verdicts.get(name) != report.verdicts.get(name)
                  and (name in verdicts or name != f"{TRUE_MODEL}/square")]
     if different:
+        is_random = {"random-forward", "averaged-draws"} & {flag.name for flag in report.flags}
         return False, (f"{len(different)} of {len(verdicts)} sets are judged otherwise than in the report: "
-                       f"{', '.join(different)}. Is it the same model, device and version?")
+                       f"{', '.join(different)}. " + ("The model is randomised, and its draws are new ones" if is_random
+                                                      else "Is it the same model, device and version?"))
     return True, (f"{len(verdicts)} sets of {report.num_images} images, judged again in batches of "
                   f"{report.protocol['batch_size']}: the images are the run's, every candidate is within "
                   f"{report.protocol['threat']} of them, and every verdict as in the report")

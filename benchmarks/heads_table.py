@@ -152,8 +152,12 @@ def _tests(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> list[str]:
     """Returns the p-values of McNemar's test of each pair, and that of the t-test over the pairs' differences."""
     rows = [paired("", ["".join(map(str, map(int, b)))], ["".join(map(str, map(int, a)))]) for b, a in pairs]
     gaps = [row.difference for row in rows]
-    t = f"{2 * stdtr(len(gaps) - 1, -abs(mean(gaps)) / _error(gaps)):.3f}" if len(set(gaps)) > 1 else ""
-    return [", ".join(f"{row.p_value:.3f}" for row in rows), t]
+    t = _p(2 * stdtr(len(gaps) - 1, -abs(mean(gaps)) / _error(gaps))) if len(set(gaps)) > 1 else ""
+    return [", ".join(_p(row.p_value) for row in rows), t]
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _ordered(heads: Heads) -> list[tuple[tuple[str, str], dict[int, AttackReport]]]:

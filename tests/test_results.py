@@ -50,6 +50,11 @@ def test_the_error_of_a_difference_is_the_larger_of_those_over_images_and_over_s
     assert str(same) == "−25.0 ± 25.0" and str(table.difference([(right, wrong)])) == "−25.0 ± 25.0 (1 seed)"
 
 
+def test_a_tiny_p_value_is_no_zero(table):
+    right, wrong = [True] * 30, [False] * 30
+    assert table._tests([(right, wrong), (right, [False] * 29 + [True])]) == ["<0.001, <0.001", "0.011"]
+
+
 def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks_on_the_fc_classifier(table):
     rows = {"clean": "11111", "fc/apgd-ce": "01111", "fc/apgd-t": "01111", "fc/square": "11111", "soft/joint": "10001",
             "fc/apgd-chain": "11110"}

@@ -139,7 +139,7 @@ _STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
 #: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier without an HPM head is
-#: attacked by a margin search instead; `thorough` repeats it until that stops to pay. `autoattack`: AutoAttack's
+#: attacked by a margin search instead; `thorough` repeats it until that breaks no more. `autoattack`: AutoAttack's
 #: standard version alone.
 PROTOCOLS: Final = {
     protocol.name: protocol

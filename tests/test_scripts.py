@@ -45,6 +45,7 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, capsys):
         "report.json", "report.md", "report.html", "adversarial.safetensors", "options.json"}
     report = AttackReport.load(folder / "report.json")
     assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
+    assert report.protocol["options"] == {}
     assert (folder / "report.md").read_text() == report_markdown(report)
     assert (folder / "report.html").read_text() == report_page(report)
     assert report_markdown(report) in done.stdout

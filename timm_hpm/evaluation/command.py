@@ -137,7 +137,8 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
     """Returns the model and data of a report's protocol."""
     names = split.class_names or class_names(model)
     options = {name: value for name, value in config.to_saved().items()
-               if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})}
+               if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})
+               and (name == "pretrained" or value is not False)}
     about: dict[str, Any] = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
              "split": config.split, "options": options}
     if config.threads is not None:

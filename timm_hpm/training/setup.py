@@ -191,7 +191,7 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
             model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
             layer_decay=config.layer_decay, **own, **(config.opt_kwargs or {}))
         if unused := sorted(own.keys() - optimizer.defaults.keys()):  # which timm leaves out
-            raise ValueError(f"it has no {' and no '.join(unused)}")
+            raise ValueError(f"it has no {' and no '.join(unused)}; leave --opt-{' and --opt-'.join(unused)} out")
         betas = own.get("betas", ())
         if betas and len(betas) != len(optimizer.defaults["betas"]):
             raise ValueError(f"it takes {len(optimizer.defaults['betas'])} betas, and {len(betas)} are given")

@@ -142,6 +142,11 @@ def test_a_saved_network_is_made_again_by_its_named_constructor_only(net, functi
             create_model(name, pretrained=True, checkpoint=None if ":" in name else weights)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json does not exist; expected the folder of a saved model"):
+        create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
 def test_any_network_is_saved_with_its_class_as_the_constructor(tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
                                 torch.nn.Linear(4, 3))

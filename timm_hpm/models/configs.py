@@ -13,8 +13,12 @@ _MOST_LEVELS: Final = 20
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Returns the config of a saved model in the file `path`; raises as `checked_config` and `open` do."""
-    with open(path, "rb") as file:
-        return checked_config(file.read(_MOST_BYTES + 1), path)
+    try:
+        with open(path, "rb") as file:
+            return checked_config(file.read(_MOST_BYTES + 1), path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; expected the folder of a saved model. A training run writes "
+                                "it after its first epoch") from None
 
 
 def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:

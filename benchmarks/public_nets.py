@@ -93,6 +93,7 @@ class Counted(nn.Module):
         self.model, self.forward_passes, self.backward_passes = model, 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the model's logits (B, C) of pixels (B, ...), and counts them."""
         self.forward_passes += len(x)
         self.backward_passes += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
         return self.model(x)

@@ -133,7 +133,7 @@ class Ball:
 
 
 def query(logits_fn: Callable[[Tensor], Tensor], loss_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
-           with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+          with_gradient: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss (R,), its gradient (R, ...), and whether images are misclassified (R,)."""
     x = x.detach().requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):

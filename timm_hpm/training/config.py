@@ -63,7 +63,7 @@ class TrainConfig(RunOptions):
 
     prototype_epoch: float | None = option(
         None, _PROTOTYPES, "epochs before the fit of a head without prototypes, such as 36 or 0.5 (0 if the FC "
-                           "classifier is trained; else 0.6 of all, and 20 updates at least)", least=0)
+                           "classifier is trained; else 0.6 of all, and 40 updates at least)", least=0)
     prototype_features: str = option("adversarial", _PROTOTYPES, "images whose features update the prototypes",
                                      choices=("adversarial", "both"))
     batch_prototypes: str = option(

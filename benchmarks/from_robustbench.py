@@ -177,16 +177,15 @@ def table(tagged: dict[str, list], converted: dict[str, list], others: list) -> 
     """Returns the part of the document that is made here."""
     counts = sum(map(len, tagged.values())), sum(map(len, converted.values())), len(others)
     lines = [MARK, "## The ids\n", "    python benchmarks/from_robustbench.py\n",
-             f"Of RobustBench 1.1.1's {sum(counts)} Linf and L2 models, {counts[0]} have a tag on a public file, "
-             f"{counts[1]} are converted from a file on", f"Google Drive, and {counts[2]} are other networks. The "
-             "networks were compared with random weights; no file was downloaded.", "",
+             f"Of RobustBench 1.1.1's {sum(counts)} Linf and L2 models, {counts[0]} have a tag on a public file and "
+             f"{counts[1]} are converted from a file on Google\nDrive; use the other {counts[2]} as its `load_model` "
+             "returns them. The networks were compared with random weights.", "",
              "| tag | RobustBench |", "|---|---|"]
     lines += [f"| `{tag}` | {links([(*row[:3], None) for row in rows])} |" for tag, rows in tagged.items()]
     lines += ["", "To convert a linked file: `timm-hpm convert FILE --output FOLDER` and", "",
               "| options | RobustBench |", "|---|---|"]
     lines += [f"| `{options}` | {links(rows)} |" for options, rows in converted.items()]
-    other = links([(*row[:3], None) for row in others])
-    return "\n".join([*lines, "", f"Other networks, as RobustBench's `load_model` returns them: {other}.", ""])
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

@@ -357,25 +357,28 @@ def table(_: argparse.Namespace) -> None:
         key = result["group"], result["split"], result["protocol"]
         found.setdefault(key, {}).setdefault(result["trial"], {})[result["seed"]] = result
     print(configs["preface"])
-    total = 0.0
+    seconds = 0.0
     for (group, split, protocol), trials in sorted(found.items()):
         images = max(result["images"] for runs in trials.values() for result in runs.values())
         print(f"## {group}, {split}, `{protocol}`\n\n{configs['groups'][group]['about']} {images} images a seed.\n\n"
-              "| trial | seeds | clean | worst case | realised | worst case less FC's | realised less FC's | CPU min "
-              "| |\n|---|---:|---:|---:|---:|---:|---:|---:|---|")
+              "| trial | | seeds | clean | worst case | less FC's | realised | less FC's |\n"
+              "|---|---|---:|---:|---:|---:|---:|---:|")
         for name, trial in configs["trials"].items():
             if name not in trials:
                 continue
             runs, control = trials[name], trials.get("fc-scratch" if trial.get("scratch") else "fc", {})
-            cells = [spread([result[key] for result in runs.values()]) for key in ("clean", "robust", "realised")]
-            minutes = sum(run["train_seconds"] + run["attack_seconds"] for run in runs.values()) / 60
-            total += minutes
+            cells = [f"`{name}`", trial["about"], ", ".join(map(str, runs)),
+                     spread([run["clean"] for run in runs.values()])]
+            seconds += sum(run["train_seconds"] + run["attack_seconds"] for run in runs.values())
             same_images = split == "test" or not configs["groups"][group].get("folds")
-            less = [less_fc(runs, control, key, same_images) for key in ("robust", "realised")]
-            cells = [f"`{name}`", ", ".join(map(str, runs)), *cells, *less, f"{minutes:.1f}", trial["about"]]
+            for key in ("robust", "realised"):
+                if key == "robust" or any(run["realised"] != run["robust"] for run in runs.values()):
+                    cells += [spread([run[key] for run in runs.values()]), less_fc(runs, control, key, same_images)]
+                else:
+                    cells += ["", ""]
             print("| " + " | ".join(cells) + " |")
         print()
-    print(f"All rows together took {total:.0f} minutes of one core.")
+    print(f"All rows together took {seconds / 60:.0f} minutes of one core.")
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ _ABOUT = """# Networks that take an HPM head
 
     python benchmarks/coverage.py
 
-`add_hpm_head`, `reset_classifier` and `remove_hpm_head` work on these architectures, and `register_hpm` on timm's. Any
-other network works if its classifier is a linear layer, or a 1×1 convolution, on pooled features: name the layer, as in
-`add_hpm_head(model, classifier="fc")`. A network that is refused is left as it was.
+These architectures take `add_hpm_head`, timm's also `register_hpm`. So does any other network with a linear classifier,
+or a 1×1 convolution, on pooled features: name it, as in `add_hpm_head(model, classifier="fc")`. A refused network is left
+as it was.
 """
 # A name to a constructor, and the sides of its images in pixels.
 Architectures = dict[str, tuple[Callable[[], Any], int | None]]

@@ -360,7 +360,7 @@ def table(_: argparse.Namespace) -> None:
     seconds = 0.0
     for (group, split, protocol), trials in sorted(found.items()):
         images = max(result["images"] for runs in trials.values() for result in runs.values())
-        print(f"## {group}, {split}, `{protocol}`\n\n{configs['groups'][group]['about']} {images} images a seed.\n\n"
+        print(f"## {group}, {split}, `{protocol}`, {images} images a seed\n\n"
               "| trial | | seeds | clean | worst case | less FC's | realised | less FC's |\n"
               "|---|---|---:|---:|---:|---:|---:|---:|")
         for name, trial in configs["trials"].items():

@@ -36,8 +36,8 @@ _ABOUT = """# Networks that take an HPM head
     python benchmarks/coverage.py
 
 These architectures take `add_hpm_head`, timm's also `register_hpm`. So does any other network with a linear classifier,
-or a 1×1 convolution, on pooled features: name it, as in `add_hpm_head(model, classifier="fc")`. A refused network is left
-as it was.
+or a 1×1 convolution, on pooled features: name it, as in `add_hpm_head(model, classifier="fc")`. A refused network is
+left as it was.
 """
 # A name to a constructor, and the sides of its images in pixels.
 Architectures = dict[str, tuple[Callable[[], Any], int | None]]

@@ -178,7 +178,7 @@ def table(tagged: dict[str, list], converted: dict[str, list], others: list) -> 
     counts = sum(map(len, tagged.values())), sum(map(len, converted.values())), len(others)
     lines = [MARK, "## The ids\n", "    python benchmarks/from_robustbench.py\n",
              f"Of RobustBench 1.1.1's {sum(counts)} Linf and L2 models, {counts[0]} have a tag on a public file and "
-             f"{counts[1]} are converted from a file on Google\nDrive; use the other {counts[2]} as its `load_model` "
+             f"{counts[1]} are converted from a file on\nGoogle Drive; use the other {counts[2]} as its `load_model` "
              "returns them. The networks were compared with random weights.", "",
              "| tag | RobustBench |", "|---|---|"]
     lines += [f"| `{tag}` | {links([(*row[:3], None) for row in rows])} |" for tag, rows in tagged.items()]

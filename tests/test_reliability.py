@@ -295,6 +295,19 @@ def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
             call()
 
 
+@pytest.mark.parametrize("answer", [lambda z: z.squeeze(), lambda z: z - z[:2].reshape(2, -1).mean(dim=0)])
+def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(answer, digits):
+    for call in (run_attack, timm_hpm.attack):
+        with pytest.raises(ValueError, match="fails on a batch of one image"):
+            call(Answering(answer).eval(), *digits, THREAT)
+
+
+def test_images_in_double_precision_are_judged_as_those_in_single_precision(digits):
+    network, (images, labels) = Answering(lambda z: z).eval(), digits
+    assert torch.equal(timm_hpm.judge(network, images.double(), labels, 4),
+                       timm_hpm.judge(network, images, labels, 4))
+
+
 @pytest.mark.parametrize(("images", "labels"), [
     (lambda x: x.to("meta"), None), (lambda x: x.to_sparse(), None), (lambda x: x.byte(), None),
     (lambda x: x.tolist(), None), (lambda x: x.numpy(), None), (None, lambda y: y.to_sparse()), (None, lambda y: y > 0),

@@ -90,7 +90,7 @@ def predictions(
     device = device_of(model, images)
     classes, ahead = [], []
     for first in range(0, len(images), batch_size):
-        batch = images[first:first + batch_size].to(device)
+        batch = images[first:first + batch_size].to(device, torch.float32)
         logits = check_logits(ask(model, batch), len(batch))
         if not allow_non_finite:
             check_finite(own_logits(model, batch, logits), first_image + first)

@@ -131,7 +131,7 @@ class Subject:
 
 @torch.no_grad()
 def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
-    """Returns the logits (B, C); raises unless they are finite, and the HPM head's if there is one."""
+    """Returns the logits (B, C); raises unless they are finite, the HPM head's if there is one, and one image's too."""
     outputs: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)
@@ -143,6 +143,11 @@ def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
     if name is not None and not (own and torch.equal(torch.stack(own).float().mean(dim=0), logits.float())):
         raise ValueError(f"the model's logits are not those of its HPM head ({name}): another layer follows the head, "
                          "which the surrogates would not see. Attack it without its HPM head")
+    try:
+        check_logits(ask(pixel_model, images[:1]), 1)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"the model fails on a batch of one image, which attacks end with ({error}); look for a "
+                         "squeeze() without a dimension in it: flatten(1) keeps the batch") from error
     return logits
 
 

@@ -105,9 +105,6 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
     Arguments:
         name: architecture and tag; without a tag the default one.
         folder: folder of `<name>.report.json` and of notes by hand, `<name>.notes.md`, if there are any.
-
-    Raises:
-        ValueError: if there is no such tag, or it has no weights.
     """
     architecture, _ = split_model_name_tag(name)
     try:

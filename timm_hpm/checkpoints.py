@@ -43,9 +43,6 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
 
     If the average is no whole state dict (empty, a list of tensors, parameters without BatchNorm's statistics), returns
     the weights beside it.
-
-    Raises:
-        CheckpointError: if there is no state dict; the message lists the entries.
     """
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f"the checkpoint is a {type(checkpoint).__name__}; expected a state dict, alone or under "

@@ -45,10 +45,6 @@ def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]
 
     Arguments:
         shared: whether all processes of torch.distributed enter the block together; the first holds it for all.
-
-    Raises:
-        ValueError: if another process holds the folder, in which nothing was touched.
-        OSError: if the folder cannot be made or written into.
     """
     folder, lock = Path(folder), FileLock(Path(folder) / LOCK)
     shared = shared and dist.is_available() and dist.is_initialized()
@@ -115,9 +111,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `path`, or fills that empty one, when the block ends without an error.
-
-    Raises:
-        OSError: if `path` exists and is no empty folder, or cannot be written; the message gives the remedy.
     """
     path = Path(path)
     exists = path.exists()
@@ -203,9 +196,6 @@ def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: 
     The library's `save_file` holds all tensors in memory, and their bytes once more.
     Source: https://github.com/huggingface/safetensors#format: the header's length as a little-endian uint64, the header
     in JSON, the tensors' bytes one after another.
-
-    Raises:
-        ValueError: if the parts of a tensor have another dtype, or do not add up to its shape; the message names it.
     """
     # The library's order, in which each tensor begins at a multiple of its dtype's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].like.itemsize, name))
@@ -238,11 +228,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
-    """Makes the folder `path` if it is missing, and returns it.
-
-    Raises:
-        OSError: if it cannot be made or written into; the message names it and gives the remedy.
-    """
+    """Makes the folder `path` if it is missing, and returns it."""
     folder = Path(path)
     probe = folder / f".probe.{os.getpid()}"
     try:

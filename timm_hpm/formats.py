@@ -162,9 +162,6 @@ def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float
     Arguments:
         checkpoint: the content of a file.
         mean, std: the network's normalisation, one value per channel; the checkpoint's own, if any, must agree.
-
-    Raises:
-        CheckpointError: if there is no state dict, the normalisation differs, or a second copy of the network differs.
     """
     state_dict = unwrap(checkpoint)
     while True:
@@ -222,9 +219,6 @@ def xcit_state_dict(
     Arguments:
         checkpoint, mean, std: see `plain_state_dict`.
         small: whether the network is `hpm_cifar_xcit_*`, not `hpm_xcit_*`; the result then has the entry `function`.
-
-    Raises:
-        CheckpointError: if `plain_state_dict` refuses it, or its patches have another size.
     """
     found = unwrap(checkpoint)
     is_xcit = any("cls_attn_blocks.0." in key for key in found)
@@ -273,10 +267,6 @@ def native_state_dict(
         expected: the network's own keys.
         layout, shortcut: the network's.
         mean, std: see `plain_state_dict`.
-
-    Raises:
-        CheckpointError: if the format is unknown, its weights need another layout or shortcut, or the network and the
-            checkpoint differ in keys other than the classifier's, which may be new.
     """
     state_dict = plain_state_dict(checkpoint, mean, std)
     found = next((known for known in FORMATS if known.fits(state_dict)), None)

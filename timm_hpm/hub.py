@@ -385,11 +385,7 @@ def _is_of_transport(error: BaseException) -> bool:
 
 
 def _usable_token(token: str | None) -> str | None:
-    """Returns a token without the line break of its file.
-
-    Raises:
-        ValueError: if the token is malformed; the layers below would quote it in logs and errors.
-    """
+    """Returns a token without the line break of its file."""
     if token is None:
         return None
     token = token.strip()

@@ -74,11 +74,7 @@ def model_classes(model: Any) -> tuple[str, ...]:
 
 
 def read_subset(file: str | os.PathLike) -> list[str]:
-    """Returns the classes in a file, one a line, names or numbers; empty lines and text after `#` are left out.
-
-    Raises:
-        ValueError: if the file cannot be read.
-    """
+    """Returns the classes in a file, one a line, names or numbers; empty lines and text after `#` are left out."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -129,9 +129,6 @@ def image_folder(folder: Path) -> Part:
     """Returns the images below the class folders of a folder, in torchvision's order.
 
     A warning names the classes without an image, and counts the files passed over.
-
-    Raises:
-        ValueError: if there is no image.
     """
     classes = class_folders(folder)
     found: list[str] = []

@@ -121,9 +121,6 @@ def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None, std: I
     A timm model is normalised by `mean` and `std`, one value a channel, or those of its `pretrained_cfg`; another
     module takes pixels as they are, unless mean and std are given. DataParallel is taken off: predictions may depend on
     the whole batch.
-
-    Raises:
-        ValueError: if mean or std are given for a PixelModel, or only one for a module without `pretrained_cfg`.
     """
     while isinstance(model, _SEVERAL_DEVICES):
         model = model.module
@@ -158,9 +155,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def ask(model: Callable[[Tensor], Any], pixels: Tensor) -> Any:
     """Returns the output of `model` for `pixels` (B, channels, H, W), of which it gets a copy that it may write into.
-
-    Raises:
-        ValueError: if the model fails on images that seem to be (B, H, W, channels).
     """
     # A PixelModel makes its model's input itself.
     own = type(model) is PixelModel and not model._forward_pre_hooks
@@ -217,11 +211,7 @@ def for_gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_indices(labels: Tensor, images: Tensor) -> Tensor:
-    """Returns `labels` (N,) as int64, which all operations know.
-
-    Raises:
-        ValueError: unless they are integers and `images` (N, ...) floating point, both in plain tensors with values.
-    """
+    """Returns `labels` (N,) as int64; raises a ValueError unless they are class indices of `images` (N, ...)."""
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
@@ -248,9 +238,6 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
 
     Normalising and denormalising in float32 leaves values such as -3e-8. They are clamped up to an excess of 1e-6, or
     two units in the last place of a coarser dtype.
-
-    Raises:
-        ValueError: if `images` are no pixels in [0, 1], or `labels` not their class indices below `num_classes`.
     """
     if isinstance(images, Tensor) and (images.ndim != 4 or not images.numel()):
         raise _no_images(images)

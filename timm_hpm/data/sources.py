@@ -56,11 +56,7 @@ class DataSource:
 
 
 def data_source(dataset: str) -> DataSource:
-    """Returns the `DataSource` of a name: one of `DATASETS`, "" for "folder", or "hfds/" and a name of the Hub.
-
-    Raises:
-        ValueError: if the data set is unknown (the message names similar ones), or can only be streamed.
-    """
+    """Returns the `DataSource` of a name: one of `DATASETS`, "" for "folder", or "hfds/" and a name of the Hub."""
     prefix, slash, name = dataset.partition("/")
     if prefix.lower() == "hfds" and name:
         return DataSource(partial(_hfds_parts, name), partial(_read_hfds, name), "Linf:4/255",

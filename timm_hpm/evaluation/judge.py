@@ -183,12 +183,7 @@ def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, th
 
 
 def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the protocol (`AttackReport.protocol`) of a `save_adversarial` file.
-
-    Raises:
-        ValueError: if the file is damaged or of another origin.
-        OSError: if there is no such file.
-    """
+    """Returns the protocol (`AttackReport.protocol`) of a `save_adversarial` file."""
     try:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata() or {}, set(file.keys())

@@ -67,10 +67,6 @@ class ProgressFolder:
         folder: made if it is missing.
         run: everything that the steps depend on, in JSON's types.
         begins: whether this process may begin a run here; otherwise another one has.
-
-    Raises:
-        ValueError: if the folder holds the steps of another run, or other files; the message says what differs.
-        OSError: if it cannot be written.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):

@@ -19,12 +19,7 @@ AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", 
 
 
 def parse_known(texts: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of texts such as `"reported=51.0"`: texts, as RobustBench's are, but for `additional_data`.
-
-    Raises:
-        ValueError: if a text has no name, a field is not in `AUTHORS_FIELDS`, or `additional_data` is not true or
-            false.
-    """
+    """Returns the fields of texts such as `"reported=51.0"`: texts, as RobustBench's are, but for `additional_data`."""
     known: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -35,11 +35,7 @@ _MOST_RADII: Final = 1_000
 
 
 def parse_radii(text: str) -> list[float]:
-    """Returns the radii of a text `"first:last:step"` such as `"0:0.2:0.02"` or `"0:8/255:2/255"`, `last` included.
-
-    Raises:
-        ValueError: if the text is malformed, the step is not positive, or no radius is above 0.
-    """
+    """Returns the radii of a text `"first:last:step"` such as `"0:0.2:0.02"` or `"0:8/255:2/255"`, `last` included."""
     try:
         first, last, step = (_fraction(part) for part in text.split(":"))
     except (ValueError, ZeroDivisionError):

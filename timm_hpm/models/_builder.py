@@ -89,11 +89,6 @@ def build_variant(
         pretrained: whether to load weights.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
         convert: converts a checkpoint to the base's names; called as `plain_state_dict`.
-
-    Raises:
-        UnsupportedHeadError: if an HPM head cannot replace the network's classifier.
-        CheckpointError: if the checkpoint cannot be read or does not fit.
-        RuntimeError: if the tag has no weights (by timm).
     """
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)

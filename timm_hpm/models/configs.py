@@ -22,11 +22,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:
-    """Returns the config in a JSON text, in timm's newer form, with the objects `pretrained_cfg` and `model_args`.
-
-    Raises:
-        ValueError: if the text is no JSON, or its fields have other types than timm's; the message names `place`.
-    """
+    """Returns the config in a JSON text, in timm's newer form, with the objects `pretrained_cfg` and `model_args`."""
     try:
         if len(text) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")

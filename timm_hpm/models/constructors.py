@@ -29,11 +29,7 @@ def is_constructor(name: str) -> bool:
 
 
 def named_again(name: str, given: Mapping[str, Any], folder: Any) -> list[str]:
-    """Returns the options that a command needs besides `--resume` to go on with a run of the model `name`.
-
-    Raises:
-        ValueError: if that is a constructor, and the options `given` do not name it.
-    """
+    """Returns the options that a command needs besides `--resume` to go on with a run of the model `name`."""
     if not is_constructor(name):
         return []
     if given.get("model") != name:
@@ -43,11 +39,7 @@ def named_again(name: str, given: Mapping[str, Any], folder: Any) -> list[str]:
 
 
 def find_constructor(name: str) -> Callable[..., Any]:
-    """Imports and returns the function `path/to/file.py:function` or `package.module:function`.
-
-    Raises:
-        ValueError: if there is no such file, module or function.
-    """
+    """Imports and returns the function `path/to/file.py:function` or `package.module:function`."""
     place, _, function = name.rpartition(":")
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     found = getattr(module, function, None)
@@ -97,10 +89,6 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         given: the constructor's arguments and `pretrained_cfg_overlay`; `num_classes`, `in_chans` and `img_size` only
             if it takes them.
         saved: the config in the metadata of its weights; empty if there is none.
-
-    Raises:
-        ValueError: if the constructor is not found, returns no module, or makes other classes than asked for.
-        UnsupportedHeadError: if an HPM head cannot replace the classifier.
     """
     make = find_constructor(name)
     args = {**(saved.get("model_args") or {}), **given}
@@ -149,9 +137,6 @@ def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any]
     Arguments:
         name: that of its constructor; None takes its class.
         fields: of the pretrained cfg, such as `mean` and `std`; they win over its own.
-
-    Raises:
-        ValueError: if the number of classes is unknown.
     """
     kind = type(model).__bases__[1] if isinstance(model, HPMMixin) else type(model)
     name, fields = name or f"{kind.__module__}:{kind.__qualname__}", fields or {}

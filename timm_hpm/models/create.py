@@ -140,9 +140,6 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = (), *, unfit
     Arguments:
         given: the fields of the model's pretrained cfg that the caller set, which stay.
         unfitted: whether weights without prototypes load, and leave the HPM head without any.
-
-    Raises:
-        ValueError: if the file is missing or damaged, or has weights of another model.
     """
     cfg, source = model.pretrained_cfg, getattr(model, "normalisation_source", None)
     with _explained(path):
@@ -192,9 +189,6 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
         model: a timm model.
         img_size: side in pixels to which images are resized as they are decoded; None means the model's own.
         crop_pct, interpolation: of decoded images, which `model` takes over; None means the model's own.
-
-    Raises:
-        ValueError: if images or classes do not fit the model, and as `open_split`.
     """
     cfg = model.pretrained_cfg
     source = data_source(dataset)
@@ -238,11 +232,7 @@ def _check_num_classes(model: Any, dataset: str, classes: int | None) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    """Returns the device of a name, after a first use of it.
-
-    Raises:
-        ValueError: if the device is unknown, or this machine or PyTorch build does not have it.
-    """
+    """Returns the device of a name, after a first use of it."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises for meta, which holds no values

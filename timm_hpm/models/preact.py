@@ -94,10 +94,6 @@ class PreActNet(StatedFunction):
             and "raw" fit each other and give other logits.
         drop_rate: dropout before the classifier, in [0, 1).
         drop_path_rate: rate of stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
-
-    Raises:
-        ValueError: if the layout or shortcut is unknown, or depths and channels have different lengths.
-
     Sources: pre-activation blocks arXiv 1603.05027; wide networks arXiv 1605.07146; the layouts
     https://github.com/yaodongyu/TRADES and https://github.com/google-deepmind/deepmind-research
     (adversarial_robustness).
@@ -237,9 +233,6 @@ class PreActNet(StatedFunction):
             stop_early: whether to stop after the last wanted level; the feature map returned is then that level's.
             output_fmt: only "NCHW".
             intermediates_only: whether to return the list alone.
-
-        Raises:
-            AssertionError: if `output_fmt` is another, or an index is out of range (by timm).
         """
         assert output_fmt == "NCHW", f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network"
         take, last = feature_take_indices(len(self.stages) + 1, indices)

@@ -56,9 +56,6 @@ def model_config(model: Any) -> dict[str, Any]:
 
     Arguments:
         model: a model that `timm.create_model` or a caller's own constructor made, with an HPM head or without.
-
-    Raises:
-        ValueError: if JSON cannot hold the model's arguments, or its number of classes is unknown.
     """
     head_args = {} if head_name(model) is None else find_head(model).config()
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -188,11 +185,7 @@ def _network_args(model: nn.Module) -> dict[str, Any]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's state dict for safetensors: on the CPU, contiguous, and without shared storage.
-
-    Raises:
-        ValueError: if safetensors cannot hold an entry; the message names it.
-    """
+    """Returns a model's state dict for safetensors: on the CPU, contiguous, and without shared storage."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     state = model.state_dict()

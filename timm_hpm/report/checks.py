@@ -118,9 +118,6 @@ def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None
     Arguments:
         values: the fields of `AttackReport` in JSON's types.
         computed: further entries of the file.
-
-    Raises:
-        ValueError: if a field is malformed; the message names the first.
     """
     objects = dict.fromkeys(("protocol", "correct", "baseline_correct", "cost"), _ANY_OBJECT)
     for name, rule in (objects | dict.fromkeys(_ROWS, _ANY_ARRAY)).items():

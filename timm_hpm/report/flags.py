@@ -20,9 +20,6 @@ class Flag:
     Arguments:
         name: one of `FLAGS`.
         text: the observation, with its numbers.
-
-    Raises:
-        ValueError: if the name is unknown.
     """
 
     name: str

@@ -10,11 +10,7 @@ def attack_of(name: str) -> str:
 
 
 def right_in_all(rows: Iterable[str]) -> list[bool]:
-    """Returns for each image whether it is right in every row (point-wise worst case).
-
-    Raises:
-        ValueError: if the rows have different lengths.
-    """
+    """Returns for each image whether it is right in every row (point-wise worst case)."""
     return [all(verdict == "1" for verdict in verdicts) for verdicts in zip(*rows, strict=True)]
 
 

@@ -30,10 +30,6 @@ class ExtraImages:
         num_classes: number of classes, which all labels must be below.
         unpacked: file to unpack a compressed member into; it must remain.
         unpack: whether to unpack; False takes the file that another process has unpacked.
-
-    Raises:
-        ValueError: a file of another format or layout, or images or labels that do not fit.
-        OSError: a missing file, or one that cannot be unpacked.
     """
 
     def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], num_classes: int, unpacked: Path, *,

@@ -30,9 +30,6 @@ class RunFolder:
 
     Arguments:
         resume: whether the folder is to hold a run of the same options already.
-
-    Raises:
-        ValueError: another run in the folder, none to resume, or one of other options; the message says which.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
@@ -117,11 +114,7 @@ class RunFolder:
 
 
 def saved_options(path: Path) -> TrainConfig:
-    """Returns the options of the run in a folder.
-
-    Raises:
-        ValueError: no run there, or options that this version does not know.
-    """
+    """Returns the options of the run in a folder."""
     file = path / OPTIONS
     if not file.is_file():
         raise ValueError(f"{path} holds no run to resume ({OPTIONS} is missing); start one with --output {path}")

@@ -45,11 +45,7 @@ class Data:
 
 
 def create_trainable(config: TrainConfig) -> Any:
-    """Returns the model of a run, with its weights, on the CPU.
-
-    Raises:
-        ValueError: an unknown model, weights that do not fit it, or options that do not.
-    """
+    """Returns the model of a run, with its weights, on the CPU."""
     given = _given(config, "num_classes", "in_chans") | _drops(config)
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
@@ -63,11 +59,7 @@ def create_trainable(config: TrainConfig) -> Any:
 
 
 def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
-    """Returns a caller's model, `described`, on the CPU.
-
-    Raises:
-        ValueError: options about making a model, or that do not fit this one.
-    """
+    """Returns a caller's model, `described`, on the CPU."""
     making = _given(config, "initial_checkpoint", "model_kwargs", "drop", "drop_path") | (
         {"pretrained": True} if config.pretrained else {})
     if making:
@@ -80,11 +72,7 @@ def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
 
 
 def described(model: Any, config: TrainConfig) -> Any:
-    """Returns a caller's model with the attributes of a timm model, and with a name in its `pretrained_cfg`.
-
-    Raises:
-        ValueError: if its number of classes is unknown.
-    """
+    """Returns a caller's model with the attributes of a timm model, and with a name in its `pretrained_cfg`."""
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         size = data_source(config.dataset).image_size
         if config.num_classes is not None and not hasattr(model, "num_classes"):
@@ -145,12 +133,7 @@ def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:
 
 
 def create_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Returns Accelerate's view of the processes and devices of a run in `folder`.
-
-    Raises:
-        ModuleNotFoundError: a tracker that is not installed.
-        ValueError: a launcher that asks for other settings than the options.
-    """
+    """Returns Accelerate's view of the processes and devices of a run in `folder`."""
     if config.log_with is not None and config.log_with not in {
             str(tracker.value) for tracker in get_available_trackers()}:
         raise ModuleNotFoundError(f"the tracker {config.log_with} is not installed; run: pip install {config.log_with}")
@@ -203,11 +186,7 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
 
 
 def in_effect(config: TrainConfig, model: Any, data: Data, fresh: bool) -> TrainConfig:
-    """Returns the options with the defaults that depend on the model and the data.
-
-    Raises:
-        ValueError: a threat that cannot be read, or a PGD step that leaps over the whole ball.
-    """
+    """Returns the options with the defaults that depend on the model and the data."""
     threat = ThreatModel.parse(config.threat or data.train.threat)
     step = config.attack_step_size
     if step is not None and step > 2 * threat.eps:
@@ -253,12 +232,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> boo
 
 
 def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
-    """Returns the data of a run; the model takes over their class names, and if it is `fresh` their mean and std.
-
-    Raises:
-        ValueError: data that do not fit the model, or a training split without an image of some class.
-        OSError: if the data are missing.
-    """
+    """Returns the data of a run; the model takes over their class names, and if it is `fresh` their mean and std."""
     cfg = model.pretrained_cfg
     options: dict[str, Any] = {"img_size": config.img_size, "data_dir": config.data_dir,
                                "download": config.dataset_download, "class_map": config.class_map,

@@ -38,9 +38,6 @@ class Validation:
         """Returns accuracies: clean, robust by PGD through each of the `surrogates`, and the FC classifier's clean one.
 
         The head predicts in its own inference mode. `model` is in eval mode afterwards, and `trunk` is one of its own.
-
-        Raises:
-            Stopped: a signal asked the single process to stop.
         """
         config, size, device = self.config, self.config.batch_size, self.accelerator.device
         trunk = copy.copy(trunk)

@@ -69,7 +69,7 @@ def fitted(base: dict[str, Any], weights: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def judge(base: dict[str, Any], weights: Path, label: str, output: Path,
+def judge(base: dict[str, Any], weights: Path, label: str, output: Path, reports: Path,
           attack: dict[str, Any] | None = None) -> None:
     """Evaluates weights if that is not done: by `fast`, changed by the base's options, or by those of an `attack`.
 
@@ -77,7 +77,7 @@ def judge(base: dict[str, Any], weights: Path, label: str, output: Path,
         label: BASE-TRAINED MODE-JUDGED MODE-SEED, the name of the report.
     """
     name, _, mode, _ = label.rsplit("-", 3)
-    report = REPORTS / ("fc-alone" if attack else "") / f"{label}.json"
+    report = reports / ("fc-alone" if attack else "") / f"{label}.json"
     if report.exists():
         return
     if attack is None:
@@ -102,17 +102,17 @@ def run(args: argparse.Namespace) -> None:
     for name, mode, seed in runs:
         weights = tuned(configs[name], mode, seed, args.output / name)
         if not args.train_only:
-            judge(configs[name], weights, f"{name}-{mode}-{mode}-{seed}", args.output)
+            judge(configs[name], weights, f"{name}-{mode}-{mode}-{seed}", args.output, args.reports)
     for name, mode, seed in [] if args.train_only else runs:
         base = configs[name]
         weights = tuned(base, mode, seed, args.output / name)
         if mode != "fc":
-            judge(base, weights, f"{name}-{mode}-{mode}-{seed}", args.output, FC_ALONE)
+            judge(base, weights, f"{name}-{mode}-{mode}-{seed}", args.output, args.reports, FC_ALONE)
         elif args.untrained is None or seed in args.untrained:
             weights = fitted(base, weights)
             for other in ("dataset", "sample", "batch"):
                 for attack in (None, FC_ALONE):
-                    judge(base, weights, f"{name}-{mode}-{other}-{seed}", args.output, attack)
+                    judge(base, weights, f"{name}-{mode}-{other}-{seed}", args.output, args.reports, attack)
 
 
 def tuned(base: dict[str, Any], mode: str, seed: int, folder: Path) -> Path:
@@ -135,6 +135,7 @@ def main() -> None:
     running = commands.add_parser("run")
     running.set_defaults(run=run)
     running.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    running.add_argument("--reports", type=Path, default=REPORTS, metavar="FOLDER", help="where the reports go")
     running.add_argument("--bases", nargs="+", metavar="NAME", help="bases of heads.yaml (all)")
     running.add_argument("--modes", nargs="+", choices=INFERENCE_MODES, default=["fc", "dataset", "sample", "batch"])
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")

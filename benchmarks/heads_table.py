@@ -90,10 +90,10 @@ def claimed(report: AttackReport) -> list[bool]:
     return right_in_all(report.correct[name] for name in ("clean", "fc/apgd-ce", "fc/apgd-t", "fc/square"))
 
 
-def read_heads() -> tuple[dict[str, Heads], dict[str, Heads]]:
-    """Returns the reports by base, and those of the attacks on the FC classifier alone."""
+def read_heads(place: Path = REPORTS) -> tuple[dict[str, Heads], dict[str, Heads]]:
+    """Returns the reports of a folder by base, and those of the attacks on the FC classifier alone."""
     found: tuple[dict[str, Heads], dict[str, Heads]] = ({}, {})
-    for folder, reports in zip((REPORTS, REPORTS / "fc-alone"), found, strict=True):
+    for folder, reports in zip((place, place / "fc-alone"), found, strict=True):
         for file in sorted(folder.glob("*.json")):
             name, mode, judged, seed = file.stem.rsplit("-", 3)
             reports.setdefault(name, {}).setdefault((mode, judged), {})[int(seed)] = AttackReport.load(file)
@@ -118,6 +118,26 @@ def accuracies(heads: Heads, alone: Heads) -> list[str]:
             spread([realised(report) for report in rows]) if judged == "batch" else "=",
             spread([claimed(report) for report in sources.values()]) if sources else "", neighbours(rows)]) + " |")
     return lines
+
+
+def reruns(bases: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:
+    """Returns each accuracy of further seeds less the mean of the first, beside the standard error of that."""
+    lines = ["| head, seed | clean | worst case | realised |", "|---|---:|---:|---:|"]
+    for name, heads in again.items():
+        for (mode, judged), reports in _ordered(heads):
+            for seed, report in sorted(reports.items()):
+                first = bases[name][mode, judged].values()
+                cells = [rerun(rule(report), [rule(other) for other in first]) for rule in (clean, worst, realised)]
+                lines.append(f"| {NAMES[judged]}, {seed} | {' | '.join(cells[:3 if judged == 'batch' else 2])} |"
+                             + ("" if judged == "batch" else " = |"))
+    return lines
+
+
+def rerun(new: Sequence[bool], first: Sequence[Sequence[bool]]) -> str:
+    """Returns the accuracy of a new seed in %, and its difference from the mean of the first ± its standard error."""
+    values = [100 * mean(row) for row in first]
+    error = stdev(values) * (1 + 1 / len(values)) ** 0.5
+    return f"{100 * mean(new):.1f} ({Difference(100 * mean(new) - mean(values), error)})"
 
 
 def neighbours(reports: Sequence[AttackReport]) -> str:
@@ -274,6 +294,8 @@ def page() -> str:
                  f"`{first.protocol['protocol']}`, batches of {first.protocol['batch_size']}, "
                  f"seeds: {', '.join(map(str, sorted(heads['fc', 'fc'])))}.")
         tables[name] = [about, "", *accuracies(heads, alone.get(name, {})), "", *differences(heads)]
+    if again := read_heads(REPORTS / "rerun")[0]:
+        tables["rerun"] = reruns(bases, again)
     for name, some in studies.items():
         for kind, study in zip(("normal", "robust"), some, strict=True):
             tables[f"{name}, {kind}"] = study_table(study)

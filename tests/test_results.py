@@ -50,6 +50,11 @@ def test_the_error_of_a_difference_is_the_larger_of_those_over_images_and_over_s
     assert str(same) == "−25.0 ± 25.0" and str(table.difference([(right, wrong)])) == "−25.0 ± 25.0 (1 seed)"
 
 
+def test_a_new_seed_is_held_against_the_spread_of_the_first(table):
+    # 50 % and 100 %, then 0 %: 75 less, with a standard deviation of 35.36 times the root of 1 + 1/2.
+    assert table.rerun([False, False], [[True, False], [True, True]]) == "0.0 (−75.0 ± 43.3)"
+
+
 def test_a_tiny_p_value_is_no_zero(table):
     right, wrong = [True] * 30, [False] * 30
     assert table._p_values([(right, wrong), (right, [*right[:29], False])]) == "<0.001, 1.000"

@@ -8,11 +8,10 @@ import gc
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -37,7 +36,6 @@ from timm_hpm import (
 from timm_hpm.__main__ import main
 from timm_hpm.checkpoints import unwrap
 from timm_hpm.convert import convert
-from timm_hpm.files import new_folder
 from timm_hpm.formats import FORMATS, plain_state_dict
 from timm_hpm.models.create import load_checkpoint
 
@@ -737,52 +735,3 @@ def test_an_empty_current_folder_is_filled_and_stays_the_current_one(tmp_path, d
         convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", ".")
         assert sorted(os.listdir()) == sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
         timm.create_model("local-dir:.", pretrained=True)
-
-
-def _killed_in_new_folder(output, operation):
-    """Runs `new_folder` in a process that is killed before an operation on files; returns whether it was."""
-    child = os.fork()
-    if child == 0:
-        left = [operation]
-
-        def counted(function):
-            def call(*arguments, **options):
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return function(*arguments, **options)
-            return call
-
-        try:
-            for name in ("rename", "replace", "mkdir", "rmdir", "unlink", "chmod", "open"):
-                setattr(os, name, counted(getattr(os, name)))
-            with new_folder(output) as folder:
-                for name in ("config.json", "model.safetensors"):
-                    (folder / name).write_text(name)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_whose_writer_was_killed_can_be_written_again(tmp_path, exists):
-    names = ["config.json", "model.safetensors"]
-    for operation in range(100):
-        output = tmp_path / str(operation) / "out"
-        (output if exists else output.parent).mkdir(parents=True)
-        if not _killed_in_new_folder(output, operation):
-            break
-        whole = output.is_dir() and set(names) <= set(os.listdir(output))
-        with suppress(OSError) if whole else nullcontext(), new_folder(output) as folder:
-            for name in names:
-                (folder / name).write_text(name)
-        assert sorted(os.listdir(output)) == names and os.listdir(output.parent) == ["out"]
-    assert operation > 5
-    # Nothing of the user's goes, and nothing that another process is about to fill.
-    (output / "mine").touch()
-    (tmp_path / "busy" / f".{os.getppid()}.tmp").mkdir(parents=True)
-    for folder in (output, tmp_path / "busy"):
-        with pytest.raises(OSError, match="exists already"), new_folder(folder):
-            pass
-    assert (output / "mine").exists() and os.listdir(tmp_path / "busy")

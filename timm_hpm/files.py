@@ -25,9 +25,6 @@ _UNFINISHED: Final = re.compile(r"\..+\.\d+\.tmp")
 # The names of dtypes in safetensors.
 _DTYPES: Final = {torch.float32: "F32", torch.int64: "I64"}
 
-# Lists the inodes and names of the files that are being moved into a folder.
-_MOVED: Final = ".moved"
-
 
 class Parts(NamedTuple):
     """A tensor that need not lie in memory: one of its shape and dtype, and its parts along the first dimension."""
@@ -96,12 +93,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        temporary.unlink()
+        mode = _mode_of_new(temporary)
         with writing(path):
             yield temporary
-        # safetensors leaves a file that only its owner can read.
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
@@ -111,10 +105,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `path`, or fills that empty one, when the block ends without an error.
+
+    An OSError if `path` exists and is no empty folder.
     """
     path = Path(path)
     exists = path.exists()
-    _remove_abandoned(path if exists else path.parent, "" if exists else f".{path.name}")
     if exists and not (path.is_dir() and not any(path.iterdir())):
         raise OSError(f"{path} exists already; choose another --output, or remove it")
     writable_folder(path if exists else path.parent)
@@ -124,57 +119,23 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-        probe = temporary / ".probe"
-        probe.touch()
-        mode = probe.stat().st_mode
-        probe.unlink()
-        files = list(temporary.iterdir())
-        for file in files:
-            # safetensors leaves a file that only its owner can read.
+        mode = _mode_of_new(temporary / ".probe")
+        for file in list(temporary.iterdir()):
             file.chmod(mode)
-        if exists:
-            (temporary / _MOVED).write_text("".join(f"{file.stat().st_ino} {file.name}\n" for file in files))
-            for file in files:
+            if exists:
                 file.rename(path / file.name)
-        else:
+        if not exists:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Removes the remains of a killed process's `new_folder`: the temporary folder, and the files that it had moved.
-
-    Arguments:
-        folder: the parent of the temporary folder; may be missing.
-        prefix: of the temporary folder's name, before its process number.
-    """
-    for rest in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(rf"(?:{re.escape(prefix)}\.(\d+)\.tmp|\.probe\.(\d+))", rest.name)
-        if match is None or rest.is_symlink() or _is_running(int(match[1] or match[2])):
-            continue
-        moved = rest / _MOVED
-        for line in moved.read_text().splitlines() if moved.is_file() else ():
-            number, _, name = line.partition(" ")
-            file = folder / Path(name).name
-            if file.is_file() and str(file.stat().st_ino) == number:
-                file.unlink()
-        if rest.is_dir():
-            shutil.rmtree(rest)
-        elif "probe" in rest.name:
-            rest.unlink()
-
-
-def _is_running(process: int) -> bool:
-    """Returns whether a process of this machine runs; True if that is unknown."""
-    try:
-        if os.name != "nt":  # there signal 0 is CTRL_C_EVENT
-            os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+def _mode_of_new(path: Path) -> int:
+    """Returns the mode of a new file, made at `path` for a moment; safetensors' files are for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

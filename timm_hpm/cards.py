@@ -63,8 +63,7 @@ def model_card(
     Arguments:
         title: its heading, such as "org/name" or a tag.
         name: the argument of `timm.create_model`.
-        cfg: the pretrained cfg; architecture, input_size, num_classes, license, origin_url, paper_ids, and the
-            `constructor` of a network that timm does not make, count.
+        cfg: the pretrained cfg, with the `constructor` of a network that timm does not make.
         model: with an HPM head or without; None for a public checkpoint, which has no prototypes.
         report: the measurement; None for a card without one.
         license: in place of the cfg's.
@@ -102,9 +101,7 @@ def model_card(
 def tag_card(name: str, folder: str | Path | None = None) -> str:
     """Returns the card of a registered tag, such as "hpm_wrn10_2.digits_linf", without loading a public checkpoint.
 
-    Arguments:
-        name: architecture and tag; without a tag the default one.
-        folder: folder of `<name>.report.json` and of notes by hand, `<name>.notes.md`, if there are any.
+    `folder` may have `<name>.report.json`, and notes by hand, `<name>.notes.md`.
     """
     architecture, _ = split_model_name_tag(name)
     try:

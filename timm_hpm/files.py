@@ -35,13 +35,11 @@ class Parts(NamedTuple):
 
 @contextmanager
 def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process within the block, so that no other run works in it.
+    """Holds `folder` for this process within the block, or raises a ValueError if another process holds it.
 
     The folder is made if it is missing, and removed if the block leaves it empty. The system lets go of it when the
-    process ends, killed or not.
-
-    Arguments:
-        shared: whether all processes of torch.distributed enter the block together; the first holds it for all.
+    process ends, killed or not. `shared`: all processes of torch.distributed enter the block together, and the first
+    holds the folder for all.
     """
     folder, lock = Path(folder), FileLock(Path(folder) / LOCK)
     shared = shared and dist.is_available() and dist.is_initialized()
@@ -104,10 +102,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `path`, or fills that empty one, when the block ends without an error.
-
-    An OSError if `path` exists and is no empty folder.
-    """
+    """Yields a temporary folder, which becomes `path`, or fills that empty one, if the block ends without an error."""
     path = Path(path)
     exists = path.exists()
     if exists and not (path.is_dir() and not any(path.iterdir())):

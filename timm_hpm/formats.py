@@ -124,11 +124,9 @@ FORMATS: Final = (
 
 
 def num_classes_of(state_dict: Mapping[str, Tensor], classifier: Any) -> int | None:
-    """Returns the number of classes of a network's weights; None if they have no classifier.
+    """Returns the number of classes of a network's weights, whose names are its own or those of one of the `FORMATS`.
 
-    Arguments:
-        state_dict: the weights, with the names of the network or of one of the `FORMATS`.
-        classifier: the path of the network's classifier.
+    None if they have no `classifier`, the path of the network's.
     """
     known = next((known for known in FORMATS if known.fits(state_dict)), None)
     names = {known.rename(key) if known else key: key for key in state_dict}
@@ -141,11 +139,7 @@ def warn_of_normalisation(
 ) -> bool:
     """Warns if neither the caller nor weights without a config state a normalisation; returns whether it warned.
 
-    Arguments:
-        place: of the weights, for the message.
-        mean, std: the network's.
-        given: the fields of its pretrained cfg that the caller set.
-        state_dict: the weights, or their names; some contain a module that normalises.
+    `mean` and `std` are the network's, `given` the fields of its pretrained cfg that the caller set.
     """
     silent = not {"mean", "std"} <= {*given} and not any(key.rpartition(".")[2] in _MEANS for key in state_dict)
     if silent:
@@ -159,9 +153,7 @@ def warn_of_normalisation(
 def plain_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
     """Returns the network's own state dict: without wrappers, prefixes, a second copy, and normalisation.
 
-    Arguments:
-        checkpoint: the content of a file.
-        mean, std: the network's normalisation, one value per channel; the checkpoint's own, if any, must agree.
+    `mean` and `std` are the network's normalisation; the checkpoint's own, if any, must agree.
     """
     state_dict = unwrap(checkpoint)
     while True:
@@ -212,13 +204,9 @@ def xcit_state_dict(
         checkpoint: Any, mean: Sequence[float], std: Sequence[float], *, small: bool = False) -> dict[str, Tensor]:
     """Returns a checkpoint of timm's XCiT, unless it shows that its patches have another size than the network's.
 
-    RobustBench's XCiT for small images has the keys and shapes of timm's, but other strides. They can differ in the
-    entry `function` of our own files for small images, in the normalisation inside the checkpoint (ImageNet's or
-    another), and in ImageNet's thousand classes. A checkpoint with none of these passes.
-
-    Arguments:
-        checkpoint, mean, std: see `plain_state_dict`.
-        small: whether the network is `hpm_cifar_xcit_*`, not `hpm_xcit_*`; the result then has the entry `function`.
+    RobustBench's XCiT for small images (`small`: `hpm_cifar_xcit_*`) has the keys and shapes of timm's, but other
+    strides. They can differ in the entry `function` of our own files, in the normalisation inside the checkpoint
+    (ImageNet's or another), and in ImageNet's thousand classes. A checkpoint with none of these passes.
     """
     found = unwrap(checkpoint)
     is_xcit = any("cls_attn_blocks.0." in key for key in found)
@@ -260,14 +248,7 @@ def native_state_dict(
         mean: Sequence[float],
         std: Sequence[float],
 ) -> dict[str, Tensor]:
-    """Returns a checkpoint of any of the `FORMATS` under the names of a `PreActNet`.
-
-    Arguments:
-        checkpoint: the content of a file, which does not change.
-        expected: the network's own keys.
-        layout, shortcut: the network's.
-        mean, std: see `plain_state_dict`.
-    """
+    """Returns a checkpoint of any of the `FORMATS` under a `PreActNet`'s `expected` names; see `plain_state_dict`."""
     state_dict = plain_state_dict(checkpoint, mean, std)
     found = next((known for known in FORMATS if known.fits(state_dict)), None)
     if found is None:

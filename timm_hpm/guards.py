@@ -78,9 +78,7 @@ class _Counted(TorchFunctionMode):
 def check_size(make: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
     """Makes a network on the meta device, and raises a TooLargeError if it would not fit this machine.
 
-    Arguments:
-        make: makes the network.
-        arguments: those that a file or a caller gave; without any, the registered networks fit.
+    Without `arguments`, those that a file or a caller gave, the registered networks fit.
     """
     _check_numbers(arguments)
     asked = {name for name, value in arguments.items() if value is not None and not isinstance(value, str)}

@@ -22,11 +22,7 @@ _UNREADABLE: Final = ("EPS", "MPEG")
 
 
 class EncodedImages:
-    """Images that are opened one by one as they are read.
-
-    Arguments:
-        open_file: takes an image's index and returns its file, opened for reading, and its name for messages.
-    """
+    """Images that are opened as they are read: `open_file` takes an index and returns a file and its name."""
 
     def __init__(self, open_file: Callable[[int], tuple[IO[bytes], str]]):
         self._open_file = open_file

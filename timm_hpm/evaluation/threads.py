@@ -24,13 +24,8 @@ _LAUNCHED_BY: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE")
 def use_threads(threads: int | None, model: nn.Module, images: Tensor) -> int | None:
     """Sets the number of CPU threads of PyTorch, and returns it; None if the model is on another device.
 
-    If the number is not given, neither here nor by the environment (`OMP_NUM_THREADS`, or a launcher of several
-    processes), some passes of the model are timed, and a line on standard error says which number was the fastest.
-
-    Arguments:
-        threads: the number; None means to measure.
-        model: in eval mode; it is left as it was.
-        images: (N, channels, H, W), on any device.
+    If neither `threads` nor the environment (`OMP_NUM_THREADS`, or a launcher of several processes) gives it, some
+    passes of the model on `images` (N, channels, H, W) are timed, and a line on standard error names the fastest.
     """
     if not all(parameter.is_cpu for parameter in model.parameters()):
         return None

@@ -85,8 +85,6 @@ def build_variant(
 
     Arguments:
         create: the base's own entrypoint.
-        variant: the registered name.
-        pretrained: whether to load weights.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
         convert: converts a checkpoint to the base's names; called as `plain_state_dict`.
     """

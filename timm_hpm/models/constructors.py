@@ -86,8 +86,7 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     It gets an HPM head if `given` or `saved` has arguments of one and the constructor has not added one.
 
     Arguments:
-        given: the constructor's arguments and `pretrained_cfg_overlay`; `num_classes`, `in_chans` and `img_size` only
-            if it takes them.
+        given: the constructor's arguments and `pretrained_cfg_overlay`; those of `_OPTIONAL` only if it takes them.
         saved: the config in the metadata of its weights; empty if there is none.
     """
     make = find_constructor(name)
@@ -121,10 +120,7 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def describe(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> None:
-    """Gives a network the attributes `num_classes` and `pretrained_cfg`, by which timm's models describe themselves.
-
-    See `described_cfg` for the arguments.
-    """
+    """Gives a network the attributes `num_classes` and `pretrained_cfg` of timm's models, by `described_cfg`."""
     model.pretrained_cfg = cfg = described_cfg(model, name, fields)
     model.num_classes = cfg["num_classes"]
 
@@ -132,11 +128,7 @@ def describe(model: Any, name: str | None = None, fields: Mapping[str, Any] | No
 def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the pretrained cfg of a network that timm did not make; without a mean it takes pixels in [0, 1].
 
-    Fields of the network's own `pretrained_cfg`, which may be a few, are kept.
-
-    Arguments:
-        name: that of its constructor; None takes its class.
-        fields: of the pretrained cfg, such as `mean` and `std`; they win over its own.
+    `name` is its constructor's, else its class's. `fields` win over those of its own `pretrained_cfg`, which are kept.
     """
     kind = type(model).__bases__[1] if isinstance(model, HPMMixin) else type(model)
     name, fields = name or f"{kind.__module__}:{kind.__qualname__}", fields or {}

@@ -185,10 +185,8 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
                    interpolation: str | None = None, **options: Any) -> ImageSplit:
     """Returns `open_split(dataset, split, **options)` in the size, the channels and the classes that `model` takes.
 
-    Arguments:
-        model: a timm model.
-        img_size: side in pixels to which images are resized as they are decoded; None means the model's own.
-        crop_pct, interpolation: of decoded images, which `model` takes over; None means the model's own.
+    `img_size` is the side to which images are resized as they are decoded; `crop_pct` and `interpolation`, of
+    decoded images, `model` takes over. None means the model's own.
     """
     cfg = model.pretrained_cfg
     source = data_source(dataset)

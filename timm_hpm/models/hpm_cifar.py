@@ -64,11 +64,7 @@ default_cfgs = pretrained_tags({
 
 
 class CifarResNet(ResNet):
-    """timm's ResNet of basic blocks with a 3x3 stem of stride 1 and no max pooling.
-
-    Arguments:
-        kwargs: of timm's `ResNet`, but for the block and the stem.
-    """
+    """timm's ResNet of basic blocks with a 3x3 stem of stride 1 and no max pooling."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(block=BasicBlock, stem_type="", replace_stem_pool=False, **kwargs)  # type: ignore[arg-type]
@@ -84,11 +80,7 @@ class CifarResNet(ResNet):
 
 
 class CifarXcit(StatedFunction, Xcit):
-    """timm's XCiT with patches of 4 pixels a side: two of the four convolutions that embed them have stride 1, not 2.
-
-    Arguments:
-        kwargs: of timm's `Xcit`, but for the size of the patches.
-    """
+    """timm's XCiT with patches of 4 pixels a side: two of four embedding convolutions have stride 1, not 2."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(patch_size=16, **kwargs)

@@ -174,12 +174,7 @@ class PreActNet(StatedFunction):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a fresh one, or by none.
-
-        Arguments:
-            num_classes: number of classes; 0 for none.
-            global_pool: new pooling (see the class); None keeps the present one.
-        """
+        """Replaces the classifier by a fresh one, or by none if `num_classes` is 0; None keeps the pooling."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_classifier(num_classes, pool, device=self.conv1.weight.device, dtype=self.conv1.weight.dtype)
 
@@ -223,16 +218,9 @@ class PreActNet(StatedFunction):
             output_fmt: str = "NCHW",
             intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns the feature map of images `x` (B, in_chans, H, W) and the maps on the way to it.
+        """Returns the feature map of normalised images `x` (B, in_chans, H, W) and the maps on the way to it.
 
-        Arguments:
-            x: normalised images.
-            indices: levels to return: 0 is the stem, i the i-th stage, a negative number counts from the end.
-                A single int n takes the last n, None all.
-            norm: whether the last stage's map passes the final norm and activation.
-            stop_early: whether to stop after the last wanted level; the feature map returned is then that level's.
-            output_fmt: only "NCHW".
-            intermediates_only: whether to return the list alone.
+        Level 0 is the stem, i the i-th stage. `norm`: the last stage's map passes the final norm and activation.
         """
         assert output_fmt == "NCHW", f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network"
         take, last = feature_take_indices(len(self.stages) + 1, indices)
@@ -259,12 +247,9 @@ class PreActNet(StatedFunction):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Removes the layers that `forward_intermediates(indices=indices)` does not use; returns the indices from 0.
+        """Removes the layers that `forward_intermediates(indices=indices)` does not use; returns the levels from 0.
 
-        Arguments:
-            indices: see `forward_intermediates`.
-            prune_norm: whether the final norm and activation go too. Without the last stage they go anyway.
-            prune_head: whether pooling and head go too. Without the last stage they go anyway.
+        Without the last stage the final norm, the activation and the head go anyway.
         """
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         cut = last < len(self.stages)

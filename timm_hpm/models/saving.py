@@ -32,13 +32,7 @@ _NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_in
 
 def write_model(model: Any, folder: Path, *, training: dict[str, Any] | None = None,
                 license: str | None = None) -> dict[str, Any]:
-    """Writes a model into an existing folder in the format of timm's `local-dir:`, and returns its config.
-
-    Arguments:
-        model: see `model_config`.
-        training: the options and results of the model's training, for the config.
-        license: of the weights; None leaves that of the model's pretrained cfg.
-    """
+    """Writes a model into a folder in the format of timm's `local-dir:`; returns its config, with its `training`."""
     config = model_config(model)
     if training is not None:
         config["training"] = training
@@ -53,9 +47,6 @@ def model_config(model: Any) -> dict[str, Any]:
     """Returns the config that timm makes a model from: its architecture, its pretrained cfg and its model arguments.
 
     The weights do not show mix, EMA decay, inference mode, layout, channels and normalisation.
-
-    Arguments:
-        model: a model that `timm.create_model` or a caller's own constructor made, with an HPM head or without.
     """
     head_args = {} if head_name(model) is None else find_head(model).config()
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -117,10 +108,7 @@ def weights_metadata(config: dict[str, Any]) -> dict[str, str]:
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
-    """Returns the config in a weights file's metadata, or in the `CONFIG` beside a file named `WEIGHTS`, or {}.
-
-    Raises a ValueError if the config is damaged.
-    """
+    """Returns the config in a weights file's metadata, or in the `CONFIG` beside a file named `WEIGHTS`, or {}."""
     path = Path(path)
     beside = path.with_name(CONFIG)
     if not (config := own_config(path)) and path.name == WEIGHTS and beside.is_file():

@@ -25,11 +25,9 @@ _TAG_ARGS: dict[str, dict[str, Any]] = {}
 
 
 def pretrained_tags(tags: Mapping[str, Mapping[str, Any]]) -> dict[str, DefaultCfg]:
-    """Returns timm's `default_cfgs` of a table of tags, and records their model arguments.
+    """Returns timm's `default_cfgs` of a table of tags, and records their model arguments, the field `model_args`.
 
-    Arguments:
-        tags: `"arch.tag"` to the fields of its pretrained cfg and, as `model_args`, the model arguments that its
-            weights need. An architecture's default tag is the first with weights, or one whose name ends in `*`.
+    An architecture's default tag is the first with weights, or one whose name ends in `*`.
     """
     cfgs: Any = {name: dict(fields) for name, fields in tags.items()}
     _TAG_ARGS.update({name.rstrip("*"): cfg.pop("model_args", {}) for name, cfg in cfgs.items()})

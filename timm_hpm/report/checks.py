@@ -113,12 +113,7 @@ _ROWS: Final = {
 
 
 def check_report(values: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
-    """Checks the fields of a report that were read from a file.
-
-    Arguments:
-        values: the fields of `AttackReport` in JSON's types.
-        computed: further entries of the file.
-    """
+    """Checks the fields of a report from a file, in JSON's types; `computed` are further entries of the file."""
     objects = dict.fromkeys(("protocol", "correct", "baseline_correct", "cost"), _ANY_OBJECT)
     for name, rule in (objects | dict.fromkeys(_ROWS, _ANY_ARRAY)).items():
         _expect(rule.holds(values[name]), name, values[name], rule.words)

@@ -20,15 +20,15 @@ _LAYOUT = "expected `image`, uint8 (N, H, W, channels), and `label`, integers (N
 class ExtraImages:
     """The images of an npz file, memory-mapped, and their labels, in memory.
 
-    The member of an uncompressed file is mapped as it is, that of a compressed one once it is unpacked. The layout is
-    that of the generated images of Gowal et al. (arXiv 2110.09468) and Wang et al. (arXiv 2302.04638): `image`, uint8
-    (N, H, W, channels), and `label` (N,).
+    The member of an uncompressed file is mapped as it is, that of a compressed one from `unpacked`, which must remain.
+    The layout is that of the generated images of Gowal et al. (arXiv 2110.09468) and Wang et al. (arXiv 2302.04638):
+    `image`, uint8 (N, H, W, channels), and `label` (N,).
 
     Arguments:
         path: the file.
         shape: (channels, H, W) of the training images.
         num_classes: number of classes, which all labels must be below.
-        unpacked: file to unpack a compressed member into; it must remain.
+        unpacked: file to unpack a compressed member into.
         unpack: whether to unpack; False takes the file that another process has unpacked.
     """
 

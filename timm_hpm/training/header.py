@@ -32,14 +32,7 @@ def row_text(row: Mapping[str, Any], epochs: int, images_per_second: float | Non
 
 
 def training_header(config: TrainConfig, model: Any, data: Data, device: torch.device) -> str:
-    """Returns the facts of a training run, a line each.
-
-    Arguments:
-        config: the options in effect.
-        model: on its device; asked for a few images, to time it. It does not change.
-        data: the images.
-        device: the model's.
-    """
+    """Returns the facts of a training run, a line each; a few passes of the model are timed."""
     images, _ = first_images(data.plain_train, min(_FEW_IMAGES, len(data.plain_train)))
     channels, height, width = images.shape[1:]
     head = "HPM head" if head_name(model) is not None else "no HPM head"

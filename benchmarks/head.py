@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cost of the HPM head, as ratios of the processor's time in one run, each the median of paired runs, on one thread.
+"""Cost of the HPM head in batch mode: ratios of the processor's time in one run, medians of paired runs, on one thread.
 
     python benchmarks/head.py
 
@@ -51,7 +51,7 @@ def print_ratios(name: str, forward: Callable[[Tensor], Tensor], other: Callable
 def nets() -> None:
     """Prints the cost of the head in whole networks."""
     for name, size in (("hpm_resnet50", 224), ("hpm_wrn28_10", 32)):
-        model = timm.create_model(f"{name}.untrained").eval()
+        model = timm.create_model(f"{name}.untrained", inference="batch").eval()
         head = fitted_(find_head(model))
         plain = copy.deepcopy(model)
         classifier = nn.Linear(head.in_features, head.out_features)
@@ -73,7 +73,7 @@ def cdist_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 def head_alone() -> None:
     """Prints the cost of the head alone."""
-    head = fitted_(HPMHead(2048, 1000))
+    head = fitted_(HPMHead(2048, 1000, inference="batch"))
     features = torch.randn(256, 2048).relu()
     print_ratios("head over F.linear", head, lambda x: F.linear(x, head.weight, head.bias), features, HEAD_RUNS)
     print_ratios("head over cdist", head, lambda x: cdist_logits(head, x), features, HEAD_RUNS)
@@ -82,7 +82,7 @@ def head_alone() -> None:
 def memory() -> None:
     """Prints the peak memory of the head at ImageNet-21k's size; before anything larger has been in this process."""
     batch, width, num_classes = 256, 1024, 21_841
-    head = fitted_(HPMHead(width, num_classes))
+    head = fitted_(HPMHead(width, num_classes, inference="batch"))
     features = torch.randn(batch, width)
     numbers = batch * num_classes + num_classes * width
     for parameter in (*head.parameters(), features):

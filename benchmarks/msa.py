@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cost of the Mixed Surrogate Attack on a model, as ratios of two things in one run.
+"""Cost of the Mixed Surrogate Attack on a model in batch mode, as ratios of two things in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/msa.py [--images 100] [--batch-size 50] [--runs 3] [--only NAME ...]
         [--model hpm_wrn10_2] [--checkpoint FILE] [--dataset digits] [--split val] [--data-dir FOLDER] [--scale 1.0]
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="keep the reports of the protocols and of naive")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint)
+    model = create_model(args.model, pretrained=args.checkpoint is None, checkpoint=args.checkpoint, inference="batch")
     model.eval().requires_grad_(False)
     if args.output:
         writable_folder(args.output)
@@ -156,7 +156,7 @@ def processes(args: argparse.Namespace) -> list[float]:
     root = Path(__file__).parent.parent
     options = [str(root / "evaluate.py"), "--device", "cpu", "--dataset", args.dataset, "--split",
                args.split, "--num-images", str(args.images), "--batch-size", str(args.batch_size)]
-    options += ["--model", args.model]
+    options += ["--model", args.model, "--inference", "batch"]
     options += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     options += ["--data-dir", args.data_dir] if args.data_dir else []
 

@@ -3,8 +3,8 @@
 
     python benchmarks/train.py
 
-- HPM step over FC step: time of a training step of `hpm_wrn10_2` on Fashion-MNIST-sized images with its HPM head, over
-  the same net, attack (PGD-2) and batch with the head in its fc mode; the median of paired runs.
+- HPM step over FC step: time of a training step of `hpm_wrn10_2` on Fashion-MNIST-sized images in batch mode, over the
+  same net, attack (PGD-2) and batch with the head in its fc mode; the median of paired runs.
 - step over its passes: time of that HPM step over its forward and backward passes alone.
 - two processes over one: images a second of those HPM steps in two processes of batch 128 and one thread each (by
   torchrun, as train.py runs), over those of one process of batch 128 and one thread.

@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from protocols import run_attack
 from torch import nn
@@ -19,6 +20,12 @@ from timm_hpm.surrogates import SURROGATES, soft_logits, ste_logits
 NUM_DIGITS = 40
 
 THREAT = ThreatModel("Linf", 0.15)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """The embedded network in batch mode."""
+    return timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
 
 
 @torch.no_grad()
@@ -155,7 +162,7 @@ def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits,
 
 def two_classes(mix: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Returns a head on one pixel, prototypes at 0.2 and 0.8, FC boundary at 0.5, and images along the line."""
-    head = HPMHead(1, 2, mix=mix).eval()
+    head = HPMHead(1, 2, mix=mix, inference="batch").eval()
     with torch.no_grad():
         head.set_prototypes(torch.tensor([[0.2], [0.8]]))
         head.weight.copy_(torch.tensor([[-10.0], [10.0]]))

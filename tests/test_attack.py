@@ -20,6 +20,7 @@ TINY = {"apgd-ce": 5, "apgd-t": "3x2", "fab-t": "2x2", "square": 20, "apgd-chain
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_gives_images_in_the_ball_by_its_name(model, digits, name):
+    find_head(model).inference = "batch"
     images, labels = digits
     found = timm_hpm.attack(model, images, labels, str(THREAT), name, budget=TINY[name], batch_size=8)
     assert found.shape == images.shape and found.min() >= 0 and found.max() <= 1

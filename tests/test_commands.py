@@ -106,7 +106,7 @@ def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_pat
 def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", "0:0.2:0.1", *QUICK, "--save-adversarial", "--output", "run"]) == 0
-    assert "| eps | batch |" in capsys.readouterr().out
+    assert "| eps | dataset |" in capsys.readouterr().out
     first, second = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert main(["compare", f"run/{first}", f"run/{second}/report.json"]) == 0
     assert "McNemar" in capsys.readouterr().out

@@ -64,19 +64,22 @@ def test_times_and_facts_are_readable():
 def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
     model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
     images, state = torch.rand(20, 1, 8, 8), torch.get_rng_state()
-    text = evaluation_header(
-        {"model": "hpm_wrn10_2", "weights": "pretrained", "dataset": "digits", "split": "test"}, model,
-        images, timm_hpm.ThreatModel("Linf", 0.1), PROTOCOLS["fast"], batch_size=10)
+    arguments = ({"model": "hpm_wrn10_2", "weights": "pretrained", "dataset": "digits", "split": "test"}, model,
+                 images, timm_hpm.ThreatModel("Linf", 0.1), PROTOCOLS["fast"])
+    text = evaluation_header(*arguments, batch_size=10)
     assert torch.equal(torch.get_rng_state(), state)
     found = dict(line.split("  ", 1) for line in text.splitlines())
     assert list(found) == ["model", "weights", "data", "normalisation", "threat model", "protocol", "batches", "device",
                            "time"]
-    for name, part in (("model", "303,419 parameters, HPM head, inference mode batch"), ("threat model", "Linf:0.1"),
+    for name, part in (("model", "303,419 parameters, HPM head, inference mode dataset"), ("threat model", "Linf:0.1"),
                        ("data", "digits, split test, 20 images of 8x8 pixels and 1 channel"),
                        ("normalisation", "mean (0.3053)"), ("batches", "of 10 images"), ("device", "cpu, 1 thread"),
-                       ("protocol", "fast, on fc, dataset, soft, ste, mixed: apgd-ce 100; apgd-t 100x3; square 1000"),
+                       ("protocol", "fast, on fc, dataset, mixed: apgd-ce 100; apgd-t 100x3; square 1000"),
                        ("time", "about ")):
         assert part in found[name]
+    assert "joint" not in text and model.fc.inference == "dataset"
+    batch = evaluation_header(*arguments, modes=("dataset", "batch"), batch_size=10)
+    assert "on fc, dataset, soft, ste, mixed: apgd-ce 100; " in batch and "joint 100; joint-subset 25r30" in batch
 
 
 def test_the_estimate_counts_the_passes_of_all_steps():

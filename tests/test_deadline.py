@@ -42,6 +42,7 @@ def test_a_block_within_a_block_has_its_own_limit():
 
 def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(model, digits, tmp_path):
     threat = ThreatModel("Linf", 0.1)
+    timm_hpm.find_head(model).inference = "batch"  # each batch has all attacks
     whole = run_attack(model, *digits, threat, **ATTACK)
     with time_limit(1e-9):
         cut = run_attack(model, *digits, threat, folder=tmp_path, **ATTACK)

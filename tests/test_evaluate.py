@@ -29,7 +29,7 @@ def test_a_data_set_by_name_is_the_attack_on_its_first_images(model, by_name):
     assert by_name.correct == expected.correct
     assert by_name.protocol["dataset"] == "digits" and by_name.protocol["inference"] == "sample"
     assert by_name.protocol["threat"] == "Linf:0.1"
-    assert model.fc.inference == "batch"
+    assert model.fc.inference == "dataset"
 
 
 @pytest.mark.parametrize("wrap", [tuple, list, lambda parts: TensorDataset(*parts)], ids=["tuple", "list", "dataset"])

@@ -295,11 +295,11 @@ def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, digits, tmp_pa
 
 
 class Fragile(nn.Module):
-    """An HPM model of pixels whose features are not finite if the first pixel is bright."""
+    """An HPM model of pixels in batch mode, whose features are not finite if the first pixel is bright."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         super().__init__()
-        self.fc = HPMHead(64, 10)
+        self.fc = HPMHead(64, 10, inference="batch")
         self.fc.set_prototypes(torch.stack([images[labels == c].flatten(1).mean(dim=0) for c in range(10)]))
 
     def forward(self, x):
@@ -385,7 +385,7 @@ def test_an_honest_model_raises_no_flag(mode, digits):
 
 
 def test_of_a_batch_mode_head_the_network_below_is_checked(digits):
-    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch")
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             parent, _, leaf = name.rpartition(".")

@@ -148,6 +148,8 @@ IMAGES = torch.linspace(0, 1, 2 * 64).view(2, 1, 8, 8)
 def test_reports(tmp_path, model, fuzz):
     document = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
     document["examples"] = document["examples"][:1]
+    document["assembled"] = document["correct"]["clean"]
+    document["neighbours"] = [{"batch_size": 10, "mix": 0.5, "kind": "chosen", "targets": 50, "flipped": 1}]
 
     def check(value: Any) -> str:
         (tmp_path / "report.json").write_text(json.dumps(value))

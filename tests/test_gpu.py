@@ -13,7 +13,7 @@ from protocols import run_attack, unfinished
 from torch import nn
 
 import evaluate
-from timm_hpm import AttackReport, PixelModel, ThreatModel, fit_prototypes
+from timm_hpm import AttackReport, PixelModel, ThreatModel, find_head, fit_prototypes
 from timm_hpm.attacks import fab
 from timm_hpm.evaluation import ATTACKS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
@@ -31,6 +31,7 @@ BUDGETS = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget
 
 @pytest.fixture
 def on_device(model, digits) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    find_head(model).inference = "batch"
     return model.to(DEVICE), *(part.to(DEVICE) for part in digits)
 
 

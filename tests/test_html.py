@@ -26,17 +26,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture
 def report() -> AttackReport:
-    """The embedded model's report, with neighbours, examples of shapes that real data have and all flags there are."""
-    committed = AttackReport.load(ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json")
+    """The embedded model's report in batch mode, with neighbours, odd examples and all flags."""
+    committed = AttackReport.load(ROOT / "benchmarks" / "reports" / "digits" / "standard.json")
     examples = [make_example(i, 3, 8, "soft/fab-t", clean, (clean + 0.03 * torch.randn_like(clean)).clamp(0, 1))
                 for i, clean in enumerate([torch.rand(1, 8, 8), torch.rand(3, 32, 32), torch.rand(3, 300, 200),
                                            torch.rand(5, 9, 9)])]
     flags = [Flag(name, f"seen at <{i}> images & more") for i, name in enumerate(FLAGS)]
     neighbours = [{"batch_size": 10, "mix": 0.9, "kind": kind, "targets": 48, "flipped": flipped}
                   for kind, flipped in (("reshuffled", 2.4), ("adversarial", 31))]
-    convergence = Convergence([None if robust else 50.0 for robust in committed.robust], 80.0, [0.5] * 100, 1.0)
+    convergence = Convergence([None if robust else 50.0 for robust in committed.robust], 80.0, [0.5] * 360, 1.0)
     return dataclasses.replace(committed, examples=examples, flags=flags, neighbours=neighbours,
-                               convergence=convergence)
+                               convergence=convergence, protocol=committed.protocol | {"options": {}})
 
 
 def test_the_page_holds_the_report_s_numbers(report):
@@ -88,7 +88,7 @@ def test_the_head_of_the_page_says_what_was_measured_and_classes_have_names(repo
     report = dataclasses.replace(report, date="2026-11-28", protocol=report.protocol | {
         "class_names": ["0", "1", "2", "<cat>", "4", "5", "6", "7", "dog", "9"]})
     html = report_page(report)
-    assert "digits test · 100 images · Linf:0.1 · inference mode batch · 2026-11-28" in html
+    assert "digits test · 360 images · Linf:0.1 · inference mode batch · 2026-11-28" in html
     assert html.index("python -m timm_hpm evaluate --model hpm_wrn10_2") < html.index("robust accuracy under")
     assert "clean: 3 &lt;cat&gt;" in html and "predicted 8 dog" in html
     assert "<abbr title='AutoPGD on the cross-entropy (AutoAttack)'>apgd-ce</abbr>" in html

@@ -20,7 +20,7 @@ OPTIONS = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": 1, "joint": 2
 
 @pytest.fixture(scope="module")
 def reports(digits) -> list[AttackReport]:
-    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
     return [run_attack(model, *digits, "Linf:0.1", seed=seed, **OPTIONS) for seed in (3, 0)]
 
 

@@ -226,7 +226,7 @@ def test_the_candidate_of_apgd_fools_even_where_the_loss_is_larger_elsewhere():
 @pytest.fixture(scope="module")
 def digits_model() -> nn.Module:
     """The embedded network, in batch mode: a small real model."""
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
 
 
 # Every row of the embedded network then has images that are right and images that are not.

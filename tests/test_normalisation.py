@@ -85,7 +85,7 @@ def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, dig
     page = report_page(report)
     assert page.index("Unreliable") < page.index(said) < page.index("class='headline'")
     swept = sweep_markdown([report]).splitlines()
-    assert swept[0].startswith("**Unreliable**") and "batch, Linf:0.1: clean-near-chance" in swept[2]
+    assert swept[0].startswith("**Unreliable**") and "dataset, Linf:0.1: clean-near-chance" in swept[2]
     assert any(said in line for line in swept[:7]) and said in sweep_page([report]).partition("<svg")[0]
     assert comparison_markdown(compare(report, report)).startswith("**Report a is unreliable**")
 

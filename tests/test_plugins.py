@@ -44,6 +44,7 @@ def plugins(monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_registered_surrogate_is_attacked_alone_and_side_by_side_and_in_joint_if_it_depends_on_the_batch(
         model, digits, plugins, at_once):
+    timm_hpm.find_head(model).inference = "batch"
     report = run_attack(
         model, *digits, THREAT, batch_size=16, surrogates=["ste", "shrunken", "lukewarm"],
         attacks=["apgd-ce", "joint"], budgets={"apgd-ce": Budget(3), "joint": Budget(2)}, surrogates_at_once=at_once)

@@ -34,7 +34,7 @@ NUM_DIGITS = 8
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "9", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
-         "joint-subset=6r3", "--neighbours", "5"]
+         "joint-subset=6r3", "--inference", "batch", "--neighbours", "5"]
 # A batch has two groups of surrogates, each attacked by four components, then the chain, the joint attack, rounds, and
 # what is assembled of all of them.
 STEPS = 3 * (2 * 4 + 2 + 3 + 1)
@@ -312,7 +312,7 @@ QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Bu
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -330,7 +330,7 @@ def model() -> nn.Module:
 def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_path):
     images, labels = digits
     unfinished(model, images, labels, THREAT, **QUICK, folder=tmp_path)
-    other = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+    other = copy.deepcopy(model)
     if change.get("model") == "other":
         with torch.no_grad():
             other.fc.bias[0] += 1e-3

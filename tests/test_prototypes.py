@@ -147,8 +147,8 @@ def test_the_scale_minimises_the_nll_of_the_model_in_its_own_mode(digits, infere
     assert find_head(model).inference == inference
 
     def nll(factor: float) -> float:
-        # In fc mode the scale is that of the batch mode.
-        with torch.no_grad(), head_mode(model, "batch" if inference == "fc" else inference):
+        # In fc mode the scale is that of the default mode.
+        with torch.no_grad(), head_mode(model, "dataset" if inference == "fc" else inference):
             logits = factor * torch.cat([model(images) for images, _ in loader])
         return F.cross_entropy(logits.double(), digits[1]).item()
 

@@ -25,6 +25,12 @@ SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3
          "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=2)}
 
 
+@pytest.fixture
+def model() -> nn.Module:
+    """The embedded network in batch mode, which has every attack."""
+    return timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
+
+
 class Colours(nn.Module):
     """A small network of three channels, in any precision."""
 
@@ -120,7 +126,7 @@ def pair_of(write: str, place: str) -> list[nn.Module]:
             pair.append(Writing(nn.Sequential(nn.LazyConv2d(6, 3), nn.Flatten(), nn.LazyLinear(10)), change).eval())
             pair[-1](torch.rand(2, 1, 8, 8))
             continue
-        net = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True).eval()
+        net = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
         inner = {"timm": net, "pixels": timm_hpm.PixelModel(net), "head": timm_hpm.find_head(net)}[place]
         inner.register_forward_pre_hook(lambda module, inputs, change=change: (change(inputs[0]),))
         pair.append(inner if place == "pixels" else net)
@@ -211,7 +217,7 @@ class DrawingBackbone(Drawing):
 
     def __init__(self):
         super().__init__()
-        self.fc = timm_hpm.HPMHead(8 * 36, 5)
+        self.fc = timm_hpm.HPMHead(8 * 36, 5, inference="batch")
         self.fc.set_prototypes(torch.randn(5, 8 * 36))
 
 
@@ -237,7 +243,7 @@ def test_a_model_that_draws_leaves_the_caller_s_random_states_and_repeats_its_re
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_few_classes_have_all_attacks_all_their_targets_and_neighbours(num_classes, norm):
     model, images = Colours(), torch.rand(8, 3, 8, 8)
-    model.fc = timm_hpm.HPMHead(8 * 36, num_classes)
+    model.fc = timm_hpm.HPMHead(8 * 36, num_classes, inference="batch")
     model.fc.set_prototypes(torch.randn(num_classes, 8 * 36))
     labels = model.eval()(images).argmax(dim=1)
     budgets = SMALL | {"apgd-t": Budget(5, 9), "fab-t": Budget(3, 9)}

@@ -93,7 +93,7 @@ def test_an_unfitted_head_answers_as_the_model_did_and_the_fc_mode_goes_on_to(ki
 def test_reset_classifier_makes_a_head_of_the_same_kind_and_features_in_between(kind):
     model, x = create(kind)
     plain = deepcopy(model)
-    fit(add_hpm_head(model, mix=0.25, ema_decay=0.9, inference="dataset"))
+    fit(add_hpm_head(model, mix=0.25, ema_decay=0.9, inference="sample"))
     find_head(model).mix = 0.75
     for net in (model, plain):
         net.reset_classifier(0)
@@ -105,7 +105,7 @@ def test_reset_classifier_makes_a_head_of_the_same_kind_and_features_in_between(
             model.reset_classifier(num_classes)
             head = find_head(model)
             assert type(head) is (HPMConvHead if "convolution" in kind and "1x1" in kind else HPMHead)
-            assert head.config() == {"mix": 0.75, "ema_decay": 0.9, "inference": "dataset"}
+            assert head.config() == {"mix": 0.75, "ema_decay": 0.9, "inference": "sample"}
             assert not head.is_fitted() and (model.num_classes, head.out_features) == (num_classes, num_classes)
             assert model(x).shape == (3, num_classes)
             assert fit(model)(x).isfinite().all()
@@ -355,7 +355,7 @@ def test_any_network_takes_a_head_and_gives_it_back(kind):
     model = make().eval()
     images, labels = torch.rand(10, 3, 2, 2) if "timm" not in kind else torch.rand(10, 3, 32, 32), torch.arange(10) % 5
     base, keys, before = type(model), list(model.state_dict()), model(images)
-    add_hpm_head(model, classifier)
+    add_hpm_head(model, classifier, inference="batch")
     assert head_name(model) == path and isinstance(model, base) and torch.equal(model(images), before)
     assert set(model.state_dict()) - set(keys) == {f"{path}.{entry}" for entry in ENTRIES}
     timm_hpm.fit_prototypes(model, [(images, labels)])

@@ -58,7 +58,7 @@ def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
     assert alone.same_results(reports[3])
     one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], batch_size=10, protocol=SHORT.changed(["fc"]))
     assert next(one_by_one).protocol["inference"] == "fc"
-    assert timm_hpm.find_head(model).inference == "batch", "the caller's, also between two reports"
+    assert timm_hpm.find_head(model).inference == "dataset", "the caller's, also between two reports"
 
 
 def test_a_model_without_an_hpm_head_has_one_curve(digits):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_hpm import PixelModel, ThreatModel
+from timm_hpm import PixelModel, ThreatModel, find_head
 from timm_hpm.evaluation import ATTACKS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch
@@ -42,6 +42,7 @@ def waits(model, digits, attack, norm, iterations, surrogates=("fc", "ste")):
 @pytest.mark.parametrize(("attack", "most"), [("apgd-ce", 0), ("apgd-t", 0), ("square", 1), ("joint", 0),
                                               ("joint-subset", 0)])
 def test_a_step_waits_for_no_more_than_it_must(model, digits, attack, norm, most):
+    find_head(model).inference = "batch"
     surrogates = ("soft", "ste") if "joint" in attack else ("fc", "ste")
     few, many = (waits(model, digits, attack, norm, steps, surrogates) for steps in (10, 30))
     assert many - few == 20 * most

@@ -224,7 +224,7 @@ def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_pat
     threat = timm_hpm.ThreatModel("Linf", 0.1)
 
     def alone(rows: slice) -> dict:
-        model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+        model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
         trunk = PixelTrunk(model)
         found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[rows], labels[rows], threat, steps=2,
                     random_start=False)
@@ -252,8 +252,8 @@ def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path):
-    options = [*TINY, "--batch-size", "64", "--batch-prototypes", "global", "--model-ema", "--model-ema-decay", "0.9",
-               "--recovery-interval", "2"]
+    options = [*TINY, "--batch-size", "64", "--model-kwargs", "inference=batch", "--batch-prototypes", "global",
+               "--model-ema", "--model-ema-decay", "0.9", "--recovery-interval", "2"]
     done = script(*options, "--output", "whole", folder=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(command(*options, "--output", "part", processes=2), cwd=tmp_path, env=ENVIRON,

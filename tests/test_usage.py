@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def build(name: str, **kwargs) -> nn.Module:
     """Returns a model in eval mode with prototypes and, where it has any, BatchNorm statistics that hide nothing."""
-    model = timm.create_model(name, num_classes=10, **kwargs)
+    model = timm.create_model(name, num_classes=10, **{"inference": "batch"} | kwargs)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)

@@ -73,7 +73,7 @@ def test_register_hpm_registers_any_other_once():
     assert register_hpm("test_byobnet") == register_hpm("test_byobnet") == "hpm_test_byobnet"
     assert timm.list_models("hpm_test_byobnet") == ["hpm_test_byobnet"]
     model = timm.create_model("hpm_test_byobnet", num_classes=3, mix=0.1)
-    assert find_head(model).config() == {"mix": 0.1, "ema_decay": 0.99, "inference": "batch"}
+    assert find_head(model).config() == {"mix": 0.1, "ema_decay": 0.99, "inference": "dataset"}
 
 
 def test_a_base_without_classes_takes_them():

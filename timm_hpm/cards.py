@@ -161,7 +161,7 @@ def _classes(cfg: Mapping[str, Any], report: AttackReport | None) -> str:
 
 def _mode_sentence(head: HPMHead | None) -> str:
     if head is None:
-        return "A new HPM head has mix 0.5 and the mode `batch`; without prototypes every mode is `fc`."
+        return "A new HPM head has mix 0.5 and the mode `dataset`; without prototypes every mode is `fc`."
     if not head.is_fitted():
         return f"This head has mix {head.mix} and the mode `{head.inference}`; without prototypes every mode is `fc`."
     return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."

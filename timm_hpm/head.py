@@ -74,8 +74,8 @@ class HPMHead(WholeLoading, nn.Linear):
         bias: whether the FC classifier has a bias.
         mix: weight of the batch-level prototypes, in [0, 1]; 0 means only the dataset-level ones.
         ema_decay: weight β of the old prototype in an update, in [0, 1].
-        inference: `"batch"` (the paper's: logits depend on the other images of the batch), `"sample"` (each image is a
-            batch of its own), `"dataset"` (only dataset-level prototypes) or `"fc"` (the FC classifier).
+        inference: `"dataset"` (only dataset-level prototypes), `"batch"` (the paper's: logits depend on the other
+            images of the batch), `"sample"` (each image is a batch of its own) or `"fc"` (the FC classifier).
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -91,7 +91,7 @@ class HPMHead(WholeLoading, nn.Linear):
             *,
             mix: float = 0.5,
             ema_decay: float = 0.99,
-            inference: str = "batch",
+            inference: str = "dataset",
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):

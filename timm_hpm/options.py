@@ -56,7 +56,8 @@ class CommonOptions:
 
     model: str = option("hpm_wrn10_2", "model", "timm model, with or without an HPM head, or a constructor: "
                                                    "file.py:function")
-    model_kwargs: dict[str, Any] | None = option(None, "model", "arguments of timm.create_model, such as mix=0.5")
+    model_kwargs: dict[str, Any] | None = option(
+        None, "model", "arguments of timm.create_model, such as inference=batch")
     num_classes: int | None = option(None, "model", "number of classes (the model's)")
     in_chans: int | None = option(None, "model", "channels of the images (the model's)")
     mean: tuple[float, ...] | None = option(

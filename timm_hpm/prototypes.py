@@ -135,7 +135,7 @@ def _distances(head: HPMHead, batches: list[tuple[Tensor, Tensor]]) -> tuple[Ten
     if not batches:
         raise ValueError("held_out yields no image; the scale needs some")
     # The FC mode has no distances; the default mode chooses its scale.
-    with head_mode(head, "batch" if head.inference == "fc" else head.inference):
+    with head_mode(head, "dataset" if head.inference == "fc" else head.inference):
         distances = torch.cat([-head(features) / head.scale() for features, _ in batches])
     return distances, torch.cat([labels for _, labels in batches])
 

@@ -131,7 +131,7 @@ def add_hpm_head(
         *,
         mix: float = 0.5,
         ema_decay: float = 0.99,
-        inference: str = "batch",
+        inference: str = "dataset",
 ) -> nn.Module:
     """Replaces the classifier of a model by an HPM head, in place, and returns the model.
 

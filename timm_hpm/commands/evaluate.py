@@ -26,7 +26,7 @@ Measures the robust accuracy of a classifier with the Mixed Surrogate Attack. Wi
 hpm_wrn10_2 on the first 100 held-out digits, at AutoAttack's standard budgets. Prints a table, and writes report.json,
 report.md, report.html and the options (options.json) into the output folder. Several processes share the batches:
 torchrun --nproc_per_node 2 -m timm_hpm evaluate --device cpu --batch-size 50"""
-_EXAMPLES = ("", "--model hpm_wrn10_2 --inference sample --num-images 0", "--resume output/run")
+_EXAMPLES = ("", "--model hpm_wrn10_2 --inference batch --num-images 0", "--resume output/run")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:

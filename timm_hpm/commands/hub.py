@@ -20,7 +20,7 @@ The token of the Hub is that of `hf auth login` or HF_TOKEN: every user of the m
 
 def _add_model_kwargs(parser: Parser) -> None:
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
-                        help="arguments of timm.create_model, such as inference=sample")
+                        help="arguments of timm.create_model, such as inference=batch")
 
 
 def convert(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..console import device_text, duration, facts
 from ..data import as_pixel_model, normalisation_of
-from ..head import find_head, head_name
+from ..head import find_head, head_mode, head_name
 from ..report.metrics import attack_of
 from ..report.tables import pixels_note
 from ..threat import ThreatModel
@@ -31,18 +31,18 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
                       accelerator: Accelerator | None = None) -> str:
     """Returns the facts of an evaluation, a line each; times the model on a few of the images (N, channels, H, W).
 
-    `about` has `model`, `weights`, `dataset` and `split`; `radii` are a sweep's, in place of the threat model's.
+    `about` has `model`, `weights`, `dataset` and `split`; `radii` are a sweep's, in place of the threat model's. Of
+    several modes the attacks and the time are those of the batch mode, which has the most, or else of the first.
     """
-    head = "no HPM head" if head_name(model) is None else (
-        f"HPM head, inference mode {', '.join(modes or [find_head(model).inference])}")
+    modes = () if head_name(model) is None else modes or (find_head(model).inference,)
+    head = f"HPM head, inference mode {', '.join(modes)}" if modes else "no HPM head"
     pixel_model = as_pixel_model(model)
     device = device_of(pixel_model, images)
     batch = images[:batch_size].to(device)
     with seeded(device, 0, "header"), without_autocast(batch):
-        attacked = AttackedModel(pixel_model, batch)
+        attacked = _attacked(pixel_model, batch, modes)
     plan = make_plan(protocol, attacked, 10**6, ())
-    budgets = "; ".join(f"{name} {budget}" for name, budget in
-                        protocol.for_classifier(plain=attacked.head is None).attacks.items())
+    budgets = "; ".join(f"{name} {budget}" for name, budget in plan.protocol.attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
     precision = precision_of(pixel_model, device)
     processes = 1 if accelerator is None else accelerator.num_processes
@@ -59,6 +59,13 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         "device": device_text(device, processes) + ("" if precision == "float32" else f", judged in {precision}"),
         "time": estimate(plan, attacked, batch, len(images) * times / processes),
     })
+
+
+def _attacked(pixel_model: nn.Module, batch: Tensor, modes: tuple[str, ...]) -> AttackedModel:
+    if not modes:
+        return AttackedModel(pixel_model, batch)
+    with head_mode(pixel_model, "batch" if "batch" in modes else modes[0]):
+        return AttackedModel(pixel_model, batch)
 
 
 def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float) -> str:

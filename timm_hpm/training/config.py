@@ -67,7 +67,7 @@ class TrainConfig(RunOptions):
     prototype_features: str = option("adversarial", _PROTOTYPES, "images whose features update the prototypes",
                                      choices=("adversarial", "both"))
     batch_prototypes: str = option(
-        "local", _PROTOTYPES, "images of the batch-level prototypes: of each process, or of all processes",
+        "local", _PROTOTYPES, "images of the batch-level prototypes of the batch mode: of each process, or of all",
         choices=BATCH_PROTOTYPES)
     fc_loss_weight: float = option(1.0, _PROTOTYPES, "weight of the FC classifier's loss; the head's is 1", least=0)
 

@@ -84,6 +84,9 @@ def described(model: Any, config: TrainConfig) -> Any:
 def _ready(model: Any, config: TrainConfig) -> Any:
     if _predicts_by_fc(model) and head_name(model) is not None:
         find_head(model).reset_prototypes()  # they would be those of other features
+    if config.batch_prototypes == "global" and (_predicts_by_fc(model) or find_head(model).inference != "batch"):
+        raise ValueError("batch_prototypes is global, and the model makes no batch-level prototypes; expected an HPM "
+                         "head in batch mode: give --model-kwargs inference=batch, or leave batch_prototypes out")
     # The trained weights are no published ones.
     model.pretrained_cfg.update(tag=None, **_given(config, "mean", "std"))
     if config.grad_checkpointing:

@@ -20,9 +20,9 @@ from .attacks.apgd import apgd
 from .attacks.losses import cross_entropy, margin_loss
 from .data import as_pixel_model, check_eval_mode, checked_integer, for_gradients
 from .evaluation.attacked import AttackedModel
-from .evaluation.seeding import seeded
 from .files import write_text
 from .head import INFERENCE_MODES, check_inference, find_head, head_mode
+from .seeding import seeded
 from .threat import ThreatModel
 
 

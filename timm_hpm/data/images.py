@@ -168,5 +168,4 @@ def _formats() -> tuple[str, ...]:
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Returns the suffixes of `_formats`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())

@@ -190,7 +190,6 @@ def _folder_classes(data_dir: Path | None) -> tuple[str, ...]:
 
 
 def _hfds_parts(name: str, data_dir: Path | None) -> dict[str, str]:
-    """Returns the names of a Hub data set for its parts."""
     try:
         from datasets import get_dataset_split_names
     except ModuleNotFoundError as error:

@@ -1,16 +1,13 @@
 """`open_split`: the images to train on, to choose an epoch by and to measure with; no two splits share an image."""
 
-import hashlib
 import os
 import pickle
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -23,6 +20,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedC
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ..names import some
+from ..seeding import seeded
 from .images import MODES, EncodedImages, Part
 from .sources import DataSource, data_source
 
@@ -35,6 +33,7 @@ _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
 # So that a whole split is not in memory twice.
 _AT_ONCE: Final = 256
+_CPU: Final = torch.device("cpu")
 _POLICIES: Final = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
 
 
@@ -80,8 +79,9 @@ class ImageSplit(Dataset):
         chosen = int(self._indices[index])
         image = self._images.read(chosen, self.num_channels) if isinstance(self._images, EncodedImages) \
             else self._images[chosen]
-        with self._random_state(index):
-            image = self._transform(image) if self._transform else image
+        if self._transform:
+            with nullcontext() if self._seed is None else seeded(_CPU, self._seed, int(self._epoch), index):
+                image = self._transform(image)
         # Grey of 16 bits has one channel whatever the model takes.
         return _as_pixels(image).expand(self.num_channels, -1, -1), int(self.labels[index])
 
@@ -95,25 +95,6 @@ class ImageSplit(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch: the random crops are a function of the seed, the epoch and an image's index."""
         self._epoch.fill_(epoch)
-
-    @contextmanager
-    def _random_state(self, index: int) -> Iterator[None]:
-        if self._seed is None:
-            yield
-            return
-        text = f"{self._seed} {int(self._epoch)} {index}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        before = random.getstate(), np.random.get_state()  # timm's policies draw from both
-        random.seed(number)
-        np.random.seed(number % 2**32)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                # Not torch.manual_seed, which would seed accelerators too.
-                torch.default_generator.manual_seed(number)
-                yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
 
 
 def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,

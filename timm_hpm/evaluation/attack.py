@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..attacks import margin_loss
 from ..data import check_eval_mode, checked_integer, for_gradients
+from ..seeding import seeded
 from ..surrogates import check_names
 from ..threat import ThreatModel
 from .batch import AttackBatch
@@ -12,7 +13,6 @@ from .budget import Budget
 from .checks import gradient_flag, restored
 from .plan import make_plan
 from .protocols import Protocol, as_budget
-from .seeding import seeded
 from .subject import Subject, without_autocast
 from .table import ATTACKS
 

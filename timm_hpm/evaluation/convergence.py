@@ -1,6 +1,6 @@
 """`measured_convergence`: when each image fell, and the margins of the others, from the steps of a run."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from ..report import Convergence
@@ -14,7 +14,12 @@ def measured_convergence(steps: Sequence[Step]) -> Convergence:
     margins: list[float] = []
     clean: list[float] = []
     spent = {True: 0.0, False: 0.0}  # by whether an image of the batch is left
-    for batch in _batches(steps):
+    batches: list[list[Step]] = []
+    for step in steps:
+        if step.attack == "clean":
+            batches.append([])
+        batches[-1].append(step)
+    for batch in batches:
         passes = 0.0
         clean += [margin for margin in batch[0].margins if margin > 0]
         fallen: list[float | None] = [None] * len(batch[0].margins)
@@ -27,15 +32,3 @@ def measured_convergence(steps: Sequence[Step]) -> Convergence:
         margins += [float(f"{min(row):.6g}") for row in zip(*(step.margins for step in batch), strict=True)]
         spent[None in fallen] = max(spent[None in fallen], passes)
     return Convergence(fell_after, spent[True] or spent[False], margins, median(clean) if clean else None)
-
-
-def _batches(steps: Iterable[Step]) -> Iterator[list[Step]]:
-    """Yields the steps of each batch, which begin with the clean one."""
-    batch: list[Step] = []
-    for step in steps:
-        if step.attack == "clean" and batch:
-            yield batch
-            batch = []
-        batch.append(step)
-    if batch:
-        yield batch

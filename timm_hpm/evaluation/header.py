@@ -11,12 +11,12 @@ from ..data import as_pixel_model, normalisation_of
 from ..head import find_head, head_mode, head_name
 from ..report.metrics import attack_of
 from ..report.tables import pixels_note
+from ..seeding import seeded
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .judge import device_of, precision_of
 from .plan import Plan, make_plan
 from .protocols import Protocol
-from .seeding import seeded
 from .subject import without_autocast
 from .table import ATTACKS
 from .threads import seconds_of_pass

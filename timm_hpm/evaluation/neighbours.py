@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ..attacks import margin_loss
 from ..data import check_eval_mode, checked_integer, for_gradients
 from ..head import find_head
+from ..seeding import seeded
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .checks import restored
 from .judge import device_of, pixel_model_for, predictions
-from .seeding import seeded
 from .subject import without_autocast
 
 #: From a few strangers' images in a batch to many.

@@ -51,7 +51,6 @@ def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Fla
 
 
 def _joined(parts: Iterable[dict[str, str]]) -> dict[str, str]:
-    """Returns the verdicts of all batches, given in order, name by name."""
     rows: dict[str, str] = {}
     for part in parts:
         for name, row in part.items():

@@ -17,12 +17,12 @@ from ..files import Parts, save_parts
 from ..head import head_mode
 from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
 from ..report.metrics import attack_of
+from ..seeding import seeded
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .judge import as_row, judge, own_logits, predictions
 from .plan import Plan, named
 from .resume import ProgressFolder, Step, no_cost
-from .seeding import seeded
 from .subject import Subject, without_autocast
 from .table import ATTACKS
 

@@ -15,12 +15,12 @@ from ..functional import in_autocast
 from ..head import find_head, head_name
 from ..report import Flag, data_digest, weights_digest
 from ..report.metrics import right_in_all
+from ..seeding import seeded
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .checks import change_flag, check_model, head_flag, probability_flag, rough_flag, verdict_flag
 from .judge import check_finite, device_of, own_logits, pixel_model_for, precision_of
 from .resume import no_cost
-from .seeding import seeded
 
 # Images of the checks.
 _NUM_CHECKED: Final = 32

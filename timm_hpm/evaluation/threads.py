@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ask
+from ..seeding import seeded
 from .checks import restored
-from .seeding import seeded
 
 #: Seconds of passes with each number of threads, at least three passes; seconds of one pass that are long enough.
 _SECONDS: Final = 0.3

@@ -29,12 +29,12 @@ from ..formats import native_state_dict, num_classes_of, plain_state_dict, warn_
 from ..guards import check_size, weights_only
 from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
+from .constructors import HEAD_ARGS
 from .preact import PreActNet
 from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 from .tags import is_whole, names_weights, own_cfg, tag_args
 
-# Arguments of an HPM head, and its entries in a state dict beside the classifier's weight and bias.
-_HEAD_ARGS = ("mix", "ema_decay", "inference")
+# Entries of an HPM head in a state dict beside the classifier's weight and bias.
 _HEAD_ENTRIES = ("prototypes", "num_updates", "log_scale")
 # With these arguments timm does not load strictly.
 _LOOSE_ARGS = ("num_classes", "in_chans", "img_size", "global_pool", "features_only", "feature_cls", "out_indices")
@@ -90,7 +90,7 @@ def build_variant(
     """
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)
-    head_args = {name: kwargs.pop(name) for name in _HEAD_ARGS if name in kwargs}
+    head_args = {name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs}
     check_size(partial(create, pretrained=False, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
     converted = pretrained and not cfg.custom_load

@@ -71,7 +71,6 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None 
 
 
 def _constructed(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> Any:
-    """Returns the network of a caller's own constructor, with the weights of a file if one is given."""
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     file = checkpoint or overlay.get("file")
     try:
@@ -91,7 +90,6 @@ def _constructed(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> A
 
 
 def _nearest(name: str) -> str:
-    """Returns advice about the name of a model that could not be created."""
     base = split_model_name_tag(name)[0]
     known = timm.list_models()
     if ":" in name or base in known:
@@ -171,7 +169,6 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = (), *, unfit
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turns a checkpoint's errors into a ValueError that names its file."""
     try:
         yield
     except SafetensorError as error:

@@ -57,7 +57,6 @@ def _known() -> dict[str, tuple[str, ...]]:
 
 
 def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
-    """Returns whether a network is of a data set and a threat model, if these are asked for."""
     part = (dataset or "").lower().rpartition("/")[2].replace("cifar-", "cifar")
     return (not part or _DATA_SETS.get(part, part) in full.partition(".")[2].split("_")) and (
         threat is None or ThreatModel.parse(notes[0].partition(": ")[2]) == threat)

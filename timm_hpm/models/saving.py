@@ -81,7 +81,6 @@ def model_config(model: Any) -> dict[str, Any]:
 
 
 def _constructor_config(cfg: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config of a network that timm did not make."""
     fields = {name: value for name, value in cfg.items() if value is not None}
     config = {"architecture": fields.pop("architecture"), "constructor": fields.pop("constructor"),
               "num_classes": cfg["num_classes"], "model_args": dict(sorted(args.items())), "pretrained_cfg": fields}
@@ -140,7 +139,6 @@ def config_args(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(text: str | bytes, place: Path) -> dict[str, Any]:
-    """Returns the config in a text, or raises a ValueError that names its place and its fault."""
     config = checked_config(text, place)
     cfg = config["pretrained_cfg"]
     if not (cfg.get("mean") and cfg.get("std") and len(cfg["mean"]) == len(cfg["std"])):

@@ -172,7 +172,6 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _titled(mark: str, title: str) -> str:
-    """Returns a mark that shows its numbers under the mouse."""
     return f"<g><title>{escape(title)}</title>{mark}</g>"
 
 

@@ -66,8 +66,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     PartialState(cpu=config.device == "cpu")
     # The name may hold the time, and another one on each process.
     folder = Path(broadcast_object_list([str(output or default_folder(config.model, "train-"))])[0])
-    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _removed_at_end(folder / UNPACKED), \
-            _own_precision():
+    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _cleared_at_end(folder / UNPACKED):
         run = Run(config, folder, model=model, resume=resume, log=log, progress=progress, asked_to_stop=asked)
         accelerator = run.accelerator
         try:
@@ -87,18 +86,11 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
 
 
 @contextmanager
-def _own_precision() -> Iterator[None]:
-    """Forgets this run's precision at its end, which Accelerate would keep for the process's next one."""
+def _cleared_at_end(unpacked: Path) -> Iterator[None]:
+    """Removes unpacked images at the end, and the run's precision, which Accelerate would keep for the next one."""
     try:
         yield
     finally:
         AcceleratorState._reset_state()
-
-
-@contextmanager
-def _removed_at_end(path: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
         if process_index() == 0:
-            remove(path)
+            remove(unpacked)

@@ -64,7 +64,6 @@ def num_passes(config: TrainConfig, num_train: int, num_val: int) -> float:
 
 
 def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor) -> str:
-    """Returns how long the run may take, from the time of one pass of a few images."""
     passes = num_passes(config, len(data.train), len(data.val))
     mode = model.training
     pixel_model = as_pixel_model(model.eval())

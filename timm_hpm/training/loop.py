@@ -147,8 +147,6 @@ class Run:
             forget_kept_signs(self.progress.warnings)
             self.folder.write_warnings(self.progress.warnings.values())
 
-    # The loop
-
     def train(self) -> dict[str, Any]:
         """Trains to the end; returns the row of the kept epoch."""
         if self.show_progress and self.accelerator.is_main_process:
@@ -291,8 +289,6 @@ class Run:
         for tensor in find_head(model).state_dict().values():
             tensor.copy_(broadcast(tensor))  # each process fitted the scale on its own random starts
 
-    # The ends of epochs
-
     def _finish_epoch(self, images_per_second: float | None) -> None:
         state, config = self.progress, self.config
         self.state.check_finite()
@@ -338,16 +334,12 @@ class Run:
                     self.log(f"warning: {text}")
                 self.folder.write_warnings(state.warnings.values())
 
-    # Checkpoints
-
     def _save(self) -> None:
         self.state.check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.write_checkpoint(self.state.checkpoint(self.config))
         self.accelerator.wait_for_everyone()
-
-    # Helpers
 
     def _surrogate(self) -> str:
         """Returns the surrogate to attack through: the FC classifier if the model predicts by it."""

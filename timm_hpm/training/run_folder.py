@@ -144,7 +144,6 @@ def measuring_command(path: Path) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the validation accuracies and the training loss over the epochs as an SVG file."""
     highest = max([*(row["loss"] for row in rows), 1e-9])
     names = {"val_clean": "clean, validation", "val_robust": "robust (PGD), validation",
              "loss": f"training loss, % of {highest:.3g} nats"}

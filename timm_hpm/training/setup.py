@@ -46,7 +46,8 @@ class Data:
 
 def create_trainable(config: TrainConfig) -> Any:
     """Returns the model of a run, with its weights, on the CPU."""
-    given = _given(config, "num_classes", "in_chans") | _drops(config)
+    given = _given(config, "num_classes", "in_chans")
+    given |= {f"{name}_rate": value for name, value in _given(config, "drop", "drop_path").items()}
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
         raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
@@ -106,7 +107,6 @@ def _predicts_by_fc(model: nn.Module) -> bool:
 
 
 def _fc_mode(model: nn.Module) -> Any:
-    """Returns a context in which the model predicts by its FC classifier."""
     return nullcontext() if head_name(model) is None else head_mode(model, "fc")
 
 
@@ -123,10 +123,6 @@ def size_argument(config: TrainConfig) -> dict[str, Any]:
 
 def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-def _drops(config: TrainConfig) -> dict[str, float]:
-    return {f"{name}_rate": value for name, value in _given(config, "drop", "drop_path").items()}
 
 
 def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import training_runs
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -555,6 +556,44 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         run(tmp_path, recovery_interval=1, checkpoint_hist=1)
     kept = newest_checkpoint(tmp_path / "checkpoints")
     assert kept.progress["updates"] == 2 and all(tensor.isfinite().all() for tensor in kept.model.values())
+
+
+def small_network(activation, mix) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    return timm_hpm.add_hpm_head(nn.Sequential(*layers), mix=mix)
+
+
+def test_a_run_of_another_network_or_other_images_is_not_resumed(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "run"
+    picture, other = Image.new("RGB", (8, 8), (100, 50, 200)), Image.new("RGB", (8, 8), (10, 50, 20))
+    for file in [f"{split}/{label}/{i}.png" for split in ("train", "val", "test") for label in "ab" for i in range(4)]:
+        (data / file).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(data / file)
+    options = {"dataset": "folder", "data_dir": str(data), "img_size": 8, "batch_size": 4, "attack_steps": 1,
+               "val_attack_steps": 1, "sched": "constant", "prototype_epoch": 1.0, "device": "cpu",
+               "log": lambda line: None, "output": output}
+    train(small_network(nn.ReLU(), 0.5), epochs=1, **options)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+
+    def go_on(network):
+        train(network, epochs=2, resume=True, **options)
+
+    for network, message in ((small_network(nn.Tanh(), 0.5), "code.*logits of the first images differ"),
+                             (small_network(nn.ReLU(), 0.25), "'mix': 0.5.*'mix': 0.25")):
+        with pytest.raises(ValueError, match=message):
+            go_on(network)
+    other.save(data / "val/b/0.png")
+    with pytest.raises(ValueError, match="the images have changed"):
+        go_on(small_network(nn.ReLU(), 0.5))
+    picture.save(data / "val/b/0.png")
+    picture.save(data / "train/a/more.png")
+    with pytest.raises(ValueError, match="their labels"):
+        go_on(small_network(nn.ReLU(), 0.5))
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    (data / "train/a/more.png").unlink()
+    other.save(data / "test/b/0.png")  # no image that the run learns from or is chosen by
+    go_on(small_network(nn.ReLU(), 0.5))
 
 
 def test_a_run_of_other_processes_is_not_resumed(finished_run, tmp_path):

@@ -29,6 +29,7 @@ from .distributed import average_, num_processes, process_index, reduced, seed_a
 from .extra import ExtraImages
 from .header import row_text, training_header
 from .health import epoch_signs, forget_kept_signs, kept_signs
+from .identity import check_identity, identity
 from .objectives import OBJECTIVES, Answers, TrainingAttack
 from .recovery import Progress, RunState
 from .run_folder import RunFolder, saved_options
@@ -142,6 +143,7 @@ class Run:
         if checkpoint is None:
             return
         self.state.load(checkpoint, self.config)
+        check_identity(self.progress.identity, self._identity())
         self.folder.restore_best(checkpoint)
         if checkpoint.config["epochs"] < self.config.epochs:
             forget_kept_signs(self.progress.warnings)
@@ -338,8 +340,12 @@ class Run:
         self.state.check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self.progress.identity = self._identity()
             self.folder.write_checkpoint(self.state.checkpoint(self.config))
         self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.model, self.data, None if self.extra is None else self.extra.labels)
 
     def _surrogate(self) -> str:
         """Returns the surrogate to attack through: the FC classifier if the model predicts by it."""

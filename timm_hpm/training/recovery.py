@@ -50,6 +50,7 @@ class Progress:
         best: the row of the best epoch; {} before there is one.
         log_scale: that of the head when its prototypes were fitted, or at the start if it came with some.
         warnings: signs that the run does not learn, by name.
+        identity: of the network and the images, see `identity`.
     """
 
     processes: int
@@ -61,6 +62,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     log_scale: float = 0.0
     warnings: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)

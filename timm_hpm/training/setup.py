@@ -106,7 +106,8 @@ def _predicts_by_fc(model: nn.Module) -> bool:
     return head_name(model) is None or find_head(model).inference == "fc"
 
 
-def _fc_mode(model: nn.Module) -> Any:
+def fc_mode(model: nn.Module) -> Any:
+    """Returns a context in which the model predicts by its FC classifier."""
     return nullcontext() if head_name(model) is None else head_mode(model, "fc")
 
 
@@ -223,7 +224,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> boo
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
     mode = model.training
-    with _fc_mode(model):
+    with fc_mode(model):
         right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
     model.train(mode)
     share = labels.bincount().max().item() / len(labels)
@@ -262,7 +263,7 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
     mode = model.training
     try:
-        with torch.no_grad(), _fc_mode(model), _narrow_convolutions(model) as narrow:
+        with torch.no_grad(), fc_mode(model), _narrow_convolutions(model) as narrow:
             logits = check_logits(PixelModel(model.eval())(pixels), 1)
         if logits.shape[1] != model.num_classes:
             raise ValueError(f"it returns {logits.shape[1]} logits for {model.num_classes} classes")

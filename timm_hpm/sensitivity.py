@@ -142,7 +142,7 @@ def measure_sensitivity(
         iterations: APGD steps of each attack, at least 1.
         batch_size: images in a batch, at least 1; the logits of `"batch"` depend on it.
         seed: of the random starts.
-        name: stands in the result; "" means the class of the model.
+        name: of the model in the result; "" means its class.
         progress: shows a progress bar on standard error.
 
     Raises:

@@ -30,7 +30,7 @@ from .extra import ExtraImages
 from .header import row_text, training_header
 from .health import epoch_signs, forget_kept_signs, kept_signs
 from .identity import check_identity, identity
-from .objectives import OBJECTIVES, Answers, TrainingAttack
+from .objectives import OBJECTIVES, Outputs, TrainingAttack
 from .recovery import Progress, RunState
 from .run_folder import RunFolder, saved_options
 from .schedules import create_schedule
@@ -198,8 +198,8 @@ class Run:
         self._set_mode(training=True)
         with accelerator.accumulate(self.trained):
             with perturbed_weights(self.trunk, partial(self._loss, batches, labels), self._gamma()):
-                answers: list[Answers] = self.trained(*batches)
-                loss = self.objective.loss(answers, labels, config)
+                outputs: list[Outputs] = self.trained(*batches)
+                loss = self.objective.loss(outputs, labels, config)
                 mean = self._checked(loss)
                 accelerator.backward(loss)
             if accelerator.sync_gradients and config.clip_grad is not None:
@@ -208,7 +208,7 @@ class Run:
             self.optimizer.zero_grad()
         if self.trunk.has_prototypes:
             first = 0 if config.prototype_features == "both" else -1
-            sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in answers[first:]]
+            sums += [self.head.class_sums(features.detach(), labels) for features, _, _ in outputs[first:]]
             if self.ema is not None:
                 with accelerator.autocast():
                     for batch in batches[first:]:

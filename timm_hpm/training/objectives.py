@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attacks import pgd
 from ..threat import ThreatModel
 
-Answers = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), FC logits (B, C)
+Outputs = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), FC logits (B, C)
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,30 @@ class Objective:
 
     Arguments:
         name: the value of the option `objective`.
-        loss: returns the scalar to minimise, of the answers to each batch that is learned from (clean images, if the
-            objective or the prototypes use them; then adversarial images, if there is an attack), the labels (B,), and
-            the run's `TrainConfig`.
-        craft: returns adversarial images (B, ...) for an attack, clean images (B, ...) and labels (B,); None trains on
-            clean images alone.
-        uses_clean: whether the loss uses the answers to the clean images.
+        loss: the outputs for each batch (clean images, if the objective or the prototypes use them; then adversarial
+            images, if there is an attack), the labels (B,) and the run's `TrainConfig` to the scalar to minimise.
+        craft: an attack, clean images (B, ...) and labels (B,) to adversarial images; None trains on clean ones alone.
+        uses_clean: whether the loss uses the outputs for the clean images.
     """
 
     name: str
-    loss: Callable[[Sequence[Answers], Tensor, Any], Tensor]
+    loss: Callable[[Sequence[Outputs], Tensor, Any], Tensor]
     craft: Callable[[TrainingAttack, Tensor, Tensor], Tensor] | None = TrainingAttack.pgd
     uses_clean: bool = False
 
 
-def cross_entropy(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
+def cross_entropy(outputs: Sequence[Outputs], labels: Tensor, options: Any) -> Tensor:
     """Returns the mean cross-entropy (nats) of the last batch: of the HPM logits, and of the FC logits."""
-    return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=options.smoothing), answers[-1],
+    return _over_both(lambda logits: F.cross_entropy(logits, labels, label_smoothing=options.smoothing), outputs[-1],
                       options.fc_loss_weight)
 
 
-def trades(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
-    """Returns the clean cross-entropy plus β times the KL divergence of the adversarial answers from the clean ones.
+def trades(outputs: Sequence[Outputs], labels: Tensor, options: Any) -> Tensor:
+    """Returns the clean cross-entropy plus β times the KL divergence of the adversarial outputs from the clean ones.
 
     Source: Zhang et al., arXiv 1901.08573; for both of the head's classifiers.
     """
-    clean, adversarial = answers
+    clean, adversarial = outputs
     divergence = _over_both(lambda logits, reference: kl_divergence(logits, reference) / len(labels), adversarial,
                             options.fc_loss_weight, clean)
     return cross_entropy([clean], labels, options) + options.trades_beta * divergence
@@ -84,13 +82,13 @@ def craft_trades(attack: TrainingAttack, images: Tensor, labels: Tensor) -> Tens
     return attack.pgd(images, labels, away_from(reference))
 
 
-def mart(answers: Sequence[Answers], labels: Tensor, options: Any) -> Tensor:
-    """Returns MART's loss: `boosted_cross_entropy` of the adversarial answers, plus λ times their divergence.
+def mart(outputs: Sequence[Outputs], labels: Tensor, options: Any) -> Tensor:
+    """Returns MART's loss: `boosted_cross_entropy` of the adversarial outputs, plus λ times their divergence.
 
-    That is the KL divergence from the clean answers, weighted by 1 minus the clean probability of the label.
+    That is the KL divergence from the clean outputs, weighted by 1 minus the clean probability of the label.
     Source: Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
     """
-    clean, adversarial = answers
+    clean, adversarial = outputs
 
     def loss(logits: Tensor, reference: Tensor) -> Tensor:
         doubt = 1 - reference.softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
@@ -120,11 +118,11 @@ def away_from(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, _: kl_divergence(logits, reference)
 
 
-def _over_both(loss: Callable[..., Tensor], answers: Answers, fc_weight: float, *references: Answers) -> Tensor:
+def _over_both(loss: Callable[..., Tensor], outputs: Outputs, fc_weight: float, *references: Outputs) -> Tensor:
     """Returns the weighted mean of a loss of the HPM logits (and those of the references) and one of the FC logits."""
-    total = loss(answers[1], *(reference[1] for reference in references))
+    total = loss(outputs[1], *(reference[1] for reference in references))
     if fc_weight:
-        total = total + fc_weight * loss(answers[2], *(reference[2] for reference in references))
+        total = total + fc_weight * loss(outputs[2], *(reference[2] for reference in references))
     return total / (1 + fc_weight)
 
 

@@ -50,7 +50,7 @@ def create_trainable(config: TrainConfig) -> Any:
     given |= {f"{name}_rate": value for name, value in _given(config, "drop", "drop_path").items()}
     twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
     if twice:
-        raise ValueError(f"{', '.join(twice)} stands in the options and in model_kwargs; give it once")
+        raise ValueError(f"{', '.join(twice)} is in the options and in model_kwargs; give it once")
     if config.initial_checkpoint is not None:
         # The way of a public checkpoint: its format is converted, and a head of another size starts anew.
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **_given(config, "mean", "std")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-#: Stands among the signals for the end of a run's time.
+#: The end of a run's time, among the signals.
 TIME_LIMIT: Final = -1
 _CAUSES: Final = (*SIGNALS, TIME_LIMIT)
 # Neither Windows nor macOS can tell a worker who sent it a signal.

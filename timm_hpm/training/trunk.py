@@ -51,27 +51,27 @@ class PixelTrunk(nn.Module):
 
         Several batches go into one call, because DistributedDataParallel takes one call per backward pass.
         """
-        return [self._answers(self.backbone(batch)) for batch in pixels]
+        return [self._outputs(self.backbone(batch)) for batch in pixels]
 
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W), or the model's own."""
         features = self.backbone(pixels)
         if self.head is None:
             return features
-        answer = partial(SURROGATES[surrogate].logits, self.head)
-        return self._in_its_batch(answer, features) if SURROGATES[surrogate].batch_dependent else answer(features)
+        logits = partial(SURROGATES[surrogate].logits, self.head)
+        return self._in_its_batch(logits, features) if SURROGATES[surrogate].batch_dependent else logits(features)
 
-    def _answers(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fc_logits = (features if self.head is None else self.head.fc_logits(features)).float()
         if not self.uses_prototypes:
             return features, fc_logits, fc_logits
         return features, self._in_its_batch(partial(ste_logits, self.head), features), fc_logits
 
-    def _in_its_batch(self, answer: Any, features: Tensor) -> Tensor:
+    def _in_its_batch(self, logits: Any, features: Tensor) -> Tensor:
         if self.batch_prototypes == "local" or num_processes() == 1 or self.head.inference != "batch":
-            return answer(features)
+            return logits(features)
         size, index = len(features), process_index()
-        return answer(gather_with_gradient(features))[index * size:(index + 1) * size]
+        return logits(gather_with_gradient(features))[index * size:(index + 1) * size]
 
 
 @contextmanager

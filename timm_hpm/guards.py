@@ -89,7 +89,7 @@ def check_size(make: Callable[[], Any], arguments: Mapping[str, Any]) -> None:
             make()
     except TooLargeError:
         raise
-    except Exception:  # the caller meets it again, with memory
+    except Exception:  # making the network with memory raises it again
         pass
 
 

@@ -192,7 +192,7 @@ class _Study:
         self.attacked = AttackedModel(as_pixel_model(model), images[:batch_size])
         assert self.attacked.head is not None  # the model has one
         self.head = self.attacked.head
-        # The copy's scale leaves a cross-entropy its gradient, which the naive attack must not profit from.
+        # The naive attack must meet the head's own scale, not the moderated one of the copy.
         self.head.log_scale.copy_(own_scale)
         with torch.no_grad():
             features = self._features(images)

@@ -58,7 +58,7 @@ class EncodedImages:
                         self._warn_of_transparency(name)
                     image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
                 return image.convert(MODES[channels])
-            # Pillow's plugins raise almost anything, of which its error about the size is no ValueError.
+            # Pillow's plugins raise errors of almost any type.
             except Exception as error:
                 raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
 

@@ -26,12 +26,12 @@ from .sources import DataSource, data_source
 
 SPLITS: Final = ("train", "val", "test")
 
-# Of the splits only, whatever the run's seed.
+# Seed of the splits, whatever the run's seed is.
 _SPLIT_SEED: Final = 0
 # Held out for validation by default.
 _VAL_FRACTION: Final = 0.1
 _MOST_VAL_IMAGES: Final = 5000
-# So that a whole split is not in memory twice.
+# Images read at once: a whole split is not in memory twice.
 _AT_ONCE: Final = 256
 _CPU: Final = torch.device("cpu")
 _POLICIES: Final = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
@@ -157,7 +157,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
     if isinstance(part.images, Tensor):
         size = part.images.shape[1:]
         _check_size(name, tuple(size), None if input_size is None else tuple(input_size))
-        # Other images leave the memory.
+        # Frees the images of the other splits.
         part = part._replace(images=part.images[indices], labels=part.labels[indices])
         indices = torch.arange(len(indices))
     else:
@@ -267,7 +267,7 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
     if split == "test":
         own = "test" if "test" in has else "val"
     else:
-        # If there is only one of them, it is to measure with.
+        # If there is only one of val and test, it is for measuring.
         own = split if "val" in has and "test" in has else "train"
     if own not in has:
         place = "" if data_dir is None else f" in {data_dir}"

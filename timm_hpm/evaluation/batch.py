@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attacked import AttackedModel
 
-# Of logits: a lead that no search takes for progress.
+# A lead of logits that no search mistakes for progress.
 _BEYOND_DOUBT: Final = 1e4
 
 

@@ -112,7 +112,7 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
                              for name, inputs, part in zip(batch.surrogates, features, parts, strict=True)])
             wrong = (predicted_classes(own) != batch.labels).view_as(victims)
             errors = (wrong & victims).sum(dim=1)
-            # The later of two, which was found nearer to the head's own assignment.
+            # Of equally good batches the last: the temperature falls towards the head's own assignment.
             better = (errors >= most).repeat_interleave(batch.size).view(-1, 1, 1, 1)
             best, most = torch.where(better, x, best), errors.maximum(most)
         batch.on_query()

@@ -219,7 +219,7 @@ def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
     pixel_model = as_pixel_model(model)
     if isinstance(pixel_model, PixelModel) or all(p.dtype == torch.float32 for p in model.parameters()):
         return pixel_model
-    # A module of pixels in another precision: no normalisation, only its dtype.
+    # A module of pixels in another precision: it needs a cast, not a normalisation.
     pixel_model = PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
     pixel_model.source = f"{type(model).__name__}, a module of pixels"
     return pixel_model

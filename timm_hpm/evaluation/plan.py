@@ -58,7 +58,7 @@ def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags:
                          "torch.no_grad() in it, or attack by "
                          + ", ".join(attack.name for attack in ATTACKS.values() if not attack.needs_gradient))
     budgets = {attack.name: protocol.attacks[attack.name].for_classes(num_classes) for attack in usable}
-    # Only if a prediction depends neither on the batch nor on earlier ones do broken images not matter to others.
+    # Broken images can be left out if a prediction depends neither on the batch nor on earlier predictions.
     cascade = not (protocol.full_grid or model.batch_dependent(model.exact_surrogate())
                    or {"batch-dependent", "changes-state"} & set(flags))
     fitted = replace(protocol, surrogates=surrogates, attacks=budgets, full_grid=not cascade)

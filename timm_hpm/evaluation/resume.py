@@ -28,7 +28,7 @@ _NOTHING: Final = torch.empty(0)
 # Measured by the model: another number of threads rounds otherwise.
 _MEASURED: Final = ("attacked_scale", "clean_margin")
 
-# Names the run of a folder.
+# The file that identifies the run of a folder.
 _RUN: Final = "run.json"
 
 

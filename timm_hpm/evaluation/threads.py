@@ -53,7 +53,7 @@ def fastest_threads(work: Callable[[], object], most: int) -> int:
         while calls < 3 or time.perf_counter() - start < _SECONDS:
             work()
             calls += 1
-        # The mean: of a pass that waits for another process's time slice the median says nothing.
+        # The mean: a median would hide the passes that wait for another process's time slice.
         seconds.append((time.perf_counter() - start) / calls)
         if i and seconds[i] * _GAIN > seconds[i - 1]:
             return counts[i - 1]
@@ -69,7 +69,7 @@ def _measured(model: nn.Module, images: Tensor, most: int) -> int | None:
             while count < len(images) and seconds_of_pass(model, images[:count]) < _LONG_ENOUGH:
                 count = min(2 * count, len(images))
             return fastest_threads(lambda: seconds_of_pass(model, images[:count]), most)
-        except Exception:  # of the model's own; the attack or the training says by name what is wrong with it
+        except Exception:  # the model's own, which the attack or the training explains
             return None
         finally:
             torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from .examples import Example
 from .flags import Flag
 from .metrics import attack_of, most_errors_accuracy, right_in_all, wilson_interval, worst_accuracy
 
-#: Written and read.
+#: Version of report.json that this package writes and reads.
 SCHEMA_VERSION: Final = 2
 
 # Fields that older reports of this version lack.

@@ -52,7 +52,7 @@ def create_trainable(config: TrainConfig) -> Any:
     if twice:
         raise ValueError(f"{', '.join(twice)} is in the options and in model_kwargs; give it once")
     if config.initial_checkpoint is not None:
-        # The way of a public checkpoint: its format is converted, and a head of another size starts anew.
+        # Loaded as a public checkpoint is: its format is converted, and a head of another size starts anew.
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **_given(config, "mean", "std")}
     model = _quietly_created(config, pretrained=config.has_weights, new_head=True, **given, **size_argument(config),
                              **(config.model_kwargs or {}))
@@ -88,7 +88,7 @@ def _ready(model: Any, config: TrainConfig) -> Any:
     if config.batch_prototypes == "global" and (_predicts_by_fc(model) or find_head(model).inference != "batch"):
         raise ValueError("batch_prototypes is global, and the model makes no batch-level prototypes; expected an HPM "
                          "head in batch mode: give --model-kwargs inference=batch, or leave batch_prototypes out")
-    # The trained weights are no published ones.
+    # The trained weights are not those of the tag.
     model.pretrained_cfg.update(tag=None, **_given(config, "mean", "std"))
     if config.grad_checkpointing:
         try:
@@ -244,7 +244,7 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
                                random_resized_crop=config.random_resized_crop, **options)
     data = Data(train, plain, open_split_for(model, config.dataset, "val", **options))
     check_every_class(data.train, model.num_classes)
-    for name in OF_TRAINING:  # of the weights that it begins with
+    for name in OF_TRAINING:  # they describe the initial weights
         cfg.pop(name, None)
     # timm saves the names only if the number is right.
     cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)

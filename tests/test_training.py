@@ -249,6 +249,15 @@ def test_accumulated_batches_move_prototypes_as_one(tmp_path):
     torch.testing.assert_close(prototypes["one"], prototypes["three"], rtol=0, atol=1e-6)
 
 
+def test_an_incomplete_update_at_the_end_of_an_epoch_is_the_mean_of_its_batches(tmp_path):
+    for name, steps in (("one", 1), ("three", 3)):
+        run(tmp_path / name, epochs=1, batch_size=1000, objective="clean", sched="constant", lr=1.0,
+            freeze_backbone=True, grad_accum_steps=steps)
+    one, three = weights(tmp_path / "one"), weights(tmp_path / "three")
+    torch.testing.assert_close(three["fc.weight"], one["fc.weight"], rtol=1e-6, atol=1e-6)
+    assert (one["fc.weight"] - embedded()["fc.weight"]).abs().max() > 1e-4
+
+
 FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
 
 

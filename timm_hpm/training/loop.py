@@ -201,7 +201,7 @@ class Run:
                 outputs: list[Outputs] = self.trained(*batches)
                 loss = self.objective.loss(outputs, labels, config)
                 mean = self._checked(loss)
-                accelerator.backward(loss)
+                accelerator.backward(loss * self._share())
             if accelerator.sync_gradients and config.clip_grad is not None:
                 accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
             self.optimizer.step()
@@ -214,6 +214,12 @@ class Run:
                     for batch in batches[first:]:
                         self.ema.see(batch, labels)
         return mean
+
+    def _share(self) -> float:
+        """Returns the factor of a batch's loss that makes the last update of an epoch the mean of its batches, too."""
+        # Accelerate divides by the batches of a whole update.
+        whole, rest = self.config.grad_accum_steps, len(self.loader) % self.config.grad_accum_steps
+        return whole / rest if self.progress.batches >= len(self.loader) - rest else 1.0
 
     def _loss(self, batches: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Returns the loss of this process's batches, scaled for float16, to perturb the weights by."""

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from timm_hpm import load_split
@@ -308,6 +309,16 @@ def test_images_of_a_folder_are_resized_and_cropped_at_the_centre(folder):
     assert sorted(contents(split)) == sorted(expected)
     small, _ = open_split("folder", "test", data_dir=folder, input_size=(3, 8, 12))[0]
     assert small.shape == (3, 8, 12)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_images_are_cropped_as_timm_does_for_the_model(crop_mode, folder):
+    model = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={
+        "crop_mode": crop_mode, "input_size": (3, 16, 16), "crop_pct": 0.9})
+    transform = create_transform(**resolve_data_config(model=model), normalize=False)
+    expected = [transform(Image.open(file)) for file in (folder / "val").rglob("*.png")]
+    split = open_split_for(model, "folder", "test", data_dir=folder)
+    assert sorted(contents(split)) == sorted((image.float() / 255).numpy().tobytes() for image in expected)
 
 
 def test_images_of_a_folder_are_read_as_grey_where_the_model_takes_grey(folder):

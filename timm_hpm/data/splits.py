@@ -99,8 +99,8 @@ class ImageSplit(Dataset):
 
 def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None = None,
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
-               download: bool = False, num_classes: int | None = None, val_fraction: float | None = None,
-               class_map: str | os.PathLike | Mapping[str, int] | None = None,
+               crop_mode: str = "center", download: bool = False, num_classes: int | None = None,
+               val_fraction: float | None = None, class_map: str | os.PathLike | Mapping[str, int] | None = None,
                augmentation_seed: int | None = None, random_resized_crop: bool = False,
                auto_augment: str | None = None) -> ImageSplit:
     """Opens a split of a data set.
@@ -113,9 +113,10 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         split: `"train"`, `"val"` or `"test"`.
         data_dir: folder of its files; None for the system's "fashion_mnist", and data/ for "torch/...".
         input_size: (channels, height, width) of the model. Images from files become grey or colour, are resized by
-            `crop_pct` and cropped at the centre, as timm does; those in memory must fit. None takes these as they are.
+            `crop_pct` and cropped by `crop_mode`, as timm does; those in memory must fit. None takes these as they are.
         crop_pct: the part of the resized image's shorter side that is kept.
         interpolation: "bicubic", "bilinear" or another of timm's.
+        crop_mode: timm's: "center", "squash" (without the aspect ratio) or "border" (the whole image, with a border).
         download: whether a missing "torch/..." data set may be downloaded; by one process at a time.
         num_classes: the model's; all labels must be below it.
         val_fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images. Open "train" and
@@ -172,7 +173,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         steps = [RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()]
     elif not isinstance(part.images, Tensor):
         steps = [create_transform((size[0], size[1], size[2]), interpolation=interpolation,
-                                  crop_pct=crop_pct, normalize=False)]
+                                  crop_pct=crop_pct, crop_mode=crop_mode, normalize=False)]
     if auto_augment and augmentation_seed is not None:
         steps.append(_policy(auto_augment, size))
     return ImageSplit(name, source, part, indices, size[0], Compose(steps) if steps else None, augmentation_seed)

@@ -86,9 +86,10 @@ def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits,
 
 def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
     model = timm_hpm.add_hpm_head(Net())
-    kept = timm_hpm.train(PixelModel(model, (0.3,), (0.4,)), CONFIG, tmp_path / "run", log=quiet)
+    whole = PixelModel(model, (0.3,), (0.4,)).train()
+    kept = timm_hpm.train(whole, CONFIG, tmp_path / "run", log=quiet)
     assert timm_hpm.find_head(model).is_fitted() and kept["val_clean"] > 0.8
-    assert timm_hpm.judge(PixelModel(model, (0.3,), (0.4,)), *digits, 64).float().mean().item() == pytest.approx(
+    assert timm_hpm.judge(whole, *digits, 64).float().mean().item() == pytest.approx(
         kept["val_clean"])
     assert saved_config(tmp_path / "run" / "model.safetensors")["pretrained_cfg"]["mean"] == pytest.approx([0.3])
 

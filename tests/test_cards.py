@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import evaluate
 import timm_hpm
@@ -23,6 +24,7 @@ from timm_hpm.__main__ import main
 from timm_hpm.console import run_command
 from timm_hpm.evaluation.command import load_model
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.protocols import PROTOCOLS
 from timm_hpm.models.saving import write_model
 from timm_hpm.report.command import DOOR, evaluate_command
 
@@ -175,6 +177,31 @@ def test_training_settings_and_class_names_stay_with_weights_and_nobody_else_s_l
     timm_hpm.hub.save(timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True), tmp_path / "c")
     card = ModelCard.load(tmp_path / "c" / "README.md")
     assert card.data.license == "mit" and "Training settings" not in card.text
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_network_in_a_pixel_model_is_saved_with_its_normalisation(own, tmp_path):
+    network = timm.create_model(EMBEDDED, pretrained=True).eval() if own else nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 10)).eval()
+    model = timm_hpm.PixelModel(network, (0.25,), (0.5,))
+    protocol = PROTOCOLS["fast"].changed(attacks=["apgd-ce"], budgets={"apgd-ce": 1})
+    report = timm_hpm.evaluate(model, (torch.rand(4, 1, 8, 8), torch.arange(4)), "Linf:0.1", protocol=protocol)
+    timm_hpm.hub.save(model, tmp_path, report=report)
+    assert getattr(network, "pretrained_cfg", {}).get("mean") != [0.25]
+    cfg = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"]) == ([0.25], [0.5])
+    if own:
+        again = timm_hpm.PixelModel(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval())
+        images = torch.rand(4, 1, 8, 8)
+        assert torch.equal(again(images), model(images))
+
+
+def test_a_card_of_merged_reports_names_their_seeds_and_one_in_other_precision_names_it():
+    report = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json")
+    report.protocol.update(seeds=[0, 3], precision="autocast to bfloat16", eot=4)
+    card = cards.model_card("org/name", EMBEDDED, timm.get_pretrained_cfg("hpm_wrn10_2").to_dict(), report=report)
+    assert "| seed | 0, 3 |" in card and "Measured from Python" not in card and "of several seeds" in card
+    assert "| precision | autocast to bfloat16 |" in card and "| draws | 4, " in card
 
 
 def test_a_run_that_no_command_can_repeat_has_no_command():

@@ -183,7 +183,8 @@ def _evaluation(name: str, report: AttackReport) -> str:
         if is_constructor(name):
             there["options"]["checkpoint"] = WEIGHTS
     command = evaluate_command(report.protocol | there)
-    parts = [fenced(shell_lines(command), "sh") if command else
+    merged = "The worst case of several seeds, of which each is a measurement of its own."
+    parts = [fenced(shell_lines(command), "sh") if command else merged if "seeds" in report.protocol else
              "Measured from Python by `timm_hpm.mixed_surrogate_attack`: no command line repeats it.",
              "\n".join(results(report))]
     if report.baseline:
@@ -229,10 +230,14 @@ def _protocol(report: AttackReport) -> list[tuple[str, str]]:
         ("surrogates", ", ".join(protocol["surrogates"])),
         ("attacks", f"{attacks}, on each surrogate"),
         ("judge", "the true model, in its own mode, on whole batches; right only if right under every candidate"),
-        ("seed", str(protocol["seed"])),
+        ("seed", cell(protocol.get("seeds", protocol["seed"]))),
         ("versions", ", ".join(f"{package} {version}" for package, version in protocol["versions"].items())
          + f", {protocol['device'].upper()}"),
     ]
+    if protocol.get("precision", "float32") != "float32":
+        rows.insert(6, ("precision", protocol["precision"]))
+    if protocol.get("eot", 1) > 1:
+        rows.insert(5, ("draws", f"{protocol['eot']}, whose logits and gradients are averaged"))
     if protocol.get("class_subset"):
         rows.insert(2, ("classes", protocol["class_subset"]))
     if protocol.get("normalisation"):

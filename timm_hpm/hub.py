@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,11 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import huggingface_hub as hf
-import numpy as np
 import timm
 import torch
 from huggingface_hub import errors as hf_errors
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.utils import unwrap_model
 from torch import nn
 
 from . import __version__
@@ -36,7 +34,7 @@ from .models.configs import read_config
 from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import register_saved
-from .models.saving import CONFIG, WEIGHTS, in_chans, saved_config, write_model
+from .models.saving import CONFIG, WEIGHTS, in_chans, in_float32, saved_config, saved_network, write_model
 from .report import AttackReport, weights_digest
 
 CARD: Final = "README.md"
@@ -72,8 +70,9 @@ def push(
     made. A second push replaces all files; without `report` it removes the report of the first.
 
     Arguments:
-        model: a classifier with an HPM head or without. If `timm.create_model` did not make it, its files name its
-            constructor or class, which whoever pulls it must have.
+        model: a classifier with an HPM head or without; the network in a `PixelModel` with the normalisation of that.
+            If `timm.create_model` did not make it, its files name its constructor or class, which whoever pulls it
+            must have.
         repo_id: "organisation/name", or "name" in the account of the token.
         report: the result of `mixed_surrogate_attack` on this very model, or its file.
         private: whether a new repository is private; refused for a public one.
@@ -172,7 +171,7 @@ def save(
         HubError: if the model cannot be saved, or the saved files give another model.
     """
     folder = Path(folder)
-    model = unwrap_model(model)
+    model = saved_network(model)
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         describe(model)
     head = None if head_name(model) is None else find_head(model)
@@ -229,20 +228,18 @@ def _check_report(report: AttackReport, model: Any, head: HPMHead | None) -> Non
         "architecture": model.pretrained_cfg.get("architecture"), "num_classes": model.num_classes,
         "prototypes_fitted": head and head.is_fitted(), "inference": head.inference if head else "none",
         "mix": head and head.mix,
-        "weights_digest": weights_digest(model), "normalisation": _float32(normalisation_of(PixelModel(model)))}
+        "weights_digest": weights_digest(model), "normalisation": in_float32(normalisation_of(PixelModel(model)))}
     measured = {**now, **report.protocol}
     # None: of a caller's own module.
-    measured["normalisation"] = _float32(measured["normalisation"]) or now["normalisation"]
+    measured["normalisation"] = in_float32(measured["normalisation"]) or now["normalisation"]
+    # A caller's own module was measured under the name of its class.
+    if measured["architecture"] in (f"hpm_{now['architecture']}", type(model).__name__):
+        measured["architecture"] = now["architecture"]
     for name, value in now.items():
-        if measured[name] != value and not (name == "architecture" and measured[name] == f"hpm_{value}"):
+        if measured[name] != value:
             raise ValueError(f"the report was measured with {name} {measured[name]!r}, the model has {value!r}. A card "
                              "may only quote the report of its own model: push the model as it was measured (for "
                              "instance find_head(model).inference = 'sample'), or measure this one")
-
-
-def _float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
-    return {name: np.asarray(normalisation[name], np.float32).tolist()
-            for name in ("mean", "std")} if normalisation else {}
 
 
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:

@@ -3,18 +3,23 @@
 The metadata of the weights file repeats the config, and identifies the file if it is renamed or moved.
 """
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from ..data import PixelModel, normalisation_of
 from ..head import find_head, head_name
 from .configs import checked_config
 from .constructors import described_cfg
@@ -41,6 +46,24 @@ def write_model(model: Any, folder: Path, *, training: dict[str, Any] | None = N
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors_of(model), folder / WEIGHTS, weights_metadata(config))
     return config
+
+
+def saved_network(model: nn.Module) -> Any:
+    """Returns the network in a wrapper; that in a `PixelModel` states its mean and std in its pretrained cfg."""
+    model = unwrap_model(model)
+    if not isinstance(model, PixelModel):
+        return model
+    network: Any = copy.copy(unwrap_model(model.model))  # the caller's keeps its cfg
+    cfg, own = getattr(network, "pretrained_cfg", None) or {}, in_float32(normalisation_of(model))
+    if in_float32(cfg if cfg.get("mean") and cfg.get("std") else None) != own:
+        network.pretrained_cfg = {**cfg, **own}
+    return network
+
+
+def in_float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
+    """Returns the mean and std of a normalisation as a model keeps them; {} if there is none."""
+    return {name: np.asarray(normalisation[name], np.float32).tolist()
+            for name in ("mean", "std")} if normalisation else {}
 
 
 def model_config(model: Any) -> dict[str, Any]:
@@ -127,7 +150,7 @@ def own_config(path: str | Path) -> dict[str, Any]:
 
 def config_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a saved config's pretrained cfg about the inputs and the classes of its weights."""
-    names = ("mean", "std", "input_size", "crop_pct", "interpolation", "label_names")
+    names = ("mean", "std", "input_size", "crop_pct", "crop_mode", "interpolation", "label_names")
     cfg = config["pretrained_cfg"]
     return {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
 

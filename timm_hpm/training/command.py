@@ -58,6 +58,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
         Stopped: on SIGTERM or SIGINT; a checkpoint is on disk.
     """
     config = replace(config or TrainConfig(), **options)
+    whole = model
     if isinstance(model, PixelModel):
         config = replace(config, mean=tuple(model.mean.flatten().tolist()), std=tuple(model.std.flatten().tolist()))
         model = model.model
@@ -79,9 +80,9 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
             del run
             accelerator.free_memory()
             accelerator.end_training()
-        if model is not None:
+        if model is not None and whole is not None:
             model.load_state_dict(load_file(folder / WEIGHTS))
-            model.eval()
+            whole.eval()
         return kept
 
 

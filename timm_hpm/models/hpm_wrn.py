@@ -47,21 +47,26 @@ _WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...]
      _CIFAR100),
 )
 
+# Weights inside the package: data set, size of its images, threat model, stride of the stem.
+_EMBEDDED = (("digits", (1, 8, 8), "Linf:0.1", 2), ("fashion_mnist", (1, 28, 28), "Linf:0.1", 4))
+
 # A tag's cfg and, as `model_args`, the arguments that its weights need. An architecture's first tag with weights is its
 # default.
 default_cfgs = pretrained_tags({
-    # Embedded in the package: a robust model without a download.
-    "hpm_wrn10_2.digits_linf": cifar_cfg(
-        file=str(Path(__file__).parent / "weights" / "hpm_wrn10_2.digits_linf.safetensors"),
-        input_size=(1, 8, 8),
-        pool_size=(1, 1),
-        mean=DATASETS["digits"].mean,
-        std=DATASETS["digits"].std,
-        origin_url="https://arxiv.org/abs/2606.01746",
-        paper_ids=_PAPERS,
-        notes=weight_notes("Linf:0.1"),
-        model_args={"stem_stride": 2},
-    ),
+    **{
+        f"hpm_wrn10_2.{data}_linf": cifar_cfg(
+            file=str(Path(__file__).parent / "weights" / f"hpm_wrn10_2.{data}_linf.safetensors"),
+            input_size=size,
+            pool_size=(1, 1),
+            mean=DATASETS[data].mean,
+            std=DATASETS[data].std,
+            origin_url="https://arxiv.org/abs/2606.01746",
+            paper_ids=_PAPERS,
+            notes=weight_notes(threat),
+            model_args={"stem_stride": stride},
+        )
+        for data, size, threat, stride in _EMBEDDED
+    },
     **{
         name: cifar_cfg(
             hf_hub_id=f"wzekai99/{file.partition('/')[0]}",

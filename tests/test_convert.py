@@ -43,7 +43,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NONE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 # Sorted: timm leaves names open that differ in leading zeros only.
-PUBLIC = [name for name in sorted(timm.list_pretrained("hpm_*")) if name != "hpm_wrn10_2.digits_linf"]
+PUBLIC = [name for name in sorted(timm.list_pretrained("hpm_*")) if not timm.get_pretrained_cfg(name).file]
 
 for _base in ("test_resnet", "test_convnext"):
     register_hpm(_base)

@@ -51,6 +51,15 @@ def test_l2_pgd_reaches_the_worst_case(random_start):
     torch.testing.assert_close(L2.distance(x, images), torch.full((20,), L2.eps))
 
 
+@pytest.mark.parametrize("value", [1.5, -0.4, float("nan")])
+def test_images_that_are_no_pixels_are_refused(value):
+    images, labels = torch.rand(4, 1, 4, 4), torch.arange(4) % 2
+    images[2, 0, 1, 1] = value
+    with pytest.raises(ValueError, match=r"expected pixels in \[0, 1\]"):
+        pgd(linear(), images, labels, LINF)
+    assert pgd(linear(), images[:0], labels[:0], LINF).shape == (0, 1, 4, 4)
+
+
 @both
 def test_one_step_from_the_clean_image_is_the_scaled_gradient(threat):
     model, images, labels = linear(), interior_images(), torch.arange(20) % 2

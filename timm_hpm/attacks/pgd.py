@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ..data import ask, check_weights, checked_integer, class_indices
 from ..threat import ThreatModel
 
+# Of a normalisation that was undone, also in half precision.
+_ROUNDING = 1e-2
+
 
 def pgd(
         logits_fn: Callable[[Tensor], Tensor],
@@ -37,7 +40,8 @@ def pgd(
         loss: of logits (B, C) and labels (B,), summed over the images; None means the cross-entropy.
 
     Raises:
-        ValueError: no function or module, or images, labels, threat or steps of another type.
+        ValueError: no function or module, images that are no pixels in [0, 1], or labels, threat or steps of another
+            type.
 
     Source: Madry et al., arXiv 1706.06083; Wong et al., arXiv 2001.03994 for the single step.
     """
@@ -47,6 +51,17 @@ def pgd(
     if isinstance(logits_fn, nn.Module):
         check_weights(logits_fn)
     threat, labels = ThreatModel.of(threat), class_indices(labels, images)
+    low, high = (images.amin().item(), images.amax().item()) if images.numel() else (0, 1)
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(f"images have values from {low:.4g} to {high:.4g}; expected pixels in [0, 1]. Normalisation "
+                         "belongs into the model: see timm_hpm.PixelModel")
+    return ascend(logits_fn, images, labels, threat, steps, step_size, random_start, loss)
+
+
+def ascend(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, threat: ThreatModel, steps: int = 1,
+           step_size: float | None = None, random_start: bool = True,
+           loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    """Returns what `pgd` does, without checks, which wait for the device."""
     size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()

@@ -24,11 +24,11 @@ from ..attacks import (
     fab,
     margin_loss,
     margin_search,
-    pgd,
     repeated_search,
     square_search,
     targeted_loss,
 )
+from ..attacks.pgd import ascend
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .budget import Budget
@@ -78,7 +78,7 @@ def fab_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """
     targets = _targets(batch, budget)
     rows = batch.active
-    batch.place(rows, pgd(_rows_model(batch, rows), batch.clean[rows], batch.labels[rows], threat, steps=1))
+    batch.place(rows, ascend(_rows_model(batch, rows), batch.clean[rows], batch.labels[rows], threat))
     loss = margin_loss(batch.current_logits(), batch.labels)
     for target in targets.t():
         rows = batch.not_fooled()

@@ -13,11 +13,7 @@ _END: Final[ContextVar[float]] = ContextVar("end", default=math.inf)
 
 
 def parse_time(text: str) -> float:
-    """Returns the seconds of a text such as `"30m"`, `"2h30m"`, `"1.5h"` or `"90s"`.
-
-    Raises:
-        ValueError: a text of another form, or no time at all.
-    """
+    """Returns the seconds of a text such as `"30m"`, `"2h30m"`, `"1.5h"` or `"90s"`."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:

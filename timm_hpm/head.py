@@ -315,11 +315,7 @@ def find_head(model: nn.Module) -> HPMHead:
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Returns the dotted path of the HPM head in `model`, `""` if the model is the head, None if it has none.
-
-    Raises:
-        ValueError: if there is more than one HPM head, or `model` is no module.
-    """
+    """Returns the dotted path of the HPM head in `model`, `""` if the model is the head, None if it has none."""
     check_module(model)
     names = [name for name, module in model.named_modules() if isinstance(module, HPMHead)]
     if len(names) > 1:
@@ -331,9 +327,6 @@ def without_head(model: nn.Module) -> nn.Module:
     """Returns `model` with the identity in place of its HPM head: it outputs the head's input (B, d).
 
     Only the modules on the path to the head are copied, all others are shared; `model` itself does not change.
-
-    Raises:
-        ValueError: if there is no HPM head, more than one, or no layer before it.
     """
     name = head_name(model)
     if not name:

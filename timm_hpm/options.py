@@ -145,15 +145,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_options(path: str | os.PathLike, kind: type) -> dict[str, Any]:
-    """Returns the options in a YAML file, or a JSON file if it is named `.json`; only their names are checked.
-
-    Arguments:
-        path: the file, of 1 MiB at most.
-        kind: the dataclass that names the options.
-
-    Raises:
-        ValueError: no such file, another format, or an unknown option; the message names the nearest ones.
-    """
+    """Returns the options of a dataclass in a YAML file, or in JSON if it is named `.json`; only names are checked."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MOST_BYTES + 1)

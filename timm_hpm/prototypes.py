@@ -107,11 +107,7 @@ def fit_log_scale(distances: Tensor, labels: Tensor) -> tuple[float, float]:
 
     The sum includes one more image that has every label, with weight 1/C each: if all N images are right, the best
     scale would be infinite, and leave attacks and training without a gradient. The sum is convex in s, so bisection on
-    its derivative finds the minimum, within e^±20.
-
-    Arguments:
-        distances: D (N, C), squared distances.
-        labels: (N,), class indices.
+    its derivative finds the minimum, within e^±20. D is `distances` (N, C), squared.
     """
     d = distances.double()
     share = 1 / (len(d) + 1)

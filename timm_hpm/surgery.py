@@ -190,11 +190,7 @@ def remove_hpm_head(model: nn.Module) -> nn.Module:
 
 
 def find_classifier(model: nn.Module, path: str | None = None) -> str:
-    """Returns the dotted path of the layer that an HPM head can replace: `path` if given, else the obvious one.
-
-    Raises:
-        UnsupportedHeadError: if there is no such layer, or more than one; the message names the classifiers.
-    """
+    """Returns the dotted path of the layer that an HPM head can replace: `path` if given, else the obvious one."""
     kind = type(model).__name__
     modules = dict(model.named_modules())
     if path is not None and (not path or path not in modules):

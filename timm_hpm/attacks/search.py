@@ -44,12 +44,9 @@ def margin_search(
     """Returns a misclassified point (R, ...) of each image, or its point of largest margin if none is found.
 
     Arguments:
-        logits_fn: some of the `rows` (r,), and pixels (r, ...) for them, to logits (r, C).
-        rows: (R,), the images' names for `logits_fn`.
-        clean: (R, ...), pixels in [0, 1].
-        labels: (R,), class indices.
+        logits_fn: some of the `rows` (r,), the images' names, and pixels (r, ...) for them, to logits (r, C).
+        clean: (R, ...), pixels in [0, 1], with `labels` (R,).
         targets: (R, T), wrong classes, the most promising first.
-        threat: the threat model, or a text such as `"Linf:8/255"`.
         steps: steps per image, on average over the images that are not broken; an ascent costs one query more.
     """
     search = _Search(logits_fn, rows, clean, labels, targets, ThreatModel.of(threat))

@@ -33,11 +33,9 @@ def square_search(
     """Returns the points (R, ...) of largest margin that random changes find; a fooled image is left alone.
 
     Arguments:
-        margin_fn: some of the `rows` (r,), and pixels (r, ...) for them, to max_{c≠y} z_c − z_y (r,). An image is
-            fooled if that is not negative.
-        rows: (R,), the images' names for `margin_fn`.
+        margin_fn: some of the `rows` (r,), the images' names, and pixels (r, ...) for them, to the margins (r,),
+            max_{c≠y} z_c − z_y. An image is fooled if its margin is not negative.
         clean: (R, channels, H, W), pixels in [0, 1].
-        threat: the threat model, or a text such as `"Linf:8/255"`.
         queries: changes to try on each image; the start costs one more.
         on_fooled: is called with the rows (r,) that are fooled and their pixels (r, ...) before the others go on.
     """

@@ -28,11 +28,7 @@ _EXAMPLES = ("", "--checkpoint normal.safetensors robust.safetensors --num-image
 
 @dataclass(frozen=True)
 class SensitivityConfig(CommonOptions):
-    """The options of a sensitivity study.
-
-    Raises:
-        ValueError: a value of another type, or out of its range.
-    """
+    """The options of a sensitivity study."""
 
     checkpoint: tuple[str, ...] = option(
         (), "model", "files of weights, each a network of its own (the pretrained ones)")

@@ -169,11 +169,7 @@ def _check_measures_neighbours(model: nn.Module, modes: list[str]) -> None:
 
 
 def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> bool:
-    """Writes the options of a run into its folder; returns whether the run begins there.
-
-    Raises:
-        ValueError: if the folder holds a run and `resume` is false; nothing is written then.
-    """
+    """Writes the options of a run into its folder, unless that holds another run; returns whether the run begins."""
     found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, OPTIONS) if (output / name).exists()]
     if found and not (resume and OPTIONS in found):
         raise ValueError(f"{output} holds the {found[0]} of an earlier run"
@@ -227,11 +223,7 @@ def weights_of(model: Any, config: EvaluateConfig) -> str:
 
 
 def load_report(path: Path) -> AttackReport:
-    """Returns the report in a run's folder, or in the file `path`.
-
-    Raises:
-        ValueError: if there is no report, or the folder holds several.
-    """
+    """Returns the report in a run's folder, or in the file `path`."""
     if (path / SWEEP).exists() and not (path / "report.json").exists():
         names = sorted(file.parent.name for file in path.glob("*/report.json"))
         raise ValueError(f"{path} holds several reports, {', '.join(names)}; give the folder of one")
@@ -244,11 +236,7 @@ def load_report(path: Path) -> AttackReport:
 
 
 def merged(paths: Sequence[Path], output: Path | None) -> AttackReport:
-    """Returns the merged report of several seeds (`merge_reports`), written into a new folder.
-
-    Raises:
-        ValueError: if the reports differ in more than their seeds, or `output` holds a report.
-    """
+    """Returns the merged report of several seeds (`merge_reports`), written into a new folder."""
     report = merge_reports([load_report(path) for path in paths])
     output = output or default_folder("merged")
     if (output / "report.json").exists():

@@ -29,11 +29,7 @@ _ATTACK: Final = "attack"
 
 @dataclass(frozen=True)
 class EvaluateConfig(RunOptions):
-    """The options of an evaluation; see `python evaluate.py --help`.
-
-    Raises:
-        ValueError: a value of another type, out of its range, or that does not fit another option.
-    """
+    """The options of an evaluation; see `python evaluate.py --help`."""
 
     pretrained: bool | None = option(None, _MODEL, "the model's pretrained weights (unless --checkpoint is given)")
     checkpoint: str | None = option(None, _MODEL, "file of the weights instead, such as train.py's model.safetensors")
@@ -133,9 +129,6 @@ def saved_options(folder: Path, without: Collection[str] = ()) -> dict[str, Any]
     """Returns the options that the run in a folder keeps, but for those in `without`; {} if it keeps none.
 
     The file may be a stranger's, so a value must be valid, and no option says which file to write or downloads data.
-
-    Raises:
-        ValueError: a file of something else, or an invalid value; the message names it.
     """
     file = folder / OPTIONS
     if not file.exists():
@@ -164,11 +157,7 @@ def chosen(given: Mapping[str, Any], output: Path | None, resume: Path | None) -
 
 
 def resumed(folder: Path, given: Mapping[str, Any]) -> EvaluateConfig:
-    """Returns the options of the run in a folder, or those `given` if it keeps none.
-
-    Raises:
-        ValueError: options other than the run's; the message names them.
-    """
+    """Returns the options of the run in a folder, or those `given` if it keeps none."""
     saved = saved_options(folder)
     named_again(saved.get("model", ""), given, folder)
     config = EvaluateConfig(**{**saved, **given})

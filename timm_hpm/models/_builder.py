@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, register_model
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 from ..checkpoints import (
@@ -273,9 +274,11 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
         found.update(unwrap(checkpoint))
         return {}
 
-    if cfg.file and not cfg.source and not cfg.state_dict:
+    if not (cfg.source or cfg.state_dict) and (cfg.file or (cfg.url and not cfg.hf_hub_id)):
+        # timm would choose among several state dicts by itself, and torch 2.6 reads no safetensors of a URL.
         with reading(weights_place(cfg)):
-            return unwrap(read_file(cfg.file))  # timm would choose among several state dicts by itself
+            return unwrap(read_file(cfg.file or download_cached_file(cfg.url, check_hash=False, progress=True,
+                                                                     cache_dir=cache_dir)))
     source = {**cfg.to_dict(), "first_conv": None, "classifier": None}
     anything = cfg.has_weights or cfg.state_dict or cfg.source
     with reading(weights_place(cfg)) if anything else nullcontext():

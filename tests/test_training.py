@@ -502,8 +502,8 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
     ({"amp": True, "amp_dtype": "float16"}, "float16"),
     ({"batch_prototypes": "global"}, "makes no batch-level prototypes; expected an HPM head in batch mode"),
     ({"opt_betas": (0.9, 0.99)}, "it has no betas; leave --opt-betas out"),
-    ({"opt": "adamw", "opt_betas": (0.9,)}, "(layer_decay=None): too few betas are given"),
-    ({"opt": "adamw", "opt_betas": (0.9, 0.99, 0.9)}, "(layer_decay=None): it takes 2 betas, and 3 are given"),
+    ({"opt": "adamw", "opt_betas": (0.9,)}, "(layer_decay=None): --opt-betas gives 1; expected 2, such as 0.9 0.999"),
+    ({"opt": "adamw", "opt_betas": (0.9, 0.99, 0.9)}, "--opt-betas gives 3; expected 2"),
     ({"model": "resnet10t", "num_classes": 10, "in_chans": 1, "pretrained": False, "amp": True},
      "of resnet10t meets maps narrower than its stride. Of its weight's gradient in bfloat16, torch leaves a part"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)

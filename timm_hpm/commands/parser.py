@@ -43,6 +43,6 @@ class Parser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             first = unknown[0].partition("=")[0]
             if (reason := reason_against(first)) is not None:
-                self.error(f"{first} is an option of timm's scripts and not of this one: {reason}")
+                self.error(reason)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(first, known)}; see --help")
         return found

@@ -1,5 +1,6 @@
 """The options of timm's train.py and validate.py that ours do not take, and the reason or the option instead."""
 
+from dataclasses import fields
 from typing import Final
 
 #: Names without their dashes, apart by spaces; a star stands for any end.
@@ -23,7 +24,8 @@ _REASONS: Final = (
     ("give it in --model-kwargs, such as global_pool=avg, if the model takes it",
      "gp bn-momentum bn-eps drop-block drop-connect test-pool"),
     ("give --initial-checkpoint FILE, and --num-classes for a new classifier",
-     "pretrained-path head-init-scale head-init-bias"),
+     "checkpoint pretrained-path head-init-scale head-init-bias"),
+    ("give --checkpoint FILE", "initial-checkpoint"),
     ("BatchNorm's running statistics are averaged over the processes at each update", "sync-bn dist-bn split-bn"),
     ("--model-ema has a warm-up and is on the model's device", "model-ema-force-cpu model-ema-warmup"),
     ("give --in-chans and --img-size", "input-size use-train-size"),
@@ -53,7 +55,16 @@ _REASONS: Final = (
 
 
 def reason_against(option: str) -> str | None:
-    """Returns why an option of timm's scripts, such as `"--mixup"`, is none of ours, or None if timm has none."""
+    """Returns why a command does not take an option of another command or of timm's scripts; None if none has it."""
+    # Their slow imports are for this message only.
+    from ..evaluation.config import EvaluateConfig
+    from ..training.config import TrainConfig
+
     name = option.removeprefix("--")
-    return next((reason for reason, names in _REASONS for known in names.split() if name == known or (
-        known.endswith("*") and name.startswith(known[:-1]))), None) if option.startswith("--") else None
+    for reason, names in _REASONS if option.startswith("--") else ():
+        if any(name == known or (known.endswith("*") and name.startswith(known[:-1])) for known in names.split()):
+            return f"{option} is an option of timm's scripts and not of this one: {reason}"
+    for command, config in (("train", TrainConfig), ("evaluate", EvaluateConfig)):
+        if option.startswith("--") and name.replace("-", "_") in {one.name for one in fields(config)}:
+            return f"{option} is an option of {command}, and not of this command"
+    return None

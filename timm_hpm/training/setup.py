@@ -169,19 +169,19 @@ def _check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
 def create_optimizer(config: TrainConfig, model: Any) -> Any:
     """Returns timm's optimizer for a model, or raises a ValueError if timm does not make it."""
     own = {name.removeprefix("opt_"): value for name, value in _given(config, "opt_eps", "opt_betas").items()}
+    make = partial(create_optimizer_v2, model, config.opt, lr=config.lr, weight_decay=config.weight_decay,
+                   momentum=config.momentum, layer_decay=config.layer_decay, **(config.opt_kwargs or {}))
     try:
-        optimizer = create_optimizer_v2(
-            model, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-            layer_decay=config.layer_decay, **own, **(config.opt_kwargs or {}))
+        optimizer = make()
         if unused := sorted(own.keys() - optimizer.defaults.keys()):  # which timm leaves out
             raise ValueError(f"it has no {' and no '.join(unused)}; leave --opt-{' and --opt-'.join(unused)} out")
         betas = own.get("betas", ())
         if betas and len(betas) != len(optimizer.defaults["betas"]):
-            raise ValueError(f"it takes {len(optimizer.defaults['betas'])} betas, and {len(betas)} are given")
-        return optimizer
-    except (ValueError, TypeError, AssertionError, IndexError) as error:
-        reason = "too few betas are given" if isinstance(error, IndexError) else error
-        raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {reason}. "
+            raise ValueError(f"--opt-betas gives {len(betas)}; expected {len(optimizer.defaults['betas'])}, such as "
+                             f"{' '.join(map(str, optimizer.defaults['betas']))}")
+        return make(**own) if own else optimizer
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"cannot make the optimizer {config.opt!r} (layer_decay={config.layer_decay}): {error}. "
                          "Names are those of timm.optim.list_optimizers()") from error
 
 

@@ -20,6 +20,7 @@ from timm_hpm.models.create import create_model, load_checkpoint, usable_device
 from timm_hpm.models.saving import write_model
 
 NET = """
+import torch
 from torch import nn
 from parts import width  # a module beside this one
 
@@ -44,6 +45,19 @@ def fixed():
 
 def number():
     return 3
+
+class Noisy(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.num_classes = model, 10
+
+    def forward(self, x):
+        return self.model(x + 0.3 * torch.randn_like(x))
+
+def noisy(head):
+    import timm, timm_hpm
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    return Noisy(timm_hpm.PixelModel(model if head else timm_hpm.remove_hpm_head(model)))
 
 def unknown():
     return nn.Flatten()
@@ -249,3 +263,15 @@ def test_any_network_is_saved_with_a_card(net, tmp_path):
     assert torch.equal(again(images), model(images)) and head_name(again) is None
     timm_hpm.hub.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), tmp_path / "module")
     assert "torch.nn.modules.container:Sequential" in (tmp_path / "module/README.md").read_text()
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_randomised_model_is_judged_again_with_the_same_draws(net, head, tmp_path, capsys):
+    own = ["--model", f"{net}:noisy", "--device", "cpu"]
+    assert evaluate_command.main([*own, "--model-kwargs", f"head={head}", "--num-images", "10", "-b", "4", "--budget",
+                                  "apgd-ce=2", "apgd-t=1x2", "--attacks", "apgd-ce,apgd-t", "--save-adversarial",
+                                  "--output", "run"]) == 0
+    capsys.readouterr()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert evaluate_command.rejudge(["run", *own]) == 0, capsys.readouterr().out

@@ -62,10 +62,6 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, capsys):
     (folder / "report.json").write_text(json.dumps(data))
     assert evaluate.main(["--rejudge", str(folder)]) == 1
     assert "judged otherwise than in the report: fc/apgd-ce. Is it the same model" in capsys.readouterr().out
-    data["flags"] = [{"name": "averaged-draws", "text": "3 draws"}]
-    (folder / "report.json").write_text(json.dumps(data))
-    assert evaluate.main(["--rejudge", str(folder)]) == 1
-    assert "fc/apgd-ce. The model is randomised, and its draws are new ones" in capsys.readouterr().out
 
     data["protocol"]["seed"] = 7
     (folder / "report.json").write_text(json.dumps(data))

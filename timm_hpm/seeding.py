@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ def seeded(device: torch.device, seed: int, *place: Any) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def seeded_verdict(device: torch.device, seed: int, name: str, first: int) -> AbstractContextManager[None]:
+    """Seeds the verdicts on a batch of candidates by their name and first image, so that a randomised model repeats."""
+    return seeded(device, seed, "judge", name, first)
 
 
 @contextmanager

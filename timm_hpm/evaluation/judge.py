@@ -23,6 +23,7 @@ from ..data import (
 from ..head import find_head, head_mode, head_name
 from ..report import data_digest
 from ..report.command import AUTOCAST
+from ..seeding import seeded_verdict
 from ..threat import ThreatModel
 
 # Images whose candidates are checked at once.
@@ -115,8 +116,8 @@ def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
 def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     """Returns the verdicts (`AttackReport.verdicts`) on the images that `save_adversarial` saved, judged again.
 
-    In the same batches and, for a model with an HPM head, in the inference mode of the saved protocol. Every candidate
-    must be in the saved threat model, and of the images of that protocol.
+    In the same batches, with the same draws of a randomised model and, for a model with an HPM head, in the inference
+    mode of the saved protocol. Every candidate must be in the saved threat model, and of the images of that protocol.
 
     Raises:
         ValueError: if the file is damaged or of another origin, the images or labels are not the run's, a candidate is
@@ -156,9 +157,17 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
         for name in names:
             candidates = _saved_tensor(path, name)
             _check_candidates(path, name, candidates, threat)
-            verdicts[name] = as_row(judge(model, candidates, labels, protocol["batch_size"],
-                                          allow_non_finite=name != "clean"))
+            verdicts[name] = as_row(_judged_again(model, name, candidates, labels, protocol))
         return verdicts
+
+
+def _judged_again(model: nn.Module, name: str, candidates: Tensor, labels: Tensor, protocol: dict[str, Any]) -> Tensor:
+    size, verdicts = protocol["batch_size"], []
+    for first in range(0, len(candidates), size):
+        with seeded_verdict(device_of(model, candidates), protocol.get("seed", 0), name, first):
+            verdicts.append(judge(model, candidates[first:first + size], labels[first:first + size], size,
+                                  first_image=first, allow_non_finite=name != "clean"))
+    return torch.cat(verdicts)
 
 
 def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, threat: ThreatModel) -> None:

@@ -17,7 +17,7 @@ from ..files import Parts, save_parts
 from ..head import head_mode
 from ..report import ASSEMBLED, NUM_EXAMPLES, TRUE_MODEL, Example, make_example
 from ..report.metrics import attack_of
-from ..seeding import seeded
+from ..seeding import seeded, seeded_verdict
 from ..threat import ThreatModel
 from .batch import AttackBatch
 from .judge import as_row, judge, own_logits, predictions
@@ -117,7 +117,7 @@ class Run:
                      for (name, text), numbers in batch.flags.items()]
         cost = {"seconds": time.perf_counter() - before[0], "forward_passes": model.forward_passes - before[1],
                 "backward_passes": model.backward_passes - before[2]}
-        step = self._judged(row, dict(zip(named(group, row), found, strict=True)), state, attack.seed_name(row), group)
+        step = self._judged(row, dict(zip(named(group, row), found, strict=True)), state)
         return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost,
                        attacked=len(rows))
 
@@ -127,7 +127,7 @@ class Run:
             return torch.ones_like(state.broken)
         return ~(state.broken & state.fc_broken) if self._judges_fc(name) else ~state.broken
 
-    def _judged(self, row: str, candidates: dict[str, Tensor], state: "_State", *seeds: Any) -> Step:
+    def _judged(self, row: str, candidates: dict[str, Tensor], state: "_State") -> Step:
         """Returns the verdicts: the true model's, and the FC classifier's on the candidates of that classifier."""
         model, batch_size, labels = self.subject.pixel_model, self.subject.batch_size, state.labels
         correct, baseline, examples, not_finite, flags, kept = {}, {}, [], {}, [], {}
@@ -135,34 +135,36 @@ class Run:
         margins = torch.full(labels.shape, torch.inf)
         # The assembled batch breaks no image for the first time.
         broken = torch.ones_like(newly) if row == ASSEMBLED else state.broken
-        with seeded(self.subject.device, self.subject.seed, "judge", *(seeds or (row,)), state.first):
-            for name, found in candidates.items():
-                if self._judges_fc(name):
-                    with head_mode(self.subject.model, "fc"):
-                        right = judge(model, found, labels, batch_size, first_image=state.first, allow_non_finite=True)
-                    baseline[name] = as_row(right & ~state.fc_broken.cpu() if self.plan.cascade else right)
-                if self.plan.cascade:
-                    found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
+        for name, found in candidates.items():
+            drawing = partial(seeded_verdict, self.subject.device, self.subject.seed, name, state.first)
+            if self._judges_fc(name):
+                with head_mode(self.subject.model, "fc"), drawing():
+                    right = judge(model, found, labels, batch_size, first_image=state.first, allow_non_finite=True)
+                baseline[name] = as_row(right & ~state.fc_broken.cpu() if self.plan.cascade else right)
+            if self.plan.cascade:
+                found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
+            with drawing():
                 # A model that fails on clean images is broken; under attack that is the adversary's aim.
                 classes, ahead = predictions(model, found, batch_size, first_image=state.first,
                                              allow_non_finite=row != "clean")
-                classes = classes.to(labels.device)
-                margins = margins.minimum(torch.where(classes.cpu() == labels.cpu(), ahead, 0.0))
-                lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
-                if lost.any():
-                    not_finite[f"{name}: on the candidates, the true model's"] = [
-                        state.first + i for i in lost.nonzero().squeeze(1).tolist()]
+            classes = classes.to(labels.device)
+            margins = margins.minimum(torch.where(classes.cpu() == labels.cpu(), ahead, 0.0))
+            lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
+            if lost.any():
+                not_finite[f"{name}: on the candidates, the true model's"] = [
+                    state.first + i for i in lost.nonzero().squeeze(1).tolist()]
+                with drawing():
                     flags += self._spread(name, found, lost)
-                right = (classes == labels) & ~broken if self.plan.cascade else classes == labels
-                correct[name] = as_row(right)
-                breaks = ~right & ~broken & ~newly
-                points[breaks] = found[breaks]
-                newly |= breaks
-                if self.keeps_candidates and name != "clean":
-                    kept[name] = found.cpu()
-                if "/" in name:
-                    examples += [make_example(state.first + i, int(labels[i]), int(classes[i]), name, state.images[i],
-                                              found[i]) for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
+            right = (classes == labels) & ~broken if self.plan.cascade else classes == labels
+            correct[name] = as_row(right)
+            breaks = ~right & ~broken & ~newly
+            points[breaks] = found[breaks]
+            newly |= breaks
+            if self.keeps_candidates and name != "clean":
+                kept[name] = found.cpu()
+            if "/" in name:
+                examples += [make_example(state.first + i, int(labels[i]), int(classes[i]), name, state.images[i],
+                                          found[i]) for i in breaks.nonzero().squeeze(1).tolist()[:NUM_EXAMPLES]]
         return Step(row, correct, baseline, no_cost(), flags, first_examples(examples),
                     newly.nonzero().squeeze(1).cpu(), points[newly].cpu(), kept, not_finite,
                     classes.tolist() if row == "clean" else [], margins.tolist())

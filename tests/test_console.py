@@ -88,7 +88,7 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     attacked = AttackedModel(model, images)
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
     plan = make_plan(protocol, attacked, 10, ())
-    assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)
+    assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)["time"]
 
 
 @pytest.mark.parametrize(("options", "passes"), [

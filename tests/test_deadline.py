@@ -1,6 +1,7 @@
 """Time limits: a run stops at the end of a batch, says what is done, and resumes to the same result."""
 
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel
 from timm_hpm.__main__ import main
-from timm_hpm.deadline import is_over, parse_time, time_limit
+from timm_hpm.deadline import OutOfTime, is_over, parse_time, time_limit
 from timm_hpm.evaluation import Budget
 
 NUM_DIGITS = 10
@@ -40,12 +41,22 @@ def test_a_block_within_a_block_has_its_own_limit():
     assert not is_over()
 
 
+def cut_run(*arguments, folder, **options):
+    """Returns the first report of a run whose calls have no time: each finishes one attack, of the first batch too."""
+    with time_limit(1e-9):
+        for call in range(1, 100):
+            with suppress(OutOfTime):
+                return run_attack(*arguments, folder=folder, **options)
+            assert len(list((folder / "progress").glob("batch00000-*"))) == call
+
+
 def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(model, digits, tmp_path):
     threat = ThreatModel("Linf", 0.1)
     timm_hpm.find_head(model).inference = "batch"  # each batch has all attacks
     whole = run_attack(model, *digits, threat, **ATTACK)
+    cut = cut_run(model, *digits, threat, folder=tmp_path, **ATTACK)
     with time_limit(1e-9):
-        cut = run_attack(model, *digits, threat, folder=tmp_path, **ATTACK)
+        assert run_attack(model, *digits, threat, **ATTACK).same_results(cut), "without a folder"
     few = run_attack(model, *(part[:4] for part in digits), threat, **ATTACK)
     assert cut.protocol.pop("stopped") == "by a time limit, after 4 of 10 images"
     for name in ("protocol", "correct", "baseline_correct", "assembled", "examples"):
@@ -80,8 +91,7 @@ def test_a_time_limit_cuts_a_later_batch_between_its_attacks(model, digits):
 def test_a_time_limit_cuts_the_studies_of_neighbours(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "batch_size": 10, "neighbours": (2, 3),
                "folder": tmp_path}
-    with time_limit(1e-9):
-        cut = run_attack(model, *digits, "Linf:0.1", **options)
+    cut = cut_run(model, *digits, "Linf:0.1", **options)
     assert cut.protocol["stopped"] == "by a time limit, after 0 of 2 studies of neighbours" and not cut.neighbours
     assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
     whole = run_attack(model, *digits, "Linf:0.1", **options)
@@ -96,9 +106,9 @@ def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, c
     assert "| fc | 100.0 | 100.0 |" in printed
     *_, last = printed.splitlines()
     assert last == ("stopped by a time limit, after 4 of 10 images; written: run/partial/report.html; to go on: python "
-                    "-m timm_hpm evaluate --resume run")
+                    "-m timm_hpm evaluate --resume run --time-limit 0.001s")
     assert "by a time limit" in (tmp_path / "run" / "partial" / "report.md").read_text()
-    assert main(last.split("timm_hpm ")[1].split()) == 0
+    assert main(last.split("timm_hpm ")[1].split()[:3]) == 0, "without a limit"
     assert AttackReport.load(tmp_path / "run" / "report.json").num_images == 10
     assert not (tmp_path / "run" / "partial").exists()
 
@@ -109,5 +119,7 @@ def test_a_training_run_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
              "run", "--batch-size", "500"]
     assert main([*words, "--epochs", "1000", "--time-limit", "0.5s"]) == 0
     said = capsys.readouterr().err
-    assert "stopped by the time limit; to go on: python -m timm_hpm train --resume run" in said
+    assert "stopped by the time limit; to go on: python -m timm_hpm train --resume run --time-limit 0.5s\n" in said
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+    assert main(["train", "--resume", "run", "--time-limit", "0.25s"]) == 0
+    assert "--resume run --time-limit 0.25s" in capsys.readouterr().err

@@ -12,6 +12,10 @@ _SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _END: Final[ContextVar[float]] = ContextVar("end", default=math.inf)
 
 
+class OutOfTime(Exception):
+    """A time limit ended a run before its first batch was finished; the run's folder keeps the finished attacks."""
+
+
 def parse_time(text: str) -> float:
     """Returns the seconds of a text such as `"30m"`, `"2h30m"`, `"1.5h"` or `"90s"`."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
@@ -25,7 +29,8 @@ def parse_time(text: str) -> float:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Makes an evaluation in this block stop after so many seconds, at the end of an attack on a batch; None never.
 
-    The first batch is finished.
+    Each process finishes at least one attack, so that a run that is resumed comes to an end. Without a folder, which
+    keeps finished attacks, a run finishes its first batch.
     """
     token = _END.set(math.inf if seconds is None else time.monotonic() + seconds)
     try:

@@ -99,8 +99,9 @@ class RunOptions(CommonOptions):
         None, "machine and output", "CPU threads of a process (OMP_NUM_THREADS, or the fastest number in a short "
                                     "measurement)", least=1)
     time_limit: str | None = option(
-        None, "machine and output", "time such as 30m or 2h30m after which the run stops and can be resumed; an "
-                                    "evaluation finishes its first batch, and the attack that it is in", free=True)
+        None, "machine and output", "time such as 30m or 2h30m after which the run stops and can be resumed, with "
+                                    "another limit or none. Training finishes the update that it is in; an evaluation "
+                                    "the attack on a batch, or the study of neighbours at one batch size", free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from ..console import show
+from ..deadline import OutOfTime
 from ..evaluation.command import load_report, merged, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.msa import PARTIAL, STOPPED
@@ -14,7 +17,6 @@ from ..evaluation.sweep import PAGE, SWEEP
 from ..files import use_any_console
 from ..models.constructors import named_again
 from ..options import given_options
-from ..report import AttackReport
 from ..report import compare as compare_reports
 from ..report.command import DOOR, shell_line
 from ..report.markdown import comparison_markdown, report_markdown
@@ -107,17 +109,21 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     try:
         reports = run(config, output, resume=args.resume is not None, robustbench_json=args.robustbench_json,
                       robustbench_info=args.robustbench_info)
+    except OutOfTime as stopped:
+        if PartialState().is_main_process:
+            print(f"stopped {stopped}; to go on: {_resuming(config, output, args)}")
+        return 0
     except KeyboardInterrupt:
         if not (output / OPTIONS).exists():
             raise
-        named = named_again(config.model, {"model": config.model}, output)
-        again = [*DOOR, "evaluate", "--resume", str(output), *named]
-        if args.robustbench_json:
-            again += ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
-        print(f"\nstopped; to go on: {shell_line(again)}", file=sys.stderr)
+        print(f"\nstopped; to go on: {_resuming(config, output, args)}", file=sys.stderr)
         return 130
     if reports and STOPPED in reports[-1].protocol:
-        return _say_stopped(reports[-1], output)
+        show(report_markdown(reports[-1]))
+        pages = [str(path) for path in sorted(output.rglob(f"{PARTIAL}/report.html"))]
+        print(f"stopped {reports[-1].protocol[STOPPED]}; written: {', '.join(pages)}; to go on: "
+              f"{_resuming(config, output, args)}")
+        return 0
     if reports:
         several = len(reports) > 1 or config.eps_sweep
         show(sweep_markdown(reports) if several else report_markdown(reports[0]))
@@ -126,13 +132,12 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _say_stopped(report: AttackReport, output: Path) -> int:
-    """Prints the report of a run that its time limit stopped."""
-    show(report_markdown(report))
-    pages = [str(path) for path in sorted(output.rglob(f"{PARTIAL}/report.html"))]
-    print(f"stopped {report.protocol[STOPPED]}; written: {', '.join(pages)}; to go on: "
-          f"{shell_line([*DOOR, 'evaluate', '--resume', str(output)])}")
-    return 0
+def _resuming(config: EvaluateConfig, output: Path, args: Any) -> str:
+    """Returns the command that goes on with a stopped run, for as long again if it has a limit."""
+    again = [*DOOR, "evaluate", "--resume", str(output), *named_again(config.model, {"model": config.model}, output)]
+    if args.robustbench_json:
+        again += ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
+    return shell_line(again + (["--time-limit", config.time_limit] if config.time_limit else []))
 
 
 def _compare(a: Path, b: Path) -> int:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--resume FOLDER names the output folder, too; leave out --output")
         saved = saved_options(resume).to_dict()
         named_again(saved["model"], options, resume)
-        options = saved | options
+        options = saved | {"time_limit": None} | options
         output = resume
     config = TrainConfig(**options)
     if output is None:
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         if PartialState().is_main_process:
             named = named_again(config.model, {"model": config.model}, output)
-            again = shell_line([*DOOR, "train", "--resume", str(output), *named])
+            limit = ["--time-limit", config.time_limit] if config.time_limit else []
+            again = shell_line([*DOOR, "train", "--resume", str(output), *named, *limit])
             print(f"{stopped}; to go on: {again}", file=sys.stderr)
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:

@@ -88,7 +88,8 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
         with time_limit(config.seconds()), mixed_precision(config):
             if is_first(accelerator) and not (output / REPORT).exists():
                 print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
-                                        modes=config.inference, batch_size=config.batch_size, accelerator=accelerator),
+                                        modes=config.inference, batch_size=config.batch_size, accelerator=accelerator,
+                                        time_limit=config.time_limit),
                       file=sys.stderr)
                 if accelerator is not None:
                     print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="",

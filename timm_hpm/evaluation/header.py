@@ -1,6 +1,5 @@
 """What an evaluation says before it begins: the model, the data, the attack, and how long it may take."""
 
-from collections import Counter
 from typing import Any
 
 from accelerate import Accelerator
@@ -28,7 +27,7 @@ _FAST_SECONDS = 0.1
 
 def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, threat: ThreatModel, protocol: Protocol,
                       *, radii: list[float] | None = None, modes: tuple[str, ...] | None = None, batch_size: int,
-                      accelerator: Accelerator | None = None) -> str:
+                      accelerator: Accelerator | None = None, time_limit: str | None = None) -> str:
     """Returns the facts of an evaluation, a line each; times the model on a few of the images (N, channels, H, W).
 
     `about` has `model`, `weights`, `dataset` and `split`; `radii` are a sweep's, in place of the threat model's. Of
@@ -57,7 +56,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
         "protocol": f"{protocol.name}, on {', '.join(plan.surrogates)}: {budgets}",
         "batches": f"of {batch_size} images",
         "device": device_text(device, processes) + ("" if precision == "float32" else f", judged in {precision}"),
-        "time": estimate(plan, attacked, batch, len(images) * times / processes),
+        **estimate(plan, attacked, batch, len(images) * times / processes, time_limit),
     })
 
 
@@ -68,20 +67,26 @@ def _attacked(pixel_model: nn.Module, batch: Tensor, modes: tuple[str, ...]) -> 
         return AttackedModel(pixel_model, batch)
 
 
-def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float) -> str:
-    """Returns how long a plan's attacks and verdicts on so many images may take, from the time of one pass."""
-    queries: Counter[tuple[int, bool]] = Counter()
-    for group, row in plan.steps:
-        queries[len(group), ATTACKS[attack_of(row)].needs_gradient] += plan.budget(row).queries()
-        queries[len(group), False] += 1  # the verdicts
+def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float,
+             time_limit: str | None = None) -> dict[str, str]:
+    """Returns how long a plan's attacks and verdicts on so many images may take, from the time of one pass.
+
+    If there is a limit, also how long the longest attack on a batch may overrun it.
+    """
+    steps = [(len(group), ATTACKS[attack_of(row)].needs_gradient, plan.budget(row).queries())
+             for group, row in plan.steps]
+    kinds = {(size, gradient) for size, needs_gradient, _ in steps for gradient in (needs_gradient, False)}
     # Surrogates side by side share a pass, which costs less than one for each.
-    seconds = sum(
-        number * size * _seconds_per_image(attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient)
-        for (size, gradient), number in queries.items())
-    passes = sum(size * number for (size, _), number in queries.items())
+    seconds = {(size, gradient): size * _seconds_per_image(
+        attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient) for size, gradient in sorted(kinds)}
+    costs = [number * seconds[size, gradient] + seconds[size, False] for size, gradient, number in steps]
+    passes = sum(size * (number + 1) for size, _, number in steps)  # with the verdicts
     most = "at most about" if plan.cascade else "about"
-    return (f"{most} {duration(num_images * seconds)} for the attacks and verdicts: {passes:,} passes an image, timed "
-            "on the first images")
+    text = (f"{most} {duration(num_images * sum(costs))} for the attacks and verdicts: {passes:,} passes an image, "
+            "timed on the first images")
+    return {"time": text} | ({} if time_limit is None else {
+        "time limit": f"{time_limit}, after which the attack on a batch that is under way is finished: at most about "
+                      f"{duration(len(batch) * max(costs))}"})
 
 
 def _seconds_per_image(attacked: AttackedModel, surrogate: str, batch: Tensor, gradient: bool) -> float:

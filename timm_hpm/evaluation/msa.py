@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..console import images_bar
 from ..data import check_eval_mode, checked_integer, for_gradients
+from ..deadline import OutOfTime
 from ..files import locked, remove, remove_unfinished
 from ..report import AttackReport
 from ..threat import ThreatModel
@@ -91,6 +92,7 @@ def mixed_surrogate_attack(
 
     Raises:
         ValueError: if an argument is malformed, the model is in train mode, or the folder is of another run.
+        OutOfTime: if a `time_limit` is over before the first batch is finished; the folder keeps the finished attacks.
         NonFiniteLogitsError: if the logits of a clean image are NaN or infinite; the message names the image. Under
             attack that is an error of the classifier, and the report has the flag `non-finite-logits`.
     """
@@ -120,6 +122,9 @@ def mixed_surrogate_attack(
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:
             run = Run(subject, threat, plan, save_adversarial, kept)
             steps, done, earlier = _all_steps(run, images, labels, progress, accelerator)
+            if not done:
+                raise OutOfTime(f"by a time limit, before the first {min(batch_size, len(images))} of {len(images)} "
+                                f"images were attacked in full; {folder} keeps the attacks that are done")
             if done < len(images):
                 about = about | {STOPPED: f"by a time limit, after {done} of {len(images)} images"}
                 images, labels = images[:done], labels[:done]
@@ -150,8 +155,7 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
               smoothing=0) as bar:
         batches: list[tuple[int, list[Step]]] = []
         for first in mine:
-            found = run.attack_batch(first, images[first:first + size], labels[first:first + size], bar,
-                                     may_stop=bool(batches))
+            found = run.attack_batch(first, images[first:first + size], labels[first:first + size], bar)
             if found is None:
                 break
             batches.append((first, found))

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
+from ..deadline import OutOfTime
+
 
 def is_first(accelerator: Accelerator | None) -> bool:
     """Returns whether this process writes the files."""
@@ -34,6 +36,12 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
     # One process may have a batch more than another, and a batch may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
-    yield accelerator
+    out_of_time: OutOfTime | None = None
+    try:
+        yield accelerator
+    except OutOfTime as error:  # in all processes
+        out_of_time = error
     # Without it, torchrun sometimes aborts a process; after an error the others would report a lost connection.
     accelerator.end_training()
+    if out_of_time is not None:
+        raise out_of_time

@@ -39,12 +39,13 @@ class Run:
     num_examples: int = 0
     #: Seconds of the steps that an earlier process had finished.
     earlier_seconds: float = 0.0
+    #: Whether this process has made something that stays: a step in the folder, or a whole batch.
+    has_progress: bool = False
 
-    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm,
-                     may_stop: bool = False) -> list[Step] | None:
+    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step] | None:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's.
 
-        None if it may stop and the time of a `time_limit` is over before the last one.
+        None if this process has progress and the time of a `time_limit` is over before the last one.
         """
         state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
         place = first // self.subject.batch_size
@@ -52,15 +53,16 @@ class Run:
         state.add(clean)
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
-            if may_stop and is_over():
-                return None
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.plan.budget(attack).queries()
             step = self.folder.load(place, number, named(group, attack)) if self.folder else None
             if step is None:
+                if self.has_progress and is_over():
+                    return None
                 step = self._attacked(group, attack, state, partial(_advance, bar, done))
                 if self.folder is not None:
                     self.folder.save(place, number, step)
+                    self.has_progress = True
             else:
                 self.earlier_seconds += step.cost["seconds"]
             bar.update(done - bar.n)
@@ -73,6 +75,7 @@ class Run:
             if self.keeps_candidates and self.folder is not None:
                 self.folder.save(place, len(self.plan.steps), assembled)
             steps.append(assembled.without_pixels())
+        self.has_progress = True
         return steps
 
     def save_candidates(self, path: str | os.PathLike, images: Tensor, labels: Tensor,
@@ -211,4 +214,6 @@ def first_examples(examples: Iterable[Example]) -> list[Example]:
 
 
 def _advance(bar: tqdm, most: int) -> None:
+    if is_over():
+        bar.set_postfix_str("the time is over: this attack is the last one", refresh=False)
     bar.update(bar.n < most)

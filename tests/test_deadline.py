@@ -1,5 +1,6 @@
 """Time limits: a run stops at the end of a batch, says what is done, and resumes to the same result."""
 
+import re
 import time
 from contextlib import suppress
 
@@ -91,6 +92,7 @@ def test_a_time_limit_cuts_a_later_batch_between_its_attacks(model, digits):
 def test_a_time_limit_cuts_the_studies_of_neighbours(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "batch_size": 10, "neighbours": (2, 3),
                "folder": tmp_path}
+    timm_hpm.find_head(model).inference = "batch"
     cut = cut_run(model, *digits, "Linf:0.1", **options)
     assert cut.protocol["stopped"] == "by a time limit, after 0 of 2 studies of neighbours" and not cut.neighbours
     assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
@@ -111,6 +113,16 @@ def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, c
     assert main(last.split("timm_hpm ")[1].split()[:3]) == 0, "without a limit"
     assert AttackReport.load(tmp_path / "run" / "report.json").num_images == 10
     assert not (tmp_path / "run" / "partial").exists()
+
+
+def test_the_command_says_that_the_first_batch_is_not_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *QUICK, "--attacks", "apgd-ce,apgd-t", "--output", "run", "--time-limit", "0.001s"]) == 0
+    printed, header = capsys.readouterr()
+    assert re.search(r"time limit  +0\.001s, after which the attack on a batch that is under way is finished", header)
+    assert printed == ("stopped by a time limit, before the first 4 of 10 images were attacked in full; run keeps "
+                       "the attacks that are done; to go on: python -m timm_hpm evaluate --resume run --time-limit "
+                       "0.001s\n")
 
 
 def test_a_training_run_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):

@@ -277,7 +277,7 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
     if not (cfg.source or cfg.state_dict) and (cfg.file or (cfg.url and not cfg.hf_hub_id)):
         # timm would choose among several state dicts by itself, and torch 2.6 reads no safetensors of a URL.
         with reading(weights_place(cfg)):
-            return unwrap(read_file(cfg.file or download_cached_file(cfg.url, check_hash=False, progress=True,
+            return unwrap(read_file(cfg.file or download_cached_file(cfg.url or "", check_hash=False, progress=True,
                                                                      cache_dir=cache_dir)))
     source = {**cfg.to_dict(), "first_conv": None, "classifier": None}
     anything = cfg.has_weights or cfg.state_dict or cfg.source

@@ -308,6 +308,16 @@ def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(ans
             call(Answering(answer).eval(), *digits, THREAT)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [
+    torch.jit.script, lambda network: torch.jit.trace(network, torch.rand(2, 1, 8, 8))])
+def test_a_torchscript_module_is_attacked_as_the_module_that_it_was_made_of(compiled, digits):
+    network, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval(), digits[0]
+    labels = network(images).argmax(dim=1)
+    own, other = (run_attack(model, images, labels, THREAT, budgets=SMALL) for model in (network, compiled(network)))
+    assert own.correct == other.correct and own.robust_accuracy < own.clean_accuracy == 1
+
+
 def test_images_in_double_precision_are_judged_as_those_in_single_precision(digits):
     network, (images, labels) = Answering(lambda z: z).eval(), digits
     assert torch.equal(timm_hpm.judge(network, images.double(), labels, 4),

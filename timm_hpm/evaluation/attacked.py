@@ -62,13 +62,15 @@ def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     It is in float32, or in the model's own precision if it fails in float32, as one that casts in its forward.
     """
     try:
-        frozen = _all_unwrapped(copy.deepcopy(model))
+        with torch.no_grad():  # the copies of a ScriptModule's parameters would be no leaves
+            frozen = _all_unwrapped(copy.deepcopy(model))
     except torch.cuda.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be copied ({error}), and attacks work on a copy; keep what "
                          "has no copy, such as locks and random generators, out of the module") from error
-    frozen.eval().requires_grad_(False)
+    for parameter in frozen.eval().parameters():  # a ScriptModule has no requires_grad_
+        parameter.requires_grad_(False)
     if all(p.dtype == torch.float32 for p in frozen.parameters()):
         return frozen
     own = copy.deepcopy(frozen)

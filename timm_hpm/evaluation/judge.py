@@ -226,9 +226,10 @@ def as_row(correct: Tensor) -> str:
 def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
     """Returns `model` as a classifier of float32 pixels in [0, 1] with float32 logits."""
     pixel_model = as_pixel_model(model)
-    if isinstance(pixel_model, PixelModel) or all(p.dtype == torch.float32 for p in model.parameters()):
+    if isinstance(pixel_model, PixelModel) or (not isinstance(pixel_model, torch.jit.ScriptModule) and all(
+            p.dtype == torch.float32 for p in model.parameters())):
         return pixel_model
-    # A module of pixels in another precision: it needs a cast, not a normalisation.
+    # A module of pixels in another precision needs a cast, not a normalisation; a ScriptModule takes no hooks.
     pixel_model = PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
     pixel_model.source = f"{type(model).__name__}, a module of pixels"
     return pixel_model

@@ -345,6 +345,13 @@ def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_pat
         run_attack(**arguments, folder=tmp_path)
 
 
+def test_a_finished_run_without_candidates_does_not_pass_for_one_that_saved_them(model, digits, tmp_path):
+    report = run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path)
+    assert run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path).same_results(report)
+    with pytest.raises(ValueError, match="has kept no adversarial"):
+        run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path, save_adversarial=True)
+
+
 def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, tmp_path):
     (tmp_path / "progress").mkdir()
     (tmp_path / "progress" / "thesis.tex").touch()

@@ -117,6 +117,9 @@ def mixed_surrogate_attack(
         if folder is not None and (Path(folder) / REPORT).exists():
             report = AttackReport.load(Path(folder) / REPORT)
             check_same_run(f"{Path(folder) / REPORT} is the report", report.protocol, about | described)
+            if save_adversarial and not (Path(folder) / ADVERSARIAL).exists():
+                raise ValueError(f"the run in {folder} is finished and has kept no {ADVERSARIAL}; leave out "
+                                 "save_adversarial, or attack again in another folder")
             _tidy(folder, report, accelerator)
             return report
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:

@@ -235,7 +235,7 @@ def test_a_public_network_by_its_tag_or_its_data_set_and_threat():
                                         r" +hpm_wrn28_10\.wang2023_cifar10_linf: threat model: Linf:8/255; .*\n"
                                         r" +hpm_wrn70_16\.wang2023_cifar10_linf: .*70\.69 % under AutoAttack"),
     ({"dataset": "torch/cifar10", "threat": "L2:128/255"}, "2 networks fit dataset='torch/cifar10', threat='L2:12"),
-    ({"name": "nothing"}, r"no networks fit name='nothing'; expected one. Known are:\n(.*\n)+.*digits_linf"),
+    ({"name": "wang2023_cifar10_lnf"}, r"no network fits name='wang2023_cifar10_lnf'; did you mean wang2023_cifar10_l"),
     ({"dataset": "digits", "threat": "8/255"}, "cannot read the threat model '8/255'"),
 ])
 def test_a_public_network_that_is_not_the_only_one_is_not_guessed(arguments, message):

@@ -60,6 +60,7 @@ def test_accuracies_are_counted_point_by_point(report):
         "fc": {"apgd-ce": 0.8, "square": 0.8, "worst": 0.7}, "ste": {"apgd-ce": 0.8, "worst": 0.8},
         "true": {"square": 0.8, "worst": 0.8}}
     assert report.baseline == {"clean": 1.0, "apgd-ce": 0.8, "square": 0.6, "worst": 0.4}
+    assert repr(report) == "<AttackReport: hpm_wrn10_2, 10 images, Linf:0.1, clean 80.0%, robust 50.0%>"
 
 
 def test_an_untouched_image_that_errs_among_broken_ones_is_not_robust(report):

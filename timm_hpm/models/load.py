@@ -5,6 +5,7 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg
 
+from ..names import did_you_mean
 from ..threat import ThreatModel
 from .create import create_model
 
@@ -29,7 +30,7 @@ def load_model(
         model_args: arguments of `timm.create_model`, such as `inference`.
 
     Raises:
-        ValueError: if no network or more than one fits; the message lists the candidates.
+        ValueError: if no network or more than one fits; the message lists the candidates, or the nearest names.
     """
     wanted = {key: value for key, value in (("name", name), ("dataset", dataset), ("threat", threat)) if value}
     threat = ThreatModel.of(threat) if threat else None
@@ -40,9 +41,12 @@ def load_model(
         fitting = {full: fitting[full] for full in exact or [full for full in fitting if name in full]}
     if len(fitting) != 1:
         asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted.items()) or "nothing"
-        lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in (fitting or known).items())
-        raise ValueError(f"{len(fitting) or 'no'} networks fit {asked}; expected one. "
-                         f"{'They are' if fitting else 'Known are'}:{lines}")
+        if not fitting:
+            names = dict.fromkeys([*known, *(full.partition(".")[2] for full in known)])
+            raise ValueError(f"no network fits {asked}{did_you_mean(name, names)}. timm.list_pretrained('hpm_*') and "
+                             "docs/models.md list the known ones")
+        lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in fitting.items())
+        raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
     return create_model(*fitting, pretrained=True, **model_args).eval()
 
 

@@ -35,7 +35,7 @@ _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 1.5em auto;
        padding: 0 1em; }
 h1 { font-size: 1.5em; margin: 0; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
-.wide, pre { overflow-x: auto; } pre { font-size: 12px; background: #f6f6f6; padding: .5em .8em; }
+.wide { overflow-x: auto; } pre { font-size: 12px; white-space: pre-wrap; background: #f6f6f6; padding: .5em .8em; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; }

@@ -70,7 +70,7 @@ def data_digest(images: Tensor, labels: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttackReport:
     """The result of `mixed_surrogate_attack`. Every accuracy is a fraction in [0, 1], of the true model.
 
@@ -102,6 +102,10 @@ class AttackReport:
     neighbours: list[dict[str, Any]] = field(default_factory=list)
     date: str = ""
     convergence: Convergence | None = None
+
+    def __repr__(self) -> str:
+        return (f"<AttackReport: {self.name}, {self.num_images} images, {self.protocol['threat']}, "
+                f"clean {self.clean_accuracy:.1%}, robust {self.robust_accuracy:.1%}>")
 
     @property
     def name(self) -> str:

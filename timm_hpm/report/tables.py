@@ -180,7 +180,7 @@ def interval_text(accuracy: float, num_images: int) -> str:
 def cell(value: Any) -> str:
     """Returns a protocol's value in words; of a long list, such as 1,000 class names, the first ones and the number."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items()) or "none"
     if not isinstance(value, list | tuple):
         return f"{value:.6g}" if isinstance(value, float) else str(value)
     rest = f", ... ({len(value)} in all)" if len(value) > 20 else ""

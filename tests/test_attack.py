@@ -14,8 +14,8 @@ from timm_hpm.evaluation.attacked import AttackedModel
 NUM_DIGITS = 12
 
 THREAT = ThreatModel("Linf", 0.15)
-TINY = {"apgd-ce": 5, "apgd-t": "3x2", "fab-t": "2x2", "square": 20, "apgd-chain": 2, "joint": 3, "joint-subset": "3r2",
-        "search": 3, "search-on": 3}
+TINY = {"apgd-ce": 5, "apgd-pm": 5, "apgd-t": "3x2", "fab-t": "2x2", "square": 20, "apgd-chain": 2, "joint": 3,
+        "joint-subset": "3r2", "search": 3, "search-on": 3}
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -10,6 +10,7 @@ from torch import nn
 import timm_hpm
 from timm_hpm import ThreatModel
 from timm_hpm.attacks import margin_loss, margin_search, probability_margin, repeated_search, target_margin
+from timm_hpm.attacks.search import _Search
 
 
 def test_the_margin_of_a_target_is_a_difference_of_logits():
@@ -89,6 +90,17 @@ def test_a_point_that_only_a_local_search_reaches_is_found():
                                                       labels, targets, threat, steps)), labels) > 0).sum()
               for steps in (10, 400)}
     assert breaks[10] < 4 and breaks[400] == 8
+
+
+def test_under_l2_the_pixels_drawn_anew_are_two_radii_from_the_clean_image():
+    images, labels = torch.zeros(50, 1, 28, 28), torch.zeros(50, dtype=torch.long)
+    for eps in (1.0, 2.0):
+        search = _Search(lambda rows, pixels: pixels, labels, images, labels, labels.unsqueeze(1),
+                         ThreatModel("L2", eps))
+        start = search.near_best(torch.arange(50))
+        assert search.threat.contains(start, images).all()
+        # A pixel uniform in [0, 1] has a mean square of 1/3.
+        assert (start > 0).sum().item() / 50 == pytest.approx((2 * eps) ** 2 * 3, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["fast", "standard", "thorough"])

@@ -1,8 +1,9 @@
 """Margin search, a local search that spends its steps on the images and classes nearest to a decision boundary.
 
 Ten steps towards each target find the nearest one. From then on an ascent starts at the best point of its image with
-a fifth of the pixels at random again, as in an iterated local search; the images that are far from a boundary leave
-the search one after another. Ascents from random points alone break fewer images at equal cost (docs/benchmarks.md).
+a fifth of the pixels at random again (L2: a few pixels, anywhere in [0, 1]), as in an iterated local search; the images
+that are far from a boundary leave the search one after another. Ascents from random points alone break fewer images
+at equal cost (docs/benchmarks.md).
 """
 
 import math
@@ -20,8 +21,10 @@ from .losses import target_margin
 #: Steps of an ascent from a random start towards each target, and of an ascent from a changed best point.
 FIRST_STEPS: Final = 10
 NEXT_STEPS: Final = 20
-#: Part of the pixels of a best point that are drawn anew.
+#: Part of the pixels of a best point that are drawn anew under Linf; under L2, how many radii they are from the clean
+#: image before their projection.
 _REDRAWN: Final = 0.2
+_REDRAWN_RADII: Final = 2.0
 #: Part of a step that is new; the rest is the step before it.
 _NEW_STEP: Final = 0.75
 #: Part of the images left that take part in a round, on average: fewer and fewer.
@@ -122,10 +125,13 @@ class _Search:
         """Returns starts (r, ...): the best points with some pixels at random, under Linf on the surface."""
         clean, best = self.clean[images], self.points[images]
         ball = Ball(clean, self.threat)
-        drawn = ball.random_start()
+        drawn, part = torch.rand_like(best), torch.full_like(per_image(self.best[images], best), _REDRAWN)
         if self.threat.norm == "Linf":
-            drawn = torch.where(drawn > clean, ball.high, ball.low)
-        return ball.project(torch.where(torch.rand_like(best) < _REDRAWN, drawn, best))
+            drawn = torch.where(drawn > 0.5, ball.high, ball.low)
+        else:  # small changes of many pixels seldom leave the basin of the best point
+            part = (_REDRAWN_RADII * self.threat.eps) ** 2 / per_image(
+                (drawn - clean).square().flatten(1).sum(dim=1), best)
+        return ball.project(torch.where(torch.rand_like(best) < part, drawn, best))
 
     def ascend(self, images: Tensor, numbers: Tensor, start: Tensor, steps: int) -> None:
         """Raises the margins of the targets of those `numbers` (r,), with shorter and shorter steps."""

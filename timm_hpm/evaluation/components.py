@@ -33,18 +33,20 @@ from ..threat import ThreatModel
 from .batch import AttackBatch
 from .budget import Budget
 
+#: Of labels (R,), a function of logits (R, C) to the loss (R,).
+Loss = Callable[[Tensor], Callable[[Tensor], Tensor]]
 #: Targets of the margin search, as many as those of AutoAttack's targeted attacks.
 _SEARCHED_TARGETS: Final = 9
 
 
-def apgd_ce(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
-    """Returns the candidates (S·B, ...) of APGD on the cross-entropy, one start."""
+def apgd_untargeted(batch: AttackBatch, threat: ThreatModel, budget: Budget, loss: Loss = cross_entropy) -> Tensor:
+    """Returns the candidates (S·B, ...) of APGD on a loss of probabilities, one start."""
     rows = batch.active
     wrong = F.softmax(batch.clean_logits[rows], dim=1).scatter(1, batch.labels[rows].unsqueeze(1), 0.0).sum(dim=1)
     batch.flag("saturated-softmax", "the softmax of {} of {} clean predictions is one-hot in float32, and the gradient "
-               "of the cross-entropy 0: the candidates of this attack prove little", int((wrong == 0).sum()),
+               "of the loss 0: the candidates of this attack prove little", int((wrong == 0).sum()),
                len(wrong))
-    return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget))
+    return batch.points.index_copy(0, rows, apgd_points(batch, rows, threat, budget, loss=loss))
 
 
 def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
@@ -130,11 +132,11 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
 
 
 def apgd_points(batch: AttackBatch, rows: Tensor, threat: ThreatModel, budget: Budget,
-                start: Tensor | None = None) -> Tensor:
-    """Returns the candidates (R, ...) of APGD on the cross-entropy for `rows`, from `start` (R, ...) or at random."""
+                start: Tensor | None = None, loss: Loss = cross_entropy) -> Tensor:
+    """Returns the candidates (R, ...) of APGD for `rows`, from `start` (R, ...) or at random."""
     labels = batch.labels[rows]
     return _candidates(apgd(_rows_model(batch, rows), batch.clean[rows], labels, threat, budget.iterations,
-                            cross_entropy(labels), start))
+                            loss(labels), start))
 
 
 def _rows_model(batch: AttackBatch, rows: Tensor) -> Callable[[Tensor], Tensor]:

@@ -131,7 +131,8 @@ def _summary(attacks: Mapping[str, Budget]) -> dict[str, dict[str, int]]:
 
 
 _AUTOATTACK: Final = ("apgd-ce", "apgd-t", "fab-t", "square")
-_STANDARD: Final = {name: attack.budget for name, attack in ATTACKS.items() if not name.startswith("search")}
+_STANDARD: Final = {name: attack.budget for name, attack in ATTACKS.items()
+                    if not name.startswith(("search", "apgd-pm"))}
 _FAST: Final = {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
                 "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}
 _STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-t": Budget(50, targets=2),

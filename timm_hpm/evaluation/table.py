@@ -8,12 +8,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ..attacks import probability_margin
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .attacked import AttackedModel
 from .batch import AttackBatch
 from .budget import Budget
-from .components import apgd_ce, apgd_t, fab_t, search, square
+from .components import apgd_t, apgd_untargeted, fab_t, search, square
 from .joint import apgd_chain, joint, joint_subset
 
 
@@ -69,7 +70,8 @@ class Attack:
 ATTACKS: Final = {
     attack.name: attack
     for attack in (
-        Attack("apgd-ce", apgd_ce, Budget(100)),
+        Attack("apgd-ce", apgd_untargeted, Budget(100)),
+        Attack("apgd-pm", partial(apgd_untargeted, loss=probability_margin), Budget(100)),
         Attack("apgd-t", apgd_t, Budget(100, targets=9)),
         Attack("fab-t", fab_t, Budget(100, targets=9)),
         Attack("search", search, Budget(1_000)),

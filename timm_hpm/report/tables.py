@@ -19,6 +19,7 @@ UNRELIABLE: Final = "these numbers should not be quoted; the warnings say why."
 #: A sentence on each attack and each surrogate that the package has.
 WORDS: Final = {
     "apgd-ce": "AutoPGD on the cross-entropy (AutoAttack)",
+    "apgd-pm": "AutoPGD on the probability margin (PMA)",
     "apgd-t": "AutoPGD on the targeted DLR loss, one target class after another (AutoAttack)",
     "fab-t": "FAB, which looks for the nearest boundary to each target class (AutoAttack)",
     "square": "a random search without gradients (AutoAttack)",

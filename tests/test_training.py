@@ -298,7 +298,8 @@ def test_the_epoch_of_the_prototypes_is_a_part_of_the_run(tmp_path):
 
 def test_a_run_that_does_not_learn_says_so_in_its_log_and_its_folder(tmp_path):
     lines = []
-    run(tmp_path / "bad", log=lines.append, pretrained=False, lr=0.1, prototype_epoch=0)
+    run(tmp_path / "bad", log=lines.append, pretrained=False, lr=0.1, prototype_epoch=0,
+        model_kwargs={"inference": "batch"})
     found = (tmp_path / "bad" / "warnings.txt").read_text().splitlines()
     assert [f"warning: {line}" for line in found] == [line for line in lines if line.startswith("warning")]
     assert any("above ln 10 = 2.303" in line for line in found) and any("is at chance" in line for line in found)

@@ -116,3 +116,14 @@ def test_results_of_autoattack_on_other_images_are_refused(monkeypatch, tmp_path
     assert public_nets.reference(path, "110") == {"robust": "100"}
     with pytest.raises(SystemExit, match=r"of 3 images instead of 2; give the --num-images of that run"):
         public_nets.reference(path, "11")
+
+
+def test_a_pair_of_digits_is_of_the_class_of_both(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import many_classes
+
+    digits = {image.numpy().tobytes(): int(label) for image, label in timm_hpm.load_split("digits", "val")}
+    images, labels = many_classes.pairs("val", 20)
+    for image, label in zip(images, labels, strict=True):
+        left, right = (digits[half.contiguous().numpy().tobytes()] for half in image.split(8, dim=2))
+        assert 10 * left + right == label

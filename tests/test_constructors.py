@@ -223,11 +223,13 @@ def test_the_commands_take_a_constructor(net):
 
 
 def test_a_public_network_by_its_tag_or_its_data_set_and_threat():
-    for arguments in ({"name": "digits_linf"}, {"name": "hpm_wrn10_2.digits_linf"},
-                      {"dataset": "digits", "threat": "Linf:0.1"}):
+    for arguments, tag in (({"name": "digits_linf"}, "digits_linf"),
+                           ({"name": "hpm_wrn10_2.digits_linf"}, "digits_linf"),
+                           ({"dataset": "digits", "threat": "Linf:0.1"}, "digits_linf"),
+                           ({"name": "hpm_wrn10_2", "dataset": "torch/fashion_mnist"}, "fashion_mnist_linf")):
         model = timm_hpm.load_model(**arguments, inference="sample")
         assert not model.training and find_head(model).is_fitted() and find_head(model).inference == "sample"
-        assert model.pretrained_cfg["tag"] == "digits_linf"
+        assert model.pretrained_cfg["tag"] == tag
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -236,6 +238,7 @@ def test_a_public_network_by_its_tag_or_its_data_set_and_threat():
                                         r" +hpm_wrn70_16\.wang2023_cifar10_linf: .*70\.69 % under AutoAttack"),
     ({"dataset": "torch/cifar10", "threat": "L2:128/255"}, "2 networks fit dataset='torch/cifar10', threat='L2:12"),
     ({"name": "wang2023_cifar10_lnf"}, r"no network fits name='wang2023_cifar10_lnf'; did you mean wang2023_cifar10_l"),
+    ({"dataset": "torch/mnist"}, "no network fits dataset='torch/mnist'"),
     ({"dataset": "digits", "threat": "8/255"}, "cannot read the threat model '8/255'"),
 ])
 def test_a_public_network_that_is_not_the_only_one_is_not_guessed(arguments, message):

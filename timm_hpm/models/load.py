@@ -1,5 +1,6 @@
 """`load_model`: a public robust network by its tag, or by its data set and threat model."""
 
+import re
 from typing import Any
 
 import timm
@@ -62,5 +63,7 @@ def _known() -> dict[str, tuple[str, ...]]:
 
 def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
     part = (dataset or "").lower().rpartition("/")[2].replace("cifar-", "cifar")
-    return (not part or _DATA_SETS.get(part, part) in full.partition(".")[2].split("_")) and (
+    # A tag is the authors and the year, if any, the data set and the norm.
+    tag = re.sub(r"^[a-z]+\d{4}_|_(linf|l2)(_.*)?$", "", full.partition(".")[2])
+    return (not part or _DATA_SETS.get(part, part) == tag) and (
         threat is None or ThreatModel.parse(notes[0].partition(": ")[2]) == threat)

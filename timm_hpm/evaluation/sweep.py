@@ -85,6 +85,7 @@ def sweep(
     Raises:
         ValueError: if a mode is unknown, the model has no HPM head for it, no radius is above 0, an argument is
             malformed, or the folder holds a report of another run. Nothing was attacked then.
+        OutOfTime: as `mixed_surrogate_attack`.
     """
     threats = [ThreatModel(norm, eps) for eps in radii if eps != 0]
     if not threats:

@@ -36,7 +36,8 @@ class Movement:
         images: number of images.
         accuracy: fraction classified correctly under both attacks.
         naive_accuracy: fraction that an attack on the cross-entropy alone leaves correct.
-        feature_shift: ‖f(x + δ) − f(x)‖₂ of the features f, over the mean ‖f(x) − f(x')‖₂ of two images of the split.
+        feature_shift: ‖f(x + δ) − f(x)‖₂ of the features f, over the root mean square of ‖f(x) − f(x')‖₂ of
+            two images of the split.
         margin: margin of the clean image, in logits.
         margin_lost: margin of the clean image less that of the attacked one, in logits.
     """

@@ -120,6 +120,8 @@ def test_model_info_of_a_report(a, tmp_path):
         # Under the attacks on the model itself six images are right, under those on every surrogate five.
         "autoattack_acc": "60.00", "external": "50.00",
         "footnote": "Measured by timm_hpm on 10 images, inference mode batch, batches of 10."}
+    a.protocol["eot"] = 8
+    assert model_info(a)["number_forward_passes"] == 8
 
 
 def test_only_autoattack_s_components_on_the_model_itself_count_as_autoattack(a):

@@ -59,7 +59,8 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
     # Attacks on the surrogate that computes the true model's logits are AutoAttack on the model.
     own = exact_surrogate(protocol["inference"], protocol["prototypes_fitted"] is not False)
     measured = {
-        "link": "", "name": "", "authors": "", "additional_data": None, "number_forward_passes": 1,
+        "link": "", "name": "", "authors": "", "additional_data": None,
+        "number_forward_passes": protocol.get("eot", 1),
         "dataset": protocol.get("dataset", "").removeprefix("torch/"), "venue": "",
         "architecture": protocol["architecture"],
         "eps": str(ThreatModel.parse(protocol["threat"])).partition(":")[2],

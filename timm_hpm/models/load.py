@@ -44,8 +44,9 @@ def load_model(
         asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted.items()) or "nothing"
         if not fitting:
             names = dict.fromkeys([*known, *(full.partition(".")[2] for full in known)])
-            raise ValueError(f"no network fits {asked}{did_you_mean(name, names)}. timm.list_pretrained('hpm_*') and "
-                             "docs/models.md list the known ones")
+            hint = "" if any((name or "") in full for full in known) else did_you_mean(name, names)
+            raise ValueError(f"no network fits {asked}{hint}; timm.list_pretrained('hpm_*') and docs/models.md list the "
+                             "known ones")
         lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in fitting.items())
         raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
     return create_model(*fitting, pretrained=True, **model_args).eval()

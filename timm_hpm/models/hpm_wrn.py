@@ -22,7 +22,11 @@ _VARIANTS = {
     "hpm_wrn70_16": (70, 16, "266.8M parameters"),
 }
 
-_CIFAR100 = {"num_classes": 100, "mean": DATASETS["torch/cifar100"].mean, "std": DATASETS["torch/cifar100"].std}
+def _statistics(data: str) -> dict[str, Any]:
+    return {"mean": DATASETS[data].mean, "std": DATASETS[data].std}
+
+
+_CIFAR100 = {"num_classes": 100, **_statistics("torch/cifar100")}
 _SVHN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _TINY_IMAGENET = {
     "num_classes": 200,
@@ -47,8 +51,13 @@ _WANG2023: tuple[tuple[str, str, str, tuple[float, float], dict[str, Any]], ...]
      _CIFAR100),
 )
 
-# Weights inside the package: data set, size of its images, threat model, stride of the stem.
-_EMBEDDED = (("digits", (1, 8, 8), "Linf:0.1", 2), ("fashion_mnist", (1, 28, 28), "Linf:0.1", 4))
+# Weights inside the package: data set, threat model, the fields of its cfg, and the model arguments.
+_EMBEDDED: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
+    ("digits", "Linf:0.1", {"input_size": (1, 8, 8), **_statistics("digits")}, {"stem_stride": 2}),
+    ("fashion_mnist", "Linf:0.1", {"input_size": (1, 28, 28), **_statistics("fashion_mnist")}, {"stem_stride": 4}),
+    # Trained on a folder of images, hence ImageNet's normalisation, and on its FC classifier.
+    ("cifar10", "Linf:8/255", _statistics("folder"), {"stem_stride": 2, "inference": "fc"}),
+)
 
 # A tag's cfg and, as `model_args`, the arguments that its weights need. An architecture's first tag with weights is its
 # default.
@@ -56,16 +65,14 @@ default_cfgs = pretrained_tags({
     **{
         f"hpm_wrn10_2.{data}_linf": cifar_cfg(
             file=str(Path(__file__).parent / "weights" / f"hpm_wrn10_2.{data}_linf.safetensors"),
-            input_size=size,
             pool_size=(1, 1),
-            mean=DATASETS[data].mean,
-            std=DATASETS[data].std,
             origin_url="https://arxiv.org/abs/2606.01746",
             paper_ids=_PAPERS,
             notes=weight_notes(threat),
-            model_args={"stem_stride": stride},
+            model_args=args,
+            **fields,
         )
-        for data, size, threat, stride in _EMBEDDED
+        for data, threat, fields, args in _EMBEDDED
     },
     **{
         name: cifar_cfg(

@@ -45,8 +45,8 @@ def load_model(
         if not fitting:
             names = dict.fromkeys([*known, *(full.partition(".")[2] for full in known)])
             hint = "" if any((name or "") in full for full in known) else did_you_mean(name, names)
-            raise ValueError(f"no network fits {asked}{hint}; timm.list_pretrained('hpm_*') and docs/models.md list the "
-                             "known ones")
+            raise ValueError(f"no network fits {asked}{hint}; timm.list_pretrained('hpm_*') and docs/models.md list "
+                             "the known ones")
         lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in fitting.items())
         raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
     return create_model(*fitting, pretrained=True, **model_args).eval()

@@ -20,7 +20,7 @@ def test_the_example(tmp_path, monkeypatch):
     other = timm_hpm.evaluate(model, "digits", "Linf:0.1", num_images=10, inference="fc", protocol=quick)
     timm_hpm.write_report(other, tmp_path / "other")
     example = PAGE.split("```python\n")[1].split("```")[0]
-    for theirs, mine in (("hpm_wrn28_10.wang2023_cifar10_linf", "hpm_wrn10_2"), ("torch/cifar10", "digits"),
+    for theirs, mine in (("hpm_wrn28_10.wang2023_cifar10_linf", "digits_linf"), ("torch/cifar10", "digits"),
                          ("Linf:8/255", "Linf:0.1"), ("num_images=1000", "num_images=10, protocol=quick")):
         assert theirs in example
         example = example.replace(theirs, mine)

@@ -147,6 +147,14 @@ def test_a_finished_run_is_extended_by_more_epochs(tmp_path):
         run(tmp_path / "run", resume=True, epochs=2, sched="constant")
 
 
+def test_an_extended_run_keeps_the_defaults_that_depend_on_its_epochs(tmp_path):
+    run(tmp_path, pretrained=False, epochs=1)
+    before = saved_options(tmp_path)
+    run(tmp_path, resume=True, pretrained=False, epochs=2)
+    after = saved_options(tmp_path)
+    assert (after.prototype_epoch, after.warmup_epochs) == (before.prototype_epoch, before.warmup_epochs) == (1.0, 0.25)
+
+
 def test_an_extended_run_forgets_that_it_ended_at_chance(tmp_path):
     options = {"pretrained": False, "lr": 0.1, "batch_size": 1000, "warmup_epochs": 0.5,
                "model_kwargs": {"inference": "fc"}}

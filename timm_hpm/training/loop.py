@@ -50,6 +50,9 @@ from .validation import Validation
 #: The file in a run's folder that compressed extra data are unpacked into.
 UNPACKED: Final = "extra-data.npy"
 
+# Defaults that a resumed run keeps.
+_KEPT: Final = ("threads", "prototype_epoch", "warmup_epochs")
+
 
 class Run:
     """A training run: its parts, and the loop over epochs and batches.
@@ -61,8 +64,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, output: str | os.PathLike, *, model: Any = None, resume: bool = False,
                  log: Callable[[str], None] = print, progress: bool = False, asked_to_stop: Sequence[int] = ()):
-        if resume and config.threads is None:
-            config = replace(config, threads=saved_options(Path(output)).threads)  # others round differently
+        if resume:  # these defaults depend on a measurement, on the weights or on the number of epochs
+            saved = saved_options(Path(output))
+            config = replace(config, **{name: getattr(saved, name) for name in _KEPT if getattr(config, name) is None})
         self.config = config
         folder, self.log, self.show_progress = writable_folder(output), log, progress
         self.accelerator = accelerator = create_accelerator(config, folder)

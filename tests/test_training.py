@@ -272,8 +272,9 @@ FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
 def test_from_scratch_the_defaults_learn_as_the_fc_classifier_does(changes, tmp_path):
     kept = run(tmp_path / "hpm", **FROM_SCRATCH | changes)
     plain = run(tmp_path / "fc", **FROM_SCRATCH | changes | {"model_kwargs": {"inference": "fc"}})
+    # Two standard errors of the difference of two accuracies of 80 % of 360 images.
     for name in ("val_clean", "val_robust"):
-        assert kept[name] >= plain[name] - 0.03, (kept, plain)
+        assert kept[name] >= plain[name] - 0.06, (kept, plain)
     assert find_head(timm.create_model(f"local-dir:{tmp_path / 'hpm'}", pretrained=True)).is_fitted()
 
 

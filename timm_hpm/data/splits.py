@@ -349,4 +349,4 @@ def _check_size(name: str, size: tuple[int, ...], input_size: tuple[int, ...] | 
     if input_size[1:] != size[1:]:
         hints.append(f"--img-size {size[1]}")
     raise ValueError(f"{name} has images of (channels, height, width) {size}, the model takes {tuple(input_size)}; "
-                     f"they are not converted: give {' and '.join(hints)}")
+                     f"they are not converted: give {' and '.join(hints)}, or another --dataset")

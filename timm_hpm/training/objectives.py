@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacks import pgd
+from ..attacks.pgd import ascend
 from ..threat import ThreatModel
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), FC logits (B, C)
@@ -37,7 +37,7 @@ class TrainingAttack:
 
     def pgd(self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Returns adversarial images (B, ...) by PGD on a `loss` of logits and labels; None means cross-entropy."""
-        return pgd(self.logits, images, labels, self.threat, steps=self.steps, step_size=self.step_size, loss=loss)
+        return ascend(self.logits, images, labels, self.threat, self.steps, self.step_size, loss=loss)
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def tuned(base: dict[str, Any], mode: str, seed: int, folder: Path) -> Path:
-    """Returns the weights of a base that is fine-tuned through a mode."""
+    """Returns the weights of a base that is fine-tuned through a mode; a base to train is the same for all seeds."""
     first = {} if "base" not in base else {
-        "initial_checkpoint": str(train({**base["base"], "seed": seed}, folder / f"base-{seed}"))}
+        "initial_checkpoint": str(train({**base["base"], "seed": 0}, folder / "base-0"))}
     kwargs = {**base["train"].get("model_kwargs", {}), "inference": mode}
     return train({**base["train"], **first, "model_kwargs": kwargs, "seed": seed}, folder / f"{mode}-{seed}")
 

@@ -10,11 +10,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub_server
 import pytest
 import timm
 import torch
@@ -63,9 +62,11 @@ def prefixed(state_dict, prefix):
 
 def load(name, path, overlay=None, **kwargs):
     """Returns what plain `timm.create_model` makes of a file, which has no prototypes."""
-    with pytest.warns(UnfittedHeadWarning, match="fit_prototypes"):
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **(overlay or {})}, **kwargs).eval()
+    with pytest.warns(UnfittedHeadWarning, match="predicts as its FC classifier until .*fit_prototypes") as record:
+        model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **(overlay or {})}, **kwargs)
+    assert sum(isinstance(warning.message, UnfittedHeadWarning) for warning in record) == 1
+    return model.eval()
 
 
 @torch.no_grad()
@@ -143,12 +144,13 @@ def test_checkpoints_of_robustbench_s_networks_answer_as_they_do(tmp_path, name,
     if name == "hpm_preact_resnet18":
         assert not model.pretrained_cfg.get("tag")  # nobody can tell that they are the tag's
     if name == "hpm_cifar_resnet18":
-        # A new classifier and no classifier, for which timm loads loosely.
-        for classes in (5, 0):
-            with pytest.warns(DroppedClassifierWarning) if classes else nullcontext():
-                other = timm.create_model(name, pretrained=True, num_classes=classes,
+        # A new classifier and none, for which timm loads loosely, and features: nobody asks for prototypes.
+        for other in ({"num_classes": 5}, {"num_classes": 0}, {"features_only": True}):
+            with pytest.warns(DroppedClassifierWarning) if other.get("num_classes") else nullcontext():
+                other = timm.create_model(name, pretrained=True, **other,
                                           pretrained_cfg_overlay={"file": str(tmp_path / "theirs.pt"), **overlay})
-            assert torch.equal(other.layer4[1].conv2.weight, original.layer4[1].conv2.weight)
+            found = other.state_dict()
+            assert torch.equal(found["layer4.1.conv2.weight"], original.layer4[1].conv2.weight)
 
 
 @pytest.mark.parametrize("tag", ["cifar10_l2", "cifar100_linf", "svhn_linf"])
@@ -278,34 +280,6 @@ def test_a_public_tag_has_threat_model_licence_and_paper(name):
     assert model.pretrained_cfg["tag"] == name.partition(".")[2]
 
 
-def test_a_tag_s_arguments_are_those_of_its_network():
-    assert timm.create_model("hpm_wrn28_10", device="meta").pretrained_cfg["tag"] == "wang2023_cifar10_linf"
-    assert timm.create_model("hpm_wrn28_10", device="meta").layout == "deepmind"
-    assert timm.create_model("hpm_wrn28_10.untrained", device="meta").layout == "trades"
-    public = "hpm_resnet152.liu2023_imagenet_linf"
-    assert type(timm.create_model(public, device="meta").act1) is timm.layers.GELU
-    assert type(timm.create_model("hpm_resnet152", device="meta").act1) is nn.ReLU
-    assert type(timm.create_model(public, act_layer=nn.SiLU, device="meta").act1) is nn.SiLU
-
-
-def test_weights_without_prototypes_warn_once_and_only_if_the_head_needs_them(tmp_path):
-    weights = timm.create_model("hpm_wrn10_2.untrained").state_dict()
-    save_file({key: value for key, value in weights.items() if key not in OURS[1:]}, tmp_path / "plain.safetensors")
-    overlay = {"file": str(tmp_path / "plain.safetensors"), **NONE}
-
-    def create(**kwargs):
-        return timm.create_model("hpm_wrn10_2.untrained", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-
-    with pytest.warns(UnfittedHeadWarning) as record:
-        create()
-    assert len(record) == 1
-    assert "its HPM head predicts as its FC classifier until timm_hpm.fit_prototypes" in str(record[0].message)
-    with pytest.warns(DroppedClassifierWarning):
-        create(num_classes=3)
-    create(num_classes=0)
-    create(features_only=True)
-
-
 # What is refused. The formats are written by hand: these tests need no RobustBench.
 
 
@@ -338,139 +312,115 @@ def trades_state_dict():
     return theirs
 
 
-@pytest.fixture
-def refuse(tmp_path):
-    """Returns a function that saves a checkpoint, and asserts that it is refused, with its file in the message."""
-
-    def check(checkpoint, message, name="hpm_wrn10_2.untrained_deepmind", overlay=None, **kwargs):
-        path = tmp_path / "theirs.pt"
-        torch.save(checkpoint, path)
-        with pytest.raises(CheckpointError, match=message) as error:
-            timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **(overlay or {})}, **kwargs)
-        assert str(path) in str(error.value)
-
-    return check
+def state_of(name, **kwargs):
+    return timm.create_model(name, **kwargs).state_dict()
 
 
-@pytest.mark.parametrize("classes", [10, 3, 0])
-def test_a_layout_is_never_loaded_into_the_other(refuse, classes):
-    refuse(deepmind_state_dict(), "of DeepMind's WideResNet and needs layout='deepmind'; the network has 'trades'.*"
-                                  r"\.untrained_deepmind", "hpm_wrn10_2.untrained", num_classes=classes)
-    refuse(trades_state_dict(), "of TRADES' WideResNet and needs layout='trades'; the network has 'deepmind'.*"
-                                r"such as \.untrained with", num_classes=classes)
-    # The tag's own layout is what the weights are checked against, unless the caller has another.
-    refuse(deepmind_state_dict(), "needs layout='deepmind'", "hpm_wrn28_10", layout="trades", num_classes=classes)
+def without(weights, *parts):
+    return {key: value for key, value in weights.items() if not any(part in key for part in parts)}
 
 
-@pytest.mark.parametrize("classes", [10, 3, 0])
-def test_keys_unaccounted_for_are_listed(refuse, classes):
-    weights = deepmind_state_dict()
-    extra = {**weights, "layer.0.block.0.gate.weight": torch.ones(3), "aux.bias": torch.ones(1)}
-    refuse({"model_state_dict": prefixed(extra, "module.0.")},
-           r"no place for: layer\.0\.block\.0\.gate\.weight, aux\.bias\. .*lacks: none", num_classes=classes)
-    fewer = {key: value for key, value in weights.items() if "batchnorm_1.running" not in key}
-    refuse(fewer, r"no place for: none\. .*lacks: stages\.0\.0\.bn2\.running_mean", num_classes=classes)
-    refuse(deepmind_state_dict((2, 1, 1)), r"layer\.0\.block\.1\.conv_0\.weight", num_classes=classes)
-    # Of timm's networks, too.
-    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
-    extra = {"state_dict": {**weights, "extra.weight": torch.ones(3)}}
-    refuse(extra, r"Unexpected key\(s\).*extra\.weight", "hpm_test_resnet", num_classes=classes)
-    refuse(extra, r"extra\.weight", "hpm_test_resnet", features_only=True)
-    last = [key for key in weights if key.endswith("conv2.weight")][-1]
-    del weights[last]
-    refuse({"state_dict": weights}, rf"Missing key\(s\).*{re.escape(last)}", "hpm_test_resnet", num_classes=classes)
+def small_resnet():
+    """Returns the weights of a ResNet for small images by the names of its authors."""
+    return {key.replace("downsample", "shortcut").replace("fc.", "linear."): value
+            for key, value in without(state_of("hpm_cifar_resnet18", layers=(1, 1, 1, 1)), *OURS).items()}
 
 
-PREACT = {"layer1.0.conv1.weight": torch.ones(1), "bn.weight": torch.ones(1), "linear.weight": torch.ones(1)}
+def normalised(weights, mean, std):
+    return {**prefixed(weights, "model."), "normalize.mean": torch.tensor(mean), "normalize.std": torch.tensor(std)}
 
 
-def test_another_architecture_is_refused(refuse):
-    resnet = timm.create_model("test_resnet").state_dict()
-    refuse(resnet, r"unknown format: .*conv1\.0\.weight.*Known: timm_hpm, DeepMind's WideResNet")
-    refuse(deepmind_state_dict(), r"(?s)into hpm_test_resnet: .*Unexpected.*init_conv\.weight", "hpm_test_resnet")
-    wide = timm.create_model("hpm_wrn16_4", num_classes=10, depths=(1, 1, 1)).state_dict()
-    refuse(wide, r"(?s)into hpm_wrn10_2: .*size mismatch for stages\.0\.0\.conv1\.weight")
-    cifar_resnet = {"conv1.weight": resnet["conv1.0.weight"], "bn1.weight": torch.ones(1),
-                    "layer1.0.conv1.weight": torch.ones(1), "linear.weight": torch.ones(1)}
-    refuse(cifar_resnet, "of a ResNet for small images, with activations behind the blocks.*Take hpm_cifar_resnet18")
-    refuse(PREACT, "needs shortcut='activated'; the network has 'raw3x3'", layout="trades", shortcut="raw3x3")
-
-
-XCIT = {"depth": 1, "embed_dim": 64, "num_heads": 4}
-
-
-@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, {"num_classes": 0},
-                                     {"features_only": True, "out_indices": (0,)}])
-def test_a_small_image_xcit_is_never_loaded_into_timm_s(refuse, options):
-    ours = timm.create_model("hpm_cifar_xcit_small_12_p4_32", **XCIT).state_dict()
-    small = timm.create_model("xcit_small_12_p16_224", num_classes=10, **XCIT).state_dict()
-    theirs = {**prefixed(small, "model."), "normalize.mean": torch.tensor(CIFAR_MEAN).view(1, 3, 1, 1),
-              "normalize.std": torch.tensor(CIFAR_STD).view(1, 3, 1, 1)}
-    for weights, message in (
-            (ours, r"has the entry function, as files of hpm_cifar_xcit_\*: .*smaller patches"),
-            (theirs, r"normalises by normalize\.mean = \(0\.4914, .*smaller patches .*Load it into hpm_cifar_xcit_\*")):
-        for normalisation in ({}, {"mean": CIFAR_MEAN, "std": CIFAR_STD}):
-            refuse(weights, message, "hpm_xcit_small_12_p16_224", {"num_classes": 10, **normalisation}, **options,
-                   **XCIT)
-
-
-@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, {"num_classes": 0}])
-def test_timm_s_xcit_is_never_loaded_into_a_small_image_one(refuse, options):
-    def check(weights, message, **overlay):
-        refuse(weights, f"{message}.*: it is of .*larger patches .*Load it into hpm_xcit_",
-               "hpm_cifar_xcit_small_12_p4_32", overlay, **options, **XCIT)
-
-    weights = timm.create_model("xcit_small_12_p16_224", **XCIT).state_dict()
-    check({"model": prefixed(weights, "module.")}, "has 1000 classes, as ImageNet", num_classes=1000)
-    ours = timm.create_model("hpm_xcit_small_12_p16_224", num_classes=10, **XCIT).state_dict()
-    check(ours, r"has an HPM head and no entry function, as files of hpm_xcit_\*")
-    normalised = {**prefixed(weights, "model."), "normalize.mean": torch.tensor(IMAGENET_MEAN),
-                  "normalize.std": torch.tensor(IMAGENET_STD)}
-    check(normalised, r"normalises by normalize\.mean = \(0\.485, ", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-
-@pytest.mark.parametrize("classes", [10, 3, 0])
-def test_other_resnets_are_never_loaded_into_a_small_image_one(refuse, classes):
-    small, ours = {"layers": (1, 1, 1, 1), "num_classes": classes}, "hpm_cifar_resnet18"
-    refuse(timm.create_model("resnet18", **small | {"num_classes": 10}).state_dict(),
-           r"(?s)size mismatch for conv1\.weight", ours, **small)
-    own = timm.create_model("hpm_cifar_resnet18", layers=(1, 1, 1, 1)).state_dict()
-    refuse(own, r"(?s)size mismatch for conv1\.weight", "hpm_resnet18", {"num_classes": 10}, **small)
-    refuse(PREACT, r"(?s)Missing.*bn1\.weight.*Unexpected.*linear\.weight", ours, **small)
-    theirs = {key.replace("downsample", "shortcut").replace("fc.", "linear."): value for key, value in own.items()
-              if key not in OURS}
-    refuse({**theirs, "extra": torch.ones(1)}, r"(?s)Unexpected.*extra", ours, **small)
-    refuse(theirs, r"(?s)Unexpected.*linear\.weight", "hpm_resnet18", {"num_classes": 10}, **small)
-
-
-@pytest.mark.parametrize(("checkpoint", "message"), [
-    ({}, "it is empty"),
-    ({"epoch": 3, "lr": 0.1}, "holds no state dict: epoch, lr"),
-    ({"unaveraged_model_state_dict": {"w": torch.ones(1)}}, "holds no state dict: unaveraged_model_state_dict"),
-    ([torch.ones(1)], "the checkpoint is a list"),
-])
-def test_a_file_without_a_state_dict_is_refused(refuse, checkpoint, message):
-    for name in ("hpm_wrn10_2.untrained", "hpm_test_resnet"):
-        refuse(checkpoint, message, name)
-
-
-def test_another_normalisation_is_refused(refuse, tmp_path):
-    buffers = {"mean": torch.tensor((0.5, 0.5, 0.5)).view(3, 1, 1), "std": torch.tensor(CIFAR_STD).view(3, 1, 1)}
-    checkpoint = {**deepmind_state_dict(), **buffers}
-    refuse(checkpoint, r"by mean = \(0\.5, 0\.5, 0\.5\), the network by mean = \(0\.4914, .*overlay=dict\(mean=")
-    torch.save(checkpoint, tmp_path / "theirs.pt")
-    model = load("hpm_wrn10_2.untrained_deepmind", tmp_path / "theirs.pt", {"mean": (0.5, 0.5, 0.5)})
-    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
-    overlay = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    checkpoint = madrylab(timm.create_model("test_resnet"), std=(1.0, 1.0, 1.0))
-    refuse(checkpoint, r"normalises by normalizer\.new_std = \(1\.0, 1\.0, 1\.0\)", "hpm_test_resnet", overlay)
-    # Two networks in one file.
+def two_networks():
     checkpoint = madrylab(timm.create_model("test_resnet"))
-    checkpoint["model"]["module.attacker.model.bn1.weight"] = torch.zeros(32)
-    checkpoint["model"]["module.attacker.model.other"] = torch.zeros(1)
-    refuse(checkpoint, r"two networks.*differ in attacker\.model\.bn1\.weight, attacker\.model\.other;",
-           "hpm_test_resnet", overlay)
+    checkpoint["model"] |= {"module.attacker.model.bn1.weight": torch.zeros(32),
+                            "module.attacker.model.other": torch.zeros(1)}
+    return checkpoint
+
+
+ONE = torch.ones(1)
+TRADES, DEEPMIND = "hpm_wrn10_2.untrained", "hpm_wrn10_2.untrained_deepmind"
+SMALL_WRN = {"depths": (1, 1, 1), "channels": (32, 64, 128)}
+LAYERS, TEN = {"layers": (1, 1, 1, 1)}, {"num_classes": 10}
+XCIT = {"depth": 1, "embed_dim": 64, "num_heads": 4}
+PREACT = {"layer1.0.conv1.weight": ONE, "bn.weight": ONE, "linear.weight": ONE}
+SMALL_PATCHES, LARGE_PATCHES = "hpm_cifar_xcit_small_12_p4_32", "hpm_xcit_small_12_p16_224"
+NORMALISED = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+#: Weights, the network that does not take them, its arguments, its cfg's overlay, and the words that say so.
+REFUSED = [
+    # The layouts of WideResNets. The tag's own is what counts, unless the caller has another.
+    (deepmind_state_dict, TRADES, {}, {}, "of DeepMind's WideResNet and needs layout='deepmind'; the network has "
+                                          r"'trades'.*\.untrained_deepmind"),
+    (trades_state_dict, DEEPMIND, {}, {}, "of TRADES' WideResNet and needs layout='trades'; the network has 'deepmind'"
+                                          r".*such as \.untrained with"),
+    (deepmind_state_dict, "hpm_wrn28_10", {"layout": "trades", **SMALL_WRN}, {}, "needs layout='deepmind'"),
+    # Keys unaccounted for.
+    (lambda: {"model_state_dict": prefixed({**deepmind_state_dict(), "layer.0.block.0.gate.weight": ONE, "aux.bias": ONE
+                                            }, "module.0.")}, DEEPMIND, {}, {},
+     r"no place for: layer\.0\.block\.0\.gate\.weight, aux\.bias\. .*lacks: none"),
+    (lambda: without(deepmind_state_dict(), "batchnorm_1.running"), DEEPMIND, {}, {},
+     r"no place for: none\. .*lacks: stages\.0\.0\.bn2\.running_mean"),
+    (lambda: deepmind_state_dict((2, 1, 1)), DEEPMIND, {}, {}, r"layer\.0\.block\.1\.conv_0\.weight"),
+    (lambda: {"state_dict": {**state_of("test_resnet", **TEN), "extra.weight": ONE}}, "hpm_test_resnet", {}, {},
+     r"Unexpected key\(s\).*extra\.weight"),
+    (lambda: {"state_dict": without(state_of("test_resnet", **TEN), "layer4.0.conv2.weight")}, "hpm_test_resnet", {},
+     {}, r"Missing key\(s\).*layer4\.0\.conv2\.weight"),
+    # Other architectures.
+    (lambda: state_of("test_resnet"), DEEPMIND, {}, {},
+     r"unknown format: .*conv1\.0\.weight.*Known: timm_hpm, DeepMind's WideResNet"),
+    (deepmind_state_dict, "hpm_test_resnet", {}, {}, r"into hpm_test_resnet: .*Unexpected.*init_conv\.weight"),
+    (lambda: state_of("hpm_wrn16_4", depths=(1, 1, 1)), DEEPMIND, {}, {},
+     r"into hpm_wrn10_2: .*size mismatch for stages\.0\.0\.conv1\.weight"),
+    (lambda: {"conv1.weight": torch.ones(64, 3, 3, 3), "bn1.weight": ONE, "layer1.0.conv1.weight": ONE,
+              "linear.weight": ONE}, DEEPMIND, {}, {},
+     "of a ResNet for small images, with activations behind the blocks.*Take hpm_cifar_resnet18"),
+    (lambda: PREACT, TRADES, {"shortcut": "raw3x3"}, {}, "needs shortcut='activated'; the network has 'raw3x3'"),
+    # ResNets for images of another size.
+    (lambda: state_of("resnet18", **LAYERS, **TEN), "hpm_cifar_resnet18", LAYERS, {}, r"size mismatch for conv1\.wei"),
+    (lambda: state_of("hpm_cifar_resnet18", **LAYERS), "hpm_resnet18", LAYERS, TEN, r"size mismatch for conv1\.weight"),
+    (lambda: PREACT, "hpm_cifar_resnet18", LAYERS, {}, r"Missing.*bn1\.weight.*Unexpected.*linear\.weight"),
+    (lambda: {**small_resnet(), "extra": ONE}, "hpm_cifar_resnet18", LAYERS, {}, "Unexpected.*extra"),
+    (small_resnet, "hpm_resnet18", LAYERS, TEN, r"Unexpected.*linear\.weight"),
+    # XCiTs of smaller and larger patches, whether or not they normalise alike.
+    *((weights, LARGE_PATCHES, XCIT, TEN | normalisation, message)
+      for normalisation in ({}, {"mean": CIFAR_MEAN, "std": CIFAR_STD}) for weights, message in (
+          (lambda: state_of(SMALL_PATCHES, **XCIT),
+           r"has the entry function, as files of hpm_cifar_xcit_\*: .*smaller patches"),
+          (lambda: normalised(state_of("xcit_small_12_p16_224", **TEN, **XCIT), CIFAR_MEAN, CIFAR_STD),
+           r"normalises by normalize\.mean = \(0\.4914, .*smaller patches .*Load it into hpm_cifar_xcit_\*"))),
+    (lambda: {"model": prefixed(state_of("xcit_small_12_p16_224", **XCIT), "module.")}, SMALL_PATCHES, XCIT,
+     {"num_classes": 1000}, "has 1000 classes, as ImageNet.*: it is of .*larger patches .*Load it into hpm_xcit_"),
+    (lambda: state_of(LARGE_PATCHES, **TEN, **XCIT), SMALL_PATCHES, XCIT, {},
+     r"has an HPM head and no entry function, as files of hpm_xcit_\*.*larger patches"),
+    (lambda: normalised(state_of("xcit_small_12_p16_224", **XCIT), IMAGENET_MEAN, IMAGENET_STD), SMALL_PATCHES, XCIT,
+     NORMALISED, r"normalises by normalize\.mean = \(0\.485, .*larger patches"),
+    # Other normalisations, and two networks in one file.
+    (lambda: {**deepmind_state_dict(), "mean": torch.full((3, 1, 1), 0.5), "std": torch.tensor(CIFAR_STD)},
+     DEEPMIND, {}, {}, r"by mean = \(0\.5, 0\.5, 0\.5\), the network by mean = \(0\.4914, .*overlay=dict\(mean="),
+    (lambda: madrylab(timm.create_model("test_resnet"), std=(1.0, 1.0, 1.0)), "hpm_test_resnet", {}, NORMALISED,
+     r"normalises by normalizer\.new_std = \(1\.0, 1\.0, 1\.0\)"),
+    (two_networks, "hpm_test_resnet", {}, NORMALISED,
+     r"two networks.*differ in attacker\.model\.bn1\.weight, attacker\.model\.other;"),
+    # Files without a state dict.
+    *((lambda checkpoint=checkpoint: checkpoint, name, {}, {}, message) for name in (TRADES, "hpm_test_resnet")
+      for checkpoint, message in (
+          ({}, "it is empty"), ({"epoch": 3, "lr": 0.1}, "holds no state dict: epoch, lr"),
+          ({"unaveraged_model_state_dict": {"w": ONE}}, "holds no state dict: unaveraged_model_state_dict"),
+          ([ONE], "the checkpoint is a list"))),
+]
+
+
+@pytest.mark.parametrize(("weights", "name", "kwargs", "overlay", "message"), REFUSED)
+def test_weights_that_are_not_of_the_network_are_refused_whatever_its_classes(tmp_path, weights, name, kwargs, overlay,
+                                                                              message):
+    """Also without classes, for which timm loads loosely."""
+    path = tmp_path / "theirs.pt"
+    torch.save(weights(), path)
+    features = {LARGE_PATCHES: {"features_only": True, "out_indices": (0,)}, "hpm_test_resnet": {"features_only": True}}
+    for options in (TEN, {"num_classes": 3}, {"num_classes": 0}, features.get(name, {})):
+        with pytest.raises(CheckpointError, match=f"(?s){message}") as error:
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path), **overlay}, **kwargs,
+                              **options)
+        assert str(path) in str(error.value)
 
 
 class Malicious:
@@ -483,20 +433,6 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet.untrained"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, name, zipped):
-    file = tmp_path / "theirs.ckpt"
-    torch.save({"state_dict": timm.create_model(name).state_dict(), "schedule": Malicious(tmp_path / "ran")}, file,
-               _use_new_zipfile_serialization=zipped)
-    for call in (lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}),
-                 lambda: main(["convert", str(file), "--model", name, "--output", str(tmp_path / "out")])):
-        with pytest.raises((CheckpointError, ValueError),
-                           match=r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save") as error:
-            call()
-        assert str(file) in str(error.value) and os.listdir(tmp_path) == ["theirs.ckpt"]
-
-
 class TypeErrorUnlessUnpickled:
     """A tensor with a state that pickle sets, and that loading weights only cannot."""
 
@@ -505,18 +441,25 @@ class TypeErrorUnlessUnpickled:
 
 
 @pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet.untrained"])
-@pytest.mark.parametrize("source", ["file", "url"])
-def test_code_does_not_run_at_a_second_attempt_either(tmp_path, name, source, monkeypatch):
-    """timm loads a checkpoint from a URL once more, unsafely, where the safe attempt ends in a TypeError."""
-    path = tmp_path / "theirs.pth"
-    torch.save({"a": TypeErrorUnlessUnpickled(), "b": Malicious(tmp_path / "ran")}, path)
-    overlay = {"file": str(path)} if source == "file" else {"url": path.as_uri(), "file": None, "hf_hub_id": None}
+@pytest.mark.parametrize(("first", "zipped", "message"), [
+    (ONE, True, r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save"),
+    (ONE, False, r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save"),
+    # timm loads a checkpoint from a URL once more, unsafely, where the safe attempt ends in a TypeError.
+    (TypeErrorUnlessUnpickled(), True, "cannot read the (weights|checkpoint) "),
+], ids=["zip", "pickle", "second attempt"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, name, first, zipped, message, monkeypatch):
+    file = tmp_path / "theirs.ckpt"
+    torch.save({"a": first, "b": Malicious(tmp_path / "ran")}, file, _use_new_zipfile_serialization=zipped)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(CheckpointError, match=r"cannot read the weights .*no checkpoint"):
-        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
-        load_checkpoint(timm.create_model(name), str(path))
-    assert not (tmp_path / "ran").exists()
+    for call in (
+            *(lambda overlay=overlay: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay,
+                                                        cache_dir=tmp_path / "cache")
+              for overlay in ({"file": str(file)}, {"url": file.as_uri(), "file": None, "hf_hub_id": None})),
+            lambda: load_checkpoint(timm.create_model(name), str(file)),
+            lambda: main(["convert", str(file), "--model", name, "--output", str(tmp_path / "out")])):
+        with pytest.raises((CheckpointError, ValueError), match=message) as error:
+            call()
+        assert file.name in str(error.value) and {*os.listdir(tmp_path)} <= {"theirs.ckpt", "cache"}
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
@@ -539,29 +482,16 @@ def test_a_damaged_file_is_named(tmp_path, suffix, damage):
         load_checkpoint(timm.create_model(name), str(path))
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """Answers every request by the status that its path names, and with the secret that it was told."""
-
-    def do_GET(self):
-        self.send_error(int(self.path.split("/")[1]), "hf_secret")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
 # urllib's error keeps its socket until it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(("status", "advice"), [
     (403, r"\(HTTP 403\)\. It needs a login with access: `hf auth login`"), (418, "Try again later")])
 def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_traceback(tmp_path, status, advice):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        overlay = {"url": f"http://127.0.0.1:{server.server_port}/{status}/x.pth", "hf_hub_id": None}
+    with hub_server.running() as server:
+        server.faults.answer = {"/.*": (status, "hf_secret")}
+        overlay = {"url": f"{server.url}/x.pth", "hf_hub_id": None}
         with pytest.raises(CheckpointError, match=rf"cannot read the weights at {overlay['url']}: .*{advice}") as error:
             timm.create_model("hpm_test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
-        server.shutdown()
     # Whatever the server says stays out of what Python prints of the causes.
     assert error.value.__suppress_context__
     error.value.__context__ = None
@@ -570,12 +500,12 @@ def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_tracebac
 
 # Whose the weights are
 
+
 def test_random_weights_and_own_files_carry_no_licence_of_the_tag(tmp_path):
     tag = "hpm_wrn28_10.wang2023_cifar10_linf"
-    small = {"depths": (1, 1, 1), "channels": (32, 64, 128)}
-    scratch = timm.create_model(tag, **small)
+    scratch = timm.create_model(tag, **SMALL_WRN)
     torch.save(scratch.state_dict(), tmp_path / "mine.pt")
-    for model in (scratch, load(tag, tmp_path / "mine.pt", **small)):
+    for model in (scratch, load(tag, tmp_path / "mine.pt", **SMALL_WRN)):
         cfg = model.pretrained_cfg
         assert cfg["license"] == "apache-2.0" and "wzekai99" not in cfg["origin_url"] and not cfg.get("notes")
         assert "arXiv:2302.04638" not in cfg["paper_ids"] and not cfg.get("paper_name")
@@ -679,28 +609,16 @@ def test_the_command_writes_a_folder_that_timm_loads(tmp_path, deepmind_file):
 
 
 def test_the_command_s_options_reach_the_folder(tmp_path):
-    torch.save({**trades_state_dict(), "fc.weight": torch.randn(7, 128), "fc.bias": torch.randn(7)}, tmp_path / "a.pt")
+    weights = {**trades_state_dict(), "fc.weight": torch.randn(7, 128), "fc.bias": torch.randn(7)}
+    torch.save(weights, tmp_path / "a.pt")
     with pytest.warns(UnfittedHeadWarning):
         main(["convert", str(tmp_path / "a.pt"), "--model", "hpm_wrn10_2.untrained_deepmind", "--output",
               str(tmp_path / "out"), "--num-classes", "7", "--mean", "0", "0", "0", "--std", "1", "1", "1",
               "--model-kwargs", "layout=trades", "mix=0.25"])
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert (model.layout, model.num_classes, find_head(model).mix) == ("trades", 7, 0.25)
+    assert torch.equal(model.fc.weight, weights["fc.weight"])
     assert tuple(model.pretrained_cfg["mean"]) == (0, 0, 0) and tuple(model.pretrained_cfg["std"]) == (1, 1, 1)
-
-
-@pytest.mark.parametrize("how", ["argument", "cfg"])
-def test_conversion_keeps_the_classifier_of_other_class_counts(tmp_path, how):
-    source = timm.create_model("hpm_wrn10_2.untrained_deepmind", num_classes=7)
-    torch.save(source.state_dict(), tmp_path / "seven.pt")
-    given = {"num_classes": 7} if how == "argument" else {"cfg": {"num_classes": 7}}
-    with pytest.warns(UnfittedHeadWarning):
-        model = convert(tmp_path / "seven.pt", "hpm_wrn10_2.untrained_deepmind", tmp_path / "out", **given)
-    assert model.num_classes == 7 and torch.equal(model.fc.weight, source.fc.weight)
-    for wrong, message in ((5, "size mismatch for fc.weight"), (0, "num_classes is 0; expected that of the")):
-        with pytest.raises(ValueError, match=message):
-            convert(tmp_path / "seven.pt", "hpm_wrn10_2.untrained_deepmind", tmp_path / "no", num_classes=wrong)
-        assert not (tmp_path / "no").exists()
 
 
 def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, deepmind_file, monkeypatch):
@@ -710,10 +628,11 @@ def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, 
     with pytest.raises(OSError, match=r"kept exists already; choose another --output"):
         convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", kept)
     assert (kept / "model.safetensors").read_text() == "mine"
-    with pytest.raises(ValueError, match="needs layout='deepmind'"):
-        convert(deepmind_file, "hpm_wrn10_2.untrained", tmp_path / "out")
-    with pytest.raises(ValueError, match="Unknown model"):
-        convert(deepmind_file, "hpm_nosuch", tmp_path / "out")
+    for name, options, message in ((TRADES, {}, "needs layout='deepmind'"), ("hpm_nosuch", {}, "Unknown model"),
+                                   (DEEPMIND, {"num_classes": 5}, "size mismatch for fc.weight"),
+                                   (DEEPMIND, {"num_classes": 0}, "num_classes is 0; expected that of the")):
+        with pytest.raises(ValueError, match=message):
+            convert(deepmind_file, name, tmp_path / "out", **options)
 
     def fill_the_disk(model, path, **kwargs):
         Path(path).write_text("{")

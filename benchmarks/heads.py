@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""FC, ℓ2 and HPM heads fine-tuned alike from one base, attacked alike: training, evaluation and the table of all.
+"""FC, ℓ2 and HPM heads fine-tuned alike from one base, attacked alike: training, evaluation and the page of all.
 
     python benchmarks/heads.py run --output output/heads [--bases digits ...] [--modes fc ...] [--seeds 0 1 2]
     python benchmarks/heads.py table > docs/results.md
@@ -7,7 +7,19 @@
 `run` trains each base of heads.yaml if it has one to train, fine-tunes it through each inference mode and each seed
 with the same images, order, noise and steps, and evaluates each result in the mode it was trained through; the FC
 classifier's network also with the other heads, fitted but not trained. A command that was stopped goes on. The reports
-go to benchmarks/reports/heads, from which `table` makes docs/results.md.
+go to benchmarks/reports/heads, from which `table` makes docs/results.md. It also reads the sensitivity studies of
+benchmarks/reports/sensitivity, made by
+
+    python train.py --device cpu --model-kwargs inference=batch --objective clean --epochs 20 \\
+        --output output/digits-normal
+    python -m timm_hpm sensitivity --num-images 0 --radii 0:0.15:0.025 --output output/sensitivity-digits \\
+        --checkpoint output/digits-normal/model.safetensors timm_hpm/models/weights/hpm_wrn10_2.digits_linf.safetensors
+    python train.py --device cpu --config configs/fashion_mnist.yaml --model-kwargs stem_stride=4 inference=batch \\
+        --objective clean --epochs 4 --prototype-epoch 3 --lr 0.1 --output output/fashion-normal
+    python -m timm_hpm sensitivity --dataset fashion_mnist --model-kwargs stem_stride=4 --num-images 300 \\
+        --radii 0:0.15:0.025 --output output/sensitivity-fashion_mnist \\
+        --checkpoint output/fashion-normal/model.safetensors \\
+        timm_hpm/models/weights/hpm_wrn10_2.fashion_mnist_linf.safetensors
 """
 
 import argparse

@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Final
 
+import trials
+import yaml
+
 from timm_hpm import AttackReport
-from timm_hpm.report.compare import paired
 from timm_hpm.report.metrics import most_errors_accuracy, right_in_all
 from timm_hpm.sensitivity import Sensitivity
 
@@ -16,7 +18,8 @@ HERE: Final = Path(__file__).parent
 REPORTS: Final = HERE / "reports" / "heads"
 STUDIES: Final = HERE / "reports" / "sensitivity"
 TEXT: Final = HERE / "heads_text.md"
-NAMES: Final = {"fc": "FC", "dataset": "ℓ2 (dataset)", "sample": "HPM, sample", "batch": "HPM, batch"}
+CONFIGS: Final = HERE / "heads.yaml"
+NAMES: Final = {"fc": "FC", "dataset": "ℓ2", "sample": "sample", "batch": "HPM"}
 # Points that a head may lose and still count as no worse.
 MARGIN: Final = 0.4
 
@@ -30,7 +33,8 @@ Heads = dict[tuple[str, str], dict[int, AttackReport]]
 class Difference:
     """A difference of two accuracies in points: its mean over seeds, and its standard error.
 
-    That is the larger one of two: over the images, of each image's mean over the seeds, and over the seeds.
+    That is the larger one of two: over the images, of each image's mean over the seeds, and over the seeds. One seed
+    lacks the latter, and is marked.
     """
 
     mean: float
@@ -38,7 +42,7 @@ class Difference:
     one_seed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.error:.1f}".replace("-", "−") + (" (1 seed)" if self.one_seed else "")
+        return f"{self.mean:+.1f} ± {self.error:.1f}".replace("-", "−") + "¹" * self.one_seed
 
     def verdict(self, claim: str) -> str:
         """Returns whether the difference confirms that it is `"above"` or `"below"` 0, or `"not below"` −`MARGIN`."""
@@ -106,31 +110,46 @@ def spread(rows: Sequence[Sequence[bool]]) -> str:
     return f"{mean(values):.1f}" + (f" ± {_error(values):.1f}" if len(values) > 1 else "")
 
 
-def accuracies(heads: Heads, alone: Heads) -> list[str]:
-    """Returns the table of a base's accuracies."""
-    lines = ["| head | clean | worst case | realised | attacks on FC alone claim | flipped by chosen (perturbed) "
-             "neighbours |", "|---|---:|---:|---:|---:|---:|"]
-    for (mode, judged), reports in _ordered(heads):
-        rows = list(reports.values())
-        sources = reports if judged == "fc" else alone.get((mode, judged), {})
-        lines.append("| " + " | ".join([
-            _title(mode, judged), *(spread([rule(report) for report in rows]) for rule in (clean, worst)),
-            spread([realised(report) for report in rows]) if judged == "batch" else "=",
-            spread([claimed(report) for report in sources.values()]) if sources else "", neighbours(rows)]) + " |")
-    return lines
+def bases_table(bases: Mapping[str, Heads]) -> list[str]:
+    """Returns a row for each base: its origin, images and seeds, and the options of the command that measured it."""
+    configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
+    rows = [["base", "weights", "test images", "threat", "batches", "seeds", "options"]]
+    for name, heads in bases.items():
+        first = next(iter(heads[FC].values()))
+        rows.append([name, configs[name]["about"], f"{first.num_images:,}", f"{first.protocol['threat']}",
+                     f"{first.protocol['batch_size']}", ", ".join(map(str, sorted(heads[FC]))),
+                     f"`{configs[name]['options']}`"])
+    return _table(rows, left=2)
 
 
-def reruns(bases: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:
-    """Returns each accuracy of further seeds less the mean of the first, beside the standard error of that."""
-    lines = ["| head, seed | clean | worst case | realised |", "|---|---:|---:|---:|"]
-    for name, heads in again.items():
+def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:
+    """Returns the accuracies of all bases, and of further seeds of some."""
+    rows = [["base, head", "clean", "worst case", "realised", "attacks on FC alone", "flipped"]]
+    for name, heads in bases.items():
         for (mode, judged), reports in _ordered(heads):
-            for seed, report in sorted(reports.items()):
-                first = bases[name][mode, judged].values()
-                cells = [rerun(rule(report), [rule(other) for other in first]) for rule in (clean, worst, realised)]
-                lines.append(f"| {NAMES[judged]}, {seed} | {' | '.join(cells[:3 if judged == 'batch' else 2])} |"
-                             + ("" if judged == "batch" else " = |"))
-    return lines
+            claims = reports if judged == "fc" else alone.get(name, {}).get((mode, judged), {})
+            rows.append([f"{name}, {_title(mode, judged)}",
+                         *(spread([rule(report) for report in reports.values()]) for rule in _rules(judged)),
+                         *[""] * (judged != "batch"),
+                         spread([claimed(report) for report in claims.values()]) if claims else "",
+                         neighbours(list(reports.values()))])
+        for (mode, judged), reports in _ordered(again.get(name, {})):
+            first = heads[mode, judged].values()
+            rows += [[f"{name}, {_title(mode, judged)}, seed {seed}", *(
+                rerun(rule(report), [rule(other) for other in first]) for rule in _rules(judged)),
+                *[""] * (judged != "batch"), "", ""] for seed, report in sorted(reports.items())]
+    return _table(rows)
+
+
+def _rules(judged: str) -> tuple[Callable[[AttackReport], list[bool]], ...]:
+    """Returns the rules by which a mode is counted: all but `realised` if no image depends on another."""
+    return (clean, worst, realised) if judged == "batch" else (clean, worst)
+
+
+def _table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Returns a table of Markdown, its head first; the columns behind the first `left` are of numbers."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * left + "---:|" * (len(rows[0]) - left), *lines[1:]]
 
 
 def rerun(new: Sequence[bool], first: Sequence[Sequence[bool]]) -> str:
@@ -148,29 +167,6 @@ def neighbours(reports: Sequence[AttackReport]) -> str:
     chosen, perturbed = (mean(100 * row["flipped"] / row["targets"] for row in rows if row["kind"] == kind)
                          for kind in ("chosen", "adversarial"))
     return f"{chosen:.0f} ({perturbed:.0f})"
-
-
-def differences(heads: Heads) -> list[str]:
-    """Returns the table of the differences from the FC classifier fine-tuned alike, with their tests."""
-    fc = heads["fc", "fc"]
-    lines = ["| head less FC | clean | worst case | p | realised | p |", "|---|---:|---:|---|---:|---|"]
-    for (mode, judged), reports in _ordered(heads):
-        seeds = sorted(reports.keys() & fc.keys())
-        if mode != judged or judged == "fc" or not seeds:
-            continue
-        cells = [str(difference([(clean(fc[seed]), clean(reports[seed])) for seed in seeds]))]
-        for rule in (worst, realised) if judged == "batch" else (worst,):
-            pairs = [(rule(fc[seed]), rule(reports[seed])) for seed in seeds]
-            cells += [str(difference(pairs)), _p_values(pairs)]
-        cells += ["=", ""] if judged != "batch" else []
-        lines.append("| " + " | ".join([NAMES[judged], *cells]) + " |")
-    return lines
-
-
-def _p_values(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> str:
-    """Returns the p-value of McNemar's test of each pair."""
-    rows = (paired("", ["".join(map(str, map(int, b)))], ["".join(map(str, map(int, a)))]) for b, a in pairs)
-    return ", ".join("<0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}" for row in rows)
 
 
 def _ordered(heads: Heads) -> list[tuple[tuple[str, str], dict[int, AttackReport]]]:
@@ -203,36 +199,30 @@ class Claim:
 
 FC, L2, BATCH = ("fc", "fc"), ("dataset", "dataset"), ("batch", "batch")
 CLAIMS: Final = (
-    Claim("ℓ2 is more robust than FC: worst case", L2, FC, worst, "above"),
-    Claim("ℓ2 is less accurate than FC: clean", L2, FC, clean, "below"),
-    Claim("HPM (batch) is more robust than FC: realised by one adversary", BATCH, FC, realised, "above"),
-    Claim("HPM (batch) is more robust than FC: worst case", BATCH, FC, worst, "above"),
-    Claim(f"HPM (batch) is as accurate as FC, or less so by at most {MARGIN} points: clean", BATCH, FC, clean,
-          "not below"),
-    Claim(f"HPM (batch) is as robust as ℓ2, or less so by at most {MARGIN} points: realised", BATCH, L2, realised,
-          "not below"),
-    Claim("HPM (batch) is more accurate than ℓ2: clean", BATCH, L2, clean, "above"),
-    Claim("A little fine-tuning through it makes HPM (batch) more robust: realised", BATCH, ("fc", "batch"), realised,
-          "above"),
-    Claim("An attack on the FC classifier alone overstates HPM (batch): its claim less the realised accuracy",
-          ("batch", "alone"), BATCH, claimed, "above", realised),
-    Claim("An attack on the FC classifier alone overstates ℓ2: its claim less the accuracy", ("dataset", "alone"), L2,
-          claimed, "above", worst),
+    Claim("ℓ2 is more robust than FC (worst case)", L2, FC, worst, "above"),
+    Claim("ℓ2 is less accurate than FC (clean)", L2, FC, clean, "below"),
+    Claim("HPM is more robust than FC (realised)", BATCH, FC, realised, "above"),
+    Claim("HPM is more robust than FC (worst case)", BATCH, FC, worst, "above"),
+    Claim(f"HPM is at most {MARGIN} less accurate than FC (clean)", BATCH, FC, clean, "not below"),
+    Claim(f"HPM is at most {MARGIN} less robust than ℓ2 (realised)", BATCH, L2, realised, "not below"),
+    Claim("HPM is more accurate than ℓ2 (clean)", BATCH, L2, clean, "above"),
+    Claim("fine-tuning makes HPM more robust (realised)", BATCH, ("fc", "batch"), realised, "above"),
+    Claim("attacks on FC alone overstate HPM (realised)", ("batch", "alone"), BATCH, claimed, "above", realised),
+    Claim("attacks on FC alone overstate ℓ2 (worst case)", ("dataset", "alone"), L2, claimed, "above", worst),
 )
 
 
 def claims(bases: Mapping[str, Heads], studies: Mapping[str, Sequence[Sensitivity]]) -> list[str]:
     """Returns a row for each claim: the difference in points and the verdict on each base, and the verdict of all."""
-    lines = ["| claim: measure | " + " | ".join(bases) + " | verdict |", "|---|" + "---:|" * len(bases) + "---|"]
-    rows = [(claim.text, {name: (found, claim.expected) for name, heads in bases.items()
-                          if (found := claim.measure(heads))}) for claim in CLAIMS]
-    rows.insert(0, ("FC is more sensitive than ℓ2: part of the margin lost per unit of feature shift, in %, on the "
-                    "robust network", {name: (sensitivity_gap(some[-1]), "above") for name, some in studies.items()}))
-    for text, found in rows:
+    rows = [["claim (measure)", *bases, "verdict"]]
+    measured = [(claim.text, {name: (found, claim.expected) for name, heads in bases.items()
+                              if (found := claim.measure(heads))}) for claim in CLAIMS]
+    for text, found in [("FC is more sensitive than ℓ2 (% of the margin)", {
+            name: (sensitivity_gap(some[-1]), "above") for name, some in studies.items()}), *measured]:
         verdicts = {name: gap.verdict(expected) for name, (gap, expected) in found.items()}
-        cells = [f"{found[name][0]}: {verdicts[name]}" if name in found else "" for name in bases]
-        lines.append("| " + " | ".join([text, *cells, f"**{total_verdict(list(verdicts.values()))}**"]) + " |")
-    return lines
+        rows.append([text, *(f"{found[name][0]}: {verdicts[name]}" if name in found else "" for name in bases),
+                     f"**{total_verdict(list(verdicts.values()))}**"])
+    return _table(rows)
 
 
 def total_verdict(verdicts: Sequence[str]) -> str:
@@ -268,51 +258,36 @@ def read_studies() -> dict[str, list[Sensitivity]]:
             for folder in sorted(STUDIES.iterdir())} if STUDIES.exists() else {}
 
 
-def study_table(study: Sensitivity) -> list[str]:
-    """Returns the accuracy of each head against every second eps, in brackets the naive one, and its sensitivity."""
-    radii = sorted({row.eps for row in study.rows})[1::2]
-    eps = training_eps(study)
-    lines = ["| head | " + " | ".join(f"eps {radius:.3g}" for radius in [0, *radii])
-             + " | feature shift | sensitivity |", "|---|" + "---:|" * (len(radii) + 3)]
-    for head, right in study.clean.items():
-        rows = {row.eps: row.overall for row in study.rows if row.head == head}
-        cells = [f"{100 * right:.1f}", *(f"{100 * rows[radius].accuracy:.1f} ({100 * rows[radius].naive_accuracy:.1f})"
-                                         for radius in radii)]
-        at = rows[eps]
-        cells += [f"{at.feature_shift:.2f}", f"{at.sensitivity:.2f}"]
-        lines.append("| " + " | ".join([NAMES[head], *cells]) + " |")
-    return lines
+def sensitivities(studies: Mapping[str, Sequence[Sensitivity]]) -> list[str]:
+    """Returns each network's accuracies by head at the radius of `training_eps`, the naive ones, and sensitivities."""
+    rows = [["network", *NAMES.values()]]
+    for name, some in studies.items():
+        for kind, study in zip(("normally trained", "robust"), some, strict=True):
+            at = {row.head: row.overall for row in study.rows if row.eps == training_eps(study)}
+            rows.append([f"{name}, {kind}", *(
+                f"{100 * at[head].accuracy:.1f} ({100 * at[head].naive_accuracy:.1f}), {at[head].sensitivity:.2f}"
+                for head in NAMES)])
+    return _table(rows)
 
 
 def page() -> str:
     """Returns docs/results.md: the text of heads_text.md with the tables that it names in braces."""
-    bases, alone = read_heads()
-    studies = read_studies()
-    tables = {"claims": claims({name: heads | {(mode, "alone"): alone.get(name, {}).get((mode, mode), {})
-                                               for mode in ("batch", "dataset")}
-                                for name, heads in bases.items()}, studies)}
-    for name, heads in bases.items():
-        first = next(iter(heads["fc", "fc"].values()))
-        about = (f"{first.num_images:,} test images, {first.protocol['threat']}, protocol "
-                 f"`{first.protocol['protocol']}`, batches of {first.protocol['batch_size']}, "
-                 f"seeds: {', '.join(map(str, sorted(heads['fc', 'fc'])))}.")
-        tables[name] = [about, "", *accuracies(heads, alone.get(name, {})), "", *differences(heads)]
-    if again := read_heads(REPORTS / "rerun")[0]:
-        tables["rerun"] = reruns(bases, again)
-    for name, some in studies.items():
-        for kind, study in zip(("normal", "robust"), some, strict=True):
-            tables[f"{name}, {kind}"] = study_table(study)
-    return filled(TEXT.read_text(encoding="utf-8"), tables)
+    (bases, alone), studies = read_heads(), read_studies()
+    judged = {name: heads | {(mode, "alone"): alone.get(name, {}).get((mode, mode), {})
+                             for mode in ("batch", "dataset")} for name, heads in bases.items()}
+    return filled(TEXT.read_text(encoding="utf-8"), {
+        "claims": claims(judged, studies), "bases": bases_table(bases),
+        "accuracies": accuracies(bases, alone, read_heads(REPORTS / "rerun")[0]),
+        "sensitivities": sensitivities(studies), "trials": trials.summary()})
 
 
 def filled(text: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """Returns a text with each table in the place of its name in braces, without the sections of tables not there.
+    """Returns a text with each table in the place of its name, a line `{NAME}`.
 
     Raises:
-        ValueError: if the text names a table never or more than once.
+        ValueError: if the text does not name each table once, and no other.
     """
-    if wrong := [name for name in tables if text.count(f"{{{name}}}") != 1]:
-        raise ValueError(f"{TEXT} has not one place, a line {{NAME}}, for each of {', '.join(wrong)}")
-    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    kept = [section for section in sections if set(re.findall(_PLACE, section, re.MULTILINE)) <= tables.keys()]
-    return re.sub(_PLACE, lambda place: "\n".join(tables[place[1]]), "".join(kept), flags=re.MULTILINE).rstrip() + "\n"
+    if sorted(places := re.findall(_PLACE, text, re.MULTILINE)) != sorted(tables):
+        raise ValueError(f"{TEXT} has the places {', '.join(places)}; expected one line {{NAME}} for each of "
+                         f"{', '.join(tables)}")
+    return re.sub(_PLACE, lambda place: "\n".join(tables[place[1]]), text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The trials of other forms of the head: the forms compute what they say, and the page is that of the raw results."""
+"""The trials of other forms of the head: the forms compute what they say."""
 
 from pathlib import Path
 
@@ -86,8 +86,3 @@ def test_surrogates_of_the_form_predict_as_the_form(trials):
         assert (logits.argmax(dim=1) == head(features).argmax(dim=1)).all()
         best = logits.topk(2, dim=1).values
         assert (best[:, 0] - best[:, 1]).quantile(0.95) <= trials.LEAD + 1e-3
-
-
-def test_the_page_is_made_of_the_raw_results(trials, capsys):
-    trials.table(None)
-    assert capsys.readouterr().out == (ROOT / "docs" / "trials.md").read_text(encoding="utf-8")

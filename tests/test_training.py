@@ -18,7 +18,9 @@ import training_runs
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 from training_runs import forget_accelerator, weights
 
@@ -454,7 +456,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(damage, tmp_path):
     folder = tmp_path / "checkpoints"
     for updates in (1, 2):
         write_checkpoint(folder, checkpoint(updates), keep=2)
-    file = folder / "epoch-00000-batch-00000002" / "optimizer.pt"
+    file = folder / "epoch-00000-batch-00000002" / "optimizer.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     if damage == "missing":
@@ -475,12 +477,29 @@ def test_a_checkpoint_that_would_run_code_does_not(tmp_path):
 
     path = write_checkpoint(tmp_path / "checkpoints", checkpoint(1), keep=2)
     trap = tmp_path / "ran"
-    (path / "optimizer.pt").write_bytes(f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode())
-    digest = hashlib.sha256((path / "optimizer.pt").read_bytes()).hexdigest()
-    change_state(path / "state.json", lambda state: state["digests"].update({"optimizer.pt": digest}))
+    (path / "optimizer.safetensors").write_bytes(f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode())
+    digest = hashlib.sha256((path / "optimizer.safetensors").read_bytes()).hexdigest()
+    change_state(path / "state.json", lambda state: state["digests"].update({"optimizer.safetensors": digest}))
     with pytest.warns(DamagedCheckpointWarning):
         assert newest_checkpoint(tmp_path / "checkpoints") is None
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("opt", ["adamw", "adafactorbv"])  # the latter keeps a dtype
+def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4)).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(layers, opt=opt, lr=1e-3, weight_decay=0.1)
+    for _ in range(2):
+        layers(torch.randn(2, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    state = optimizer.state_dict()
+    write_checkpoint(tmp_path, dataclasses.replace(checkpoint(1), optimizer=state), keep=1)
+    found = newest_checkpoint(tmp_path).optimizer
+    leaves, structure = tree_flatten(state)
+    others, same = tree_flatten(found)
+    assert structure == same and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves, others, strict=True))
+    optimizer.load_state_dict(found)
 
 
 # Bad input

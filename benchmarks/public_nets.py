@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import timm_hpm
 from timm_hpm import PixelModel, ThreatModel
+from timm_hpm.checkpoints import read_file
 from timm_hpm.files import write_text
 
 PROTOCOLS: Final = ("fast", "standard", "thorough")
@@ -67,7 +68,7 @@ def cnn_a(in_chans: int = 1) -> nn.Module:
 
 def load_network(network: Network, folder: Path) -> nn.Module:
     """Returns the network, in eval mode, as a module of pixels in [0, 1]."""
-    state = torch.load(folder / network.file, weights_only=True, map_location="cpu")
+    state = read_file(folder / network.file)
     state = state.get("state_dict", state)
     state = state[0] if isinstance(state, list) else state
     model = cnn_a(state["0.weight"].shape[1])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tries an HPM head on timm's, torchvision's and RobustBench's architectures, without their weights.
 
-    python benchmarks/coverage.py                       # about 15 minutes on one CPU core; rewrites docs/coverage.md
-    python benchmarks/coverage.py --filter 'resnet*' --output -
+    python benchmarks/coverage.py                       # about 15 minutes on one CPU core
+    python benchmarks/coverage.py --filter 'resnet*'
 
 timm's are those with pretrained weights, torchvision's its classifiers, RobustBench's all that the modules of its
 `architectures` make (`pip install --no-deps robustbench==1.1.1`). Each is made on the meta device, or on the CPU if it
@@ -18,7 +18,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -30,15 +29,6 @@ from torch import nn
 import timm_hpm
 from timm_hpm.head import HPMConvHead, head_name
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "coverage.md"
-_ABOUT = """# Networks that take an HPM head
-
-    python benchmarks/coverage.py
-
-These architectures take `add_hpm_head`, timm's also `register_hpm`. So does any other network with a linear classifier,
-or a 1×1 convolution, on pooled features: name it, as in `add_hpm_head(model, classifier="fc")`. A refused network is
-left as it was.
-"""
 # A name to a constructor, and the sides of its images in pixels.
 Architectures = dict[str, tuple[Callable[[], Any], int | None]]
 
@@ -206,24 +196,18 @@ def report(family: str, supported: dict[str, list[str]], refused: dict[str, list
 
 
 def main() -> None:
-    """Prints the counts and the exceptions, and writes the document."""
+    """Prints the counts and the exceptions, of which docs/models.md has a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="*", help="only architectures that match this pattern")
-    parser.add_argument("--output", default=DOCUMENT, help="path of the document, or - for none")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    chapters = [_ABOUT]
     for family, architectures in FAMILIES.items():
         start = time.perf_counter()
         chosen = {name: made for name, made in architectures().items() if fnmatch.fnmatch(name, args.filter)}
         supported, refused = walk(chosen)
-        chapters.append(report(family, supported, refused))
-        print(chapters[-1])
+        print(report(family, supported, refused))
         print(f"{family}, architectures with an HPM head: {sum(map(len, supported.values()))} of {len(chosen)}, "
               f"in {time.perf_counter() - start:.0f} s", flush=True)
-    document = "\n".join(chapters)
-    if str(args.output) != "-":
-        Path(args.output).write_text(document)
 
 
 if __name__ == "__main__":

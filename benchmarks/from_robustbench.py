@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Finds our name for each model id of RobustBench's Linf and L2 leaderboards, and rewrites docs/from_robustbench.md.
+"""Finds our name for each model id of RobustBench's Linf and L2 leaderboards, and rewrites docs/robustbench_ids.csv.
 
     pip install --no-deps robustbench==1.1.1
     python benchmarks/from_robustbench.py                      # about 15 minutes on one CPU core
     python benchmarks/from_robustbench.py --filter '*R18*' --output -
 
 Each of its networks gets random weights. One of ours counts as the same if it loads them by the options in the table
-and gives the same logits. No weights are downloaded.
+and gives the same logits. No weights are downloaded. Counts the ids without one of ours.
 """
 
 import argparse
+import csv
 import fnmatch
 import re
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 
 import timm_hpm
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "from_robustbench.md"
-MARK = "<!-- the rest is made by benchmarks/from_robustbench.py -->\n"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "robustbench_ids.csv"
+COLUMNS = ("dataset", "norm", "robustbench", "tag", "convert", "file")
 DATASETS = {"cifar10": (10, 32), "cifar100": (100, 32), "imagenet": (1000, 224)}  # classes, and pixels a side
 NORMS = {"linf": "Linf", "l2": "L2"}
 RADII = {("cifar10", "linf"): "Linf:8/255", ("cifar100", "linf"): "Linf:8/255", ("cifar10", "l2"): "L2:128/255",
@@ -164,39 +165,15 @@ def tag_of(found: Ours, dataset: str, norm: str, name: str) -> str | None:
     return None
 
 
-def links(rows: list[tuple[str, str, str, Any]]) -> str:
-    """Returns the ids of some models, by their leaderboard and with their files on Google Drive."""
-    boards: dict[str, list[str]] = defaultdict(list)
-    for dataset, norm, name, file in rows:
-        place = f"[`{name}`](https://drive.google.com/file/d/{file})" if isinstance(file, str) and file else f"`{name}`"
-        boards[f"{dataset} {NORMS[norm]}"].append(place)
-    return "; ".join(f"{board}: {', '.join(names)}" for board, names in boards.items())
-
-
-def table(tagged: dict[str, list], converted: dict[str, list], others: list) -> str:
-    """Returns the part of the document that is made here."""
-    counts = sum(map(len, tagged.values())), sum(map(len, converted.values())), len(others)
-    lines = [MARK, "## The ids\n", "    python benchmarks/from_robustbench.py\n",
-             f"Of RobustBench 1.1.1's {sum(counts)} Linf and L2 models, {counts[0]} have a tag on a public file and "
-             f"{counts[1]} are converted from a file on\nGoogle Drive; use the other {counts[2]} as its `load_model` "
-             "returns them. The networks were compared with random weights.", "",
-             "| tag | RobustBench |", "|---|---|"]
-    lines += [f"| `{tag}` | {links([(*row[:3], None) for row in rows])} |" for tag, rows in tagged.items()]
-    lines += ["", "To convert a linked file: `timm-hpm convert FILE --output FOLDER` and", "",
-              "| options | RobustBench |", "|---|---|"]
-    lines += [f"| `{options}` | {links(rows)} |" for options, rows in converted.items()]
-    return "\n".join([*lines, ""])
-
-
 def main() -> None:
-    """Prints the table, and writes it into the document."""
+    """Writes the table, and prints each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="*", help="only ids that match this pattern")
-    parser.add_argument("--output", default=DOCUMENT, help="path of the document, or - for none")
+    parser.add_argument("--output", default=DOCUMENT, help="path of the table, or - for none")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    tagged, converted, others, known = defaultdict(list), defaultdict(list), [], {}
+    rows, others, known = [], 0, {}
     for dataset, norm, name, entry in zoo():
         if not fnmatch.fnmatch(name, args.filter):
             continue
@@ -207,20 +184,16 @@ def main() -> None:
         except Exception as error:
             found = None
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-        row = (dataset, norm, name, entry["gdrive_id"])
         tag = found and tag_of(found, dataset, norm, name)
-        if tag:
-            tagged[tag].append(row)
-        elif found:
-            converted[found.options()].append(row)
-        else:
-            others.append(row)
-        print(f"{dataset} {norm} {name}: {tag or (found.options() if found else 'none')}", file=sys.stderr, flush=True)
-    document = table(tagged, converted, others)
-    print(document)
+        if found:
+            convert = ("", "") if tag else (found.options(), f"https://drive.google.com/file/d/{entry['gdrive_id']}")
+            rows.append((dataset, NORMS[norm], name, tag or "", *convert))
+        others += not found
+        print(f"{dataset} {norm} {name}: {tag or (found.options() if found else 'none')}", flush=True)
+    print(f"{len(rows)} ids have a network of ours, {others} have none")
     if str(args.output) != "-":
-        kept = Path(args.output).read_text().partition(MARK)[0]
-        Path(args.output).write_text(kept + document)
+        with open(args.output, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *sorted(rows)])
 
 
 if __name__ == "__main__":

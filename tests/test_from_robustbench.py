@@ -1,6 +1,7 @@
-"""docs/from_robustbench.md: its example, and the options and tags of its tables."""
+"""docs/from_robustbench.md: its example, and the options and tags of its table of ids."""
 
 import argparse
+import csv
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from timm.utils import ParseKwargs
 
 import timm_hpm
 
-PAGE = (Path(__file__).parents[1] / "docs" / "from_robustbench.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "from_robustbench.md").read_text(encoding="utf-8")
+IDS = list(csv.DictReader((DOCS / "robustbench_ids.csv").read_text(encoding="utf-8").splitlines()))
 
 
 def test_the_example(tmp_path, monkeypatch):
@@ -30,10 +33,7 @@ def test_the_example(tmp_path, monkeypatch):
     assert info["name"] == "A title" and float(info["clean_acc"]) == 100 * names["report"].clean_accuracy
 
 
-OPTIONS = [row.split("`")[1] for row in PAGE.splitlines() if row.startswith("| `--model")]
-
-
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", sorted({row["convert"] for row in IDS if row["convert"]}))
 def test_options_of_the_table_name_a_network_of_its_classes_and_channels(options):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("model", "num-classes"):
@@ -47,6 +47,8 @@ def test_options_of_the_table_name_a_network_of_its_classes_and_channels(options
     assert len(args.mean) == len(args.std) == model.pretrained_cfg["input_size"][0] == 3
 
 
-def test_the_tags_of_the_table_exist():
-    tags = {row.split("`")[1] for row in PAGE.splitlines() if row.startswith("| `hpm_") and "." in row}
-    assert len(tags) == 20 and tags <= set(timm.list_pretrained("hpm_*"))
+def test_an_id_has_a_tag_that_exists_or_options_and_a_file():
+    tags = [row["tag"] for row in IDS if row["tag"]]
+    assert len(tags) == 20 and set(tags) <= set(timm.list_pretrained("hpm_*"))
+    assert all(bool(row["convert"]) == bool(row["file"]) != bool(row["tag"]) for row in IDS)
+    assert len({(row["dataset"], row["norm"], row["robustbench"]) for row in IDS}) == len(IDS) == 124

@@ -42,7 +42,7 @@ _ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "
 _UNFITTED: Final = """\
 **No prototypes yet.** Until they are fitted, the head predicts exactly as the weights' own FC classifier.
 `timm_hpm.fit_prototypes(model, loader, threat)` fits them, with a loader of pixels in [0, 1] and labels;
-`docs/release.md` of timm_hpm goes from there to measured weights."""
+`docs/models.md` of timm_hpm goes from there to measured weights."""
 
 
 def model_card(

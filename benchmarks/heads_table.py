@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Final
 
-import trials
 import yaml
 
 from timm_hpm import AttackReport
@@ -278,7 +277,7 @@ def page() -> str:
     return filled(TEXT.read_text(encoding="utf-8"), {
         "claims": claims(judged, studies), "bases": bases_table(bases),
         "accuracies": accuracies(bases, alone, read_heads(REPORTS / "rerun")[0]),
-        "sensitivities": sensitivities(studies), "trials": trials.summary()})
+        "sensitivities": sensitivities(studies)})
 
 
 def filled(text: str, tables: Mapping[str, Sequence[str]]) -> str:

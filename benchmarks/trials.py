@@ -6,7 +6,8 @@
 
 A trial of trials.yaml is a form of the head (`Form`) and its training. All trials of a group and a seed see the same
 images in the same order with the same random numbers. Results go to benchmarks/reports/trials; a trial that has one is
-not run again. Nothing in a trial sees a test image, unless `--split test` asks for it. docs/results.md has a summary.
+not run again. Nothing in a trial sees a test image, unless `--split test` asks for it. docs/results.md has the
+findings.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import copy
 import json
 import math
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -348,55 +349,32 @@ def less_fc(runs: dict[int, dict], control: dict[int, dict], key: str, same_imag
     return spread([runs[seed][key] - control[seed]["robust"] for seed in seeds], error, "+")
 
 
-@cache
-def results() -> dict[tuple[str, str, str], dict[str, dict[int, dict]]]:
-    """Returns the raw results by group, split and protocol, then by trial and seed."""
-    found: dict[tuple[str, str, str], dict[str, dict[int, dict]]] = {}
+def table(_: argparse.Namespace) -> None:
+    """Prints the tables of all trials."""
+    configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
+    found: dict[tuple, dict[str, dict[int, dict]]] = {}
     for file in sorted(REPORTS.glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         key = result["group"], result["split"], result["protocol"]
         found.setdefault(key, {}).setdefault(result["trial"], {})[result["seed"]] = result
-    return found
-
-
-def cells(key: tuple[str, str, str], name: str, configs: dict) -> dict[str, str]:
-    """Returns the numbers of a trial in points, as text by column; none if it was not run."""
-    trial, trials = configs["trials"][name], results().get(key, {})
-    runs, control = trials.get(name, {}), trials.get("fc-scratch" if trial.get("scratch") else "fc", {})
-    if not runs:
-        return {}
-    found = {"seeds": ", ".join(map(str, runs)), "clean": spread([run["clean"] for run in runs.values()])}
-    same_images = key[1] == "test" or not configs["groups"][key[0]].get("folds")
-    for rule, column in (("robust", "worst case"), ("realised", "realised")):
-        if rule == "robust" or any(run["realised"] != run["robust"] for run in runs.values()):
-            found[column] = spread([run[rule] for run in runs.values()])
-            found[f"{column} less FC"] = less_fc(runs, control, rule, same_images).replace("-", "−")
-    return found
-
-
-def table(_: argparse.Namespace) -> None:
-    """Prints the tables of all trials."""
-    configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    columns = ("seeds", "clean", "worst case", "worst case less FC", "realised", "realised less FC")
-    for key in sorted(results()):
-        print(f"{', '.join(key)}\n\n| trial | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|")
-        for name in configs["trials"]:
-            if found := cells(key, name, configs):
-                print(f"| `{name}` | {' | '.join(found.get(column, '') for column in columns)} |")
+    for (group, split, protocol), trials in sorted(found.items()):
+        print(f"{group}, {split}, {protocol}\n\n"
+              "| trial | | seeds | clean | worst case | less FC's | realised | less FC's |\n"
+              "|---|---|---:|---:|---:|---:|---:|---:|")
+        for name, trial in configs["trials"].items():
+            if name not in trials:
+                continue
+            runs, control = trials[name], trials.get("fc-scratch" if trial.get("scratch") else "fc", {})
+            cells = [f"`{name}`", trial["about"], ", ".join(map(str, runs)),
+                     spread([run["clean"] for run in runs.values()])]
+            same_images = split == "test" or not configs["groups"][group].get("folds")
+            for key in ("robust", "realised"):
+                if key == "robust" or any(run["realised"] != run["robust"] for run in runs.values()):
+                    cells += [spread([run[key] for run in runs.values()]), less_fc(runs, control, key, same_images)]
+                else:
+                    cells += ["", ""]
+            print("| " + " | ".join(cells) + " |")
         print()
-
-
-def summary() -> list[str]:
-    """Returns the table of docs/results.md: each form's differences from FC on the digits."""
-    configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    lines = ["| form | worst case (realised) |", "|---|---:|"]
-    for name, trial in configs["trials"].items():
-        val, test = (cells(("digits", split, "screen"), name, configs) for split in ("val", "test"))
-        if less := val.get("worst case less FC"):
-            less += f" ({val['realised less FC']})" if "realised" in val else ""
-            less += f"; on test images {test['worst case less FC']}" if test else ""
-            lines.append(f"| {trial['about']} | {less} |")
-    return lines
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 Ten steps towards each target find the nearest one. From then on an ascent starts at the best point of its image with
 a fifth of the pixels at random again (L2: a few pixels, anywhere in [0, 1]), as in an iterated local search; the images
 that are far from a boundary leave the search one after another. Ascents from random points alone break fewer images
-at equal cost (docs/benchmarks.md).
+at equal cost: of the 47 hardest of a network (Fashion-MNIST, Linf 0.2) 400 steps broke 7 to 10 (six seeds), 4,731 such
+steps 7.
 """
 
 import math

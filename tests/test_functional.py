@@ -12,9 +12,6 @@ def one_hot(labels: list[int], num_classes: int) -> Tensor:
     return F.one_hot(torch.tensor(labels), num_classes).float()
 
 
-# Assignment and presence
-
-
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_straight_through_is_exactly_one_hot_with_the_gradient_of_the_softmax(size):
     logits = (size * torch.randn(64, 7)).requires_grad_()
@@ -28,11 +25,7 @@ def test_straight_through_is_exactly_one_hot_with_the_gradient_of_the_softmax(si
     assert torch.equal(gradient, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 50])
-def test_soft_presence_is_one_minus_the_product_of_the_absences(batch):
-    p = F.softmax(3 * torch.randn(batch, 6), dim=1)
-    expected = 1 - (1 - p.double()).prod(dim=0)
-    torch.testing.assert_close(functional.soft_presence(p).double(), expected, rtol=1e-5, atol=1e-7)
+def test_soft_presence_of_tiny_probabilities_is_their_sum():
     tiny = torch.tensor([[1e-10, 3e-20], [2e-10, 0.0]])
     torch.testing.assert_close(functional.soft_presence(tiny), torch.tensor([3e-10, 3e-20]), rtol=1e-5, atol=0)
 
@@ -45,9 +38,6 @@ def test_soft_presence_of_a_saturated_softmax_is_hard_with_finite_gradients():
     assert gradient.isfinite().all()
     # Nobody predicts classes 1 and 3: there each image's own probability counts in full.
     torch.testing.assert_close(gradient[:, [1, 3]], torch.ones(3, 2))
-
-
-# Prototypes of a batch, and mixing
 
 
 def test_a_class_that_nobody_predicts_passes_no_gradient():
@@ -79,16 +69,6 @@ def test_batch_prototypes_of_hardly_any_mass_have_finite_gradients(mass):
     to_means = torch.autograd.grad(means.sum(), [z, assignment], retain_graph=True)
     assert all(gradient.isfinite().all() for gradient in to_means)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), [z, assignment]))
-
-
-# Distances and logits
-
-
-@pytest.mark.parametrize("mean", [0.0, 50.0, 1000.0])
-def test_squared_distances_lose_nothing_to_a_common_mean(mean):
-    z, q = mean + torch.randn(40, 16), mean + torch.randn(7, 16)
-    expected = (z.double()[:, None] - q.double()[None]).square().sum(dim=2)
-    torch.testing.assert_close(functional.squared_distances(z, q).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_squared_distances_have_the_closed_form_gradient_also_where_they_are_zero():
@@ -141,19 +121,6 @@ def test_several_batches_are_answered_as_each_by_itself(classes):
     torch.testing.assert_close(answers(z, logits), torch.stack(each, dim=1), rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("soft", [False, True])
-def test_sample_logits_are_batch_logits_of_one_image_at_a_time(mix, soft):
-    z, logits, prototypes = torch.randn(9, 6), torch.randn(9, 4), torch.randn(4, 6)
-    scale = torch.tensor(0.7)
-    assignment = F.softmax(logits, dim=1) if soft else functional.straight_through_assignment(logits)
-    presence_of = functional.soft_presence if soft else functional.hard_presence
-    rows = [functional.batch_logits(z[i:i + 1], a, presence_of(a), prototypes, scale, mix)
-            for i, a in enumerate(assignment.split(1))]
-    sample = functional.sample_logits(z, assignment, prototypes, scale, mix)
-    torch.testing.assert_close(sample, torch.cat(rows), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("batch", [1, 4])
 def test_gradcheck_of_the_soft_path(batch):
     def soft(z: Tensor, weight: Tensor, prototypes: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,24 +131,3 @@ def test_gradcheck_of_the_soft_path(batch):
 
     shapes = [(batch, 3), (4, 3), (4, 3), ()]
     assert torch.autograd.gradcheck(soft, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
-
-
-def test_products_stay_in_their_own_precision_under_autocast():
-    x, weight, bias = torch.randn(5, 64), torch.randn(6, 64), torch.randn(6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert F.linear(x, weight, bias).dtype == torch.bfloat16
-        product = functional.linear_without_autocast(x, weight, bias)
-    assert torch.equal(product, F.linear(x, weight, bias))
-
-
-# The moving average
-
-
-def test_class_sums_of_two_halves_add_up_to_those_of_the_whole():
-    z, labels = torch.randn(20, 3), torch.randint(0, 2, (20,))
-    sums, counts = functional.class_sums(z, labels, 4)
-    torch.testing.assert_close(sums, torch.stack([z[labels == c].sum(dim=0) for c in range(4)]))
-    assert counts.tolist() == labels.bincount(minlength=4).tolist()
-    halves = [functional.class_sums(z[half], labels[half], 4) for half in (slice(0, 7), slice(7, 20))]
-    torch.testing.assert_close(halves[0][0] + halves[1][0], sums)
-    assert torch.equal(halves[0][1] + halves[1][1], counts)

@@ -13,16 +13,12 @@ from timm_hpm.attacks import margin_loss, margin_search, probability_margin, rep
 from timm_hpm.attacks.search import _Search
 
 
-def test_the_margin_of_a_target_is_a_difference_of_logits():
+def test_the_margin_of_a_target_is_a_difference_and_that_of_the_probabilities_of_two_classes_a_hyperbolic_tangent():
     logits = torch.tensor([[3.0, 1.0, -2.0], [0.5, 0.0, 4.0]])
     loss = target_margin(torch.tensor([0, 2]), torch.tensor([2, 1]))
     assert loss(logits).tolist() == [-5.0, -4.0]
-
-
-def test_the_probability_margin_of_two_classes_is_a_hyperbolic_tangent():
-    logits = torch.tensor([[0.0, 1.5], [2.0, -1.0]])
-    expected = [math.tanh(0.75), math.tanh(-1.5)]
-    assert probability_margin(torch.tensor([0, 0]))(logits).tolist() == pytest.approx(expected)
+    found = probability_margin(torch.tensor([0, 0]))(torch.tensor([[0.0, 1.5], [2.0, -1.0]]))
+    assert found.tolist() == pytest.approx([math.tanh(0.75), math.tanh(-1.5)])
 
 
 @pytest.fixture
@@ -119,15 +115,12 @@ def test_a_plain_classifier_is_searched(name):
     assert ThreatModel("Linf", 0.01).contains(found, images).all()
 
 
-def test_attacks_that_are_given_hold_for_every_classifier():
+def test_attacks_that_are_given_hold_for_every_classifier_and_those_of_plain_ones_for_them_only():
     standard = timm_hpm.PROTOCOLS["standard"]
     assert standard.changed().for_classifier(plain=True).attacks.keys() == {"apgd-ce", "search", "apgd-t", "square"}
     assert standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks["apgd-ce"].iterations == 3
     assert "fab-t" in standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks
-
-
-def test_a_change_for_plain_classifiers_leaves_the_digest_for_hpm_heads():
     fast = timm_hpm.PROTOCOLS["fast"]
-    other = replace(fast, plain={"search": 1})
-    digests = [[protocol.for_classifier(plain).digest() for plain in (False, True)] for protocol in (fast, other)]
+    digests = [[protocol.for_classifier(plain).digest() for plain in (False, True)]
+               for protocol in (fast, replace(fast, plain={"search": 1}))]
     assert digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]

@@ -4,7 +4,6 @@ import gzip
 import os
 import random
 import tracemalloc
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +68,54 @@ def contents(split) -> list[bytes]:
 # What every data set has
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME; did you mean torch/cifar10"),
-    ("mnist", "did you mean torch/mnist"),
-    ("fashionmnist", "did you mean fashion_mnist"),
-    ("torch/cifar11", "did you mean torch/cifar10"),
-    ("hfds/", "unknown data set 'hfds/'"),
-    ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
-    ("HFIDS/some/thing", "is streamed"),
+FASHION, FOLDER = "fashion_mnist", "folder"
+
+
+@pytest.mark.parametrize(("name", "split", "options", "message"), [
+    *((name, "train", {}, message) for name, message in (
+        ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME; did you mean torch/cifar10"),
+        ("mnist", "did you mean torch/mnist"), ("fashionmnist", "did you mean fashion_mnist"),
+        ("torch/cifar11", "did you mean torch/cifar10"), ("hfds/", "unknown data set 'hfds/'"),
+        ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
+        ("HFIDS/some/thing", "is streamed"))),
+    ("digits", "valid", {}, "unknown split 'valid'; expected one of train, val, test"),
+    *(("digits", "train", {"val_fraction": fraction}, r"val_fraction is .*; expected a number above 0 and below 1")
+      for fraction in (0.0, 1.0, -0.1, float("nan"))),
+    *(("digits", split, {"val_fraction": 0.2}, "has a validation split of its own; leave out val_fraction")
+      for split in ("train", "val")),
+    # A split in memory must fit the model.
+    (FASHION, "train", {"input_size": (3, 28, 28)},
+     r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--in-chans 1, or another --dataset$"),
+    (FASHION, "train", {"input_size": [1, 32, 32]}, "not converted: give --img-size 28, or another --dataset$"),
+    (FASHION, "train", {"input_size": (3, 32, 32)}, "in-chans 1 and --img-size 28"),
+    (FASHION, "train", {"num_classes": 3}, r"labels up to 3, the model the classes 0 to 2; .*\(--num-classes 4\)"),
+    (FASHION, "test", {"data_dir": "empty"}, r"the split test of fashion_mnist has no image; give another --data-dir$"),
+    ("torch/cifar10", "test", {}, "no undamaged torch/cifar10 in .*--dataset-download --data-dir "),
+    ("torch/imagenet", "test", {}, "no undamaged torch/imagenet in .*image-net.org"),
+    (FOLDER, "test", {"data_dir": None}, "a folder of images needs --data-dir"),
+    (FOLDER, "test", {"data_dir": "nowhere"}, r"there is no folder .*nowhere; choose another --data-dir"),
+    (FOLDER, "test", {"data_dir": "empty"}, r"there is no image in .*; it needs one subfolder a class"),
+    (FOLDER, "test", {"data_dir": "odd"}, r"val has the class 'bee' \(1 such\), which .*train has not"),
+    (FOLDER, "train", {"data_dir": "mine", "num_classes": 1}, "labels up to 1, the model the classes 0 to 0"),
+    (FOLDER, "train", {"data_dir": "mine", "input_size": (4, 32, 32)}, "images of 4 channels; files can be read as 1"),
+    (FOLDER, "train", {"data_dir": "mine", "input_size": None}, r"of any size; give input_size=\(channels, height, wi"),
 ])
-def test_an_unknown_data_set_is_refused_with_near_names(name, message):
-    with pytest.raises(ValueError, match=message):
-        open_split(name, "train")
-    with pytest.raises(ValueError, match="unknown split 'valid'; expected one of train, val, test"):
-        open_split("digits", "valid")
+def test_a_data_set_that_cannot_be_opened_says_how_to_mend_it(tmp_path, name, split, options, message):
+    if name == FASHION:
+        write_fashion_mnist(tmp_path)
+        write_idx(tmp_path / "empty" / "t10k-images-idx3-ubyte", grey_levels(0, 28, 28))
+        write_idx(tmp_path / "empty" / "t10k-labels-idx1-ubyte", np.arange(0, dtype=np.uint8))
+    if name == FOLDER:
+        (tmp_path / "empty").mkdir()
+        write_folder(tmp_path / "mine" / "train", {"ant": 4, "bee": 4}, (20, 20))
+        write_folder(tmp_path / "odd" / "train", {"ant": 1}, (20, 20))
+        write_folder(tmp_path / "odd" / "val", {"ant": 1, "bee": 1}, (20, 20))
+        options = {"input_size": (3, 16, 16)} | options
+    if name != "digits":
+        place = options.get("data_dir", ".")
+        options = options | {"data_dir": place and tmp_path / place}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_split(name, split, **options)
 
 
 def test_the_digits_as_a_split_are_those_in_memory():
@@ -99,24 +132,12 @@ def test_the_digits_as_a_split_are_those_in_memory():
             first_images(split, n)
 
 
-@pytest.mark.parametrize(("wanted", "message"), [
-    ({"input_size": (3, 28, 28)}, r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--in-chans 1, or another --dataset$"),
-    ({"input_size": [1, 32, 32]}, r"not converted: give --img-size 28, or another --dataset$"),
-    ({"input_size": (3, 32, 32)}, "in-chans 1 and --img-size 28"),
-    ({"num_classes": 3}, r"labels up to 3, the model the classes 0 to 2; .*\(--num-classes 4\)"),
-    ({"num_classes": 4}, "")])
-def test_a_split_in_memory_must_fit_the_model(tmp_path, wanted, message):
-    write_fashion_mnist(tmp_path)
-    with pytest.raises(ValueError, match=message) if message else nullcontext():
-        open_split("fashion_mnist", "train", data_dir=tmp_path, **wanted)
-
-
 @pytest.mark.parametrize(("classes", "message"), [
     (5, r"train of fashion_mnist has no image of 1 of .* 5 classes \(4 Coat\)"),
     (10, r"no image of 6 of .* 10 classes \(4 Coat, 5 Sandal, .*, 8 Bag, \.\.\.\)")])
 def test_a_class_without_an_image_is_named(tmp_path, classes, message):
     write_fashion_mnist(tmp_path)
-    split = open_split("fashion_mnist", "train", data_dir=tmp_path)
+    split = open_split("fashion_mnist", "train", data_dir=tmp_path, num_classes=4)
     check_every_class(split, 4)
     with pytest.raises(ValueError, match=message):
         check_every_class(split, classes)
@@ -137,31 +158,12 @@ def test_the_held_out_split_is_stratified_and_always_the_same(fraction):
     torch.manual_seed(8)
     assert torch.equal(hold_out(labels, fraction)[1], held)
     assert hold_out(torch.arange(60_000) % 10)[1].numel() == 5000, "at most, unless a fraction is given"
-
-
-def test_the_held_out_split_is_the_same_in_every_release():
-    held = hold_out(torch.arange(200) % 4)[1]
-    assert held.tolist() == [24, 28, 34, 68, 77, 79, 85, 105, 110, 115,
-                             122, 131, 133, 135, 139, 156, 162, 174, 176, 197]
-
-
-def test_every_class_keeps_an_image_to_train_on():
-    labels = torch.tensor([0] * 20 + [1] + [3] * 2)
-    rest, held = hold_out(labels, 0.9)
+    assert hold_out(torch.arange(200) % 4)[1].tolist() == [  # in every release
+        24, 28, 34, 68, 77, 79, 85, 105, 110, 115, 122, 131, 133, 135, 139, 156, 162, 174, 176, 197]
+    # Every class keeps an image to train on.
+    rest, held = hold_out(labels := torch.tensor([0] * 20 + [1] + [3] * 2), 0.9)
     assert labels[rest].unique().tolist() == [0, 1, 3] and 1 not in labels[held]
     assert [len(part) for part in hold_out(torch.tensor([0, 1, 2]))] == [3, 0]
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_a_fraction_to_hold_out_is_between_0_and_1(fraction):
-    with pytest.raises(ValueError, match=r"val_fraction is .*; expected a number above 0 and below 1"):
-        open_split("digits", "train", val_fraction=fraction)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_nothing_is_held_out_of_a_data_set_that_has_a_validation_split(split):
-    with pytest.raises(ValueError, match="has a validation split of its own; leave out val_fraction"):
-        open_split("digits", split, val_fraction=0.2)
 
 
 # Fashion-MNIST's files
@@ -233,13 +235,6 @@ def test_a_file_that_unfolds_to_a_gigabyte_is_refused_before_it_fills_the_memory
     tracemalloc.stop()
 
 
-def test_an_empty_split_is_refused(tmp_path):
-    write_idx(tmp_path / "t10k-images-idx3-ubyte", grey_levels(0, 28, 28))
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.arange(0, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"the split test of fashion_mnist has no image; give another --data-dir$"):
-        open_split("fashion_mnist", "test", data_dir=tmp_path)
-
-
 # torchvision's data sets
 
 
@@ -254,13 +249,6 @@ def test_torchvision_reads_its_own_layout(tmp_path):
     _cut(tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte")
     with pytest.raises(FileNotFoundError, match=r"no undamaged torch/fashion_mnist in"):
         open_split("torch/fashion_mnist", "test", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize(("name", "command"), [
-    ("torch/cifar10", "--dataset-download --data-dir "), ("torch/imagenet", "image-net.org")])
-def test_files_of_torchvision_that_are_not_there_come_with_their_command(tmp_path, name, command):
-    with pytest.raises(FileNotFoundError, match=f"no undamaged {name} in .*{command}"):
-        open_split(name, "test", data_dir=tmp_path)
 
 
 # Folders of images
@@ -327,24 +315,6 @@ def test_images_of_a_folder_are_read_as_grey_where_the_model_takes_grey(folder):
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     assert grey.shape == (1, 32, 32)
     assert (grey - (weights * colour).sum(dim=0)).abs().max() < 1.5 / 255
-
-
-@pytest.mark.parametrize(("place", "split", "options", "message"), [
-    (None, "test", {}, "a folder of images needs --data-dir"),
-    ("nowhere", "test", {}, r"there is no folder .*nowhere; choose another --data-dir"),
-    ("empty", "test", {}, r"there is no image in .*; it needs one subfolder a class"),
-    ("mine", "train", {"num_classes": 1}, "labels up to 1, the model the classes 0 to 0"),
-    ("odd", "test", {}, r"val has the class 'bee' \(1 such\), which .*train has not"),
-    ("mine", "train", {"input_size": (4, 32, 32)}, "images of 4 channels; files can be read as 1"),
-    ("mine", "train", {"input_size": None}, r"images of any size; give input_size=\(channels, height, width\)"),
-])
-def test_a_folder_that_is_wrong_says_how_to_mend_it(tmp_path, place, split, options, message):
-    (tmp_path / "empty").mkdir()
-    write_folder(tmp_path / "mine" / "train", {"ant": 4, "bee": 4}, (20, 20))
-    write_folder(tmp_path / "odd" / "train", {"ant": 1}, (20, 20))
-    write_folder(tmp_path / "odd" / "val", {"ant": 1, "bee": 1}, (20, 20))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        open_split("folder", split, data_dir=place and tmp_path / place, **{"input_size": (3, 16, 16)} | options)
 
 
 @pytest.mark.parametrize("damage", [_cut, lambda file: file.write_text("no image")])

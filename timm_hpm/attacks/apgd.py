@@ -1,7 +1,7 @@
 """APGD, the gradient ascent with a step size that adapts itself, image by image the same as AutoAttack's.
 
 Source: Croce and Hein, arXiv 2003.01690, section 4; pyautoattack, whose points it gives bit by bit
-(tests/test_apgd.py).
+(tests/test_autoattack.py).
 """
 
 from collections.abc import Callable

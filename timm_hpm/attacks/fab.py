@@ -3,7 +3,8 @@
 Each step goes to the nearest point of a hyperplane that approximates the decision boundary. AutoAttack finds that point
 by sorting the pixels; Newton's method, which needs no sort, finds the same one in a few passes over them.
 
-Source: Croce and Hein, arXiv 1907.02044; pyautoattack, with whose points ours agree up to rounding (tests/test_fab.py).
+Source: Croce and Hein, arXiv 1907.02044; pyautoattack, with whose points ours agree up to rounding
+(tests/test_autoattack.py).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A query moves a window of all images at once. Under Linf only that window is computed, and written back if it was of no
 use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose points it gives bit by bit
-(tests/test_square.py).
+(tests/test_autoattack.py).
 """
 
 import math

@@ -106,9 +106,9 @@ class Protocol:
         check_names("attack", list(budget_of), tuple(ATTACKS))
         for attack, budget in budget_of.items():
             if standard[attack].targets and not budget.targets:
-                raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they are; "
-                                 f"expected such as {attack}={budget.iterations}x{standard[attack].targets}, in Python "
-                                 f"Budget({budget.iterations}, targets={standard[attack].targets})")
+                raise ValueError(f"the budget of {attack} has no targets, and would leave the clean images as they "
+                                 f"are; expected such as {attack}={budget.iterations}x{standard[attack].targets}, or "
+                                 f"in Python Budget({budget.iterations}, targets={standard[attack].targets})")
             if budget.targets and not standard[attack].targets:
                 raise ValueError(f"the budget of {attack} has {budget.targets} targets; only "
                                  f"{', '.join(name for name in standard if standard[name].targets)} are targeted. "

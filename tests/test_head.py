@@ -1,6 +1,7 @@
-"""`HPMHead` against a plain NumPy reading of the equations, its invariants, its prototypes, and how it travels."""
+"""`HPMHead` and its surrogates against a plain NumPy reading of the equations, invariants, prototypes, and loading."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_hpm
 from timm_hpm import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
+from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.surrogates import SURROGATES
 
 HPM_ENTRIES = {"prototypes", "num_updates", "log_scale"}
@@ -27,37 +29,47 @@ def fitted(in_features: int = 16, num_classes: int = 10, *, log_scale: float = -
     return head
 
 
-def reference(head: HPMHead, features: Tensor) -> np.ndarray:
-    """Returns the logits of `head` in float64, by loops over images and classes (docs/method.md)."""
-    z = features.double().numpy()
-    weight, prototypes = (t.detach().double().numpy() for t in (head.weight, head.prototypes))
+def linear_logits(head: HPMHead, features: Tensor) -> np.ndarray:
+    """Returns the logits Wz + b."""
+    z, weight = (t.detach().double().numpy() for t in (features, head.weight))
     bias = np.zeros(len(weight)) if head.bias is None else head.bias.detach().double().numpy()
-    s, mix = np.exp(head.log_scale.detach().double().item()), head.mix
-    fc = np.array([[weight[c] @ image + bias[c] for c in range(len(weight))] for image in z])
-    if head.inference == "fc":
-        return fc
-    logits = np.zeros_like(fc)
+    return np.array([[row @ image + b for row, b in zip(weight, bias, strict=True)] for image in z])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.array([np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in logits])
+
+
+def one_hot(logits: np.ndarray) -> np.ndarray:
+    return np.array([[float(c == row.argmax()) for c in range(len(row))] for row in logits])
+
+
+def mixed_prototypes_logits(head: HPMHead, features: Tensor, assignment: np.ndarray, mode: str) -> np.ndarray:
+    """Returns −s·‖z − Q_c‖², Q_c mixed of P_c and the mean that `assignment` gives the batch, or the image alone."""
+    z, prototypes = features.double().numpy(), head.prototypes.double().numpy()
+    logits = np.zeros_like(assignment)
     for i, image in enumerate(z):
-        if head.inference == "dataset":
-            batch: list[int] = []
-        elif head.inference == "sample":
-            batch = [i]
-        else:
-            batch = list(range(len(z)))
-        for c in range(len(weight)):
-            members = [z[j] for j in batch if fc[j].argmax() == c]
-            q = prototypes[c]
-            if members:
-                q = (1 - mix) * q + mix * sum(members) / len(members)
-            logits[i, c] = -s * sum((a - b) ** 2 for a, b in zip(image, q, strict=True))
+        members = {"batch": range(len(z)), "sample": [i], "dataset": []}[mode]
+        for c, q in enumerate(prototypes):
+            total = sum(assignment[j, c] for j in members)
+            if total > 0:
+                mean = sum(assignment[j, c] * z[j] for j in members) / total
+                presence = 1 - math.prod(1 - assignment[j, c] for j in members)
+                q = q + head.mix * presence * (mean - q)
+            logits[i, c] = -math.exp(head.log_scale.item()) * sum((a - b) ** 2 for a, b in zip(image, q, strict=True))
     return logits
 
 
-def assert_equals_reference(head: HPMHead, features: Tensor) -> None:
-    expected = reference(head, features)
-    with torch.no_grad():
-        error = np.abs(head(features).double().numpy() - expected).max()
-    assert error <= 1e-5 * np.abs(expected).max()
+def reference(surrogate: str, head: HPMHead, features: Tensor) -> np.ndarray:
+    """Returns a surrogate's logits in the head's mode, in float64 (docs/method.md); those of ste are the head's own."""
+    linear, mode = linear_logits(head, features), head.inference
+    if surrogate == "fc" or (mode == "fc" and surrogate in ("soft", "ste")):
+        return linear
+    if surrogate == "dataset":
+        return mixed_prototypes_logits(head, features, one_hot(linear), "dataset")
+    if surrogate in ("soft", "ste"):
+        return mixed_prototypes_logits(head, features, (softmax if surrogate == "soft" else one_hot)(linear), mode)
+    return sum(np.log(softmax(reference(part, head, features))) for part in ("fc", "dataset", "soft")) / 3
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -82,10 +94,54 @@ def test_logits_equal_the_reference(inference, arguments, batch):
     if "mean" in arguments:
         nn.init.zeros_(head.weight[:, 0])
         features = (arguments["mean"] + features).relu()
-    assert_equals_reference(head, features)
+    expected = reference("ste", head, features)
+    with torch.no_grad():
+        error = np.abs(head(features).double().numpy() - expected).max()
+    assert error <= 1e-5 * np.abs(expected).max()
     assert head(torch.zeros(0, 16)).shape == (0, head.out_features)
     meta = HPMHead(16, 10, inference=inference, device="meta")
     assert meta(torch.randn(batch, 16, device="meta")).shape == (batch, 10)
+
+
+def few_images(mode: str) -> tuple[HPMHead, Tensor]:
+    """Returns a head and features; two images in seven are the FC's class 0, none its class 3."""
+    generator = torch.Generator().manual_seed(2)
+    head = HPMHead(6, 4, inference=mode, mix=0.4)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(4, 6, generator=generator))
+        head.bias.copy_(torch.tensor([0.3, -0.2, 0.1, -9.0]))
+        head.log_scale.fill_(-0.7)
+    head.set_prototypes(torch.randn(4, 6, generator=generator))
+    return head, torch.randn(7, 6, generator=generator)
+
+
+@pytest.mark.parametrize("mode", INFERENCE_MODES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_the_logits_of_surrogates_equal_the_reference(surrogate, mode):
+    head, features = few_images(mode)
+    logits = SURROGATES[surrogate].logits(head, features)
+    np.testing.assert_allclose(logits.detach().double().numpy(), reference(surrogate, head, features),
+                               rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", INFERENCE_MODES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_surrogate_depends_on_the_batch_exactly_if_a_neighbour_changes_its_logits(surrogate, mode):
+    head, features = few_images(mode)
+    split = AttackedModel(nn.Sequential(nn.Flatten(), head).eval(), features)
+    moved = features.clone()
+    moved[1:] += 1.0
+    changed = (split.logits(surrogate, features)[0] - split.logits(surrogate, moved)[0]).abs().max() > 1e-3
+    assert split.batch_dependent(surrogate) == changed
+
+
+@pytest.mark.parametrize("mode", INFERENCE_MODES)
+def test_the_exact_surrogate_has_the_logits_of_the_model(mode):
+    head, features = few_images(mode)
+    model = nn.Sequential(nn.Flatten(), head).eval()
+    split = AttackedModel(model, features)
+    torch.testing.assert_close(split.logits(split.exact_surrogate(), split.features(features)), model(features),
+                               rtol=1e-5, atol=1e-5)
 
 
 # What follows from the equations

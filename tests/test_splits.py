@@ -299,10 +299,10 @@ def test_images_of_a_folder_are_resized_and_cropped_at_the_centre(folder):
     assert small.shape == (3, 8, 12)
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 def test_images_are_cropped_as_timm_does_for_the_model(crop_mode, folder):
     model = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={
-        "crop_mode": crop_mode, "input_size": (3, 16, 16), "crop_pct": 0.9})
+        "crop_mode": crop_mode, "input_size": (3, 16, 16), "crop_pct": 0.9, "mean": (0.2, 0.5, 0.8)})
     transform = create_transform(**resolve_data_config(model=model), normalize=False)
     expected = [transform(Image.open(file)) for file in (folder / "val").rglob("*.png")]
     split = open_split_for(model, "folder", "test", data_dir=folder)

@@ -101,8 +101,8 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
                input_size: Sequence[int] | None = None, crop_pct: float = 1.0, interpolation: str = "bicubic",
                crop_mode: str = "center", download: bool = False, num_classes: int | None = None,
                val_fraction: float | None = None, class_map: str | os.PathLike | Mapping[str, int] | None = None,
-               augmentation_seed: int | None = None, random_resized_crop: bool = False,
-               auto_augment: str | None = None) -> ImageSplit:
+               mean: Sequence[float] | None = None, augmentation_seed: int | None = None,
+               random_resized_crop: bool = False, auto_augment: str | None = None) -> ImageSplit:
     """Opens a split of a data set.
 
     A missing validation split is held out from the training images: stratified by class, always the same ones. Splits
@@ -117,6 +117,7 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         crop_pct: the part of the resized image's shorter side that is kept.
         interpolation: "bicubic", "bilinear" or another of timm's.
         crop_mode: timm's: "center", "squash" (without the aspect ratio) or "border" (the whole image, with a border).
+        mean: colour of that border, one value in [0, 1] a channel: the model's mean; None takes grey.
         download: whether a missing "torch/..." data set may be downloaded; by one process at a time.
         num_classes: the model's; all labels must be below it.
         val_fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images. Open "train" and
@@ -173,7 +174,8 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         steps = [RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()]
     elif not isinstance(part.images, Tensor):
         steps = [create_transform((size[0], size[1], size[2]), interpolation=interpolation,
-                                  crop_pct=crop_pct, crop_mode=crop_mode, normalize=False)]
+                                  crop_pct=crop_pct, crop_mode=crop_mode, normalize=False,
+                                  mean=tuple(mean or (0.5,) * size[0]))]
     if auto_augment and augmentation_seed is not None:
         steps.append(_policy(auto_augment, size))
     return ImageSplit(name, source, part, indices, size[0], Compose(steps) if steps else None, augmentation_seed)

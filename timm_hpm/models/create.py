@@ -199,7 +199,7 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
         _check_num_classes(model, dataset, source.num_classes)
     opened = open_split(dataset, split, num_classes=model.num_classes, input_size=(in_chans(model), height, width),
                         crop_pct=cfg.get("crop_pct") or 1.0, interpolation=cfg.get("interpolation") or "bicubic",
-                        crop_mode=cfg.get("crop_mode") or "center", **options)
+                        crop_mode=cfg.get("crop_mode") or "center", **{"mean": cfg.get("mean")} | options)
     _check_num_classes(model, dataset, opened.num_classes)
     known = class_names(model)
     different = [(own, name) for own, name in zip(opened.class_names or (), known or (), strict=False)

@@ -310,12 +310,25 @@ def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(ans
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [
-    torch.jit.script, lambda network: torch.jit.trace(network, torch.rand(2, 1, 8, 8))])
+    torch.jit.script, lambda network: torch.jit.trace(network, torch.rand(2, 1, 8, 8)),
+    lambda network: torch.jit.freeze(torch.jit.script(network))])
 def test_a_torchscript_module_is_attacked_as_the_module_that_it_was_made_of(compiled, digits):
     network, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval(), digits[0]
     labels = network(images).argmax(dim=1)
     own, other = (run_attack(model, images, labels, THREAT, budgets=SMALL) for model in (network, compiled(network)))
     assert own.correct == other.correct and own.robust_accuracy < own.clean_accuracy == 1
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class_of_the_model_is_named(model, digits, label):
+    images, labels = digits[0], digits[1].clone()
+    labels[3] = label
+    for call in (lambda: run_attack(model, images, labels, THREAT), lambda: timm_hpm.judge(model, images, labels, 2),
+                 lambda: timm_hpm.attack(model, images, labels, THREAT),
+                 lambda: timm_hpm.pgd(model, images, labels, THREAT),
+                 lambda: timm_hpm.fit_prototypes(model, [(images, labels)], THREAT)):
+        with pytest.raises(ValueError, match=rf"label {label} of image 3 is out of range; .* 0 to 9"):
+            call()
 
 
 def test_images_in_double_precision_are_judged_as_those_in_single_precision(digits):

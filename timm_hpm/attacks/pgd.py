@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import ask, check_weights, checked_integer, class_indices
+from ..data import ask, check_range, check_weights, checked_integer, class_indices
 from ..threat import ThreatModel
 
 # Of a normalisation that was undone, also in half precision.
@@ -55,7 +55,7 @@ def pgd(
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise ValueError(f"images have values from {low:.4g} to {high:.4g}; expected pixels in [0, 1]. Normalisation "
                          "belongs into the model: see timm_hpm.PixelModel")
-    return ascend(logits_fn, images, labels, threat, steps, step_size, random_start, loss)
+    return ascend(logits_fn, images, labels, threat, steps, step_size, random_start, loss or _checked_cross_entropy)
 
 
 def ascend(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, threat: ThreatModel, steps: int = 1,
@@ -76,6 +76,11 @@ def ascend(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
 def default_step_size(threat: ThreatModel, steps: int) -> float:
     """Returns the step size of `steps` PGD steps, in units of the pixel range: 2.5·eps/steps, at most 1.25·eps."""
     return min(2.5 / steps, 1.25) * threat.eps
+
+
+def _checked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    check_range(labels, logits.shape[1])
+    return _summed_cross_entropy(logits, labels)
 
 
 def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

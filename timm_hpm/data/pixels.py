@@ -57,7 +57,7 @@ class PixelModel(WholeLoading):
         both = {name: GIVEN if given is not None else named for name, given in (("mean", mean), ("std", std))}
         self.source = both["mean"] if both["mean"] == both["std"] else "; ".join(f"{k}: {v}" for k, v in both.items())
         self.model = model
-        self.train(model.training)
+        self.train(is_training(model))
         parameter = next(model.parameters(), None)
         device = None if parameter is None else parameter.device
         self.mean: Tensor
@@ -197,10 +197,15 @@ def check_weights(model: nn.Module) -> None:
 def check_eval_mode(model: nn.Module) -> None:
     """Raises a ValueError unless `model` passes `check_weights` and is in eval mode."""
     check_weights(model)
-    in_training = [name for name, module in model.named_modules() if module.training]
+    in_training = [name for name, module in model.named_modules() if is_training(module)]
     if in_training:
         raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), and its predictions "
                          "would change from call to call; call model.eval()")
+
+
+def is_training(module: nn.Module) -> bool:
+    """Returns whether a module is in train mode; a frozen one of TorchScript, which has no mode, is not."""
+    return getattr(module, "training", False)
 
 
 def for_gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,12 +256,17 @@ def check_pixels(images: Tensor, labels: Tensor, num_classes: int | None = None)
                          f"{excess[first]:.2g} outside of [0, 1]; expected pixels in [0, 1]. Normalisation belongs "
                          "into the model: see timm_hpm.PixelModel")
     if num_classes is not None:
-        wrong = (labels < 0) | (labels >= num_classes)
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
-                             f"the model has the classes 0 to {num_classes - 1}")
+        check_range(labels, num_classes)
     return images.clamp(0, 1) if (excess > 0).any() else images
+
+
+def check_range(labels: Tensor, num_classes: int) -> None:
+    """Raises a ValueError unless all `labels` (N,) are from 0 to `num_classes` − 1."""
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(f"label {int(labels[first])} of image {first} is out of range; "
+                         f"the model has the classes 0 to {num_classes - 1}")
 
 
 def checked_integer(name: str, value: int, least: int) -> int:

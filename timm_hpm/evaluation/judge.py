@@ -17,6 +17,7 @@ from ..data import (
     check_eval_mode,
     check_logits,
     check_pixels,
+    check_range,
     checked_integer,
     normalisation_of,
 )
@@ -58,8 +59,10 @@ def judge(
     Takes `labels` (N,), class indices; the other arguments and the errors are those of `predictions`.
     """
     images = check_pixels(images, labels)
-    classes, _ = predictions(model, images, batch_size, first_image=first_image, allow_non_finite=allow_non_finite)
-    return classes == labels.cpu().long()
+    labels = labels.cpu().long()
+    classes, _ = predictions(model, images, batch_size, labels, first_image=first_image,
+                             allow_non_finite=allow_non_finite)
+    return classes == labels
 
 
 @torch.no_grad()
@@ -67,6 +70,7 @@ def predictions(
         model: nn.Module,
         images: Tensor,
         batch_size: int,
+        labels: Tensor | None = None,
         *,
         first_image: int = 0,
         allow_non_finite: bool = False,
@@ -77,12 +81,13 @@ def predictions(
         model: a timm model, or a module of pixels in [0, 1]; in eval mode.
         images: (N, channels, H, W), pixels in [0, 1].
         batch_size: images in a batch; the last batch may have fewer.
+        labels: class indices (N,), int64 on the CPU, which must be below the number of logits.
         first_image: index of the first image, for error messages.
         allow_non_finite: gives logits that are NaN or infinite the class −1, which is never correct; for images under
             attack.
 
     Raises:
-        ValueError: if images or batch size are malformed, or the model is in train mode.
+        ValueError: if images, labels or batch size are malformed, or the model is in train mode.
         NonFiniteLogitsError: if logits are not finite and `allow_non_finite` is false; the message names the image.
     """
     batch_size = checked_integer("batch_size", batch_size, 1)
@@ -93,6 +98,8 @@ def predictions(
     for first in range(0, len(images), batch_size):
         batch = images[first:first + batch_size].to(device, torch.float32)
         logits = check_logits(ask(model, batch), len(batch))
+        if labels is not None:
+            check_range(labels, logits.shape[1])
         if not allow_non_finite:
             check_finite(own_logits(model, batch, logits), first_image + first)
         classes.append(predicted_classes(logits).cpu())

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..attacks import margin_loss
 from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of, unwrapped
 from ..functional import in_autocast
@@ -124,8 +125,8 @@ class Subject:
             "precision": precision_of(self.model, self.device),
             "attacked_scale": None if self.attacked.head is None else float(self.attacked.head.scale()),
             "device": self.device.type,
-            "versions": {"python": platform.python_version()} | {
-                package: version(package) for package in ("timm-hpm", "torch", "timm")},
+            "versions": {"python": platform.python_version(), "timm-hpm": __version__} | {
+                package: version(package) for package in ("torch", "timm")},
         }
 
 

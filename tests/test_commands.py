@@ -1,19 +1,36 @@
-"""`python -m timm_hpm <command>`: one door to every command, its help and its errors."""
+"""`python -m timm_hpm <command>`: one door to every command, its help, its errors, its options and what it says."""
 
+import argparse
+import io
+import json
 import re
-from dataclasses import fields
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
+import timm
+import torch
+import yaml
+from torch import nn
 
 import evaluate
+import timm_hpm
 import timm_hpm.commands.evaluate
 import timm_hpm.commands.train
 import train
 from timm_hpm.__main__ import COMMANDS, main
+from timm_hpm.console import duration, facts, images_bar, rendered, show
 from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.header import estimate, evaluation_header
+from timm_hpm.evaluation.plan import make_plan
+from timm_hpm.evaluation.protocols import PROTOCOLS
+from timm_hpm.options import add_arguments, as_dict, check, free_names, option, read_options
 from timm_hpm.report.command import evaluate_command
 from timm_hpm.training import TrainConfig
+from timm_hpm.training.header import num_passes
 
 QUICK = ["--num-images", "4", "-b", "4", "--device", "cpu", "--surrogates", "fc", "--attacks", "apgd-ce", "--budget",
          "apgd-ce=2"]
@@ -44,8 +61,8 @@ def test_the_help_of_a_command_starts_with_three_examples_of_options_that_it_has
     assert head.startswith("examples:\n") and len(examples) == 3 and usage
     assert max(map(len, text.splitlines())) <= 120
     for example in examples:
-        for option in re.findall(r"--[\w-]+", example):
-            assert re.search(rf"^  (-\w( \w+)?, )?{option}\b", options, re.MULTILINE), option
+        for name in re.findall(r"--[\w-]+", example):
+            assert re.search(rf"^  (-\w( \w+)?, )?{name}\b", options, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(("command", "config", "script"), [
@@ -117,3 +134,190 @@ def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch,
     assert main(["evaluate", *QUICK, *own, "--save-adversarial", "--output", "one"]) == 0
     assert main(["rejudge", "one"]) == 0, "by the model of the run"
     assert "every verdict as in the report" in capsys.readouterr().out
+
+
+# What a command says in a terminal
+
+
+TABLE = r"""# A *title*
+
+| attack | % | a\|b |
+|---|---:|---|
+| **apgd-ce** | 7.1 | `x` |
+| square | 165.2 | &lt;i&gt; [flags](flags.md) |
+
+```sh
+python -m x \
+    | y
+```
+"""
+
+
+def test_a_terminal_shows_tables_in_columns_and_no_marks():
+    assert rendered(TABLE) == r"""A *title*
+
+attack       %  a|b
+-------  -----  --------------------
+apgd-ce    7.1  x
+square   165.2  <i> flags (flags.md)
+
+    python -m x \
+        | y"""
+    assert rendered("&amp;#27; &#27;[0m \u202e") == "&#27; [0m ?", "nothing reaches the terminal's controls"
+
+
+def test_markdown_is_rendered_for_a_terminal_and_kept_in_a_file(monkeypatch):
+    for terminal in (True, False):
+        out = io.StringIO()
+        out.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stdout", out)
+        show(TABLE)
+        assert out.getvalue() == (rendered(TABLE) if terminal else TABLE) + "\n"
+
+
+def test_times_and_facts_are_readable():
+    seconds = (0.2, 40, 89, 90, 3600, 5400, 86_400, 1e6)
+    assert [duration(s) for s in seconds] == ["1 s", "40 s", "89 s", "2 min", "60 min", "1.5 h", "24.0 h", "11.6 days"]
+    assert facts({"model": "a", "data set": "b"}) == "model     a\ndata set  b"
+
+
+def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    images, state = torch.rand(20, 1, 8, 8), torch.get_rng_state()
+    arguments = ({"model": "hpm_wrn10_2", "weights": "pretrained", "dataset": "digits", "split": "test"}, model,
+                 images, timm_hpm.ThreatModel("Linf", 0.1), PROTOCOLS["fast"])
+    text = evaluation_header(*arguments, batch_size=10)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = dict(line.split("  ", 1) for line in text.splitlines())
+    assert list(found) == ["model", "weights", "data", "normalisation", "threat model", "protocol", "batches", "device",
+                           "time"]
+    for name, part in (("model", "303,419 parameters, HPM head, inference mode dataset"), ("threat model", "Linf:0.1"),
+                       ("data", "digits, split test, 20 images of 8x8 pixels and 1 channel"),
+                       ("normalisation", "mean (0.3053)"), ("batches", "of 10 images"), ("device", "cpu, 1 thread"),
+                       ("protocol", "fast, on fc, dataset, mixed: apgd-ce 100; apgd-t 100x3; square 1000"),
+                       ("time", "about ")):
+        assert part in found[name]
+    assert "joint" not in text and model.fc.inference == "dataset"
+    batch = evaluation_header(*arguments, modes=("dataset", "batch"), batch_size=10)
+    assert "on fc, dataset, soft, ste, mixed: apgd-ce 100; " in batch and "joint 100; joint-subset 25r30" in batch
+
+
+def test_the_estimate_counts_the_passes_of_all_steps():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    images = torch.rand(8, 1, 8, 8)
+    attacked = AttackedModel(model, images)
+    protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
+    plan = make_plan(protocol, attacked, 10, ())
+    assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)["time"]
+
+
+@pytest.mark.parametrize(("options", "passes"), [
+    ({}, 100 * 11), ({"objective": "clean"}, 100), ({"objective": "trades", "awp_gamma": 0.005}, 100 * 14),
+    ({"extra_data": "x.npz", "extra_fraction": 0.75, "batch_size": 100}, 400 * 11)])
+def test_the_estimate_of_a_training_run_counts_the_passes_of_its_objective(options, passes):
+    assert num_passes(TrainConfig(epochs=3, **options), 100, 7) == 3 * (passes + 7 * 20)
+
+
+def test_a_training_run_says_its_facts_and_a_line_for_each_epoch(tmp_path, capsys):
+    assert main(["train", "--device", "cpu", "--pretrained", "--epochs", "1", "--attack-steps", "1",
+                 "--val-attack-steps", "1", "--batch-size", "500", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    names = [line.split("  ")[0] for line in err.splitlines() if "  " in line]
+    assert names[:9] == ["model", "weights", "data", "normalisation", "threat model", "objective", "optimisation",
+                         "device", "time"]
+    assert "digits, 1,077 images for training and 360 for validation, of 8x8 pixels and 1 channel" in err
+    line = r"epoch 0  lr \S+  loss \d\.\d{3}  clean \d+\.\d %  robust \d+\.\d %  fc clean \d+\.\d %"
+    assert re.search(rf"^{line}  [\d,]+ images/s$", out, re.MULTILINE)
+    assert re.search(f"^kept: {line}$", out, re.MULTILINE)
+
+
+def test_a_bar_of_images_changes_no_answer_and_leaves_no_hook():
+    model = nn.Linear(2, 2)
+    for shown in (False, True):
+        with images_bar(model, "checks", shown):
+            output = model(torch.zeros(7, 2))
+            assert len(model._forward_pre_hooks) == shown
+        assert torch.equal(output, model.bias.expand(7, 2)) and not model._forward_pre_hooks
+
+
+# One dataclass makes a script's command line, reads its files and checks the values
+
+
+@dataclass(frozen=True)
+class Cake:
+    name: str = option("plain", "taste", "name of the cake", "-n")
+    layers: int = option(2, "shape", "number of layers", least=1, below=9)
+    sugar: float = option(0.5, "taste", "mass fraction of sugar", above=0, most=1, free=True)
+    tops: tuple[str, ...] | None = option(None, "taste", "toppings", choices=("nuts", "plums", "none of it"))
+    cuts: tuple[int, ...] = option((), "shape", "slices of each layer", least=0)
+    warm: bool = option(False, "taste", "served at 30 % above the room's temperature")
+    extra: dict[str, Any] | None = option(None, "shape", "further properties")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def parsed(*words: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser, Cake)
+    return vars(parser.parse_args(words))
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], {}),
+    (["-n", "rum", "--no-warm"], {"name": "rum", "warm": False}),
+    (["--sugar", "1/4", "--warm"], {"sugar": 0.25, "warm": True}),
+    (["--tops", "nuts,plums"], {"tops": ("nuts", "plums")}),
+    (["--tops", "nuts", "plums"], {"tops": ("nuts", "plums")}),
+    (["--tops", "none", "--cuts", "3,4", "5"], {"tops": (), "cuts": (3, 4, 5)}),
+    (["--extra", "a=1", "b=x"], {"extra": {"a": 1, "b": "x"}}),
+])
+def test_the_command_line_and_both_kinds_of_files_give_the_same_options(words, expected, tmp_path):
+    given = parsed(*words)
+    assert given == expected  # nothing but the options that are given
+    cake = Cake(**given)
+    for name, text in (("cake.yaml", yaml.safe_dump(as_dict(cake))), ("cake.json", json.dumps(as_dict(cake)))):
+        (tmp_path / name).write_text(text)
+        assert Cake(**read_options(tmp_path / name, Cake)) == cake
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layers": 0}, "layers is 0; expected at least 1"), ({"layers": 9}, "layers is 9; expected below 9"),
+    ({"sugar": 0}, "sugar is 0.0; expected above 0"), ({"sugar": 1.5}, "sugar is 1.5; expected at most 1"),
+    ({"sugar": float("nan")}, "sugar is nan; expected a finite number"), ({"sugar": "0.5"}, "sugar is '0.5', a str"),
+    ({"cuts": [3, -1]}, "cuts is -1; expected at least 0"), ({"cuts": [True]}, "cuts is True, a bool; expected int"),
+    ({"tops": "nuts"}, "tops is 'nuts', a str; expected tuple or null"),
+    ({"tops": ["figs"]}, "tops is 'figs'; expected one of nuts, plums"), ({"warm": None}, "warm is None, a NoneType"),
+    ({"extra": {1: 2}}, "extra is {1: 2}, a dict; expected dict or null"), ({"name": 3}, "name is 3, a int"),
+])
+def test_a_value_of_another_type_or_range_is_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Cake(**changes)
+
+
+@pytest.mark.parametrize("words", [["--cuts", "3,x"], ["--sugar", "sweet"], ["--layers", "1.5"]])
+def test_a_word_that_is_no_value_is_a_mistake_of_the_command_line(words):
+    with pytest.raises(argparse.ArgumentError, match=words[0]):
+        parsed(*words)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("cake.yaml", "layer: 3\n", "unknown option 'layer'; did you mean layers?"),
+    ("cake.json", '{"layer": 3}', "unknown option 'layer'; did you mean layers?"),
+    ("cake.json", "name: rum", "cannot read the configuration"), ("cake.json", "[" * 100_000, "cannot read"),
+    ("cake.yaml", "[1]", "holds a list; expected lines such as"), ("none.yaml", None, "cannot read"),
+])
+def test_a_file_of_something_else_is_named(name, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_options(tmp_path / name, Cake)
+
+
+def test_the_help_shows_units_and_defaults_in_groups_and_resumed_runs_may_change_some():
+    parser = argparse.ArgumentParser(prog="cake")
+    add_arguments(parser, Cake)
+    text = " ".join(parser.format_help().split())
+    assert "mass fraction of sugar (0.5)" in text and "at 30 % above" in text
+    assert text.index("taste:") < text.index("shape:") and "(None)" not in text and "(())" not in text
+    assert free_names(Cake) == ("sugar",)

@@ -1,20 +1,23 @@
-"""Two reports compared image by image, and RobustBench's file: against answers counted by hand and by SciPy."""
+"""Reports compared image by image or merged, and RobustBench's file: against answers counted by hand and by SciPy."""
 
 import copy
 import dataclasses
-import io
 import json
 import math
-import sys
+from dataclasses import replace
 
 import protocols
 import pytest
+import timm
+from protocols import run_attack
 from scipy.stats import binomtest
 
 import evaluate
+import timm_hpm
 from timm_hpm import AttackReport, compare, comparison_markdown
 from timm_hpm.evaluation.robustbench import model_info, parse_known, save_model_info
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
+from timm_hpm.report.metrics import right_in_all
 
 PROTOCOL = protocols.PROTOCOL | {"dataset": "digits"}
 
@@ -41,7 +44,7 @@ def test_the_p_value_is_the_binomial_test_s(only_a, only_b):
     assert mcnemar_p_value(only_a, only_b) == pytest.approx(expected)
 
 
-def test_images_are_paired(a, b):
+def test_images_are_paired_if_they_are_the_same(a, b):
     clean, robust, baseline = compare(a, b).rows
     assert (clean.a, clean.b, clean.only_a, clean.only_b, clean.p_value) == (0.9, 0.9, 1, 1, 1.0)
     # a is right throughout on images 0 to 4, b on 1 to 7 and 9.
@@ -49,6 +52,9 @@ def test_images_are_paired(a, b):
     assert robust.difference == pytest.approx(0.3) and robust.p_value == pytest.approx(2 * (1 + 5) / 32)
     assert (baseline.only_a, baseline.only_b) == (0, 5) and baseline.p_value == 2 / 32
     assert len(compare(a, dataclasses.replace(b, baseline_correct={})).rows) == 2
+    b.protocol["data_digest"] = "f" * 16
+    with pytest.raises(ValueError, match=r"different images or labels.*10 images of digits \(data_digest ffff"):
+        compare(a, b)
 
 
 @pytest.mark.parametrize(("right", "only_a", "only_b"), [(0, 0, 0), (50, 0, 0), (100, 0, 0), (60, 3, 7), (90, 9, 0)])
@@ -76,29 +82,15 @@ def test_the_table_names_what_differs(a, b):
     assert "**Report b is unreliable**" in comparison_markdown(compare(a, flagged))
 
 
-def test_other_images_are_not_paired(a, b):
-    b.protocol["data_digest"] = "f" * 16
-    with pytest.raises(ValueError, match=r"different images or labels.*10 images of digits \(data_digest ffff"):
-        compare(a, b)
-
-
-def test_evaluate_compares_two_files(a, b, tmp_path, monkeypatch, capsys):
+def test_evaluate_compares_two_files(a, b, tmp_path, capsys):
     a.save(tmp_path / "a.json")
     b.save(tmp_path / "b.json")
     assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert comparison_markdown(compare(a, b)) in capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
-    assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
-    sys.stdout.flush()
-    printed = sys.stdout.buffer.getvalue().decode("cp1252")
-    assert "| b ? a (interval) |" in printed and "McNemar" in printed
     with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
     with pytest.raises(ValueError, match=r"unknown field 'author' .*expected some of link, name"):
         evaluate.main(["--robustbench-json", str(tmp_path / "info.json"), "--robustbench-info", "author=me"])
-
-
-# RobustBench
 
 
 def test_fields_are_texts_as_they_were_given():
@@ -148,3 +140,59 @@ def test_a_plain_classifier_has_no_external_number_and_a_suspicious_one_says_so(
     info = model_info(report)
     assert "external" not in info and info["autoattack_acc"] == "50.00" and info["eps"] == "0.5"
     assert info["unreliable"] is True
+
+
+NUM_DIGITS = 12
+
+OPTIONS = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": 1, "joint": 2}, "surrogates": ["fc", "ste"],
+           "batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def reports(digits) -> list[AttackReport]:
+    model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
+    return [run_attack(model, *digits, "Linf:0.1", seed=seed, **OPTIONS) for seed in (3, 0)]
+
+
+def test_a_merged_report_is_the_worst_case_and_what_one_adversary_can_do(reports, tmp_path):
+    merged = timm_hpm.merge_reports(reports)
+    assert merged.robust == [a and b for a, b in zip(*(report.robust for report in reports), strict=True)]
+    rows = [[*report.baseline_correct.values()] for report in reports]
+    assert merged.baseline["worst"] == sum(right_in_all([*rows[0], *rows[1]])) / 12
+    assert merged.protocol["seeds"] == [3, 0] and merged.clean_accuracy == reports[0].clean_accuracy
+    # Every judged batch is there by itself, so that no batch has more errors than one of the two found.
+    kept = sorted(row for report in reports for name, row in report.verdicts.items() if name != "clean")
+    assert sorted(row for name, row in merged.verdicts.items() if name != "clean") == kept
+    assert merged.realised_robust_accuracy == sum(
+        min(row[first:first + 6].count("1") for report in reports for row in report.verdicts.values())
+        for first in (0, 6)) / 12
+    assert merged.cost["joint"]["forward_passes"] == sum(row.cost["joint"]["forward_passes"] for row in reports)
+    assert set(merged.by_surrogate["ste"]) == {"apgd-ce", "joint", "worst"}
+    merged.save(tmp_path / "report.json")
+    assert AttackReport.load(tmp_path / "report.json") == merged
+    assert "python evaluate.py" not in timm_hpm.report_markdown(merged)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"weights_digest": "0" * 16}, "differ in more than their seeds: weights_digest "),
+    ({"data_digest": "0" * 16}, "data_digest "), ({"threat": "Linf:0.2"}, "threat Linf:0.1 and Linf:0.2"),
+    ({"attacks": {"apgd-ce": {"iterations": 2}}}, "attacks "), ({"inference": "sample"}, "inference batch and sample"),
+    ({"seed": 3}, "seeds 3, 3; expected different ones"),
+])
+def test_reports_that_differ_in_more_than_their_seeds_are_refused(reports, changed, message):
+    other = replace(reports[1], protocol=reports[1].protocol | changed)
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.merge_reports([reports[0], other])
+    with pytest.raises(ValueError, match="1 report is given; expected two or more"):
+        timm_hpm.merge_reports(reports[:1])
+
+
+def test_the_command_merges_reports(reports, tmp_path, capsys):
+    for report in reports:
+        timm_hpm.write_report(report, tmp_path / str(report.protocol["seed"]))
+    words = ["--merge", str(tmp_path / "3"), str(tmp_path / "0" / "report.json"), "--output", str(tmp_path / "both")]
+    assert evaluate.main(words) == 0
+    assert json.loads((tmp_path / "both" / "report.json").read_text())["protocol"]["seeds"] == [3, 0]
+    assert "seeds" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a report; choose another --output"):
+        evaluate.main(words)

@@ -1,13 +1,10 @@
 """Time limits: a run stops at the end of a batch, says what is done, and resumes to the same result."""
 
 import re
-import time
 from contextlib import suppress
 
 import pytest
-import torch
 from protocols import run_attack
-from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel
@@ -22,15 +19,14 @@ QUICK = ["--num-images", "10", "-b", "4", "--device", "cpu", "--surrogates", "fc
 
 
 @pytest.mark.parametrize(("text", "seconds"), [
-    ("90s", 90), ("30m", 1800), ("2h30m", 9000), ("1.5h", 5400), ("1d", 86400)])
-def test_a_time_is_read(text, seconds):
-    assert parse_time(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "30", "0m", "m", "-3m", "1e9h", "30 m", "30min", "nanm", "9" * 400 + "d"])
-def test_another_text_is_no_time(text):
-    with pytest.raises(ValueError, match=r"cannot read the time .*expected such as 30m"):
-        parse_time(text)
+    ("90s", 90), ("30m", 1800), ("2h30m", 9000), ("1.5h", 5400), ("1d", 86400),
+    *((text, None) for text in ("", "30", "0m", "m", "-3m", "1e9h", "30 m", "30min", "nanm", "9" * 400 + "d"))])
+def test_a_time_is_read_and_another_text_refused(text, seconds):
+    if seconds:
+        assert parse_time(text) == seconds
+    else:
+        with pytest.raises(ValueError, match=r"cannot read the time .*expected such as 30m"):
+            parse_time(text)
 
 
 def test_a_block_within_a_block_has_its_own_limit():
@@ -66,27 +62,6 @@ def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(
     assert AttackReport.load(tmp_path / "partial" / "report.json").num_images == 4
     assert run_attack(model, *digits, threat, folder=tmp_path, **ATTACK).same_results(whole)
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"report.json"}
-
-
-class Slow(nn.Module):
-    """A network that sleeps at some images."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor):
-        super().__init__()
-        self.model, self.images = timm_hpm.PixelModel(model), images
-
-    def forward(self, x):
-        if torch.equal(x, self.images):
-            time.sleep(1.5)
-        return self.model(x)
-
-
-def test_a_time_limit_cuts_a_later_batch_between_its_attacks(model, digits):
-    plain = timm_hpm.remove_hpm_head(model).eval()
-    with time_limit(1.5):
-        cut = run_attack(Slow(plain, digits[0][4:8]).eval(), *digits, "Linf:0.1", attacks=["apgd-ce"], batch_size=4,
-                         budgets={"apgd-ce": Budget(1)})
-    assert cut.protocol["stopped"] == "by a time limit, after 4 of 10 images"
 
 
 def test_a_time_limit_cuts_the_studies_of_neighbours(model, digits, tmp_path):

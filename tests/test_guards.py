@@ -15,16 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
-from timm_hpm.evaluation.sweep import parse_radii
 from timm_hpm.guards import OldTorchError, TooLargeError, refuse_pickles, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
 from timm_hpm.options import read_options
 from timm_hpm.training.config import TrainConfig
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-
-
-# Pickles
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -125,9 +121,6 @@ def test_a_folder_s_name_is_taken_as_it_is(tmp_path, name):
             assert torch.equal(make(f"local-dir:{tmp_path / name}", pretrained=True).conv1.weight, right.conv1.weight)
 
 
-# Bombs
-
-
 @pytest.mark.parametrize(("name", "arguments"), [
     ("hpm_wrn10_2", {"depths": [1_000_000, 1, 1]}),
     ("hpm_wrn28_10.untrained", {"channels": [200_000, 16, 16]}),
@@ -151,9 +144,6 @@ def test_a_network_beyond_the_machine_is_refused_by_name(tmp_path, name, argumen
         with pytest.raises(ValueError, match=f"cannot create the model '{asked}'.*(more than|a number of)") as caught:
             create_model(asked, pretrained=False, **given)
         assert len(str(caught.value)) < 2000
-
-
-# config.json
 
 
 @pytest.fixture
@@ -262,21 +252,6 @@ def test_a_yaml_bomb_is_one_short_error(tmp_path, text):
     with pytest.raises(ValueError) as caught:
         TrainConfig(**read_options(tmp_path / "bomb.yaml", TrainConfig))
     assert len(str(caught.value)) < 4000
-
-
-@pytest.mark.parametrize("text", [
-    "0:1e99999999:1", "0:1:1e-99999999", "1e-99999999:1:0.1", "0:1/1e99999999:1", "0:1e99999999/1e99999999:1",
-    "0:inf:1", "0:nan:1", "0:1:" + "9" * 5000, "0:" + "1" * 100_000 + ":1", "0:1:1e-9",
-])
-def test_radii_of_any_size_are_read_or_refused_at_once(text):
-    with pytest.raises(ValueError, match="the radii") as caught:
-        parse_radii(text)
-    assert len(str(caught.value)) < 1000
-    assert parse_radii("0:8/255:2/255") == [0, 2 / 255, 4 / 255, 6 / 255, 8 / 255]
-    assert parse_radii("0.00:1e-1:.05") == [0, 0.05, 0.1]
-
-
-# Tokens
 
 
 COMMANDS = """

@@ -13,13 +13,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from protocols import PROTOCOL
+from protocols import PROTOCOL, run_attack
 from safetensors.torch import save_file
 
+import timm_hpm
 from timm_hpm import AttackReport, compare, report_markdown, report_page, write_report
+from timm_hpm.evaluation import Budget
+from timm_hpm.evaluation.convergence import measured_convergence
+from timm_hpm.evaluation.resume import Step
 from timm_hpm.files import Parts, new_folder, replacing, save_parts, write_text
-from timm_hpm.report import FLAGS, Flag, data_digest, make_example, weights_digest
+from timm_hpm.report import FLAGS, Convergence, Flag, data_digest, make_example, weights_digest
 from timm_hpm.report.flags import paragraph
+from timm_hpm.report.tables import convergence_note, falls
 from timm_hpm.training.recovery import Checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +136,7 @@ def test_another_file_is_not_loaded(content, tmp_path):
         AttackReport.load(tmp_path / "other.json")
 
 
+CONVERGENCE = {"fell_after": [None] * 10, "spent": 9.0, "margins": [0.5] * 10, "clean_margin": 1.0}
 NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flipped": 2}
 
 
@@ -150,28 +156,18 @@ NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flip
     ("cost", {"square": {"seconds": 1.5}}, "the cost of square: its forward_passes is None, .*; it is missing"),
     ("neighbours", [NEIGHBOURS, {"a": 1}], "row 1 of neighbours: its batch_size is None"),
     ("neighbours", [NEIGHBOURS | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
+    ("flags", [{"name": "odd", "text": ""}], "unknown flag 'odd'; expected one of clean-near-chance"),
+    *(("schema_version", version, f"has the schema version {version!r}; this timm_hpm reads 2")
+      for version in (0, 1, 3, "1", 2.0, True)),
+    *(("convergence", CONVERGENCE | change, f"the convergence: {message}") for change, message in (
+        ({"spent": -1}, "its spent is -1, expected a number of 0 or more"),
+        ({"margins": [1.0]}, r"its margins is \[1.0\], expected 10 entries, one for each image"),
+        ({"fell_after": ["a"] * 10}, r"its fell_after is \['a', "),
+        ({"other": 1}, r"its other entries is \['other'\]"))),
 ])
 def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"report\.json is not a report of timm_hpm .*{message}"):
-        AttackReport.load(tmp_path / "report.json")
-
-
-@pytest.mark.parametrize("version", [0, 1, 3, "1", 2.0, True])
-def test_another_schema_version_is_named(report, version, tmp_path):
-    data = report.to_dict() | {"schema_version": version}
-    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"has the schema version {version!r}; this timm_hpm reads 2"):
-        AttackReport.load(tmp_path / "report.json")
-
-
-def test_an_unknown_flag_is_refused(report, tmp_path):
-    with pytest.raises(ValueError, match="unknown flag 'odd'; expected one of clean-near-chance"):
-        Flag("odd", "")
-    data = report.to_dict()
-    data["flags"][0]["name"] = "odd"
-    (tmp_path / "report.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is not a report of timm_hpm .*unknown flag 'odd'"):
+    with pytest.raises(ValueError, match=rf"report\.json (is not a report of timm_hpm .*)?{message}"):
         AttackReport.load(tmp_path / "report.json")
 
 
@@ -324,3 +320,71 @@ def test_a_long_list_of_the_protocol_is_shown_by_its_first_entries_and_its_lengt
     for number, expected in ((20, ", ".join(names[:20])), (1000, f"{', '.join(names[:10])}, ... (1000 in all)")):
         text = dataclasses.replace(report, protocol=report.protocol | {"class_names": names[:number]})
         assert f"| class_names | {expected} |" in report_markdown(text) and expected in report_page(text)
+
+
+# Whether a robust accuracy has converged
+
+
+def step(attack: str, margins: list[float], passes: int = 0, attacked: int = 0) -> Step:
+    row = "".join("1" if margin else "0" for margin in margins)
+    cost = {"seconds": 1.0, "forward_passes": passes, "backward_passes": passes}
+    return Step(attack, {attack: row}, {}, cost, [], [], torch.empty(0), torch.empty(0), margins=margins,
+                attacked=attacked)
+
+
+# Two batches, of three images and of one: image 1 errs when clean, 0 falls to a, 3 to b; 2 is left.
+STEPS = [
+    step("clean", [4.0, 0.0, 2.0]), step("a", [0.0, 0.0, 1.0], 30, 2), step("b", [0.0, 0.0, 0.1234567], 40, 1),
+    step("clean", [6.0]), step("a", [3.0], 20, 1), step("b", [0.0], 100, 1),
+]
+
+
+def test_passes_and_margins_are_those_of_the_steps_of_each_batch():
+    assert measured_convergence(STEPS) == Convergence(
+        fell_after=[30.0, 0.0, None, 240.0], spent=110.0, margins=[0.0, 0.0, 0.123457, 0.0], clean_margin=4.0)
+    assert measured_convergence(STEPS[3:]).spent == 240.0  # nobody is left
+
+
+@pytest.fixture(scope="module")
+def measured() -> AttackReport:
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    images, labels = timm_hpm.load_split("digits", "test").tensors
+    return run_attack(model, images[:12], labels[:12], "Linf:0.2", batch_size=6, attacks=["apgd-ce", "square"],
+                      surrogates=["fc", "ste"], budgets={"apgd-ce": Budget(3), "square": Budget(20)})
+
+
+def test_a_run_has_the_passes_of_each_image_and_the_margins_of_its_survivors(measured):
+    report, found = measured, measured.convergence
+    robust = [passes is None for passes in found.fell_after]
+    assert sum(robust) / 12 == report.robust_accuracy < report.clean_accuracy
+    assert [passes == 0 for passes in found.fell_after] == [verdict == "0" for verdict in report.correct["clean"]]
+    assert [margin > 0 for margin in found.margins] == robust
+    # Two surrogates at once: every image costs at least both searches.
+    assert found.spent >= 2 * 3 * 2 and max(passes or 0 for passes in found.fell_after) <= found.spent
+    assert falls(report)[-1].robust == report.robust_accuracy
+
+
+def test_a_report_keeps_it_and_says_it_in_words(measured, tmp_path):
+    found = Convergence([10.0, 0.0, None, 60.0, None, 100.0], 100.0, [0.0, 0.0, 0.5, 0.0, 0.015, 0.0], 5.0)
+    report = AttackReport(measured.protocol | {"num_images": 6}, {"clean": "101111", "fc/apgd-ce": "001011"} | {
+        "fc/square": "001010", "ste/square": "001010"}, convergence=found)
+    report.save(tmp_path / "a.json")
+    assert AttackReport.load(tmp_path / "a.json") == report
+    note = ("2 images of 6 fell in the last doubling of the budget, from 50 to 100 passes for each image: more attacks "
+            "may break more. Under attack the right logit of the nearest survivors leads by 0.015, 0.5; of clean "
+            "images it leads by 5 (median). 1 of 2 survivors leads by less than a tenth of that.")
+    assert convergence_note(report) == note and note in report_markdown(report) and note in report_page(report)
+    assert [(fall.passes, fall.robust) for fall in falls(report)] == [
+        (10.0, 4 / 6), (60.0, 3 / 6), (100.0, 2 / 6)]
+    assert "No image of 6 fell" in convergence_note(dataclasses.replace(
+        report, convergence=dataclasses.replace(found, spent=500.0)))
+
+
+def test_an_older_report_is_shown_without_it(measured, tmp_path):
+    measured.save(tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    del data["convergence"], data["date"]
+    (tmp_path / "b.json").write_text(json.dumps(data))
+    old = AttackReport.load(tmp_path / "b.json")
+    assert old.convergence is None and old.same_results(measured)
+    assert "converged?" not in report_markdown(old) + report_page(old)

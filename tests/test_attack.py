@@ -1,15 +1,20 @@
-"""A single attack by its name, the adversarial images of a report, and models that draw random numbers."""
+"""A single attack by its name, `evaluate`, the adversarial images of a report, and models that draw random numbers."""
 
 import pytest
+import timm
 import torch
+from nets import Wrapped
 from protocols import run_attack
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 import timm_hpm
 from timm_hpm import PixelModel, ThreatModel, find_head
-from timm_hpm.evaluation import ATTACKS
+from timm_hpm.evaluation import ATTACKS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
+from timm_hpm.evaluation.batch import AttackBatch
 
 NUM_DIGITS = 12
 
@@ -56,14 +61,9 @@ def test_restarts_of_a_single_attack_keep_the_largest_margin(digits):
 def test_a_single_attack_that_cannot_be_run_is_refused(digits, name, budget, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     if "gradient" in message:
-        class Detached(nn.Module):
-            def forward(self, x):
-                return model(x.detach())
-        with pytest.raises(ValueError, match=message):
-            timm_hpm.attack(Detached().eval(), *digits, THREAT, name)
-    else:
-        with pytest.raises(ValueError, match=message):
-            timm_hpm.attack(model, *digits, THREAT, name, budget=budget)
+        model = Wrapped(model, lambda net, x: net(x.detach())).eval()
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.attack(model, *digits, THREAT, name, budget=budget)
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])
@@ -82,20 +82,10 @@ def test_a_report_gives_the_images_that_broke_the_model(model, digits, mode, tmp
         run_attack(model, *digits, THREAT, attacks=["square"], budgets=TINY).adversarial_images(tmp_path)
 
 
-class Noisy(nn.Module):
-    """A linear classifier of pixels with noise on its logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x):
-        logits = self.fc(x.flatten(1))
-        return logits + 0.5 * torch.randn_like(logits)
-
-
 def test_draws_average_logits_and_gradients_and_the_flag_becomes_a_statement(digits):
-    noisy, options = Noisy().eval(), {"attacks": ["apgd-ce", "square"], "budgets": TINY, "batch_size": 6}
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    noisy = Wrapped(linear, lambda net, x: net(x) + 0.5 * torch.randn(len(x), 10)).eval()
+    options = {"attacks": ["apgd-ce", "square"], "budgets": TINY, "batch_size": 6}
     one, many = (run_attack(PixelModel(noisy, [0.0], [1.0], draws), *digits, "Linf:0.02", **options)
                  for draws in (1, 400))
     assert "random-forward" in [flag.name for flag in one.flags] and one.unreliable
@@ -105,19 +95,14 @@ def test_draws_average_logits_and_gradients_and_the_flag_becomes_a_statement(dig
     # The mean of 400 draws is nearly the classifier without noise.
     x = digits[0].clone().requires_grad_()
     mean = PixelModel(noisy, [0.0], [1.0], 400)(x)
-    torch.testing.assert_close(mean, noisy.fc(x.flatten(1)), atol=0.15, rtol=0)
-    gradients = [torch.autograd.grad(logits.sum(), x)[0] for logits in (mean, noisy.fc(x.flatten(1)))]
+    torch.testing.assert_close(mean, linear(x), atol=0.15, rtol=0)
+    gradients = [torch.autograd.grad(logits.sum(), x)[0] for logits in (mean, linear(x))]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-
-
-class NoisyInput(nn.Module):
-    def forward(self, x):
-        return x + 0.3 * torch.randn_like(x)
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digits, tmp_path, mode):
-    network = nn.Sequential(NoisyInput(), model).eval()
+    network = Wrapped(model, lambda net, x: net(x + 0.3 * torch.randn_like(x))).eval()
     find_head(model).inference = mode
     whole = PixelModel(network, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], draws=3)
     one = PixelModel(network, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
@@ -145,6 +130,99 @@ def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digit
                        folder=tmp_path)
         assert not any(tmp_path.iterdir()), "before any attack"
 
-def test_draws_below_one_are_refused():
-    with pytest.raises(ValueError, match="draws is 0; expected at least 1"):
-        PixelModel(Noisy(), [0.0], [1.0], draws=0)
+# How often an attack waits for the device, by the operations that would wait on a GPU
+
+
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
+           "aten::unique_consecutive", "aten::_unique2"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        masks = name.startswith("aten::index") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for argument in args if isinstance(argument, list | tuple) for part in argument)
+        self.count += name in WAITING or masks
+        return function(*args, **(kwargs or {}))
+
+
+def waits(model, digits, attack, norm, iterations, surrogates=("fc", "ste")):
+    batch = AttackBatch(AttackedModel(PixelModel(model), digits[0]), list(surrogates), *digits)
+    torch.manual_seed(0)
+    with Waits() as counted:
+        ATTACKS[attack].run(batch, ThreatModel(norm, 1e-3), Budget(iterations, targets=1))
+    return counted.count
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(("attack", "most"), [("apgd-ce", 0), ("apgd-t", 0), ("square", 1), ("joint", 0),
+                                              ("joint-subset", 0)])
+def test_a_step_waits_for_no_more_than_it_must(model, digits, attack, norm, most):
+    find_head(model).inference = "batch"
+    surrogates = ("soft", "ste") if "joint" in attack else ("fc", "ste")
+    few, many = (waits(model, digits, attack, norm, steps, surrogates) for steps in (10, 30))
+    assert many - few == 20 * most
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_fab_waits_for_its_projection_alone(model, digits, norm):
+    """On a CPU it looks after each step of Newton's method, of which a projection needs a few; on a GPU after five."""
+    few, many = (waits(model, digits, "fab-t", norm, steps) for steps in (10, 30))
+    assert many - few <= 20 * 8
+
+
+SHORT = timm_hpm.Protocol("short", {"apgd-ce": 3})
+OPTIONS = {"protocol": SHORT, "batch_size": 5, "inference": "sample"}
+
+
+@pytest.fixture(scope="module")
+def by_name() -> timm_hpm.AttackReport:
+    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+    return timm_hpm.evaluate(model, "digits", num_images=10, split="val", **OPTIONS)
+
+
+def test_a_data_set_by_name_is_the_attack_on_its_first_images(model, by_name):
+    images, labels = (part[:10] for part in timm_hpm.load_split("digits", "val").tensors)
+    with timm_hpm.head_mode(model, "sample"):
+        expected = timm_hpm.mixed_surrogate_attack(model, images, labels, "Linf:0.1", protocol=SHORT, batch_size=5)
+    assert by_name.correct == expected.correct
+    assert by_name.protocol["dataset"] == "digits" and by_name.protocol["inference"] == "sample"
+    assert by_name.protocol["threat"] == "Linf:0.1"
+    assert model.fc.inference == "dataset"
+
+
+@pytest.mark.parametrize("wrap", [tuple, list, lambda parts: TensorDataset(*parts)], ids=["tuple", "list", "dataset"])
+def test_tensors_and_data_sets_give_the_same(model, by_name, wrap):
+    data = wrap(timm_hpm.load_split("digits", "val").tensors)
+    report = timm_hpm.evaluate(model, data, "Linf:0.1", num_images=10, **OPTIONS)
+    assert report.correct == by_name.correct
+
+
+def test_a_network_of_ones_own_and_its_normalisation():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    report = timm_hpm.evaluate(net, "digits", num_images=10, mean=[0.3], std=[0.4], protocol=SHORT)
+    assert report.protocol["normalisation"]["mean"] == pytest.approx([0.3])
+    assert set(report.correct) == {"clean", "model/apgd-ce"}
+    assert not report.baseline
+
+
+@pytest.mark.parametrize(("data", "change", "message"), [
+    ("digitz", {}, "digitz"),
+    ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"threat": None}, "threat is None"),
+    (7, {}, "data is a int"),
+    ([(torch.rand(1, 8, 8), 0), (torch.rand(1, 4, 4), 0)], {}, "one size"),
+    ([1, 2, 3], {}, "image, label"),
+    ([(torch.rand(1, 8, 8), 0)], {"num_images": -3}, "num_images is -3"),
+    ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"num_images": 5}, "0 to 4"),
+    ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"inference": "l2"}, "l2"),
+])
+def test_malformed_data_are_named(model, data, change, message):
+    with pytest.raises(ValueError, match=message):
+        timm_hpm.evaluate(model, data, **{"threat": "Linf:0.1", "protocol": SHORT} | change)

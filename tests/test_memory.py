@@ -50,16 +50,12 @@ def stopped():
     ([TENSORS["images"].flatten(2)], ValueError, r"the shape \(5, 3, 16\)"),
     (None, KeyboardInterrupt, "stopped"),
 ])
-@pytest.mark.parametrize("before", [{}, {"tensors.safetensors": b"an older file"}])
-def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error, message, before):
-    for name, content in before.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=message):
-        save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, tmp_path / "tensors.safetensors", {})
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-# Processes
+def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error, message):
+    (tmp_path / "older.safetensors").write_bytes(b"an older file")
+    for name in ("older", "new"):
+        with pytest.raises(error, match=message):
+            save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, tmp_path / f"{name}.safetensors", {})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"older.safetensors": b"an older file"}
 
 
 # Prints the most memory in MiB that this process had, after each evaluation of so many images.
@@ -136,10 +132,8 @@ def test_images_that_are_broken_do_not_stay_in_memory(tmp_path):
 @linux
 @pytest.mark.slow
 def test_ten_thousand_images_under_every_attack_fit_in_4_gib(tmp_path):
-    few, many, saved = peaks(32, "evaluate(2000)", "evaluate(10_000)", f"evaluate(10_000, {str(tmp_path)!r}, True)")
-    assert few[1] == many[1] == saved[1] == 5 * 5 + 2 * (1 + 2) + 1
+    few, saved = peaks(32, "evaluate(2000)", f"evaluate(10_000, {str(tmp_path)!r}, True)")
+    assert few[1] == saved[1] == 5 * 5 + 2 * (1 + 2) + 1
     images = 8000 * 3 * 32 ** 2 * 4 / 2 ** 20
-    assert many[0] - few[0] <= 2 * images
     # Judging again has one set of candidates in memory at a time.
-    assert saved[0] - few[0] <= 3 * images
-    assert saved[0] < 4096
+    assert saved[0] - few[0] <= 3 * images and saved[0] < 4096

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -47,40 +48,31 @@ def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("epoch-*"))
 
 
-def test_evaluate_takes_a_trained_model(tmp_path, monkeypatch):
-    (tmp_path / "run.yaml").write_text("epochs: 9\nlr: 0.01\nattack_steps: 1\nval_attack_steps: 1\npretrained: true\n")
-    done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "1", "--output", "run", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "batch" in done.stderr, "no progress bar"
-    assert "kept: epoch 0" in done.stdout
-    assert "--dataset digits --split test --num-images 100 --threat Linf:0.1 --device cpu" in done.stdout
+def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_images_as_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quick = ["--num-images", "8", "--batch-size", "4", "--surrogates", "fc,ste", "--attacks", "apgd-ce"]
-    for name, model in (("a", ["--model", "local-dir:run"]), ("b", ["--checkpoint", "run/model.safetensors"])):
-        assert main(["evaluate", *quick, *model, "--output", name]) == 0
-    one, other = (AttackReport.load(tmp_path / name / "report.json") for name in ("a", "b"))
-    assert one.correct == other.correct and one.protocol["prototypes_fitted"] is True
-
-
-def test_the_next_command_measures_under_the_threat_and_on_as_many_images_as_there_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "my images"
     for part, number in (("train", 24), ("test", 6)):
         for i in range(number):
-            place = folder / part / ("bright" if i % 2 else "dark")
+            place = tmp_path / "my images" / part / ("bright" if i % 2 else "dark")
             place.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (100 + 100 * (i % 2), 8 * i, 90)).save(place / f"{i}.png")
-    assert main(["train", "--device", "cpu", "--dataset", "folder", "--data-dir", "my images", "--img-size", "16",
-                 "--num-classes", "2", "--in-chans", "3", "--threat", "L2:64/255", "--attack-step-size", "16/255",
-                 "--batch-size", "8", "--epochs", "2", "--attack-steps", "1", "--val-attack-steps", "1",
-                 "--output", "run"]) == 0
-    forget_accelerator()
-    words = shlex.split(capsys.readouterr().out.partition("measure it with: ")[2])
+    (tmp_path / "run.yaml").write_text("epochs: 9\ndataset: folder\ndata_dir: my images\nimg_size: 16\n"
+                                       "attack_steps: 1\n")
+    done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "2", "--num-classes", "2", "--in-chans", "3",
+                  "--threat", "L2:64/255", "--attack-step-size", "16/255", "--batch-size", "8", "--val-attack-steps",
+                  "1", "--output", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "batch" in done.stderr, "no progress bar"
+    assert re.search("kept: epoch [01] ", done.stdout)
+    words = shlex.split(done.stdout.partition("measure it with: ")[2])
     assert words[:4] == ["python", "-m", "timm_hpm", "evaluate"]
-    quick = ["--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", "report"]
-    assert main([*words[3:], *quick]) == 0
-    report = AttackReport.load(tmp_path / "report" / "report.json")
+    quick = ["--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output"]
+    assert main([*words[3:], *quick, "report"]) == 0
+    place = words.index("--model")
+    of_the_file = ["--checkpoint", "run/model.safetensors", "--num-classes", "2", "--in-chans", "3"]
+    assert main(["evaluate", *words[4:place], *of_the_file, *words[place + 2:], *quick, "other"]) == 0
+    report, other = (AttackReport.load(tmp_path / name / "report.json") for name in ("report", "other"))
     assert report.protocol["num_images"] == 6 and report.protocol["threat"] == "L2:64/255"
+    assert report.correct == other.correct and report.protocol["prototypes_fitted"] is True
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
@@ -152,9 +144,6 @@ def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
         first.wait()
     with locked(tmp_path / "run"):  # the lock did not outlive its process
         pass
-
-
-# Several processes
 
 
 WORKER = '''
@@ -268,9 +257,6 @@ def test_two_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path):
     for name in ("model.safetensors", "average.safetensors"):
         assert (newest(tmp_path / "whole") / name).read_bytes() == (newest(tmp_path / "part") / name).read_bytes()
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "part" / "metrics.csv").read_bytes()
-
-
-# Kills
 
 
 @pytest.mark.slow

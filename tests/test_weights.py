@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,15 +11,25 @@ import torch
 from protocols import run_attack
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_runs import run
 
 import evaluate
 import timm_hpm
-from timm_hpm import CheckpointError, DroppedClassifierWarning, NormalisationWarning, add_hpm_head, find_head, hub
+from timm_hpm import (
+    CheckpointError,
+    DroppedClassifierWarning,
+    NormalisationWarning,
+    PixelModel,
+    add_hpm_head,
+    find_head,
+    hub,
+)
 from timm_hpm.__main__ import main
+from timm_hpm.data import as_pixel_model
 from timm_hpm.evaluation.command import weights_of
 from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.models.create import create_model
-from timm_hpm.models.saving import saved_config
+from timm_hpm.models.saving import CONFIG, WEIGHTS, saved_config, write_model
 from timm_hpm.training.config import TrainConfig
 from timm_hpm.training.setup import create_trainable
 
@@ -84,19 +95,6 @@ def test_own_weights_go_before_the_repository_of_the_tag(source, tmp_path):
                                   pretrained_cfg_overlay=overlay(source, theirs.state_dict(), tmp_path)), theirs)
 
 
-def test_plain_weights_keep_their_classifier_and_a_missing_one_is_no_silent_random_one(tmp_path):
-    plain = timm.create_model("resnet18", num_classes=10)
-    options = {"pretrained": True, "num_classes": 10}
-    with pytest.warns(timm_hpm.UnfittedHeadWarning):
-        model = timm.create_model("hpm_resnet18.untrained", **options,
-                                  pretrained_cfg_overlay=overlay("file", plain.state_dict(), tmp_path))
-    assert torch.equal(model.fc.weight, plain.fc.weight) and torch.equal(model.fc.bias, plain.fc.bias)
-    headless = {name: value for name, value in plain.state_dict().items() if not name.startswith("fc.")}
-    with pytest.raises(CheckpointError, match=r"Missing key\(s\).*fc\.weight"):
-        timm.create_model("hpm_resnet18.untrained", **options,
-                          pretrained_cfg_overlay=overlay("file", headless, tmp_path))
-
-
 @pytest.mark.parametrize("place", ["root", "pretrained_cfg", "model_args"])
 @pytest.mark.parametrize("number", [5, 12])
 def test_a_config_of_other_classes_than_its_weights_is_refused(tmp_path, place, number):
@@ -158,14 +156,13 @@ def saved(tmp_path_factory):
     return folder, model
 
 
-def by_file(path, **kwargs):
+def by_file(path, kind="file", **kwargs):
     return timm.create_model("hpm_wrn10_2.untrained", pretrained=True, num_classes=7,
-                             pretrained_cfg_overlay={"file": str(path)}, **kwargs).eval()
+                             pretrained_cfg_overlay={kind: str(path)}, **kwargs).eval()
 
 
 def by_url(path, **kwargs):
-    return timm.create_model("hpm_wrn10_2.untrained", pretrained=True, num_classes=7,
-                             pretrained_cfg_overlay={"url": f"file://{path}"}, **kwargs).eval()
+    return by_file(f"file://{path}", "url", **kwargs)
 
 
 def by_checkpoint(path, **kwargs):
@@ -297,3 +294,61 @@ def test_training_starts_with_the_normalisation_of_its_checkpoint(saved, named, 
     with pytest.warns(NormalisationWarning):
         model = create_trainable(TrainConfig(**options))
     assert find_head(model).is_fitted() and torch.equal(model.fc.weight, saved[1].fc.weight)
+
+
+# The default inference mode: no answer depends on the other images
+
+
+NUM_DIGITS = 24
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    """The name of a model that train.py makes from scratch."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, pretrained=False)
+    return f"local-dir:{folder}"
+
+
+@torch.no_grad()
+def neighbours_matter(model: nn.Module, images: torch.Tensor) -> bool:
+    """Returns whether the logits of single images differ from those in a batch by more than rounding."""
+    model = as_pixel_model(model.eval())
+    return not torch.allclose(torch.cat([model(image) for image in images.split(1)]), model(images), 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["hpm_wrn10_2", "trained"])
+def test_by_default_no_answer_depends_on_the_other_images_and_in_the_paper_s_mode_they_do(name, request, digits):
+    name = name if name.startswith("hpm_") else request.getfixturevalue(name)
+    default, paper = (timm.create_model(name, pretrained=True, **args) for args in ({}, {"inference": "batch"}))
+    assert find_head(default).is_fitted()
+    assert not neighbours_matter(default, digits[0]) and neighbours_matter(paper, digits[0])
+
+
+def test_a_head_that_is_added_has_the_same_default(digits):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for args, matter in (({}, False), ({"inference": "batch"}, True)):
+        model = PixelModel(timm_hpm.add_hpm_head(network, **args), mean=[0.3], std=[0.4])
+        timm_hpm.fit_prototypes(model, [digits])
+        assert neighbours_matter(model, digits[0]) == matter
+        timm_hpm.remove_hpm_head(network)
+
+
+def test_a_saved_model_keeps_its_mode_and_weights_that_state_none_get_the_default(tmp_path):
+    write_model(timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch"), tmp_path)
+    folder, file, plain = f"local-dir:{tmp_path}", tmp_path / WEIGHTS, tmp_path / "plain.safetensors"
+
+    def mode(name: str, checkpoint: Path | None = None) -> str:
+        model = create_model(name, pretrained=not checkpoint, checkpoint=checkpoint and str(checkpoint))
+        return find_head(model).inference
+
+    assert mode(folder) == mode("hpm_wrn10_2", file) == "batch"
+    save_file(load_file(file), plain)
+    assert mode("hpm_wrn10_2", plain) == "dataset"
+    # A folder whose config.json alone states it, and one that does not.
+    plain.rename(file)
+    assert mode(folder) == "batch"
+    config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
+    del config["model_args"]["inference"]
+    (tmp_path / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert mode(folder) == "dataset"

@@ -114,9 +114,9 @@ def bases_table(bases: Mapping[str, Heads]) -> list[str]:
     configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     rows = [["base", "weights", "test images", "threat", "batches", "seeds", "options"]]
     for name, heads in bases.items():
-        first = next(iter(heads[FC].values()))
+        first = next(iter(next(iter(heads.values())).values()))
         rows.append([name, configs[name]["about"], f"{first.num_images:,}", f"{first.protocol['threat']}",
-                     f"{first.protocol['batch_size']}", ", ".join(map(str, sorted(heads[FC]))),
+                     f"{first.protocol['batch_size']}", ", ".join(map(str, sorted(set().union(*heads.values())))),
                      f"`{configs[name]['options']}`"])
     return _table(rows, left=2)
 
@@ -265,7 +265,7 @@ def sensitivities(studies: Mapping[str, Sequence[Sensitivity]]) -> list[str]:
             at = {row.head: row.overall for row in study.rows if row.eps == training_eps(study)}
             rows.append([f"{name}, {kind}", *(
                 f"{100 * at[head].accuracy:.1f} ({100 * at[head].naive_accuracy:.1f}), {at[head].sensitivity:.2f}"
-                for head in NAMES)])
+                if head in at else "" for head in NAMES)])
     return _table(rows)
 
 

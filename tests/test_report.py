@@ -208,7 +208,7 @@ def test_markdown_holds_the_numbers(report):
     for name, value, interval in (
             ("clean", "80.0", "49.0 to 94.3"), ("**robust, worst case over all rows**", "50.0", "23.7 to 76.3"),
             ("FC classifier of the same network, clean", "100.0", "72.2 to 100.0"),
-            ("FC classifier of the same network, under AutoAttack's components", "40.0", "16.8 to 68.7")):
+            ("FC classifier of the same network, under the attacks on it", "40.0", "16.8 to 68.7")):
         assert table_row(markdown, name) == [value, interval]
     assert "\n- [saturated-softmax](#saturated-softmax): fc: one-hot at image 4\n" in markdown
     assert "\n**Unreliable**: " in markdown and "[zero-gradient](#zero-gradient): at 9 of" in markdown

@@ -186,6 +186,12 @@ class AttackedModel:
         """Returns the surrogate that computes the true model's own logits."""
         return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
 
+    def is_plain(self) -> bool:
+        """Returns whether its own logits are a differentiable surrogate: no HPM head, or one in a mode without an
+        assignment (`dataset`, `fc`)."""
+        exact = self.exact_surrogate()
+        return exact == PLAIN or not SURROGATES[exact].batch_dependent
+
     def surrogates(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
         """Returns `names` without repetitions, by default all surrogates that differ in the head's inference mode.
 

@@ -105,7 +105,7 @@ def mixed_surrogate_attack(
     images, labels = for_gradients(images, labels)
     with restored(model):
         subject = Subject.of(model, images, labels, batch_size, seed)
-        protocol = protocol.for_classifier(plain=subject.attacked.head is None)
+        protocol = protocol.for_classifier(plain=subject.attacked.is_plain())
         shown = progress and is_first(accelerator)
         with images_bar(model, "checks before the attacks", shown):
             flags = subject.flags_before(images, labels)

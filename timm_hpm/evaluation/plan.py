@@ -44,7 +44,7 @@ class Plan:
 
 def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags: Collection[str]) -> Plan:
     """Returns the plan of a protocol for a model, by the names of its `flags` so far."""
-    protocol = protocol.for_classifier(plain=model.head is None)
+    protocol = protocol.for_classifier(plain=model.is_plain())
     surrogates = model.surrogates(protocol.surrogates)
     applicable = [ATTACKS[name] for name in protocol.attacks if ATTACKS[name].surrogates(model, surrogates)]
     if not applicable:

@@ -37,7 +37,8 @@ class Protocol:
         name: stands in the report.
         attacks: budgets by names of `ATTACKS`, as `as_budget` reads them; those that do not apply to a model are left
             out.
-        plain: the attacks on a classifier without an HPM head in the place of `attacks`; None means the same.
+        plain: the attacks on a classifier whose own logits are differentiable, in the place of `attacks`: one without
+            an HPM head, or with one in the mode `dataset` or `fc`. None means the same.
         surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
         full_grid: attacks every image through every surrogate by every attack, also after it is broken. Otherwise
             that is so only if the predictions depend on the batch: else a broken image is attacked no more, the
@@ -65,7 +66,7 @@ class Protocol:
                 object.__setattr__(self, field_name, {name: as_budget(name, value) for name, value in attacks.items()})
 
     def for_classifier(self, plain: bool) -> "Protocol":
-        """Returns the protocol with the attacks of a classifier without an HPM head (`plain`), or with one, only."""
+        """Returns the protocol with the attacks of a classifier of one kind only; see `plain`."""
         return replace(self, attacks=self.attacks if self.plain is None or not plain else self.plain, plain=None)
 
     def digest(self) -> str:
@@ -93,7 +94,7 @@ class Protocol:
         """Returns the protocol with other surrogates, attacks or budgets, or with or without the full grid.
 
         It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one. Attacks or
-        budgets that are given hold for every classifier, with an HPM head or without.
+        budgets that are given hold for every classifier.
 
         Raises:
             ValueError: if an attack is unknown, or its budget lacks targets.
@@ -139,9 +140,9 @@ _STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-
                           "square": Budget(1_000)}
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
-#: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier without an HPM head is
-#: attacked by a margin search instead; `thorough` repeats it until that breaks no more. `autoattack`: AutoAttack's
-#: standard version alone.
+#: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier whose own logits are
+#: differentiable is attacked by a margin search instead; `thorough` repeats it until that breaks no more. `autoattack`:
+#: AutoAttack's standard version alone.
 PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (

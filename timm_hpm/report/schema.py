@@ -79,8 +79,8 @@ class AttackReport:
             surrogates, attacks with their budgets, seed, device, versions.
         correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, in the order of the attacks, a text with
             one character per image: `1` if the true model, judging whole batches, classifies it correctly, else `0`.
-        baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier
-            (plain AutoAttack); empty without an HPM head.
+        baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier;
+            empty without an HPM head.
         cost: seconds, and images that passed forward and backward through the backbone, for each attack and in all.
         flags: named warnings, of the model and of the attacks.
         examples: the first few misclassified images, with small pictures.

@@ -69,8 +69,8 @@ def accuracies(report: AttackReport) -> dict[str, Accuracy]:
     if report.baseline:
         found["FC classifier of the same network, clean"] = Accuracy(
             report.baseline["clean"], "The same network without its HPM head.")
-        found["FC classifier of the same network, under AutoAttack's components"] = Accuracy(
-            report.baseline["worst"], "The same network without its HPM head, under the attacks on it.")
+        found["FC classifier of the same network, under the attacks on it"] = Accuracy(
+            report.baseline["worst"], "The same network without its HPM head, under the attacks through its surrogate.")
     return found
 
 

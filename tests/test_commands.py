@@ -81,12 +81,6 @@ def test_the_scripts_parse_the_same_options_in_groups_with_defaults(command, con
     (["evaluate", "--batchsize", "3"], r"unrecognized arguments: --batchsize 3; did you mean --batch-size"),
     (["evaluate", "--protocol", "fsat"], r"--protocol: 'fsat'; expected one of standard, fast, .*did you mean fast\?"),
     (["train", "--objective", "trade"], r"--objective: 'trade'; expected one of .*did you mean trades\?"),
-    (["train", "--cutmix-minmax", "0.2", "1"], "--cutmix-minmax is an option of timm's scripts and not of this one: a "
-                                               "mixture of images belongs to no class"),
-    (["evaluate", "--gp=avg"], "--gp is an option of timm's scripts and .*: give it in --model-kwargs, such as global"),
-    (["evaluate", "--drop-path", "0.1"], "--drop-path is an option of train, and not of this command$"),
-    (["train", "--inference", "batch"], "--inference is an option of evaluate, and not of this command$"),
-    (["train", "--checkpoint", "a.pt"], "--checkpoint is an option of timm's .*: give --initial-checkpoint FILE"),
     (["compare", "one"], "the following arguments are required: B"),
 ])
 def test_a_mistyped_option_is_one_line_with_the_nearest_names(words, message, capsys):

@@ -154,7 +154,7 @@ NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flip
     ("examples", [{"image": "<b>", "label": 1, "predicted": 2, "amplification": 1.5}],
      "row 0 of examples: its image is '<b>', expected"),
     ("cost", {"square": {"seconds": 1.5}}, "the cost of square: its forward_passes is None, .*; it is missing"),
-    ("neighbours", [NEIGHBOURS, {"a": 1}], "row 1 of neighbours: its batch_size is None"),
+    ("neighbours", [NEIGHBOURS, {"a": 1}], "row 1 of neighbours is .*, expected an object with batch_size"),
     ("neighbours", [NEIGHBOURS | {"targets": 0}], "its targets is 0, expected a whole number above 0"),
     ("flags", [{"name": "odd", "text": ""}], "unknown flag 'odd'; expected one of clean-near-chance"),
     *(("schema_version", version, f"has the schema version {version!r}; this timm_hpm reads 2")

@@ -6,11 +6,10 @@ from typing import Any
 
 from ..names import did_you_mean
 from ..report.command import DOOR
-from .timm_names import reason_against
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of `python -m timm_hpm <command>`; an unknown option is answered with a reason or the nearest ones.
+    """The parser of `python -m timm_hpm <command>`; an unknown option is answered with the nearest ones.
 
     Arguments:
         command: the command's name.
@@ -41,8 +40,6 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            first = unknown[0].partition("=")[0]
-            if (reason := reason_against(first)) is not None:
-                self.error(reason)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(first, known)}; see --help")
+            near = did_you_mean(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}; see --help")
         return found

@@ -13,20 +13,6 @@ from .sweep import sweep
 from .table import ATTACKS, Attack
 
 __all__ = [
-    "ATTACKS",
-    "PROTOCOLS",
-    "SURROGATES",
-    "Attack",
-    "AttackBatch",
-    "AttackedModel",
-    "Budget",
-    "NonFiniteLogitsError",
-    "Protocol",
-    "Surrogate",
-    "attack",
-    "judge",
-    "measure_neighbours",
-    "mixed_surrogate_attack",
-    "rejudge",
-    "sweep",
+    "ATTACKS", "PROTOCOLS", "SURROGATES", "Attack", "AttackBatch", "AttackedModel", "Budget", "NonFiniteLogitsError",
+    "Protocol", "Surrogate", "attack", "judge", "measure_neighbours", "mixed_surrogate_attack", "rejudge", "sweep",
 ]

@@ -202,8 +202,8 @@ def test_a_card_of_merged_reports_names_their_seeds_and_one_in_other_precision_n
     report = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json")
     report.protocol.update(seeds=[0, 3], precision="autocast to bfloat16", eot=4)
     card = cards.model_card("org/name", EMBEDDED, timm.get_pretrained_cfg("hpm_wrn10_2").to_dict(), report=report)
-    assert "| seed | 0, 3 |" in card and "Measured from Python" not in card and "of several seeds" in card
-    assert "| precision | autocast to bfloat16 |" in card and "| draws | 4, " in card
+    assert "| seeds | 0, 3 |" in card and "Measured from Python" not in card and "of several seeds" in card
+    assert "| precision | autocast to bfloat16 |" in card and "| eot | 4 |" in card
 
 
 def test_a_run_that_no_command_can_repeat_has_no_command():
@@ -223,7 +223,7 @@ def test_a_card_of_a_plain_report_claims_no_more_than_the_report():
     cfg = timm.get_pretrained_cfg("hpm_wrn10_2").to_dict()
     card = ModelCard(cards.model_card("org/name", "hf-hub:org/name", cfg, report=report, license="MIT"))
     assert card.data.license == "mit" and card.data.datasets is None
-    assert "| images | 100, chosen by the caller, in batches of 100 |" in card.text
+    assert "| num_images | 100 |" in card.text
     assert "FC classifier of the same network" not in card.text and "its own FC classifier" not in card.text
     assert "- zero-gradient: at image 4" in card.text and "unreliable" in card.text
 

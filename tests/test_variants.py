@@ -23,7 +23,7 @@ from timm_hpm.head import head_name
 from timm_hpm.models import hpm_timm
 from timm_hpm.models._builder import _HEAD_ENTRIES
 
-VARIANTS = [f"hpm_{base}" for base in hpm_timm._BASES]
+VARIANTS = [f"hpm_{base}" for base in hpm_timm.BASES]
 # timm's own small networks: one with a plain classifier, one with a norm in front, one with positions that are
 # resized while loading, and one with a 1x1 convolution.
 for _base in ("test_resnet", "test_convnext", "test_vit", "dla46x_c"):

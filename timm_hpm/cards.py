@@ -1,7 +1,6 @@
 """Model cards for the Hub: of a model with a report, and of public checkpoints. `python -m timm_hpm card NAME`."""
 
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +18,7 @@ from .report import TRUE_MODEL, AttackReport
 from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
 from .report.compare import paired
 from .report.markdown import escaped, fenced, results, table
-from .report.tables import cell
-from .threat import ThreatModel
+from .report.tables import cell, protocol_table
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
 
@@ -36,8 +34,9 @@ _DATASETS: Final = {
 }
 # A card lists so many classes.
 _MOST_CLASSES: Final = 100
-
-_ATTACKS: Final = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+# Entries of a protocol that a card shows.
+_PROTOCOL: Final = ("dataset", "split", "num_images", "class_subset", "normalisation", "threat", "batch_size",
+                    "inference", "mix", "eot", "surrogates", "attacks", "precision", "seed", "seeds", "device", "versions")
 
 _UNFITTED: Final = """\
 **No prototypes yet.** Until they are fitted, the head predicts exactly as the weights' own FC classifier.
@@ -124,8 +123,8 @@ def _opening(cfg: Mapping[str, Any], model: nn.Module | None, head: str) -> str:
     size = f" ({number / 1e6:.1f} million parameters)" if number >= 1e6 else (
         f" ({number / 1e3:.0f} thousand parameters)" if number else "")
     shape = "×".join(map(str, cfg["input_size"]))
-    return _wrapped(f"{_code(cfg['architecture'])}{size}{head}, for images of {shape} and "
-                    f"{cfg['num_classes']} classes: an adversarially robust classifier for timm.")
+    return (f"{_code(cfg['architecture'])}{size}{head}, for images of {shape} and {cfg['num_classes']} classes: an "
+            "adversarially robust classifier for timm.")
 
 
 def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
@@ -189,9 +188,10 @@ def _evaluation(name: str, report: AttackReport) -> str:
              "\n".join(results(report))]
     if report.baseline:
         parts.append(_head_against_fc(report))
-    parts += ["\n".join(table(["protocol", ""], _protocol(report), numbers_from=2)),
-              _wrapped("Another machine or number of threads rounds otherwise, and an image near a boundary may be "
-                       "classified otherwise.")]
+    rows = [row for row in protocol_table(report).rows if row[0] in _PROTOCOL]
+    parts += ["\n".join(table(["protocol", ""], rows, numbers_from=2)),
+              "Another machine or number of threads rounds otherwise, and an image near a boundary may be classified "
+              "otherwise."]
     if report.flags:
         title = "Flags, which make these numbers unreliable:" if report.unreliable else "Flags of the attacks:"
         parts.append(f"{title}\n\n" + "\n".join(f"- {flag.name}: {escaped(flag.text)}" for flag in report.flags))
@@ -205,44 +205,11 @@ def _head_against_fc(report: AttackReport) -> str:
     # Square on the true model repeats Square on one of the surrogates.
     sets = sum("/" in name and not name.startswith(f"{TRUE_MODEL}/") for name in report.correct)
     total = report.num_images
-    return _wrapped(
+    return (
         f"Of these {total} images the head classified {round(row.a * total)} correctly throughout, its own FC "
         f"classifier {round(row.b * total)}: {apart} chance (Newcombe's paired 95 % interval of FC classifier minus "
         f"head: {100 * low:+.1f} to {100 * high:+.1f} points). The head faced {sets} sets of candidates, the FC "
         f"classifier {len(report.baseline_correct) - 1}.")
-
-
-def _protocol(report: AttackReport) -> list[tuple[str, str]]:
-    protocol = report.protocol
-    threat = ThreatModel.parse(protocol["threat"])
-    if "dataset" in protocol:
-        images = (f"the first {protocol['num_images']} of the split {protocol.get('split', '(unnamed)')} of "
-                  f"{protocol['dataset']}")
-    else:
-        images = f"{protocol['num_images']}, chosen by the caller"
-    attacks = ", ".join(f"{_ATTACKS.get(attack, attack)} {_budget(budget)}"
-                        for attack, budget in protocol["attacks"].items())
-    mix = "" if protocol["mix"] is None else f", mix {protocol['mix']}"
-    rows = [
-        ("threat model", f"{threat.norm}, eps {threat.eps:g}, pixels in [0, 1]"),
-        ("images", f"{images}, in batches of {protocol['batch_size']}"),
-        ("inference mode", f"{protocol['inference']}{mix}"),
-        ("surrogates", ", ".join(protocol["surrogates"])),
-        ("attacks", f"{attacks}, on each surrogate"),
-        ("judge", "the true model, in its own mode, on whole batches; right only if right under every candidate"),
-        ("seed", cell(protocol.get("seeds", protocol["seed"]))),
-        ("versions", ", ".join(f"{package} {version}" for package, version in protocol["versions"].items())
-         + f", {protocol['device'].upper()}"),
-    ]
-    if protocol.get("precision", "float32") != "float32":
-        rows.insert(6, ("precision", protocol["precision"]))
-    if protocol.get("eot", 1) > 1:
-        rows.insert(5, ("draws", f"{protocol['eot']}, whose logits and gradients are averaged"))
-    if protocol.get("class_subset"):
-        rows.insert(2, ("classes", protocol["class_subset"]))
-    if protocol.get("normalisation"):
-        rows.insert(2, ("normalisation", cell(protocol["normalisation"])))
-    return rows
 
 
 def _not_measured(cfg: Mapping[str, Any]) -> str:
@@ -317,10 +284,6 @@ def _results(report: AttackReport) -> list[EvalResult]:
     return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **common) for name, value in metrics]
 
 
-def _wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
-
-
 def _literal(text: str) -> str:
     """Returns a text as a literal of Python, on one line."""
     return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")  # no end of a block of code
@@ -329,11 +292,6 @@ def _literal(text: str) -> str:
 def _code(text: str) -> str:
     """Returns a text as code, on one line; as plain text if it holds the mark of code."""
     return escaped(text) if "`" in text else f"`{' '.join(text.split())}`"
-
-
-def _budget(budget: Mapping[str, Any]) -> str:
-    times = "".join(f"{budget[name]} × " for name in ("targets", "restarts") if name in budget)
-    return f"{times}{budget['iterations']:,}"
 
 
 def _numbers(values: Any) -> str:

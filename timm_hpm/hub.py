@@ -10,7 +10,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -21,7 +20,6 @@ import timm
 import torch
 from huggingface_hub import errors as hf_errors
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from . import __version__
@@ -33,7 +31,7 @@ from .head import HPMHead, find_head, head_name
 from .models.configs import read_config
 from .models.constructors import describe
 from .models.create import class_names, create_model
-from .models.hpm_timm import register_saved
+from .models.hpm_timm import BASES
 from .models.saving import CONFIG, WEIGHTS, in_chans, in_float32, saved_config, saved_network, write_model
 from .report import AttackReport, weights_digest
 
@@ -41,9 +39,6 @@ CARD: Final = "README.md"
 REPORT: Final = "report.json"
 
 _LIBRARY: Final[dict[str, Any]] = {"library_name": "timm_hpm", "library_version": __version__}
-_LOG_IN: Final = "Log in with `hf auth login`, set HF_TOKEN, or pass token="
-# The packages below huggingface_hub that raise if the connection fails; it has used several.
-_TRANSPORTS: Final = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 class HubError(OSError):
@@ -185,13 +180,14 @@ def save(
         with TemporaryDirectory(prefix=".timm_hpm-", dir=folder) as temporary:
             built = Path(temporary)
             config = write_model(model, built, training=training, license=license)
+            base = config["architecture"].removeprefix("hpm_")
             write_text(built / CARD, model_card(
                 (repo_id or folder.resolve().name).partition("@")[0],
                 f"local-dir:{folder}" if repo_id is None else f"hf-hub:{repo_id}",
                 config["pretrained_cfg"] | {"label_names": class_names(model)} | {
                     name: config[name] for name in ("architecture", "constructor") if name in config},
                 model=model, report=report, license=license, base_model=base_model, notes=notes, training=training,
-                register=head is not None and config["architecture"] not in _registered_at_import()))
+                register=head is not None and timm.is_model(base) and base not in BASES))
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
@@ -216,10 +212,14 @@ def _training_of(model: Any) -> dict[str, Any] | None:
     training = saved_config(file).get("training")
     if not isinstance(training, dict):
         return None
+    return training if _holds_weights(file, model) else None
+
+
+def _holds_weights(file: Path, model: nn.Module) -> bool:
     with safe_open(file, "pt") as weights:
-        names, state = set(weights.keys()), model.state_dict()
-        same = names == state.keys() and all(torch.equal(weights.get_tensor(name), state[name].cpu()) for name in names)
-    return training if same else None
+        state = model.state_dict()
+        return set(weights.keys()) == state.keys() and all(
+            torch.equal(weights.get_tensor(name), tensor.cpu()) for name, tensor in state.items())
 
 
 def _check_report(report: AttackReport, model: Any, head: HPMHead | None) -> None:
@@ -245,8 +245,7 @@ def _check_report(report: AttackReport, model: Any, head: HPMHead | None) -> Non
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
     """Raises a HubError if the model in the saved folder has other weights or logits."""
     if "constructor" in read_config(folder / CONFIG):  # which only its caller may run
-        saved, own = load_file(folder / WEIGHTS), model.state_dict()
-        if saved.keys() != own.keys() or not all(torch.equal(saved[name], own[name].cpu()) for name in own):
+        if not _holds_weights(folder / WEIGHTS, model):
             raise HubError(f"cannot save a model for {repo_id}: its {WEIGHTS} has other weights. Nothing was uploaded")
         return
     parameter = next(model.parameters())
@@ -275,13 +274,6 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
                        "Nothing was uploaded")
 
 
-def _registered_at_import() -> set[str]:
-    """Returns the models that `import timm_hpm` registers; `register_hpm` at run time adds none."""
-    from .models import hpm_preact_resnet, hpm_timm, hpm_wrn
-
-    return {*(f"hpm_{base}" for base in hpm_timm._BASES), *hpm_preact_resnet.default_cfgs, *hpm_wrn.default_cfgs}
-
-
 def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, token: str | None, message: str) -> str:
     api = hf.HfApi(token=token, **_LIBRARY)
     api.create_repo(repo_id, private=private, exist_ok=True)
@@ -304,20 +296,11 @@ def _load(folder: Path, source: str) -> Any:
         if not (folder / name).is_file():
             raise HubError(f"cannot load {source}: it has no {name}, so it is no model that timm_hpm or timm pushed "
                            "with safetensors (pickled weights are not read). Check the name and the revision")
-    fault = f"its {CONFIG} is damaged or not timm's"
     try:
-        architecture = read_config(folder / CONFIG)["architecture"]
-        fault = (f"its architecture {architecture!r} is unknown here: update timm and timm_hpm, or register its base "
-                 "with timm")
-        register_saved(architecture)
-        fault = f"{WEIGHTS} is damaged"
-        with safe_open(folder / WEIGHTS, "pt"):
-            pass
-        fault = f"{WEIGHTS} and {CONFIG} do not give a model of the architecture {architecture!r}"
         return create_model(f"local-dir:{folder}", pretrained=True)
     except (ValueError, OSError, SafetensorError) as error:
-        raise HubError(f"cannot load {source}: {fault} ({shortened(str(error), 600)}). Remove {folder} to download it "
-                       "again; if the error stays, pull another revision, or have the model pushed again") from None
+        raise HubError(f"cannot load {source}: {shortened(str(error), 600)}. Remove {folder} to download it again; if "
+                       "the error stays, update timm and timm_hpm, or pull another revision") from None
 
 
 @contextmanager
@@ -332,53 +315,29 @@ def _explained(doing: str, token: str | None) -> Iterator[None]:
 
 
 def _explanation(error: BaseException, doing: str, token: str | None) -> HubError:
-    cause = _telling(error)
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    text, is_a = str(cause), partial(isinstance, cause)
-    detail = shortened(without_tokens(f"{type(cause).__name__}: {' '.join(text.split())}", token), 400)
-    causes = (
-        ((is_a(OSError) and getattr(cause, "errno", None) == errno.ENOSPC) or "No space left" in text,
-         f"the disk is full ({detail}). Free space, or choose another place by cache_dir= or HF_HOME (downloads) or "
-         "TMPDIR (uploads), and repeat"),
-        (is_a(hf_errors.HFValidationError),
-         f"that is no name of a repository ({detail}). Expected 'organisation/name'"),
-        (is_a(hf_errors.GatedRepoError),
-         f"its owner grants access by request ({detail}). Ask for it on its page on the Hub, then log in"),
-        (is_a(hf_errors.RepositoryNotFoundError),
-         f"the Hub knows no such repository for this login (HTTP {status}): it does not exist, or it is private. Check "
-         f"the name. {_LOG_IN}"),
-        (is_a(hf_errors.RevisionNotFoundError),
-         "it has no such revision. Expected a branch, tag or commit of it; see 'Files and versions' on its page"),
-        (status == 401,
-         f"the Hub refused the login (HTTP 401; {detail}). The token is missing, wrong or expired. {_LOG_IN}"),
-        (status == 403,
-         f"the login may not do that (HTTP 403; {detail}). The token needs write access to the repository"),
-        (is_a(hf_errors.OfflineModeIsEnabled) or hf.constants.HF_HUB_OFFLINE,
-         "HF_HUB_OFFLINE is set and the cache does not hold it. Unset it, or pull once with a network and the same "
-         "cache_dir and HF_HOME"),
-        (status is not None, f"the Hub returned HTTP {status} ({detail}). Repeat it later"),
-        ("Consistency check failed" in text, f"a file arrived cut short ({detail}). Repeat it: the download resumes"),
-        (_is_of_transport(cause) or is_a(ConnectionError | TimeoutError),
-         f"the connection to {hf.constants.ENDPOINT} failed ({detail}). Check the network and proxy and repeat"),
-        (True, f"{detail}. Mend the cause and repeat"),
-    )
-    return HubError(f"{doing}: {next(why for applies, why in causes if applies)}")
-
-
-def _telling(error: BaseException) -> BaseException:
-    """Returns the first informative error among an error and its causes."""
-    link: BaseException | None = error
-    while link is not None:
-        # The client wraps the error of an upload, and looks into the cache after a failed download.
-        if not isinstance(link, hf_errors.LocalEntryNotFoundError) and (
-                isinstance(link, OSError) or _is_of_transport(link)):
-            return link
-        link = link.__cause__
-    return error
-
-
-def _is_of_transport(error: BaseException) -> bool:
-    return any(kind.__module__.partition(".")[0] in _TRANSPORTS for kind in type(error).__mro__)
+    # The client wraps the error of an upload, and looks into the cache after a failed download.
+    while error.__cause__ is not None and (
+            not isinstance(error, OSError) or isinstance(error, hf_errors.LocalEntryNotFoundError)):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = shortened(without_tokens(f"{type(error).__name__}: {' '.join(str(error).split())}", token), 400)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        advice = ("the disk is full. Free space, or choose another place by cache_dir= or HF_HOME (downloads) or "
+                  "TMPDIR (uploads)")
+    elif isinstance(error, hf_errors.HFValidationError):
+        advice = "that is no name of a repository. Expected 'organisation/name'"
+    elif isinstance(error, hf_errors.RevisionNotFoundError):
+        advice = "it has no such revision. Expected a branch, tag or commit; see 'Files and versions' on its page"
+    elif status in (401, 403, 404):
+        advice = (f"HTTP {status}: there is no such repository, or this login may not do that. Check the name. "
+                  "Log in with `hf auth login`, set HF_TOKEN, or pass token=; a push needs write access, and a gated "
+                  "repository its owner's leave")
+    elif hf.constants.HF_HUB_OFFLINE:
+        advice = ("HF_HUB_OFFLINE is set and the cache does not hold it. Unset it, or pull once with a network and the "
+                  "same cache_dir and HF_HOME")
+    else:
+        advice = f"check the connection to {hf.constants.ENDPOINT}, and repeat it"
+    return HubError(f"{doing}: {advice} ({text})")
 
 
 def _usable_token(token: str | None) -> str | None:

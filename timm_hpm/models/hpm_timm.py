@@ -12,7 +12,8 @@ from ..names import did_you_mean
 from ._builder import build_variant, register_entrypoint
 from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
-_BASES = (
+#: The bases that `import timm_hpm` registers; `register_hpm` adds others.
+BASES = (
     # residual networks
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
     # ConvNeXt
@@ -176,5 +177,5 @@ def register_saved(architecture: str) -> None:
         register_hpm(architecture.removeprefix("hpm_"))
 
 
-for _base in _BASES:
+for _base in BASES:
     register_hpm(_base)

@@ -34,7 +34,7 @@ from heads_table import REPORTS, page
 from torch.utils.data import DataLoader
 
 from timm_hpm import INFERENCE_MODES, AttackReport, fit_prototypes
-from timm_hpm.files import new_folder, write_text
+from timm_hpm.files import filling, write_text
 from timm_hpm.models.constructors import is_constructor
 from timm_hpm.models.create import create_model, open_split_for
 from timm_hpm.models.saving import write_model
@@ -69,14 +69,14 @@ def train(options: dict[str, Any], folder: Path) -> Path:
 def fitted(base: dict[str, Any], weights: Path) -> Path:
     """Returns the weights with prototypes fitted on clean and adversarial training images, but not trained for."""
     folder = weights.parent.with_name(f"{weights.parent.name}-fitted")
-    if not folder.exists():
+    if not (folder / "model.safetensors").exists():
         options = base["train"]
         model = create_model(options["model"], pretrained=False, checkpoint=str(weights),
                              **options.get("model_kwargs", {})).eval()
         split = open_split_for(model, options["dataset"], "train", data_dir=options.get("data_dir"),
                                img_size=options.get("img_size"))
         fit_prototypes(model, DataLoader(split, batch_size=128), options["threat"])
-        with new_folder(folder) as place:
+        with filling(folder, first="model.safetensors") as place:
             write_model(model, place)
     return folder / "model.safetensors"
 

@@ -36,8 +36,8 @@ import timm_hpm
 from timm_hpm.attacks import margin_loss
 from timm_hpm.data import first_images
 from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.command import load_model
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.folder import load_model
 from timm_hpm.evaluation.judge import as_row, device_of, judge, pixel_model_for
 from timm_hpm.files import writable_folder, write_text
 from timm_hpm.models.create import open_split_for
@@ -218,7 +218,7 @@ def find_missed(
     if as_row(judge(model, images, labels, size)) != report.correct["clean"]:
         raise ValueError("the model classifies the clean images otherwise than the report says; is it of the same "
                          "device and versions?")
-    threat = timm_hpm.ThreatModel.parse(protocol["threat"])
+    threat = timm_hpm.ThreatModel.of(protocol["threat"])
     robust = torch.tensor(right_in_all(report.verdicts.values()))
     pixel_model = pixel_model_for(model, images).requires_grad_(False)
     device = device_of(pixel_model, images)

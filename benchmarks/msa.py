@@ -101,7 +101,7 @@ def main() -> None:
         writable_folder(args.output)
     data = open_split_for(model, args.dataset, args.split, data_dir=args.data_dir)
     images, labels = first_images(data, args.images)
-    threat = timm_hpm.ThreatModel.parse(data.threat)
+    threat = timm_hpm.ThreatModel.of(data.threat)
 
     protocols = [name for name in ("standard", "fast") if f"{name} over naive" in args.only]
     if protocols:

@@ -155,7 +155,7 @@ def reference(path: Path, clean: str) -> dict[str, Any]:
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns the measurements of AutoAttack and of each protocol on the network `name`."""
     network = NETWORKS[name]
-    model, threat = load_network(network, folder), ThreatModel.parse(network.threat)
+    model, threat = load_network(network, folder), ThreatModel.of(network.threat)
     images, labels = load_images(network, folder, args.num_images)
     run = (model, images, labels, threat)
     clean = "".join("1" if one else "0" for one in model(images).argmax(dim=1) == labels)

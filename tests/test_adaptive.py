@@ -180,26 +180,32 @@ def test_neighbours_flip_the_targets_of_the_closed_form():
     assert [row["kind"] for row in rows] == ["reshuffled", "chosen", "adversarial"]
     assert rows[0]["targets"] == 24 and rows[1]["targets"] >= 16 and 8 <= rows[1]["flipped"] <= rows[2]["flipped"]
     # Without the batch's means nobody has a say.
-    for mix in (0.0, 0.5):
-        model, images, labels = two_classes(mix)
-        rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), mixes=(0.0,),
-                                  num_targets=4)
-        assert all(row["flipped"] == 0 and row["mix"] == 0.0 for row in rows) and model[1].mix == mix
+    model, images, labels = two_classes(0.0)
+    rows = measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), num_targets=4)
+    assert all(row["flipped"] == 0 and row["mix"] == 0.0 for row in rows)
 
 
 def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, digits):
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    rows = measure_neighbours(model, *digits, THREAT, batch_sizes=(10, 40), mixes=(0.25, 0.9), num_targets=8)
+    rows = measure_neighbours(model, *digits, THREAT, batch_sizes=(10, 40), num_targets=8)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(rows) == 2 * 2 * 3 and {row["batch_size"] for row in rows} == {10, 40}
+    assert len(rows) == 2 * 3 and {row["batch_size"] for row in rows} == {10, 40}
     assert all(0 <= row["flipped"] <= row["targets"] for row in rows)
-    few, many = (sum(row["flipped"] for row in rows if row["mix"] == mix and row["kind"] == "adversarial")
-                 for mix in (0.25, 0.9))
-    assert few < many
-    assert timm_hpm.find_head(model).mix == 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert measure_neighbours(model, *digits, THREAT, batch_sizes=(40,), mixes=(0.9,), num_targets=8) == rows[-3:]
+    assert measure_neighbours(model, *digits, THREAT, batch_sizes=(40,), num_targets=8) == rows[-3:]
+    few, many = ([row["flipped"] for row in found if row["kind"] == "adversarial"] for found in (
+        at_mix(model, mix, *digits) for mix in (0.25, 0.9)))
+    assert few < many
+
+
+def at_mix(model, mix, images, labels):
+    head = timm_hpm.find_head(model)
+    before, head.mix = head.mix, mix
+    try:
+        return measure_neighbours(model, images, labels, THREAT, batch_sizes=(40,), num_targets=8)
+    finally:
+        head.mix = before
 
 
 def test_neighbours_are_searched_in_float32_and_judged_in_the_caller_s_autocast(model, digits, monkeypatch):
@@ -220,20 +226,20 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     images, labels = digits[0][:8], digits[1][:8]
     plain = run_attack(model, images, labels, THREAT, **options)
-    report = run_attack(model, images, labels, THREAT, **options, neighbours=(4,), neighbours_mixes=(0.9,))
+    report = run_attack(model, images, labels, THREAT, **options, neighbours=(4,))
     assert [row["kind"] for row in report.neighbours] == ["reshuffled", "chosen", "adversarial"]
     assert report.correct == plain.correct and not plain.neighbours
-    assert report.protocol["neighbours"] == [4] and report.protocol["neighbours_mixes"] == [0.9]
+    assert report.protocol["neighbours"] == [4]
     row = report.neighbours[1]
-    assert f"| 4 | 0.9 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
+    assert f"| 4 | 0.5 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
     assert "Neighbours in the batch" not in report_markdown(plain)
-    asked = {"neighbours": (4,), "neighbours_mixes": (0.9,)}
+    asked = {"neighbours": (4,)}
     options["folder"] = tmp_path
     report = run_attack(model, images, labels, THREAT, **options, **asked)
     assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
     with pytest.raises(ValueError, match=r"report of another run \(neighbours: \[4\] there, \[6\] now\)"):
         run_attack(model, images, labels, THREAT, **options, **asked | {"neighbours": (6,)})
-    with pytest.raises(ValueError, match=r"neighbours_mixes: \[0.9\] there, None now"):
+    with pytest.raises(ValueError, match=r"neighbours: \[4\] there, None now"):
         run_attack(model, images, labels, THREAT, **options)
     assert run_attack(model, images, labels, THREAT, **options, **asked) == report
     del options["folder"]
@@ -245,10 +251,7 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     ("batch", {"batch_sizes": (1,)}, "a batch size is 1; expected 2 to the number of images, 40"),
     ("batch", {"batch_sizes": (41,)}, "a batch size is 41; expected 2 to the number of images, 40"),
     ("sample", {}, "expected a fitted HPM head in batch mode"),
-    ("batch", {"mixes": (0.5, -3.0)}, r"a mix is -3\.0; expected a number in \[0, 1\]"),
-    ("batch", {"mixes": (float("nan"),)}, "a mix is nan"),
-    ("batch", {"mixes": ()}, "neighbours: no mixes are given; expected at least one"),
-    ("batch", {"batch_sizes": ()}, "neighbours: no batch sizes are given; expected at least one"),
+    ("batch", {"batch_sizes": ()}, r"the batch sizes are \(\); expected a list of at least one"),
     ("batch", {"num_targets": -1}, "num_targets is -1; expected at least 0"),
 ])
 def test_neighbours_that_cannot_be_are_refused(model, digits, mode, options, message):

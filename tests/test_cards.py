@@ -22,11 +22,11 @@ import timm_hpm
 from timm_hpm import cards
 from timm_hpm.__main__ import main
 from timm_hpm.console import run_command
-from timm_hpm.evaluation.command import load_model
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.folder import load_model
 from timm_hpm.evaluation.protocols import PROTOCOLS
 from timm_hpm.models.saving import write_model
-from timm_hpm.report.command import DOOR, evaluate_command
+from timm_hpm.report.shell import DOOR, evaluate_command
 
 FOLDER = Path(__file__).parents[1] / "hub_cards"
 EMBEDDED = "hpm_wrn10_2.digits_linf"
@@ -125,7 +125,7 @@ RUNS = {
     "folder": ["--dataset", "folder", "--data-dir", "my 'data' $x", "--checkpoint", "w `e`.safetensors",
                "--num-classes", "4", "--threat", "L2:0.5", "--attacks", "apgd-t,joint-subset", "--inference", "batch",
                "--budget", "apgd-t=3x2", "joint-subset=2r3", "--num-images", "0", "-b", "5", "--seed", "7",
-               "--neighbours", "4", "--neighbours-mix", "0.25,1", "--mean", "-0.1", "--std", "0.7"],
+               "--neighbours", "4", "--mean", "-0.1", "--std", "0.7"],
 }
 
 

@@ -28,7 +28,7 @@ from timm_hpm.evaluation.header import estimate, evaluation_header
 from timm_hpm.evaluation.plan import make_plan
 from timm_hpm.evaluation.protocols import PROTOCOLS
 from timm_hpm.options import add_arguments, as_dict, check, free_names, option, read_options
-from timm_hpm.report.command import evaluate_command
+from timm_hpm.report.shell import evaluate_command
 from timm_hpm.training import TrainConfig
 from timm_hpm.training.header import num_passes
 
@@ -113,7 +113,7 @@ def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_pat
     assert two.protocol["options"] == one.protocol["options"] == {"in_chans": 1, "channels_last": True}
     assert (two.correct, two.protocol["clean_margin"]) == (one.correct, one.protocol["clean_margin"])
     assert main(["rejudge", "one"]) == 0
-    with pytest.raises(ValueError, match=r"judged in autocast to float16, that of .* in autocast to bfloat16; give"):
+    with pytest.raises(ValueError, match=r"precision is autocast to float16, that of .* is autocast to bfloat16; give"):
         main(["rejudge", "one", "--amp-dtype", "float16"])
 
 

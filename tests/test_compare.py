@@ -89,7 +89,7 @@ def test_evaluate_compares_two_files(a, b, tmp_path, capsys):
     assert comparison_markdown(compare(a, b)) in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
-    with pytest.raises(ValueError, match=r"unknown field 'author' .*expected some of link, name"):
+    with pytest.raises(ValueError, match=r"'author=me' is no field .*with a name of link, name"):
         evaluate.main(["--robustbench-json", str(tmp_path / "info.json"), "--robustbench-info", "author=me"])
 
 
@@ -97,7 +97,7 @@ def test_fields_are_texts_as_they_were_given():
     assert parse_known(["reported=67.30", "name=2020", "link=https://a?b=c", "additional_data=True"]) == {
         "reported": "67.30", "name": "2020", "link": "https://a?b=c", "additional_data": True}
     for text, message in (("reported", "'reported' is no field .*expected NAME=VALUE"),
-                          ("additional_data=some", "additional_data is 'some'; expected true or false")):
+                          ("additional_data=some", "'additional_data=some' is no field .* true or false")):
         with pytest.raises(ValueError, match=message):
             parse_known([text])
 
@@ -130,8 +130,6 @@ def test_only_autoattack_s_components_on_the_model_itself_count_as_autoattack(a)
     a.protocol["num_classes"] = 3
     a.protocol["attacks"] |= {"apgd-t": {"iterations": 100, "targets": 2}, "fab-t": {"iterations": 100, "targets": 2}}
     assert model_info(a)["autoattack_acc"] == "50.00"
-    with pytest.raises(ValueError, match="unknown field 'accuracy'"):
-        model_info(a, {"accuracy": 1})
 
 
 def test_a_plain_classifier_has_no_external_number_and_a_suspicious_one_says_so():

@@ -34,9 +34,9 @@ from timm_hpm import (
 )
 from timm_hpm.__main__ import main
 from timm_hpm.checkpoints import unwrap
-from timm_hpm.convert import convert
-from timm_hpm.formats import FORMATS, plain_state_dict
+from timm_hpm.models.convert import convert
 from timm_hpm.models.create import load_checkpoint
+from timm_hpm.models.formats import FORMATS, plain_state_dict
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -269,7 +269,7 @@ def swin_of_2023(weights):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_tag_has_threat_model_licence_and_paper(name):
     cfg = get_pretrained_cfg(name)
-    assert cfg.notes[0].startswith("threat model: ") and ThreatModel.parse(cfg.notes[0].removeprefix("threat model: "))
+    assert cfg.notes[0].startswith("threat model: ") and ThreatModel.of(cfg.notes[0].removeprefix("threat model: "))
     assert cfg.license in ("mit", "apache-2.0") and cfg.origin_url.startswith("https://github.com/")
     assert cfg.paper_name and any(re.fullmatch(r"arXiv:\d{4}\.\d{5}", paper) for paper in cfg.paper_ids)
     # One image size for training, testing and the network.
@@ -625,7 +625,7 @@ def test_the_command_replaces_nothing_and_leaves_nothing_half_written(tmp_path, 
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "model.safetensors").write_text("mine")
-    with pytest.raises(OSError, match=r"kept exists already; choose another --output"):
+    with pytest.raises(OSError, match=r"kept holds a model; choose another --output"):
         convert(deepmind_file, "hpm_wrn10_2.untrained_deepmind", kept)
     assert (kept / "model.safetensors").read_text() == "mine"
     for name, options, message in ((TRADES, {}, "needs layout='deepmind'"), ("hpm_nosuch", {}, "Unknown model"),

@@ -34,8 +34,8 @@ from timm_hpm.evaluation.config import EvaluateConfig, resumed
 from timm_hpm.evaluation.resume import ProgressFolder, Step
 from timm_hpm.evaluation.robustbench import model_info
 from timm_hpm.evaluation.sweep import parse_radii
-from timm_hpm.formats import plain_state_dict
 from timm_hpm.models.create import create_model
+from timm_hpm.models.formats import plain_state_dict
 from timm_hpm.models.saving import write_model
 from timm_hpm.options import read_options
 from timm_hpm.training.config import TrainConfig
@@ -250,7 +250,7 @@ def test_checkpoints_of_strangers(fuzz):
     fuzz(1000, trees, check)
 
 
-@pytest.mark.parametrize("parse", [timm_hpm.ThreatModel.parse, Budget.parse, parse_radii],
+@pytest.mark.parametrize("parse", [timm_hpm.ThreatModel.of, Budget.parse, parse_radii],
                          ids=lambda each: each.__qualname__)
 def test_texts_of_options(parse, fuzz):
     texts = st.one_of(TEXTS, st.text("0123456789.:/xeLinf2- ", max_size=16))

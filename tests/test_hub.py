@@ -264,7 +264,7 @@ def test_a_repository_that_is_not_there(loader):
         loader("pull", repo_id="org/nowhere")
     with pytest.raises(Failed, match=r"HubError: cannot pull org/nowhere: HTTP 404: there is no such repository"):
         loader("pull", repo_id="org/nowhere", token=TOKEN)
-    with pytest.raises(Failed, match=r"HubError: cannot pull a/b/c: that is no name of a repository .*organisation/na"):
+    with pytest.raises(Failed, match=r"HubError: cannot pull a/b/c: that is no name of a repository.*organisation/na"):
         loader("pull", repo_id="a/b/c")
 
 
@@ -307,7 +307,7 @@ def test_a_file_that_arrives_short(server, loader, good, tmp_path):
 
 @pytest.mark.parametrize(("file", "damage", "message"), [
     *((file, None, f"it has no {file}.*Check the name") for file in ("config.json", "model.safetensors")),
-    *(("model.safetensors", damage, "(?i)header|safetensors") for damage in (
+    *(("model.safetensors", damage, "deserializing") for damage in (
         lambda content: content[:8] + b"\xff" * 40 + content[48:], lambda content: content[:5000])),
     ("config.json", lambda content: content[:40], "config.json is damaged or not"),
     *(("config.json", lambda content, name=name: content.replace(b"hpm_wrn10_2", name), message) for name, message in (
@@ -368,7 +368,7 @@ def test_a_full_disk(server, client, loader, good, small_disk):
     with pytest.raises(Failed, match=r"HubError: .*cannot save HPMPreActNet into .*disk is full"):
         client("save", folder=str(small_disk / "saved"))
     assert not list((small_disk / "saved").iterdir())
-    with pytest.raises(Failed, match=r"HubError: .*disk is full .*TMPDIR"):
+    with pytest.raises(Failed, match=r"HubError: .*disk is full.*TMPDIR"):
         client("push", repo_id="org/full", token=TOKEN, temporary=str(small_disk))
     assert "org/full" not in server.repos and not list((small_disk).glob("timm_hpm-*"))
 

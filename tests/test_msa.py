@@ -484,12 +484,10 @@ def test_a_non_finite_answer_is_no_class(digits):
     ({"protocol": None}, r"unknown protocol None; expected some of standard, fast"),
     ({"surrogates": "fc"}, r"surrogates is 'fc'; expected a list of names, such as"),
     ({"neighbours": 10}, r"the batch sizes are 10; expected a list"),
-    ({"neighbours": [10], "neighbours_mixes": [None]}, r"a mix is None"),
-    ({"folder": 5}, r"folder is 5, of the type int; expected a path"),
     ({"save_adversarial": True}, r"save_adversarial needs a folder"),
-    ({"about": 5}, r"about is a int; expected a dictionary"),
-    ({"about": {"x": {1}}}, r"about\['x'\] cannot be written as JSON"),
-    ({"threat": 0.3}, r"threat is 0.3, of the type float; expected a ThreatModel or a text such as"),
+    ({"about": 5}, "about cannot be written as JSON"),
+    ({"about": {"x": {1}}}, "about cannot be written as JSON"),
+    ({"threat": 0.3}, "cannot read the threat model 0.3; expected NORM:EPS .*or a ThreatModel"),
 ])
 def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, message):
     images, labels = digits[0].clone(), digits[1].clone()

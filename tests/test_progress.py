@@ -260,7 +260,7 @@ def test_a_saved_option_of_another_type_is_named(tmp_path, name, value):
 def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
     words = ["--model", "local-dir:a b", "--no-pretrained", "--model-kwargs", "mix=0.25", "name=x", "flag=True", "n=1",
              "--inference", "fc,batch", "--surrogates", "fc,ste", "--attacks", "square,apgd-t", "--budget", "square=5",
-             "apgd-t=3x2", "--full-grid", "--neighbours", "none", "--neighbours-mix", "0.5,1",
+             "apgd-t=3x2", "--full-grid", "--neighbours", "none",
              "--eps-sweep", "0:1:0.5", "--threat", "L2:0.5", "--seed", "3", "--device", "cpu", "--save-adversarial"]
     config = EvaluateConfig(**evaluate.parse_args(words)[1])
     (tmp_path / "options.json").write_text(json.dumps(config.to_saved()))

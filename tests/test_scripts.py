@@ -20,7 +20,6 @@ import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, report_markdown, report_page
 from timm_hpm.console import run_command
-from timm_hpm.evaluation.command import idle_note
 from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
@@ -180,18 +179,12 @@ def test_evaluate_sweeps_over_modes_and_radii_and_a_stopped_sweep_goes_on(tmp_pa
     assert Path("out/sweep.html").exists()
 
 
-def test_processes_without_a_batch_are_counted():
-    assert idle_note(100, 50, 2) == idle_note(101, 50, 3) == ""
-    assert idle_note(100, 100, 3).startswith("100 images in batches of 100 make 1 to attack, so 2 of the 3 ")
-
-
-def test_evaluate_asks_neighbours_in_batch_mode_and_says_where_it_does_not(tmp_path, capsys):
+def test_evaluate_asks_neighbours_in_batch_mode(tmp_path):
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=1", "--inference", "fc,batch"]
     with pytest.raises(ValueError, match="a batch size is 9; expected 2 to the number of images, 8"):
         evaluate.main([*options, "--neighbours", "9", "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
     assert evaluate.main([*options, "--neighbours", "4", "--output", str(tmp_path / "run")]) == 0
-    assert "--neighbours are measured in batch mode only, not in fc\n" in capsys.readouterr().err
     asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").neighbours
              for mode in ("fc", "batch")}
     assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}

@@ -20,23 +20,23 @@ def norms(threat: ThreatModel, delta: torch.Tensor) -> torch.Tensor:
     ("Linf:8/255", "Linf", 8 / 255), ("Linf:1", "Linf", 1.0), ("L2:0.5", "L2", 0.5), ("L2:1e-3", "L2", 1e-3),
     (" Linf : 8 / 255 ", "Linf", 8 / 255)])
 def test_parse_reads_fractions_and_numbers(text, norm, eps):
-    assert ThreatModel.parse(text) == ThreatModel(norm, eps)
+    assert ThreatModel.of(text) == ThreatModel(norm, eps)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_every_radius_has_a_text_that_is_read_back_as_it_was(norm):
     for text in (f"{norm}:8/255", f"{norm}:0.5", f"{norm}:128/255", f"{norm}:0.1"):
-        assert str(ThreatModel.parse(text)) == text
+        assert str(ThreatModel.of(text)) == text
     random.seed(0)
     for eps in [*(k / 255 for k in range(1, 256)), *(random.random() for _ in range(200)), 0.1 + 0.2, 1 / 3, 1e-300,
                 np.float64(0.3), np.float32(0.3), np.int64(1), 1]:
         threat = ThreatModel(norm, eps)
-        assert ThreatModel.parse(str(threat)) == threat and threat.eps == float(eps)
+        assert ThreatModel.of(str(threat)) == threat and threat.eps == float(eps)
 
 
 @pytest.mark.parametrize("eps", [64, 128, 127.5, 1275.0])
 def test_an_l2_radius_in_units_of_255_warns(eps):
-    for make in (lambda: ThreatModel("L2", eps), lambda: ThreatModel.parse(f"L2:{eps}")):
+    for make in (lambda: ThreatModel("L2", eps), lambda: ThreatModel.of(f"L2:{eps}")):
         with pytest.warns(UserWarning, match=f"eps is {eps:g} for L2.*Did you mean {eps:g}/255"):
             assert make().eps == eps
     assert ThreatModel("L2", 8).eps == 8

@@ -26,8 +26,8 @@ from timm_hpm import (
 )
 from timm_hpm.__main__ import main
 from timm_hpm.data import as_pixel_model
-from timm_hpm.evaluation.command import weights_of
 from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.folder import weights_of
 from timm_hpm.models.create import create_model
 from timm_hpm.models.saving import CONFIG, WEIGHTS, saved_config, write_model
 from timm_hpm.training.config import TrainConfig

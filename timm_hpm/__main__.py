@@ -6,7 +6,7 @@ from typing import Final, NoReturn
 
 from .console import run_command
 from .names import did_you_mean
-from .report.command import DOOR
+from .report.shell import DOOR
 
 #: The commands: the function that runs each, in a module of `timm_hpm.commands`, and a line about it.
 COMMANDS: Final = {

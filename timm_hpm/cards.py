@@ -15,9 +15,9 @@ from .models.constructors import is_constructor
 from .models.create import create_model
 from .models.saving import WEIGHTS
 from .report import TRUE_MODEL, AttackReport
-from .report.command import DATA_OPTIONS, evaluate_command, shell_lines
 from .report.compare import paired
 from .report.markdown import escaped, fenced, results, table
+from .report.shell import DATA_OPTIONS, evaluate_command, shell_lines
 from .report.tables import cell, protocol_table
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
@@ -35,8 +35,9 @@ _DATASETS: Final = {
 # A card lists so many classes.
 _MOST_CLASSES: Final = 100
 # Entries of a protocol that a card shows.
-_PROTOCOL: Final = ("dataset", "split", "num_images", "class_subset", "normalisation", "threat", "batch_size",
-                    "inference", "mix", "eot", "surrogates", "attacks", "precision", "seed", "seeds", "device", "versions")
+_PROTOCOL: Final = (
+    "dataset", "split", "num_images", "class_subset", "normalisation", "threat", "batch_size", "inference", "mix",
+    "eot", "surrogates", "attacks", "precision", "seed", "seeds", "device", "versions")
 
 _UNFITTED: Final = """\
 **No prototypes yet.** Until they are fitted, the head predicts exactly as the weights' own FC classifier.

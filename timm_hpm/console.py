@@ -2,6 +2,7 @@
 
 import errno
 import html
+import io
 import os
 import re
 import signal
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .files import use_any_console, writing
-from .guards import last_words
+from .files import writing
+from .guards import without_tokens
 
 _OF_PRINTING: Final = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 _READER_GONE: Final = 128 + 13  # SIGPIPE, which Windows has not
@@ -27,15 +28,17 @@ def run_command(name: str, main: Callable[[], int]) -> NoReturn:
     If the reader of the output has gone, such as `| head -1`, it ends without a word, as a process by SIGPIPE.
     """
     sys.stdout, sys.stderr = (_usable(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
-    use_any_console()
+    for stream in (sys.stdout, sys.stderr):  # an encoding such as cp1252 lacks the "−"
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     code: int | str
     try:
         code = main()
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         # An error of a file names it, one of printing does not.
         printing = isinstance(error, OSError) and error.filename is None and error.errno in _OF_PRINTING
-        code = _READER_GONE if isinstance(error, BrokenPipeError) and printing else last_words(
-            name, OSError(f"cannot write standard output: {error}") if printing else error)
+        code = _READER_GONE if isinstance(error, BrokenPipeError) and printing else (
+            f"{name}: " + without_tokens(f"cannot write standard output: {error}" if printing else str(error)))
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         code = 128 + signal.SIGINT

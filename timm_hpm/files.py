@@ -1,11 +1,9 @@
-"""Files that appear whole or not at all, and the console."""
+"""Files that appear whole or not at all."""
 
-import io
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -101,28 +99,27 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `path`, or fills that empty one, if the block ends without an error."""
+def filling(path: str | os.PathLike, first: str) -> Iterator[Path]:
+    """Yields a temporary folder, whose files take their places in the folder `path` if the block ends without an error.
+
+    The file `first` goes before the others. A folder that was made for them goes after an error.
+    """
     path = Path(path)
-    exists = path.exists()
-    if exists and not (path.is_dir() and not any(path.iterdir())):
-        raise OSError(f"{path} exists already; choose another --output, or remove it")
-    writable_folder(path if exists else path.parent)
-    # A folder that exists may be a shell's current one or a mount point: it is filled, not replaced.
-    temporary = path / f".{os.getpid()}.tmp" if exists else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = not path.exists()
+    temporary = writable_folder(path) / f".files.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
         with writing(path):
             yield temporary
         mode = _mode_of_new(temporary / ".probe")
-        for file in list(temporary.iterdir()):
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name != first):
             file.chmod(mode)
-            if exists:
-                file.rename(path / file.name)
-        if not exists:
-            os.replace(temporary, path)
+            os.replace(file, path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # the files are in it
+                path.rmdir()
 
 
 def _mode_of_new(path: Path) -> int:
@@ -137,13 +134,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` to `path`, whole or not at all; bytes of a file's name that are no UTF-8 as `\\udc..`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def use_any_console() -> None:
-    """Lets the standard streams show a question mark for a character that their encoding lacks, as cp1252 the "−"."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
 
 
 def save_parts(tensors: Mapping[str, Parts], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:

@@ -144,11 +144,6 @@ def without_tokens(text: str, *tokens: str | None) -> str:
     return text
 
 
-def last_words(program: str, error: BaseException) -> str:
-    """Returns the one line by which a command ends after an error; it holds no token."""
-    return f"{program}: {without_tokens(str(error))}"
-
-
 def shortened(text: str, limit: int = 1000) -> str:
     """Returns the first `limit` characters of a text, and an ellipsis if there are more."""
     return text if len(text) <= limit else f"{text[:limit]}..."

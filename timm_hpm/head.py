@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -360,6 +360,11 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
+def own_mode(model: nn.Module) -> str:
+    """Returns the inference mode of a model's HPM head, `"none"` if it has no HPM head."""
+    return "none" if head_name(model) is None else find_head(model).inference
+
+
 @contextmanager
 def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
     """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block.
@@ -373,3 +378,8 @@ def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
         yield head
     finally:
         head.inference = before
+
+
+def mode_if_any(model: nn.Module, mode: str | None) -> AbstractContextManager[Any]:
+    """Returns `head_mode`, or a context that changes nothing if there is no head, or no mode (None, `"none"`)."""
+    return nullcontext() if mode in (None, "none") or head_name(model) is None else head_mode(model, mode)

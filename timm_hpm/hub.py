@@ -25,7 +25,7 @@ from torch import nn
 from . import __version__
 from .cards import model_card
 from .data import PixelModel, normalisation_of
-from .files import replacing, writable_folder, write_text
+from .files import filling, replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
 from .head import HPMHead, find_head, head_name
 from .models.configs import read_config
@@ -49,15 +49,11 @@ def push(
         model: nn.Module,
         repo_id: str,
         *,
-        report: AttackReport | str | os.PathLike | None = None,
         private: bool = False,
         revision: str | None = None,
         token: str | None = None,
         commit_message: str = "Push a model of timm_hpm",
-        license: str | None = None,
-        base_model: str | None = None,
-        notes: str = "",
-        training: dict[str, Any] | None = None,
+        **card: Any,
 ) -> str:
     """Uploads a model with its card to the Hub, in one commit, and returns its URL.
 
@@ -65,20 +61,13 @@ def push(
     made. A second push replaces all files; without `report` it removes the report of the first.
 
     Arguments:
-        model: a classifier with an HPM head or without; the network in a `PixelModel` with the normalisation of that.
-            If `timm.create_model` did not make it, its files name its constructor or class, which whoever pulls it
-            must have.
+        model: see `save`.
         repo_id: "organisation/name", or "name" in the account of the token.
-        report: the result of `mixed_surrogate_attack` on this very model, or its file.
         private: whether a new repository is private; refused for a public one.
         revision: branch; None for `main`.
         token: None for that of `hf auth login` or HF_TOKEN.
         commit_message: first line of the commit.
-        license: the Hub's name of a licence, such as "mit"; None for that of the weights' pretrained cfg, if any.
-        base_model: Hub id of the model that this one was trained from.
-        notes: Markdown for the card: the text before the first `## ` opens it, the rest follows the usage.
-        training: options and metrics as train.py writes them into `config.json`; None for those of the weights' file,
-            if the model still has its weights.
+        **card: further arguments of `save`: report, license, base_model, notes and training.
 
     Raises:
         ValueError: if the report is of another model, or the token is malformed.
@@ -91,8 +80,7 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{hf.HfApi(token=token).whoami()['name']}/{repo_id}"
     with TemporaryDirectory(prefix="timm_hpm-") as temporary:
-        save(model, temporary, repo_id=repo_id if revision is None else f"{repo_id}@{revision}", report=report,
-             license=license, base_model=base_model, notes=notes, training=training)
+        save(model, temporary, repo_id=repo_id if revision is None else f"{repo_id}@{revision}", **card)
         with _explained(doing, token):
             return _upload(Path(temporary), repo_id, private, revision, token, commit_message)
 
@@ -157,9 +145,17 @@ def save(
     """Writes the files of a push into `folder`, for `timm.create_model("local-dir:folder", pretrained=True)`.
 
     Arguments:
-        model, report, license, base_model, notes, training: see `push`.
+        model: a classifier with an HPM head or without; the network in a `PixelModel` with the normalisation of that.
+            If `timm.create_model` did not make it, its files name its constructor or class, which whoever loads it
+            must have.
         folder: made if it is missing.
         repo_id: the repository in the card's usage, "org/name" or "org/name@revision"; None for the folder.
+        report: the result of `mixed_surrogate_attack` on this very model, or its file.
+        license: the Hub's name of a licence, such as "mit"; None for that of the weights' pretrained cfg, if any.
+        base_model: Hub id of the model that this one was trained from.
+        notes: Markdown for the card: the text before the first `## ` opens it, the rest follows the usage.
+        training: options and metrics as train.py writes them into `config.json`; None for those of the weights' file,
+            if the model still has its weights.
 
     Raises:
         ValueError: if the report is of another model.
@@ -176,9 +172,7 @@ def save(
         _check_report(report, model, head)
     training = training or _training_of(model)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".timm_hpm-", dir=folder) as temporary:
-            built = Path(temporary)
+        with filling(folder, first=WEIGHTS) as built:  # whose metadata hold the config
             config = write_model(model, built, training=training, license=license)
             base = config["architecture"].removeprefix("hpm_")
             write_text(built / CARD, model_card(
@@ -191,12 +185,8 @@ def save(
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
-            # The weights first: their metadata hold the config, which goes before the file's.
-            for file in sorted(built.iterdir(), key=lambda file: file.name != WEIGHTS):
-                with replacing(folder / file.name) as path:
-                    file.rename(path)
-            if report is None:
-                (folder / REPORT).unlink(missing_ok=True)  # of an earlier model in this folder
+        if report is None:
+            (folder / REPORT).unlink(missing_ok=True)  # of an earlier model in this folder
     except HubError:
         raise
     except (OSError, SafetensorError) as error:

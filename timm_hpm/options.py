@@ -87,6 +87,10 @@ class CommonOptions:
     def __post_init__(self) -> None:
         check(self)
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Returns those of the options that are not None."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
 
 @dataclass(frozen=True)
 class RunOptions(CommonOptions):

@@ -4,8 +4,6 @@ The model's class becomes a subclass of the old one (`HPMResNet` of `ResNet`) wh
 No key of its state dict changes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,8 +20,6 @@ _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
 _WRAPPERS = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 _BY_HAND = (". By hand: put timm_hpm.HPMHead(num_features, num_classes) in the classifier's place, behind features (B, "
             "num_features)")
-# The registries of an nn.Module.
-_REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 class UnsupportedHeadError(ValueError):
@@ -49,22 +45,21 @@ class HPMMixin(WholeLoading):
             args, kwargs: as the model's own `reset_classifier` takes them, `global_pool` first.
 
         Raises:
-            UnsupportedHeadError: if an HPM head cannot replace the new classifier, such as without pooling. The model
-                does not change then, nor after any other error.
+            UnsupportedHeadError: if an HPM head cannot replace the new classifier, such as without pooling; the model
+                then has that classifier.
         """
         base: Any = super()
         path: Any = self.head_path
-        with _all_or_nothing(self):
-            if head_name(self) is not None:
-                self.head_config = _take_head(self)
-            if path is None:
-                base.reset_classifier(num_classes, *args, **kwargs)
-            else:
-                _reset_layer(self, path, num_classes)
-                self.num_classes = num_classes
-            if num_classes > 0:
-                self.get_submodule(find_classifier(self, path)).train(self.training)
-                _put_head(self, path, self.head_config)
+        if head_name(self) is not None:
+            self.head_config = _take_head(self)
+        if path is None:
+            base.reset_classifier(num_classes, *args, **kwargs)
+        else:
+            _reset_layer(self, path, num_classes)
+            self.num_classes = num_classes
+        if num_classes > 0:
+            self.get_submodule(find_classifier(self, path)).train(self.training)
+            _put_head(self, path, self.head_config)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters without weight decay: the model's own, and the scale of the head."""
@@ -348,23 +343,3 @@ def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:
         parent.__class__ = _ATTENTION_POOLS.get(type(parent), type(parent))
     elif isinstance(parent, _ProjectPooled):
         parent.__class__ = _base_class(type(parent))
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Restores the classes and attributes of a model's modules if the block raises."""
-    before = [
-        (module, type(module), dict(vars(module)), [dict(vars(module)[name]) for name in _REGISTRIES])
-        for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, registries in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, content in zip(_REGISTRIES, registries, strict=True):
-                attributes[name].clear()
-                attributes[name].update(content)
-        raise

@@ -34,10 +34,10 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers have a repr that `parse` cannot read
+            object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers have a repr that `of` cannot read
         except (TypeError, ValueError):
             raise ValueError(f"eps is {self.eps!r}; expected a number, in units of the pixel range. Texts such as "
-                             "'Linf:8/255' are read by ThreatModel.parse") from None
+                             "'Linf:8/255' are read by ThreatModel.of") from None
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
         if not (math.isfinite(self.eps) and self.eps > 0):
@@ -54,37 +54,25 @@ class ThreatModel:
 
     @classmethod
     def of(cls, threat: "str | ThreatModel") -> "ThreatModel":
-        """Returns `threat`, or the threat model of its text; see `parse`.
+        """Returns `threat`, or the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
 
         Raises:
-            ValueError: if it is neither, or the text is malformed.
+            ValueError: if it is neither, the text is malformed, or `ThreatModel` refuses its values.
         """
         if isinstance(threat, cls):
             return threat
-        if not isinstance(threat, str):
-            raise ValueError(f"threat is {threat!r}, of the type {type(threat).__name__}; expected a ThreatModel or a "
-                             "text such as 'Linf:8/255'")
-        return cls.parse(threat)
-
-    @classmethod
-    def parse(cls, text: str) -> "ThreatModel":
-        """Returns the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
-
-        Raises:
-            ValueError: if the text is malformed, or `ThreatModel` refuses its values.
-        """
-        match = re.fullmatch(r"([^:]+):(.+)", text.strip())
+        match = re.fullmatch(r"([^:]+):(.+)", threat.strip()) if isinstance(threat, str) else None
         try:
             if match is None:
                 raise ValueError
             eps = parse_number(match[2])
         except (ValueError, ZeroDivisionError):
-            raise ValueError(f"cannot read the threat model {text!r}; expected NORM:EPS such as Linf:8/255 or L2:0.5, "
-                             f"with a norm of {', '.join(NORMS)}") from None
+            raise ValueError(f"cannot read the threat model {threat!r}; expected NORM:EPS such as Linf:8/255 or L2:0.5 "
+                             f"(of {', '.join(NORMS)}), or a ThreatModel") from None
         return cls(match[1].strip(), eps)
 
     def __str__(self) -> str:
-        """Returns a text that `parse` reads back to an equal threat model."""
+        """Returns a text that `of` reads back to an equal threat model."""
         number = round(self.eps * 255)
         # Short decimals stay decimals, although 0.2 is also 51/255.
         if number / 255 == self.eps and len(repr(self.eps)) > 5:

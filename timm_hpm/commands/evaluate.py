@@ -9,17 +9,16 @@ from accelerate import PartialState
 
 from ..console import show
 from ..deadline import OutOfTime
-from ..evaluation.command import load_report, merged, rejudge_folder, run
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
+from ..evaluation.folder import load_report, merged, rejudge_folder, run
 from ..evaluation.msa import PARTIAL, STOPPED
 from ..evaluation.robustbench import AUTHORS_FIELDS
 from ..evaluation.sweep import PAGE, SWEEP
-from ..files import use_any_console
 from ..models.constructors import named_again
 from ..options import given_options
 from ..report import compare as compare_reports
-from ..report.command import DOOR, shell_line
 from ..report.markdown import comparison_markdown, report_markdown
+from ..report.shell import DOOR, shell_line
 from ..report.sweep_page import sweep_markdown
 from .parser import Parser
 
@@ -58,7 +57,6 @@ def _add_folders(parser: Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs an evaluation; returns the exit code."""
-    use_any_console()
     args, given = parse_args(argv)
     if args.compare:
         return _compare(*args.compare)
@@ -118,17 +116,18 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
             raise
         print(f"\nstopped; to go on: {_resuming(config, output, args)}", file=sys.stderr)
         return 130
-    if reports and STOPPED in reports[-1].protocol:
-        show(report_markdown(reports[-1]))
-        pages = [str(path) for path in sorted(output.rglob(f"{PARTIAL}/report.html"))]
-        print(f"stopped {reports[-1].protocol[STOPPED]}; written: {', '.join(pages)}; to go on: "
-              f"{_resuming(config, output, args)}")
+    if not reports:
         return 0
-    if reports:
-        several = len(reports) > 1 or config.eps_sweep
-        show(sweep_markdown(reports) if several else report_markdown(reports[0]))
-        page = output / (SWEEP if several else PAGE)
-        print(f"{output} holds a finished run" if finished else f"written: {page}, and the files beside it")
+    cut = reports[-1].protocol.get(STOPPED)
+    several = not cut and (len(reports) > 1 or config.eps_sweep)
+    show(sweep_markdown(reports) if several else report_markdown(reports[-1]))
+    if cut:
+        pages = ", ".join(map(str, sorted(output.rglob(f"{PARTIAL}/report.html"))))
+        print(f"stopped {cut}; written: {pages}; to go on: {_resuming(config, output, args)}")
+    elif finished:
+        print(f"{output} holds a finished run")
+    else:
+        print(f"written: {output / (SWEEP if several else PAGE)}, and the files beside it")
     return 0
 
 

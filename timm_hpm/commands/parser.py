@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..names import did_you_mean
-from ..report.command import DOOR
+from ..report.shell import DOOR
 
 
 class Parser(argparse.ArgumentParser):

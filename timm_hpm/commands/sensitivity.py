@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from ..data import SPLITS, as_pixel_model, first_images
-from ..evaluation.command import load_model, open_images
 from ..evaluation.config import EvaluateConfig
+from ..evaluation.folder import load_model, open_images
 from ..evaluation.sweep import parse_radii
-from ..files import default_folder, use_any_console, writable_folder, write_text
+from ..files import default_folder, writable_folder, write_text
 from ..head import INFERENCE_MODES, check_inference
 from ..models.create import class_names
 from ..options import CommonOptions, given_options, option
@@ -53,7 +53,6 @@ class SensitivityConfig(CommonOptions):
 
 def main(argv: list[str] | None = None) -> int:
     """Measures the networks; returns the exit code."""
-    use_any_console()
     parser = Parser("sensitivity", _EXAMPLES, _ABOUT)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(output/sensitivity-<model>-<date>)")
     args, given = given_options(parser, SensitivityConfig, argv)
@@ -78,7 +77,7 @@ def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivi
     options = EvaluateConfig(**shared, checkpoint=checkpoint, device=config.device, split=config.split)
     model = load_model(options)
     split = open_images(options, model)
-    threat = ThreatModel.parse(config.threat or split.threat)
+    threat = ThreatModel.of(config.threat or split.threat)
     radii = parse_radii(config.radii) if config.radii else [threat.eps * i * 0.3 for i in range(6)]
     images, labels = first_images(split, config.num_images, config.workers)
     study = measure_sensitivity(as_pixel_model(model, config.mean, config.std), images, labels, threat.norm, radii,

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from ..files import default_folder
 from ..models.constructors import named_again
 from ..options import given_options
-from ..report.command import DOOR, shell_line
+from ..report.shell import DOOR, shell_line
 from ..training import Stopped, TrainConfig, train
 from ..training.header import row_text
 from ..training.run_folder import measuring_command, saved_options

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
+from torchvision.datasets.folder import make_dataset
 
 from ..names import some
 
@@ -127,28 +128,21 @@ def image_folder(folder: Path) -> Part:
     A warning names the classes without an image, and counts the files passed over.
     """
     classes = class_folders(folder)
-    found: list[str] = []
-    labels: list[int] = []
-    others = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
-    suffixes = _suffixes()
-    for number, name in enumerate(classes):
-        for root, _, names in sorted(os.walk(folder / name, followlinks=True)):
-            for path in (os.path.join(root, name) for name in sorted(names)):
-                if os.path.splitext(path)[1].lower() in suffixes:
-                    found.append(path)
-                    labels.append(number)
-                else:
-                    others.append(path)
-    if not found:
+    every = {os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names}
+    samples = make_dataset(str(folder), {name: number for number, name in enumerate(classes)}, tuple(_suffixes()),
+                           allow_empty=True) if classes else []
+    others = sorted(every - {path for path, _ in samples})
+    if not samples:
         raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it"
                          + _passed_over(others))
+    labels = [label for _, label in samples]
     empty = [repr(classes[number]) for number in sorted(set(range(len(classes))) - set(labels))]
     if empty:
         warnings.warn(f"{folder} has no image in {len(empty)} of its {len(classes)} class folders: {some(empty)}. "
                       "They count as classes", stacklevel=2)
     if others:
         warnings.warn(f"{folder}{_passed_over(others)}", stacklevel=2)
-    return Part(EncodedImages.of_files(found), torch.tensor(labels), len(classes), classes)
+    return Part(EncodedImages.of_files([path for path, _ in samples]), torch.tensor(labels), len(classes), classes)
 
 
 def _passed_over(files: list[str]) -> str:

@@ -5,7 +5,7 @@ checks of AutoAttack). timm_hpm/report/flags.md has the meaning and the remedy o
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import margin_loss
 from ..data import ask
-from ..head import head_mode, head_name
+from ..head import head_name, mode_if_any
 from ..report import TRUE_MODEL, Flag
 from ..report.metrics import attack_of
 from ..surgery import HPMMixin
@@ -121,7 +121,7 @@ def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
 
     An HPM head's batch mode does so by design: the network below it is checked.
     """
-    with head_mode(model, "fc") if head_name(model) is not None else nullcontext():
+    with mode_if_any(model, "fc"):
         alone = ask(model, images)
         if _difference(model, alone, ask(model, images)):
             return None  # random logits prove nothing about the batch

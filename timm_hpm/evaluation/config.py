@@ -51,7 +51,7 @@ class EvaluateConfig(RunOptions):
     batch_size: int = option(
         100, _ATTACK, "images per judged batch; in batch mode the predictions depend on it", "-b", least=1)
     protocol: str = option("standard", _ATTACK, "attacks and budgets; the next four options make it a custom one",
-                           choices=(*PROTOCOLS, "custom"))
+                           choices=PROTOCOLS)
     surrogates: tuple[str, ...] | None = option(
         None, _ATTACK, f"surrogates to attack through, of {', '.join(SURROGATES)} (those that differ)")
     attacks: tuple[str, ...] | None = option(
@@ -66,8 +66,6 @@ class EvaluateConfig(RunOptions):
         None, _ATTACK, "batch sizes at which to measure how often a clean image flips when an adversary controls the "
                        "rest of its batch; none for no measurement (standard and fast: those of "
                        f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep: none)")
-    neighbours_mix: tuple[float, ...] | None = option(
-        None, _ATTACK, "values of the head's mix at which to measure that (its own)")
     surrogates_at_once: int | None = option(
         None, _ATTACK, "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
                        "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
@@ -79,31 +77,14 @@ class EvaluateConfig(RunOptions):
         super().__post_init__()
         for mode in self.inference or ():
             check_inference(mode)
-        if self.protocol == "custom" and not self.is_custom:
-            raise ValueError("--protocol custom says nothing by itself; give --surrogates, --attacks, --budget or "
-                             "--full-grid")
-        attacks = self.attacks or PROTOCOLS[self.base_protocol].attacks
+        attacks = self.attacks or PROTOCOLS[self.protocol].attacks
         unused = [name for name in self.budgets() if name in ATTACKS and name not in attacks]
         if unused:
             raise ValueError(f"--budget is given for {', '.join(unused)}, which is not among the attacks that are run, "
                              f"{', '.join(attacks)}; name it in --attacks, or leave its budget out")
-        for name, value in self.own_arguments().items():
-            other = (self.model_kwargs or {}).get(name, value)
-            if value is not None and other != value:
-                raise ValueError(f"--{name.replace('_', '-')} is {value} and --model-kwargs {name}={other}; give one "
-                                 "of them")
         if self.class_subset and self.class_map:
             raise ValueError("--class-subset and --class-map both number the classes; give one of them")
         self.radii()
-
-    def own_arguments(self) -> dict[str, int | None]:
-        """Returns the arguments of timm.create_model that have an option of their own."""
-        return {"num_classes": self.num_classes, "in_chans": self.in_chans}
-
-    @property
-    def base_protocol(self) -> str:
-        """Returns the name of the protocol that the other options change."""
-        return "standard" if self.protocol == "custom" else self.protocol
 
     @property
     def is_custom(self) -> bool:

@@ -2,13 +2,13 @@
 
 import json
 import os
-from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .. import rules
 from ..attacks import predicted_classes
 from ..data import (
     PixelModel,
@@ -21,14 +21,17 @@ from ..data import (
     checked_integer,
     normalisation_of,
 )
-from ..head import find_head, head_mode, head_name
+from ..head import find_head, head_mode, mode_if_any, own_mode
 from ..report import data_digest
-from ..report.command import AUTOCAST
+from ..report.shell import AUTOCAST
 from ..seeding import seeded_verdict
 from ..threat import ThreatModel
 
 # Images whose candidates are checked at once.
 _AT_ONCE: Final = 256
+# Entries of a saved protocol that `rejudge` needs.
+_SAVED: Final = dict.fromkeys(("threat", "data_digest", "inference"), rules.TEXT) | {
+    "batch_size": rules.COUNT, "mix": rules.or_none(rules.NUMBER), "normalisation": rules.or_none(rules.OBJECT)}
 
 
 class NonFiniteLogitsError(ValueError):
@@ -113,7 +116,7 @@ def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
 
     In batch mode one image with features that are not finite makes every logit of its batch NaN.
     """
-    if logits.isfinite().all() or head_name(model) is None or find_head(model).inference != "batch":
+    if logits.isfinite().all() or own_mode(model) != "batch":
         return logits
     with head_mode(model, "sample"):
         alone = ask(model, images)
@@ -141,31 +144,31 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     if digest != protocol["data_digest"]:
         raise ValueError(f"{path} holds images or labels that are not those of its run: their data_digest is {digest}, "
                          f"the protocol's {protocol['data_digest']}. Run the attack again with --save-adversarial")
-    threat = ThreatModel.parse(protocol["threat"])
-    now, there = (kept and (kept["mean"], kept["std"]) for kept in (
-        normalisation_of(pixel_model_for(model, clean)), protocol["normalisation"]))
-    if now != there:
-        raise ValueError(f"the model normalises pixels by mean and std {now}, that of {path} by {there}; give the same "
-                         "(evaluate.py --mean, --std; timm_hpm.PixelModel)")
-    draws = getattr(model, "draws", 1), protocol.get("eot", 1)
-    if draws[0] != draws[1]:
-        raise ValueError(f"the model averages {draws[0]} draws, that of {path} {draws[1]}; give the same (evaluate.py "
-                         "--eot; timm_hpm.PixelModel)")
+    threat = ThreatModel.of(protocol["threat"])
     precision = precision_of(model, device_of(model, clean))
-    if precision != protocol.get("precision", precision):
-        raise ValueError(f"the model is judged in {precision}, that of {path} in {protocol['precision']}; give the "
-                         "same (evaluate.py --amp, --amp-dtype; torch.autocast)")
+    for name, now, there, option in (
+            ("mean and std", _mean_and_std(normalisation_of(pixel_model_for(model, clean))),
+             _mean_and_std(protocol["normalisation"]), "--mean, --std; timm_hpm.PixelModel"),
+            ("draws", getattr(model, "draws", 1), protocol.get("eot", 1), "--eot; timm_hpm.PixelModel"),
+            ("precision", precision, protocol.get("precision", precision), "--amp, --amp-dtype; torch.autocast"),
+            ("mix", None if own_mode(model) == "none" else find_head(model).mix, protocol["mix"],
+             "--model-kwargs mix=")):
+        if now != there:
+            raise ValueError(f"the model's {name} is {now}, that of {path} is {there}; give the same (evaluate.py "
+                             f"{option})")
     del clean  # candidates are in memory one set at a time
     mode = protocol["inference"]
-    with nullcontext() if mode == "none" else head_mode(model, mode) as head:
-        if head is not None and head.mix != protocol["mix"]:
-            raise ValueError(f"the model's mix is {head.mix}, that of {path} is {protocol['mix']}; give the same")
+    with mode_if_any(model, mode):
         verdicts = {}
         for name in names:
             candidates = _saved_tensor(path, name)
             _check_candidates(path, name, candidates, threat)
             verdicts[name] = as_row(_judged_again(model, name, candidates, labels, protocol))
         return verdicts
+
+
+def _mean_and_std(normalisation: dict[str, Any] | None) -> Any:
+    return normalisation and (normalisation["mean"], normalisation["std"])
 
 
 def _judged_again(model: nn.Module, name: str, candidates: Tensor, labels: Tensor, protocol: dict[str, Any]) -> Tensor:
@@ -210,10 +213,8 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
                          "evaluate.py --save-adversarial wrote")
     try:
         protocol = json.loads(metadata["protocol"])
-        ThreatModel.parse(protocol["threat"])
-        if type(protocol["batch_size"]) is not int or not {
-                "data_digest", "inference", "mix", "normalisation"} <= protocol.keys():
-            raise ValueError("batch_size, data_digest, inference, mix or normalisation is missing")
+        rules.check_entries("its ", protocol, _SAVED)
+        ThreatModel.of(protocol["threat"])
         return protocol
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the protocol in {path} is damaged ({type(error).__name__}: {error}); run the attack "

@@ -98,8 +98,9 @@ def mixed_surrogate_attack(
     """
     batch_size, seed = checked_integer("batch_size", batch_size, 1), checked_integer("seed", seed, 0)
     threat, protocol = ThreatModel.of(threat), find_protocol(protocol).changed()
-    about = _in_json({} if about is None else about)
-    _check_folder(folder, save_adversarial, accelerator)
+    about = _in_json(about)
+    if save_adversarial and folder is None:
+        raise ValueError("save_adversarial needs a folder to write into")
     check_eval_mode(model)
     start = time.perf_counter()
     images, labels = for_gradients(images, labels)
@@ -120,7 +121,7 @@ def mixed_surrogate_attack(
             if save_adversarial and not (Path(folder) / ADVERSARIAL).exists():
                 raise ValueError(f"the run in {folder} is finished and has kept no {ADVERSARIAL}; leave out "
                                  "save_adversarial, or attack again in another folder")
-            _tidy(folder, report, accelerator)
+            _tidy(folder, accelerator)
             return report
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:
             run = Run(subject, threat, plan, save_adversarial, kept)
@@ -141,7 +142,7 @@ def mixed_surrogate_attack(
         if is_first(accelerator):
             report.save(Path(folder) / (PARTIAL if STOPPED in about else "") / REPORT)
         if STOPPED not in about:
-            _tidy(folder, report, accelerator)
+            _tidy(folder, accelerator)
     return report
 
 
@@ -168,22 +169,10 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
     return list(chain.from_iterable(whole)), min(len(whole) * size, len(images)), sum(earlier) / processes
 
 
-def _check_folder(folder: Any, save_adversarial: Any, accelerator: Any) -> None:
-    """Raises a ValueError if one of them is of another type, or candidates are to be saved without a folder."""
-    for name, value, kind, expected in (
-            ("folder", folder, str | os.PathLike | None, "a path or None"),
-            ("accelerator", accelerator, Accelerator | None, "an Accelerator or None"),
-            ("save_adversarial", save_adversarial, bool, "True or False, and the place as folder")):
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r}, of the type {type(value).__name__}; expected {expected}")
-    if save_adversarial and folder is None:
-        raise ValueError("save_adversarial needs a folder to write into")
-
-
-def _tidy(folder: str | os.PathLike, report: AttackReport, accelerator: Accelerator | None) -> None:
+def _tidy(folder: str | os.PathLike, accelerator: Accelerator | None) -> None:
     """Removes the progress of a finished run, also if an earlier process was stopped in between."""
     if is_first(accelerator):
-        remove_progress(Path(folder) / PROGRESS, report.protocol)
+        remove_progress(Path(folder) / PROGRESS)
         remove(Path(folder) / PARTIAL)
         remove_unfinished(folder)
 
@@ -204,16 +193,10 @@ def _progress_folder(folder: str | os.PathLike | None, run: dict[str, Any],
         yield kept if begins else ProgressFolder(place, run, begins=False)
 
 
-def _in_json(about: Mapping[str, Any]) -> dict[str, Any]:
+def _in_json(about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns `about` as JSON gives it back, such as lists in the place of tuples; raises a ValueError if it cannot."""
-    if not isinstance(about, Mapping):
-        raise ValueError(f"about is a {type(about).__name__}; expected a dictionary")
-    for name, value in about.items():
-        try:
-            if not isinstance(name, str):
-                raise TypeError("its name is no text")
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"about[{name!r}] cannot be written as JSON ({error}); expected texts, finite numbers, "
-                             "None, and lists or dictionaries of them") from error
-    return json.loads(json.dumps(dict(about)))
+    try:
+        return json.loads(json.dumps(dict(about or {}), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"about cannot be written as JSON ({error}); expected a dictionary of texts, finite numbers, "
+                         "None, and lists or dictionaries of them") from error

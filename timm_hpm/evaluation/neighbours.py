@@ -5,7 +5,6 @@ Only an HPM head in batch mode can flip so: a service that batches strangers' im
 
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from ..attacks import margin_loss
 from ..data import check_eval_mode, checked_integer, for_gradients
-from ..head import find_head
 from ..seeding import seeded
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
@@ -40,11 +38,10 @@ def measure_neighbours(
         threat: ThreatModel | str,
         *,
         batch_sizes: Sequence[int] = BATCH_SIZES,
-        mixes: Sequence[float] | None = None,
         num_targets: int = 50,
         seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Returns the number of clean, correctly classified targets that flip, by batch size, mix and kind of neighbours.
+    """Returns the number of clean, correctly classified targets that flip, by batch size and kind of neighbours.
 
     The kinds: `"chosen"`, clean images of the same set picked for each target by their features; `"adversarial"`, those
     also perturbed within `threat`, by 10 passes forward and backward of a batch a target; and `"reshuffled"`, without
@@ -57,7 +54,6 @@ def measure_neighbours(
         labels: (N,), class indices.
         threat: the threat model of the neighbours, or a text such as `"Linf:8/255"`.
         batch_sizes: images in a batch, from 2 to N.
-        mixes: values of the head's `mix` to try, in [0, 1]; None means its own.
         num_targets: number of targets, the first correct images; 0 for all of them.
         seed: of the random orders and the model's random numbers; the caller's random state is restored.
 
@@ -70,7 +66,7 @@ def measure_neighbours(
     """
     check_eval_mode(model)
     images, labels = for_gradients(images, labels)
-    check_neighbours(batch_sizes, mixes, len(images), num_targets)
+    check_neighbours(batch_sizes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
     check_one_draw(model)
     pixel_model = pixel_model_for(model, images)
@@ -81,39 +77,24 @@ def measure_neighbours(
     if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
         raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
                          "batch mode")
-    head = find_head(pixel_model)
     with torch.no_grad(), seeded(device, seed, "features"), without_autocast(example):
         features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
     rows = []
-    before = head.mix
-    with restored(model):
-        try:
-            for mix in (before,) if mixes is None else mixes:
-                head.mix = split.head.mix = mix
-                for size in batch_sizes:
-                    with seeded(device, seed, "neighbours", size, mix):
-                        search = _Search(pixel_model, split, images, labels, features, size)
-                        rows += [{"batch_size": size, "mix": mix} | row
-                                 for row in search.rows(threat, num_targets, seed)]
-        finally:
-            head.mix = before
+    for size in batch_sizes:
+        with restored(model), seeded(device, seed, "neighbours", size, split.head.mix):
+            search = _Search(pixel_model, split, images, labels, features, size)
+            rows += [{"batch_size": size, "mix": split.head.mix} | row
+                     for row in search.rows(threat, num_targets, seed)]
     return rows
 
 
-def check_neighbours(batch_sizes: Sequence[int], mixes: Sequence[float] | None, num_images: int,
-                   num_targets: int = 0) -> None:
+def check_neighbours(batch_sizes: Sequence[int], num_images: int, num_targets: int = 0) -> None:
     """Raises a ValueError unless `measure_neighbours` takes these arguments for so many images."""
-    for name, values in (("batch sizes", batch_sizes), ("mixes", mixes)):
-        if values is not None and not isinstance(values, Sequence):
-            raise ValueError(f"neighbours: the {name} are {values!r}; expected a list")
-        if values is not None and not values:
-            raise ValueError(f"neighbours: no {name} are given; expected at least one")
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes:
+        raise ValueError(f"neighbours: the batch sizes are {batch_sizes!r}; expected a list of at least one")
     for size in batch_sizes:
         if not 2 <= checked_integer("a batch size", size, 0) <= num_images:
             raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
-    for mix in mixes or ():
-        if not isinstance(mix, Real) or not 0 <= mix <= 1:
-            raise ValueError(f"a mix is {mix!r}; expected a number in [0, 1]")
     checked_integer("num_targets", num_targets, 0)
 
 

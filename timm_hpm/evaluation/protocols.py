@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any, Final
 
 from ..data import checked_integer
-from ..report.command import NAMED_PROTOCOLS
+from ..report.shell import NAMED_PROTOCOLS
 from ..surrogates import PLAIN, SURROGATES, check_names
 from .budget import Budget
 from .table import ATTACKS

@@ -1,18 +1,18 @@
 """`make_report`: the report of a run, from its steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from itertools import chain
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..report import ASSEMBLED, TRUE_MODEL, AttackReport, Flag
-from ..report.metrics import attack_of
+from ..report import ASSEMBLED, TRUE_MODEL, AttackReport, Convergence, Flag
+from ..report.metrics import attack_of, right_in_all
 from ..threat import ThreatModel
 from .checks import clean_flags
-from .convergence import measured_convergence
 from .plan import Plan
 from .resume import Step, no_cost
 from .run import first_examples
@@ -85,3 +85,29 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
             total[key] += value
         total["forward_passes"] += sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))
     return cost | {"all": total}
+
+
+def measured_convergence(steps: Sequence[Step]) -> Convergence:
+    """Returns the `Convergence` of the steps of all batches, in order."""
+    fell_after: list[float | None] = []
+    margins: list[float] = []
+    clean: list[float] = []
+    spent = {True: 0.0, False: 0.0}  # by whether an image of the batch is left
+    batches: list[list[Step]] = []
+    for step in steps:
+        if step.attack == "clean":
+            batches.append([])
+        batches[-1].append(step)
+    for batch in batches:
+        passes = 0.0
+        clean += [margin for margin in batch[0].margins if margin > 0]
+        fallen: list[float | None] = [None] * len(batch[0].margins)
+        for step in batch:
+            passes += (step.cost["forward_passes"] + step.cost["backward_passes"]) / max(step.attacked, 1)
+            right = right_in_all(step.correct.values())
+            fallen = [passes if before is None and not held else before
+                      for before, held in zip(fallen, right, strict=True)]
+        fell_after += fallen
+        margins += [float(f"{min(row):.6g}") for row in zip(*(step.margins for step in batch), strict=True)]
+        spent[None in fallen] = max(spent[None in fallen], passes)
+    return Convergence(fell_after, spent[True] or spent[False], margins, median(clean) if clean else None)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import remove_unfinished, replacing, tensor_bytes, writable_folder, write_text
+from ..files import remove, remove_unfinished, replacing, tensor_bytes, writable_folder, write_text
 from ..report import Example
 
 # One for all: thousands of small tensors between large freed ones would fragment the heap.
@@ -189,21 +188,9 @@ def _same(name: str, one: Any, other: Any) -> bool:
     return one == other
 
 
-def remove_progress(folder: Path, protocol: dict[str, Any]) -> None:
-    """Removes a `ProgressFolder` of the run that a report's protocol describes; any other folder stays as it is.
-
-    Of a link only the link goes. If the removal is stopped, `remove_unfinished` does the rest.
-    """
-    try:
-        run = unsealed((folder / _RUN).read_text(encoding="utf-8"))
-        expected = {**protocol, "save_adversarial": run["save_adversarial"]}
-        if not all(_same(name, value, expected[name]) for name, value in run.items()):
-            return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    folder.rename(temporary)
-    shutil.rmtree(temporary)
+def remove_progress(folder: Path) -> None:
+    """Removes a `ProgressFolder`, of a link only the link; if that is stopped, `remove_unfinished` does the rest."""
+    if (folder / _RUN).is_file():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        folder.rename(temporary)
+        remove(temporary)

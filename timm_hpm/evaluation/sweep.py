@@ -3,7 +3,6 @@
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..console import images_bar
 from ..deadline import is_over
 from ..files import write_text
-from ..head import check_inference, find_head, head_mode, head_name
+from ..head import check_inference, find_head, mode_if_any, own_mode
 from ..report import AttackReport
 from ..report.sweep_page import sweep_page
 from ..report.write import write_report
@@ -58,7 +57,6 @@ def sweep(
         folder: str | os.PathLike | None = None,
         accelerator: Accelerator | None = None,
         neighbours: Sequence[int] = (),
-        neighbours_mixes: Sequence[float] | None = None,
         about: Mapping[str, Any] | None = None,
         **options: Any,
 ) -> Iterator[AttackReport]:
@@ -78,7 +76,6 @@ def sweep(
             radius (`report_folder`).
         accelerator: of several processes; the first one writes.
         neighbours: batch sizes for `measure_neighbours`, which is called for a fitted head in batch mode.
-        neighbours_mixes: values of the head's `mix` for it; None means the head's own.
         about: further entries of each report's protocol.
         **options: the other arguments of `mixed_surrogate_attack`.
 
@@ -93,27 +90,25 @@ def sweep(
     for mode in modes or ():
         check_inference(mode)
         find_head(model)
-    if neighbours or neighbours_mixes is not None:
-        check_neighbours(neighbours, neighbours_mixes, len(images))
+    if neighbours:
+        check_neighbours(neighbours, len(images))
         check_one_draw(model)
-    if options.get("save_adversarial") and folder is None:
-        raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
     places = {} if folder is None else {
         entry: Path(folder) / (report_folder(*entry) if len(plan) > 1 else "") for entry in plan}
 
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = places.get((mode, threat))
-        with nullcontext() if mode == "none" else head_mode(model, mode):
-            pairs = _pairs(model, neighbours, neighbours_mixes)
-            asked = {"neighbours": list(neighbours), "neighbours_mixes": neighbours_mixes and list(neighbours_mixes)}
+        with mode_if_any(model, mode):
+            sizes = list(neighbours) if own_mode(model) == "batch" and find_head(model).is_fitted() else []
             report = mixed_surrogate_attack(model, images, labels, threat, folder=place, accelerator=accelerator,
-                                            about={**(about or {}), **(asked if pairs else {})}, **options)
+                                            about={**(about or {}), **({"neighbours": sizes} if sizes else {})},
+                                            **options)
             measure = partial(measure_neighbours, model, images, labels, threat, seed=options.get("seed", 0))
             if STOPPED not in report.protocol:
-                shown = bool(pairs and options.get("progress") and is_first(accelerator))
+                shown = bool(sizes and options.get("progress") and is_first(accelerator))
                 with images_bar(model, "neighbours", shown):
-                    report = _with_neighbours(report, pairs, measure, place, accelerator)
+                    report = _with_neighbours(report, sizes, measure, place, accelerator)
         if place is not None and is_first(accelerator):
             if STOPPED in report.protocol:
                 write_report(report, place / PARTIAL)
@@ -133,38 +128,24 @@ def sweep(
     return all_reports()
 
 
-def _pairs(model: nn.Module, sizes: Sequence[int], mixes: Sequence[float] | None) -> list[tuple[int, float]]:
-    """Returns the batch sizes and mixes for which neighbours are measured: none unless they can flip an image."""
-    if own_mode(model) != "batch" or not find_head(model).is_fitted():
-        return []
-    return [(size, mix) for mix in mixes or [find_head(model).mix] for size in sizes]
-
-
-def _with_neighbours(report: AttackReport, pairs: Sequence[tuple[int, float]], measure: Callable[..., Any],
+def _with_neighbours(report: AttackReport, sizes: Sequence[int], measure: Callable[..., Any],
                      place: Path | None, accelerator: Accelerator | None) -> AttackReport:
-    """Returns the report with the rows of `measure_neighbours` for the pairs that it lacks.
+    """Returns the report with the rows of `measure_neighbours` for the batch sizes that it lacks.
 
-    Each process measures one pair at a time, and the report is saved after each round of them. A `time_limit` cuts the
+    Each process measures one size at a time, and the report is saved after each round of them. A `time_limit` cuts the
     rounds, which the returned report says.
     """
-    done = {(row["batch_size"], row["mix"]) for row in report.neighbours}
-    missing = [pair for pair in pairs if pair not in done]
+    missing = [size for size in sizes if size not in {row["batch_size"] for row in report.neighbours}]
     rank, processes = rank_of(accelerator)
     for i in range(0, len(missing), processes):
         if any(gathered(accelerator, [is_over()])):
-            stopped = f"by a time limit, after {len(pairs) - len(missing) + i} of {len(pairs)} studies of neighbours"
+            stopped = f"by a time limit, after {len(sizes) - len(missing) + i} of {len(sizes)} studies of neighbours"
             return replace(report, protocol={**report.protocol, STOPPED: stopped})
-        rows = [row for size, mix in missing[i + rank:i + rank + 1]
-                for row in measure(batch_sizes=[size], mixes=[mix])]
+        rows = [row for size in missing[i + rank:i + rank + 1] for row in measure(batch_sizes=[size])]
         report = replace(report, neighbours=[*report.neighbours, *gathered(accelerator, rows)])
         if place is not None and is_first(accelerator):
             report.save(place / REPORT)
     return report
-
-
-def own_mode(model: nn.Module) -> str:
-    """Returns the inference mode of a model's HPM head, `"none"` if it has no HPM head."""
-    return "none" if head_name(model) is None else find_head(model).inference
 
 
 def report_folder(mode: str, threat: ThreatModel) -> str:
@@ -174,7 +155,7 @@ def report_folder(mode: str, threat: ThreatModel) -> str:
 
 def save_sweep(reports: Sequence[AttackReport], folder: str | os.PathLike) -> None:
     """Writes sweep.html beside the reports of a `sweep`; it links to their pages."""
-    folders = [report_folder(report.protocol["inference"], ThreatModel.parse(report.protocol["threat"])) + "/"
+    folders = [report_folder(report.protocol["inference"], ThreatModel.of(report.protocol["threat"])) + "/"
                for report in reports] if len(reports) > 1 else [""]
     write_text(Path(folder) / SWEEP, sweep_page(reports, [f"{place}{PAGE}" for place in folders]))
 

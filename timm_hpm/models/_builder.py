@@ -26,11 +26,11 @@ from ..checkpoints import (
     reading,
     unwrap,
 )
-from ..formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, weights_only
 from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from .constructors import HEAD_ARGS
+from .formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation
 from .preact import PreActNet
 from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 from .tags import is_whole, names_weights, own_cfg, tag_args

@@ -16,12 +16,12 @@ from timm.models._hub import download_from_hf
 
 from ..checkpoints import check_architecture, fitting, read_file, reading, unwrap
 from ..data import ImageSplit, data_source, open_split
-from ..formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from ..guards import check_size, shortened, weights_only, without_tokens
 from ..head import head_name
 from ..names import did_you_mean
 from .configs import read_config
 from .constructors import construct, is_constructor
+from .formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from .hpm_timm import register_saved
 from .saving import CONFIG, WEIGHTS, config_args, config_fields, in_chans, saved_config
 

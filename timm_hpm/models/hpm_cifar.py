@@ -10,8 +10,8 @@ from timm.models.xcit import Xcit
 from timm.models.xcit import checkpoint_filter_fn as xcit_filter_fn
 from torch import nn
 
-from ..formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
 from ._builder import build_variant, creator, register_entrypoint
+from .formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
 from .function import StatedFunction
 from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 

@@ -7,9 +7,9 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, model_entrypoint
 
-from ..formats import plain_state_dict, xcit_state_dict
 from ..names import did_you_mean
 from ._builder import build_variant, register_entrypoint
+from .formats import plain_state_dict, xcit_state_dict
 from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
 #: The bases that `import timm_hpm` registers; `register_hpm` adds others.

@@ -33,33 +33,23 @@ def load_model(
     Raises:
         ValueError: if no network or more than one fits; the message lists the candidates, or the nearest names.
     """
-    wanted = {key: value for key, value in (("name", name), ("dataset", dataset), ("threat", threat)) if value}
     threat = ThreatModel.of(threat) if threat else None
-    known = _known()
-    fitting = {full: about for full, about in known.items() if _fits(full, about, dataset, threat)}
+    cfgs = {full: get_pretrained_cfg(full) for full in timm.list_pretrained("hpm_*")}
+    known = {full: cfg.notes for full, cfg in cfgs.items() if cfg and cfg.notes}
+    fitting = [full for full, notes in known.items() if _fits(full, notes, dataset, threat)]
     if name is not None:
         exact = [full for full in fitting if name in (full, full.partition(".")[2])]
-        fitting = {full: fitting[full] for full in exact or [full for full in fitting if name in full]}
+        fitting = exact or [full for full in fitting if name in full]
     if len(fitting) != 1:
-        asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted.items()) or "nothing"
+        wanted = (("name", name), ("dataset", dataset), ("threat", threat))
+        asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted if value) or "nothing"
         if not fitting:
-            names = dict.fromkeys([*known, *(full.partition(".")[2] for full in known)])
-            hint = "" if any((name or "") in full for full in known) else did_you_mean(name, names)
-            raise ValueError(f"no network fits {asked}{hint}; timm.list_pretrained('hpm_*') and docs/models.md list "
-                             "the known ones")
-        lines = "".join(f"\n    {full}: {'; '.join(about)}" for full, about in fitting.items())
+            near = did_you_mean(name, [*known, *(full.partition(".")[2] for full in known)])
+            raise ValueError(f"no network fits {asked}{near}; the known ones are in timm.list_pretrained('hpm_*') and "
+                             "docs/models.md")
+        lines = "".join(f"\n    {full}: {'; '.join(known[full])}" for full in fitting)
         raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
-    return create_model(*fitting, pretrained=True, **model_args).eval()
-
-
-def _known() -> dict[str, tuple[str, ...]]:
-    """Returns the notes of all tags with weights and a threat model."""
-    notes = {}
-    for full in timm.list_pretrained("hpm_*"):
-        cfg = get_pretrained_cfg(full)
-        if cfg is not None and cfg.notes and cfg.notes[0].startswith("threat model: "):
-            notes[full] = tuple(cfg.notes)
-    return notes
+    return create_model(fitting[0], pretrained=True, **model_args).eval()
 
 
 def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
@@ -67,4 +57,4 @@ def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: Threat
     # A tag is the authors and the year, if any, the data set and the norm.
     tag = re.sub(r"^[a-z]+\d{4}_|_(linf|l2)(_.*)?$", "", full.partition(".")[2])
     return (not part or _DATA_SETS.get(part, part) == tag) and (
-        threat is None or ThreatModel.parse(notes[0].partition(": ")[2]) == threat)
+        threat is None or ThreatModel.of(notes[0].partition(": ")[2]) == threat)

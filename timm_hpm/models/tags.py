@@ -53,7 +53,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 def weight_notes(threat: str, published: str | None = None) -> tuple[str, ...]:
     """Returns the `notes` of a cfg: the threat model, and the accuracies that the weights' authors published."""
-    ThreatModel.parse(threat)  # raises for a typing error
+    ThreatModel.of(threat)  # raises for a typing error
     notes = (f"threat model: {threat}",)
     return notes if published is None else (*notes, f"published, not re-measured: {published}")
 

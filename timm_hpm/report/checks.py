@@ -13,7 +13,7 @@ _DEEPEST: Final = 8
 
 def _is_threat(value: Any) -> bool:
     try:
-        return bool(ThreatModel.parse(value))
+        return bool(ThreatModel.of(value))
     except (ValueError, AttributeError):
         return False
 
@@ -51,7 +51,6 @@ _OPTIONAL: Final = {
     "normalisation": rules.or_none(_NORMALISATION),
     "full_grid": rules.TRUTH,
     "neighbours": rules.or_none(rules.array(rules.COUNT)),
-    "neighbours_mixes": rules.or_none(rules.array(rules.NUMBER)),
     "class_names": rules.or_none(rules.array(rules.STRING)),
     "options": rules.or_none(rules.OBJECT),
 }

@@ -9,10 +9,10 @@ from html import escape
 from typing import Final
 
 from . import svg
-from .command import evaluate_command, shell_lines
 from .flags import Flag, paragraph
 from .metrics import wilson_interval
 from .schema import AttackReport
+from .shell import evaluate_command, shell_lines
 from .tables import (
     INTERVAL,
     ROBUST,
@@ -167,8 +167,7 @@ def _with_words(name: str) -> str:
 
 
 def _convergence(report: AttackReport) -> list[str]:
-    steps = [svg.Step(fall.passes, fall.robust, fall.attack, f"after {fall.attack}, {fall.passes:,.0f} passes: "
-                      f"{percent(fall.robust)} %") for fall in falls(report)]
+    steps = falls(report)
     if not steps:
         return []
     return ["<h2>Has it converged?</h2>",

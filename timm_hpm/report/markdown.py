@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from .command import evaluate_command, shell_lines
 from .compare import Comparison
 from .flags import paragraph
 from .schema import AttackReport
+from .shell import evaluate_command, shell_lines
 from .tables import (
     INTERVAL,
     ROBUST,

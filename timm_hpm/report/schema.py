@@ -1,12 +1,10 @@
 """`AttackReport`: the verdicts of an evaluation, image by image, with its protocol."""
 
 import hashlib
+import io
 import json
 import os
-import pickle
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,21 +43,13 @@ def weights_digest(model: nn.Module) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     """Adds an entry of a state dict to a digest: a tensor, or a module's extra state, which can be any object."""
-    if isinstance(value, Mapping | list | tuple):
-        digest.update(f"{type(value).__name__} {len(value)}\n".encode())
-        for part in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
-            _add(digest, part)
-    elif not isinstance(value, Tensor):
-        plain = value is None or isinstance(value, str | bytes | int | float | torch.dtype | torch.Size)
-        digest.update(repr(value).encode() if plain else pickle.dumps(value))
-    else:
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
         digest.update(f" {value.dtype} {tuple(value.shape)}\n".encode())
-        if value.is_quantized:
-            per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
-            _add(digest, (value.q_per_channel_scales(), value.q_per_channel_zero_points()) if per_channel
-                 else (value.q_scale(), value.q_zero_point()))
-            value = value.int_repr()
-        digest.update(tensor_bytes(value.to_dense() if value.layout != torch.strided else value))
+        digest.update(tensor_bytes(value))
+    else:
+        file = io.BytesIO()
+        torch.save(value, file)
+        digest.update(file.getvalue())
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:

@@ -21,7 +21,7 @@ def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
     found: dict[str, dict[float, svg.Point]] = {}
     baseline: dict[float, svg.Point] = {}
     for report in reports:
-        eps, curve = ThreatModel.parse(report.protocol["threat"]).eps, found.setdefault(_mode_name(report), {})
+        eps, curve = ThreatModel.of(report.protocol["threat"]).eps, found.setdefault(_mode_name(report), {})
         curve.setdefault(0.0, _point(0.0, report.clean_accuracy, report))
         curve[eps] = _point(eps, report.robust_accuracy, report)
         if report.baseline:
@@ -50,7 +50,7 @@ def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> st
         links: the address of each report's own page, relative to this one; none leaves the links out.
     """
     head, rows = _table(reports)
-    threat = ThreatModel.parse(reports[0].protocol["threat"])
+    threat = ThreatModel.of(reports[0].protocol["threat"])
     flags = list(dict.fromkeys(
         Flag(flag.name, f"{_title(report)}: {flag.text}") for report in reports for flag in report.flags))
     items = [f"<li><a href='{escape(link, quote=True)}'>{escape(_title(report))}</a></li>"
@@ -74,7 +74,7 @@ def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]
                for name, curve in curves(reports).items()}
     for report in reports:
         if report.unreliable:
-            by_name[_mode_name(report)][ThreatModel.parse(report.protocol["threat"]).eps] += "†"
+            by_name[_mode_name(report)][ThreatModel.of(report.protocol["threat"]).eps] += "†"
     radii = sorted({eps for cells in by_name.values() for eps in cells})
     return ["eps", *by_name], [[f"{eps:.4g}", *(cells.get(eps, "") for cells in by_name.values())] for eps in radii]
 

@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from .metrics import attack_of, wilson_interval
 from .schema import AttackReport
+from .svg import Step
 
 #: The name of the robust accuracy among the `accuracies`.
 ROBUST: Final = "robust, worst case over all rows"
@@ -94,24 +95,18 @@ def attack_table(report: AttackReport) -> Table:
         for surrogate, row in report.by_surrogate.items()])
 
 
-class Fall(NamedTuple):
-    """The robust accuracy after so many forward and backward passes for each image, and the attack that came last."""
-
-    passes: float
-    robust: float
-    attack: str
-
-
-def falls(report: AttackReport) -> list[Fall]:
-    """Returns the falls of the robust accuracy with the passes, from that of clean images down; [] if unknown."""
+def falls(report: AttackReport) -> list[Step]:
+    """Returns the robust accuracy after so many forward and backward passes for each image; [] if unknown."""
     found = report.convergence
     if found is None or found.spent <= 0:
         return []
     attacks = {passes: attack_of(name) for passes, name in zip(found.fell_after, report.fell_to, strict=True) if passes}
-    ends = sorted({*attacks, found.spent})
-    robust = (sum(passes is None or passes > end for passes in found.fell_after) for end in ends)
-    return [Fall(end, right / report.num_images, attacks.get(end, "the end"))
-            for end, right in zip(ends, robust, strict=True)]
+    steps = []
+    for end in sorted({*attacks, found.spent}):
+        robust = sum(passes is None or passes > end for passes in found.fell_after) / report.num_images
+        attack = attacks.get(end, "the end")
+        steps.append(Step(end, robust, attack, f"after {attack}, {end:,.0f} passes: {percent(robust)} %"))
+    return steps
 
 
 def convergence_note(report: AttackReport) -> str:

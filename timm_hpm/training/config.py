@@ -110,7 +110,7 @@ class TrainConfig(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threat is not None:
-            ThreatModel.parse(self.threat)
+            ThreatModel.of(self.threat)
         if self.prototype_epoch is not None and self.prototype_epoch > self.epochs:
             raise ValueError(f"prototype_epoch is {self.prototype_epoch:g}, of {self.epochs} epochs; expected "
                              "no more, or the head would never have prototypes")

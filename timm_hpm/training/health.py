@@ -46,9 +46,3 @@ def kept_signs(row: Mapping[str, Any], labels: Tensor) -> dict[str, str]:
                           "not settled around the prototypes; train longer (--epochs, or a smaller --batch-size), or "
                           "keep the FC classifier (--model-kwargs inference=fc)"}
     return {}
-
-
-def forget_kept_signs(signs: dict[str, str]) -> None:
-    """Removes the signs of `kept_signs`: an extended run may keep another epoch."""
-    for name in ("chance", "behind"):
-        signs.pop(name, None)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..data import PixelModel, first_images
-from ..head import find_head, head_name
+from ..head import find_head, head_name, mode_if_any
 from ..report import data_digest
 from ..seeding import seeded
-from .setup import Data, fc_mode
+from .setup import Data
 
 # Images of each split that are kept by their numbers, and how far rounding takes these apart, relative to the largest.
 _IMAGES: Final = 8
@@ -27,7 +27,7 @@ def identity(model: Any, data: Data, further: Tensor | None) -> dict[str, Any]:
     pairs = [first_images(split, min(_IMAGES, len(split))) for split in (data.plain_train, data.val)]
     images, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     device = next(model.parameters()).device
-    with torch.no_grad(), seeded(device, 0, "identity"), fc_mode(model):
+    with torch.no_grad(), seeded(device, 0, "identity"), mode_if_any(model, "fc"):
         logits = PixelModel(model.eval())(images.to(device)).cpu()
     return {"labels": data_digest(torch.empty(0), labels),
             "head": None if head_name(model) is None else find_head(model).config(),

@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .extra import ExtraImages
 from .header import row_text, training_header
-from .health import epoch_signs, forget_kept_signs, kept_signs
+from .health import epoch_signs, kept_signs
 from .identity import check_identity, identity
 from .objectives import OBJECTIVES, Outputs, TrainingAttack
 from .recovery import Progress, RunState
@@ -77,7 +77,7 @@ class Run:
             self.data: Data = open_data(config, self.model, fresh)
         self.model.to(accelerator.device)
         self.config = broadcast_object_list([in_effect(config, self.model, self.data, fresh)])[0]
-        self.threat = ThreatModel.parse(str(self.config.threat))
+        self.threat = ThreatModel.of(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
         self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process)
         self.extra: ExtraImages | None = None
@@ -150,7 +150,8 @@ class Run:
         check_identity(self.progress.identity, self._identity())
         self.folder.restore_best(checkpoint)
         if checkpoint.config["epochs"] < self.config.epochs:
-            forget_kept_signs(self.progress.warnings)
+            for sign in ("chance", "behind"):  # of an epoch that need not be the kept one now
+                self.progress.warnings.pop(sign, None)
             self.folder.write_warnings(self.progress.warnings.values())
 
     def train(self) -> dict[str, Any]:

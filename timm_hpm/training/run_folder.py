@@ -18,7 +18,7 @@ from ..models.constructors import is_constructor
 from ..models.saving import CONFIG, WEIGHTS, write_model
 from ..options import read_options
 from ..report import svg
-from ..report.command import evaluate_command, shell_line
+from ..report.shell import evaluate_command, shell_line
 from .config import TrainConfig, differing
 from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
 

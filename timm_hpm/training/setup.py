@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from ..attacks.pgd import default_step_size
 from ..data import ImageSplit, PixelModel, check_every_class, check_logits, data_source, first_images
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
-from ..head import UnfittedHeadWarning, find_head, head_mode, head_name
+from ..head import UnfittedHeadWarning, find_head, mode_if_any, own_mode
 from ..models.constructors import describe, is_constructor
 from ..models.create import class_names, create_model, open_split_for
-from ..models.saving import OF_TRAINING, in_chans
+from ..models.saving import OF_TRAINING
 from ..threat import ThreatModel
 from .config import TrainConfig
 from .distributed import num_processes
@@ -46,29 +46,22 @@ class Data:
 
 def create_trainable(config: TrainConfig) -> Any:
     """Returns the model of a run, with its weights, on the CPU."""
-    given = _given(config, "num_classes", "in_chans")
-    given |= {f"{name}_rate": value for name, value in _given(config, "drop", "drop_path").items()}
-    twice = sorted(given.keys() & (config.model_kwargs or {}).keys())
-    if twice:
-        raise ValueError(f"{', '.join(twice)} is in the options and in model_kwargs; give it once")
+    given = config.given("num_classes", "in_chans")
+    given |= {f"{name}_rate": value for name, value in config.given("drop", "drop_path").items()}
     if config.initial_checkpoint is not None:
         # Loaded as a public checkpoint is: its format is converted, and a head of another size starts anew.
-        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **_given(config, "mean", "std")}
-    model = _quietly_created(config, pretrained=config.has_weights, new_head=True, **given, **size_argument(config),
-                             **(config.model_kwargs or {}))
+        given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **config.given("mean", "std")}
+    model = _quietly_created(config, pretrained=config.has_weights, new_head=True,
+                             **{**(config.model_kwargs or {}), **given, **size_argument(config)})
     return _ready(model, config)
 
 
 def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
     """Returns a caller's model, `described`, on the CPU."""
-    making = _given(config, "initial_checkpoint", "model_kwargs", "drop", "drop_path") | (
+    making = config.given("initial_checkpoint", "model_kwargs", "drop", "drop_path") | (
         {"pretrained": True} if config.pretrained else {})
     if making:
         raise ValueError(f"{', '.join(making)} makes a model, and the run is given one; leave it out")
-    has: Any = {"num_classes": model.num_classes, "in_chans": in_chans(model)}
-    for name, value in _given(config, *has).items():
-        if value != has[name]:
-            raise ValueError(f"{name} is {value}, and the model has {has[name]}; leave it out")
     return _ready(model.cpu(), config)
 
 
@@ -78,37 +71,28 @@ def described(model: Any, config: TrainConfig) -> Any:
         size = data_source(config.dataset).image_size
         if config.num_classes is not None and not hasattr(model, "num_classes"):
             model.num_classes = config.num_classes
-        describe(model, None, ({"input_size": size} if size else {}) | _given(config, "mean", "std"))
+        describe(model, None, ({"input_size": size} if size else {}) | config.given("mean", "std"))
     return model
 
 
 def _ready(model: Any, config: TrainConfig) -> Any:
-    if _predicts_by_fc(model) and head_name(model) is not None:
+    if own_mode(model) == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
-    if config.batch_prototypes == "global" and (_predicts_by_fc(model) or find_head(model).inference != "batch"):
+    if config.batch_prototypes == "global" and own_mode(model) != "batch":
         raise ValueError("batch_prototypes is global, and the model makes no batch-level prototypes; expected an HPM "
                          "head in batch mode: give --model-kwargs inference=batch, or leave batch_prototypes out")
     # The trained weights are not those of the tag.
-    model.pretrained_cfg.update(tag=None, **_given(config, "mean", "std"))
+    model.pretrained_cfg.update(tag=None, **config.given("mean", "std"))
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
             raise ValueError(f"{config.model} has no gradient checkpointing ({error}); leave it out") from error
-    if config.batch_size == 1 and not config.freeze_backbone and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
-                         "of one image; expected at least 2, or --freeze-backbone")
     return model
 
 
 def _predicts_by_fc(model: nn.Module) -> bool:
-    return head_name(model) is None or find_head(model).inference == "fc"
-
-
-def fc_mode(model: nn.Module) -> Any:
-    """Returns a context in which the model predicts by its FC classifier."""
-    return nullcontext() if head_name(model) is None else head_mode(model, "fc")
+    return own_mode(model) in ("none", "fc")
 
 
 def size_argument(config: TrainConfig) -> dict[str, Any]:
@@ -120,10 +104,6 @@ def size_argument(config: TrainConfig) -> dict[str, Any]:
     cfg = _quietly_created(config, pretrained=False, num_classes=0).pretrained_cfg
     same = all(side == config.img_size for side in cfg["input_size"][1:])
     return {"img_size": config.img_size} if cfg.get("fixed_input_size") and not same else {}
-
-
-def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def _quietly_created(config: TrainConfig, **arguments: Any) -> Any:
@@ -168,7 +148,7 @@ def _check_launcher(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def create_optimizer(config: TrainConfig, model: Any) -> Any:
     """Returns timm's optimizer for a model, or raises a ValueError if timm does not make it."""
-    own = {name.removeprefix("opt_"): value for name, value in _given(config, "opt_eps", "opt_betas").items()}
+    own = {name.removeprefix("opt_"): value for name, value in config.given("opt_eps", "opt_betas").items()}
     make = partial(create_optimizer_v2, model, config.opt, lr=config.lr, weight_decay=config.weight_decay,
                    momentum=config.momentum, layer_decay=config.layer_decay, **(config.opt_kwargs or {}))
     try:
@@ -187,7 +167,7 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
 
 def in_effect(config: TrainConfig, model: Any, data: Data, fresh: bool) -> TrainConfig:
     """Returns the options with the defaults that depend on the model and the data."""
-    threat = ThreatModel.parse(config.threat or data.train.threat)
+    threat = ThreatModel.of(config.threat or data.train.threat)
     step = config.attack_step_size
     if step is not None and step > 2 * threat.eps:
         raise ValueError(f"attack_step_size is {step:g}, in units of pixels in [0, 1], and the ball of {threat} is "
@@ -224,7 +204,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> boo
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
     mode = model.training
-    with fc_mode(model):
+    with mode_if_any(model, "fc"):
         right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
     model.train(mode)
     share = labels.bincount().max().item() / len(labels)
@@ -249,7 +229,7 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
     # timm saves the names only if the number is right.
     cfg.update(label_names=data.train.class_names or class_names(model), num_classes=model.num_classes)
     if data.train.mean is not None and fresh:
-        cfg.update({"mean": data.train.mean, "std": data.train.std} | _given(config, "mean", "std"))
+        cfg.update({"mean": data.train.mean, "std": data.train.std} | config.given("mean", "std"))
     pixels = data.train[0][0].unsqueeze(0)
     for name in ("mean", "std"):
         if len(cfg[name]) != len(pixels[0]):
@@ -263,7 +243,7 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
     mode = model.training
     try:
-        with torch.no_grad(), fc_mode(model), _narrow_convolutions(model) as narrow:
+        with torch.no_grad(), mode_if_any(model, "fc"), _narrow_convolutions(model) as narrow:
             logits = check_logits(PixelModel(model.eval())(pixels), 1)
         if logits.shape[1] != model.num_classes:
             raise ValueError(f"it returns {logits.shape[1]} logits for {model.num_classes} classes")

@@ -14,7 +14,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
-from .checkpoints import CheckpointError, NormalisationWarning, unwrap
+from ..checkpoints import CheckpointError, NormalisationWarning, unwrap
 
 # Prefixes of every key: of nn.DataParallel, torch.compile, a wrapper's attribute, and a Sequential.
 _PREFIXES: Final = ("module.", "_orig_mod.", "model.", "0.", "1.")
@@ -183,13 +183,12 @@ def _without_normaliser(
 
 def _without_second_copy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns a state dict without MadryLab's `attacker.model.*`, the same network once more."""
-    copies = [key for key in state_dict if key.startswith("attacker.model.")]
-    first = {key: state_dict.get(key.removeprefix("attacker.")) for key in copies}
-    different = [key for key, value in first.items() if value is None or not torch.equal(value, state_dict[key])]
-    if different:
-        raise CheckpointError("the checkpoint holds two networks, model.* and attacker.model.*, that differ in "
-                              f"{', '.join(different)}; expected the same one twice")
-    return {key: value for key, value in state_dict.items() if key not in first}
+    copies = {key: value for key, value in state_dict.items() if key.startswith("attacker.model.")}
+    if not all(torch.equal(value, state_dict.get(key.removeprefix("attacker."), torch.empty(0)))
+               for key, value in copies.items()):
+        raise CheckpointError("the checkpoint holds two networks, model.* and attacker.model.*, that differ; expected "
+                              "the same one twice")
+    return {key: value for key, value in state_dict.items() if key not in copies}
 
 
 def small_resnet_state_dict(checkpoint: Any, mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""An evaluation by its options: loads the model and the images, attacks, and writes the reports into a folder."""
+"""The folder of an evaluation: a run by its options that writes its reports there, judged again, and merged."""
 
 import json
 import sys
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..data import ImageSplit, as_pixel_model, first_images
 from ..deadline import time_limit
-from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
-from ..head import find_head
+from ..files import default_folder, locked, remove_unfinished, writable_folder, write_text
+from ..head import find_head, own_mode
 from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..report import TRUE_MODEL, AttackReport, merge_reports
-from ..report.command import DATA_OPTIONS, DOOR, MODEL_OPTIONS
+from ..report.shell import DATA_OPTIONS, DOOR, MODEL_OPTIONS
 from ..report.write import write_report
 from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
@@ -32,7 +32,7 @@ from .neighbours import BATCH_SIZES, check_neighbours
 from .processes import is_first, several_processes
 from .protocols import PROTOCOLS
 from .robustbench import parse_known, save_model_info
-from .sweep import SWEEP, own_mode, save_sweep, sweep
+from .sweep import SWEEP, save_sweep, sweep
 from .threads import use_threads
 
 _SMALL_IMAGE = 64 * 64
@@ -77,33 +77,23 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
               resume: bool) -> list[AttackReport]:
     model = load_model(config, accelerator)
     split = open_images(config, model)
-    threat = ThreatModel.parse(config.threat or split.threat)
+    threat = ThreatModel.of(config.threat or split.threat)
     images, labels = first_images(split, config.num_images, config.workers)
     options = _attack_options(config, model, images)
     pixel_model = as_pixel_model(model, config.mean, config.std, config.eot)
     config = replace(config, threads=use_threads(config.threads, pixel_model, images[:config.batch_size]))
     about = _about(config, model, split)
-    begins = False
-    try:
-        with time_limit(config.seconds()), mixed_precision(config):
-            if is_first(accelerator) and not (output / REPORT).exists():
-                print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
-                                        modes=config.inference, batch_size=config.batch_size, accelerator=accelerator,
-                                        time_limit=config.time_limit),
-                      file=sys.stderr)
-                if accelerator is not None:
-                    print(idle_note(len(images), config.batch_size, accelerator.num_processes), end="",
-                          file=sys.stderr)
-            begins = is_first(accelerator) and begin(config, output, resume)
-            return list(sweep(
-                pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
-                folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
-                about=about, **options))
-    except ValueError:
-        # Nothing was attacked yet, so the mended command must find no earlier run.
-        if begins and [path.name for path in output.rglob("*") if path.is_file() and path.name != LOCK] == [OPTIONS]:
-            (output / OPTIONS).unlink()
-        raise
+    with time_limit(config.seconds()), mixed_precision(config):
+        if is_first(accelerator) and not (output / REPORT).exists():
+            print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
+                                    modes=config.inference, batch_size=config.batch_size, accelerator=accelerator,
+                                    time_limit=config.time_limit), file=sys.stderr)
+        if is_first(accelerator):
+            begin(config, output, resume)
+        return list(sweep(
+            pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+            folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
+            about=about, **options))
 
 
 def mixed_precision(config: EvaluateConfig) -> AbstractContextManager[Any]:
@@ -122,16 +112,17 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
         skips = config.is_custom or config.eps_sweep or config.eot > 1
         neighbours = () if skips else tuple(
             size for size in BATCH_SIZES if size <= min(len(images), config.batch_size))
-    if config.neighbours or config.neighbours_mix:
-        check_neighbours(neighbours, config.neighbours_mix, len(images))
-        _check_measures_neighbours(model, list(config.inference or [own_mode(model)]))
+    if config.neighbours:
+        check_neighbours(neighbours, len(images))
+        if "batch" not in (config.inference or [own_mode(model)]) or not find_head(model).is_fitted():
+            raise ValueError("--neighbours measures how neighbours in a batch flip predictions; it needs a fitted HPM "
+                             "head and --inference batch")
     at_once = config.surrogates_at_once
     if at_once is None:
         at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
-    protocol = PROTOCOLS[config.base_protocol].changed(config.surrogates or None, config.attacks or None,
+    protocol = PROTOCOLS[config.protocol].changed(config.surrogates or None, config.attacks or None,
                                                        config.budgets(), config.full_grid or None, at_once)
-    return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours,
-            "neighbours_mixes": config.neighbours_mix}
+    return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours}
 
 
 def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, Any]:
@@ -149,28 +140,8 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
     return about | ({"class_names": list(names)} if names else {})
 
 
-def idle_note(num_images: int, batch_size: int, processes: int) -> str:
-    """Returns a line on the processes without a batch to attack, or "" if each has one."""
-    batches = -(-num_images // batch_size)
-    if batches >= processes:
-        return ""
-    return (f"{num_images} images in batches of {batch_size} make {batches} to attack, so {processes - batches} of the "
-            f"{processes} processes have none. A smaller --batch-size makes more; in batch mode the "
-            "predictions depend on it\n")
-
-
-def _check_measures_neighbours(model: nn.Module, modes: list[str]) -> None:
-    """Raises a ValueError if neighbours matter in none of the modes; prints those in which they do not matter."""
-    others = [mode for mode in modes if mode != "batch"]
-    if others == modes or not find_head(model).is_fitted():
-        raise ValueError("--neighbours measures how neighbours in a batch flip predictions, and here they do not "
-                         f"(inference mode {', '.join(modes)}); it needs a fitted HPM head and --inference batch")
-    if others:
-        print(f"--neighbours are measured in batch mode only, not in {', '.join(others)}", file=sys.stderr)
-
-
-def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> bool:
-    """Writes the options of a run into its folder, unless that holds another run; returns whether the run begins."""
+def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> None:
+    """Writes the options of a run into its folder, unless that holds another run."""
     found = [name for name in ("report.json", "adversarial.safetensors", SWEEP, OPTIONS) if (output / name).exists()]
     if found and not (resume and OPTIONS in found):
         raise ValueError(f"{output} holds the {found[0]} of an earlier run"
@@ -180,16 +151,14 @@ def begin(config: EvaluateConfig, output: Path, resume: bool = False) -> bool:
     if resume and OPTIONS not in found:
         print(f"{output} holds no run yet; this begins one there", file=sys.stderr)
     write_text(output / OPTIONS, json.dumps(config.to_saved(), indent=1) + "\n")
-    return OPTIONS not in found
 
 
 def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -> Any:
     """Returns the model of the options, in eval mode, on this process's device."""
     device = usable_device(config.device)
     pretrained = config.checkpoint is None if config.pretrained is None else config.pretrained
-    arguments = dict(config.model_kwargs or {})
-    arguments |= {name: value for name, value in config.own_arguments().items() if value is not None}
-    own = {name: value for name, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+    arguments = (config.model_kwargs or {}) | config.given("num_classes", "in_chans")
+    own = config.given("mean", "std")
     if config.checkpoint and own:
         arguments["pretrained_cfg_overlay"] = {**(arguments.get("pretrained_cfg_overlay") or {}), **own}
     model = create_model(config.model, pretrained=pretrained, checkpoint=config.checkpoint, **arguments)
@@ -257,13 +226,11 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
     saved = saved_options(folder, without=("inference", "device"))
     named_again(saved.get("model", ""), given, folder)
     config = EvaluateConfig(**{**saved, **given})
-    with several_processes(config.device) as accelerator:
-        model = load_model(config, accelerator)
-        model = as_pixel_model(model, config.mean, config.std, config.eot)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)  # others round differently
-        with mixed_precision(config):
-            return _compared_verdicts(model, folder)
+    model = as_pixel_model(load_model(config), config.mean, config.std, config.eot)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # others round differently
+    with mixed_precision(config):
+        return _compared_verdicts(model, folder)
 
 
 def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:

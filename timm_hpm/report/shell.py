@@ -98,7 +98,6 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
     elif "attacks" in protocol:
         surrogates = protocol.get("surrogates") or []
         options = {
-            "protocol": "custom",
             # A plain classifier is its own only surrogate, which has no name among the options.
             "surrogates": "" if surrogates == ["model"] else ",".join(surrogates),
             "attacks": ",".join(protocol["attacks"]),
@@ -107,7 +106,6 @@ def _attack_options(protocol: Mapping[str, Any]) -> dict[str, Any]:
         }
     if options:
         options["neighbours"] = ",".join(map(str, protocol.get("neighbours") or ["none"]))
-        options["neighbours_mix"] = ",".join(map(str, protocol.get("neighbours_mixes") or []))
     return options
 
 

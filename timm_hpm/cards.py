@@ -22,15 +22,10 @@ from .report.tables import cell, protocol_table
 
 TAGS: Final = ("image-classification", "timm", "timm_hpm", "adversarial-robustness")
 
-# Data sets by their names in `timm_hpm.data` and in tags: the Hub's id, and how a sentence calls it.
+# The Hub's ids of data sets.
 _DATASETS: Final = {
-    "digits": ("sklearn-digits", "handwritten digits of scikit-learn"),
-    "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
-    "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
-    "svhn": ("ufldl-stanford/svhn", "SVHN"),
-    "tiny": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
-    "tiny_imagenet": ("zh-plus/tiny-imagenet", "Tiny ImageNet"),
-    "imagenet": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
+    "digits": "sklearn-digits", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
+    "svhn": "ufldl-stanford/svhn", "tiny_imagenet": "zh-plus/tiny-imagenet", "imagenet": "ILSVRC/imagenet-1k",
 }
 # A card lists so many classes.
 _MOST_CLASSES: Final = 100
@@ -237,15 +232,6 @@ def _origin(cfg: Mapping[str, Any]) -> str:
     return "\n".join(["## Origin", "", *lines]) if lines else ""
 
 
-def _dataset(cfg: Mapping[str, Any], report: AttackReport | None) -> str | None:
-    """Returns our name of the data set: the report's, or one that the tag names."""
-    if report is not None:
-        return report.protocol.get("dataset", "").removeprefix("torch/") or None
-    if not cfg.get("notes"):  # weights of one's own, built by any tag
-        return None
-    return next((part for part in str(cfg.get("tag") or "").split("_") if part in _DATASETS), None)
-
-
 def _data(
         title: str,
         cfg: Mapping[str, Any],
@@ -253,15 +239,14 @@ def _data(
         license: str | None,
         base_model: str | None,
 ) -> ModelCardData:
-    dataset = _dataset(cfg, report)
-    hub_id = _DATASETS[dataset][0] if dataset in _DATASETS else None
-    results = _results(report) if report is not None else None
+    dataset = None if report is None else report.protocol.get("dataset", "").removeprefix("torch/")
+    results = None if report is None else _results(report, dataset or "unknown")
     return ModelCardData(
         license=(license or cfg.get("license") or "unknown").lower(),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=list(TAGS),
-        datasets=[hub_id] if hub_id else None,
+        datasets=[_DATASETS[dataset]] if dataset in _DATASETS else None,
         base_model=base_model,
         metrics=["accuracy"],
         model_name=title if results else None,
@@ -269,12 +254,10 @@ def _data(
     )
 
 
-def _results(report: AttackReport) -> list[EvalResult]:
+def _results(report: AttackReport, dataset: str) -> list[EvalResult]:
     protocol = report.protocol
-    dataset = protocol.get("dataset", "unknown").removeprefix("torch/")
-    hub_id, text = _DATASETS.get(dataset, (dataset, dataset))
     common: dict[str, Any] = {
-        "task_type": "image-classification", "dataset_type": hub_id, "dataset_name": text,
+        "task_type": "image-classification", "dataset_type": _DATASETS.get(dataset, dataset), "dataset_name": dataset,
         "dataset_split": protocol.get("split"), "metric_type": "accuracy",
     }
     attacked = f"Mixed Surrogate Attack, {protocol['threat']}, mode {protocol['inference']}"

@@ -168,20 +168,11 @@ def measure_sensitivity(
         for mode in modes:
             for threat in threats:
                 with seeded(device, seed, mode, str(threat)):
-                    strong, naive = study.attack(mode, threat, iterations)
-                rows.append(study.row(mode, threat.eps, clean[mode], study.at(mode, strong), study.at(mode, naive)))
+                    rows.append(study.row(mode, threat, clean[mode], iterations))
                 bar.update()
     protocol = {"norm": norm, "images": len(images), "iterations": iterations, "batch_size": batch_size, "seed": seed}
     return Sensitivity(name or type(model).__name__, protocol,
-                       {mode: float((at.margins > 0).float().mean()) for mode, at in clean.items()}, tuple(rows))
-
-
-@dataclass(frozen=True)
-class _At:
-    """Features (N, d) and margins (N,) of a head at some images."""
-
-    features: Tensor
-    margins: Tensor
+                       {mode: float((margins > 0).float().mean()) for mode, (_, margins) in clean.items()}, tuple(rows))
 
 
 class _Study:
@@ -208,13 +199,13 @@ class _Study:
         return torch.cat([self.attacked.features(batch).float() for batch in images.split(self.batch_size)])
 
     @torch.no_grad()
-    def at(self, mode: str, images: Tensor) -> _At:
-        """Returns features and margins of a head at `images` (N, ...), in whole batches."""
+    def at(self, mode: str, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features (N, d) and margins (N,) of a head at `images` (N, ...), in whole batches."""
         with head_mode(self.head, mode):
             features = self._features(images)
             logits = torch.cat([self.head(batch.to(self.head.weight.dtype)).float()
                                 for batch in features.split(self.batch_size)])
-        return _At(features, -margin_loss(logits, self.labels))
+        return features, -margin_loss(logits, self.labels)
 
     def attack(self, mode: str, threat: ThreatModel, iterations: int) -> tuple[Tensor, Tensor]:
         """Returns the points of largest margin loss and of largest cross-entropy, each (N, ...)."""
@@ -225,15 +216,16 @@ class _Study:
                     points.append(apgd(self._logits, x, y, threat, iterations, loss).largest)
         return torch.cat(found[0]), torch.cat(found[1])
 
-    def row(self, mode: str, eps: float, clean: _At, strong: _At, naive: _At) -> HeadSensitivity:
-        """Returns a head's movement over all images and over those of each class."""
-        shift = (strong.features - clean.features).norm(dim=1) / self.spread
-        held_naive = (clean.margins > 0) & (naive.margins > 0)
-        held = held_naive & (strong.margins > 0)
-        columns = torch.stack([held.float(), held_naive.float(), shift, clean.margins, clean.margins - strong.margins])
+    def row(self, mode: str, threat: ThreatModel, clean: tuple[Tensor, Tensor], iterations: int) -> HeadSensitivity:
+        """Attacks a head, and returns its movement over all images and over those of each class."""
+        strong, naive = (self.at(mode, points) for points in self.attack(mode, threat, iterations))
+        shift = (strong[0] - clean[0]).norm(dim=1) / self.spread
+        held_naive = (clean[1] > 0) & (naive[1] > 0)
+        held = held_naive & (strong[1] > 0)
+        columns = torch.stack([held.float(), held_naive.float(), shift, clean[1], clean[1] - strong[1]])
 
         def movement(chosen: Tensor) -> Movement:
             return Movement(int(chosen.sum()), *columns[:, chosen].mean(dim=1).tolist())
 
         by_class = {int(label): movement(self.labels == label) for label in self.labels.unique()}
-        return HeadSensitivity(mode, eps, movement(torch.ones_like(self.labels, dtype=torch.bool)), by_class)
+        return HeadSensitivity(mode, threat.eps, movement(torch.ones_like(self.labels, dtype=torch.bool)), by_class)

@@ -120,8 +120,8 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
     at_once = config.surrogates_at_once
     if at_once is None:
         at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
-    protocol = PROTOCOLS[config.protocol].changed(config.surrogates or None, config.attacks or None,
-                                                       config.budgets(), config.full_grid or None, at_once)
+    protocol = PROTOCOLS[config.protocol].changed(config.surrogates or None, config.attacks or None, config.budgets(),
+                                                  config.full_grid or None, at_once)
     return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours}
 
 

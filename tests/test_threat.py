@@ -46,7 +46,7 @@ TEXT = r"expected NORM:EPS such as Linf:8/255 or L2:0\.5.*Linf, L2"
 
 
 @pytest.mark.parametrize(("threat", "message"), [
-    *((value, "expected a ThreatModel or a text") for value in (None, 0.3, True, ("Linf", 0.3), b"Linf:0.3")),
+    *((value, "or a ThreatModel") for value in (None, 0.3, True, ("Linf", 0.3), b"Linf:0.3")),
     *((text, f"'{text}'.*{TEXT}") for text in (
         "", "Linf", "8/255", "0.3", "Linf:", "Linf:8/", "Linf:eight", "Linf:8/255/2", "Linf:8/0", "Linf=8/255",
         "Linf:8:255")),

@@ -126,11 +126,12 @@ def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Ma
     rows = [["base, head", "clean", "worst case", "realised", "attacks on FC alone", "flipped"]]
     for name, heads in bases.items():
         for (mode, judged), reports in _ordered(heads):
-            claims = reports if judged == "fc" else alone.get(name, {}).get((mode, judged), {})
+            claim, claims = (worst, reports) if judged == "fc" else (
+                claimed, alone.get(name, {}).get((mode, judged), {}))
             rows.append([f"{name}, {_title(mode, judged)}",
                          *(spread([rule(report) for report in reports.values()]) for rule in _rules(judged)),
                          *[""] * (judged != "batch"),
-                         spread([claimed(report) for report in claims.values()]) if claims else "",
+                         spread([claim(report) for report in claims.values()]) if claims else "",
                          neighbours(list(reports.values()))])
         for (mode, judged), reports in _ordered(again.get(name, {})):
             first = heads[mode, judged].values()

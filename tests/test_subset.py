@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 
 import evaluate
 import timm_hpm
-from timm_hpm import AttackReport, PixelModel, find_head
+from timm_hpm import PROTOCOLS, AttackReport, PixelModel, find_head
 from timm_hpm.evaluation import Budget
 from timm_hpm.subset import keep_classes, read_subset
 
@@ -79,6 +79,22 @@ def test_labels_predictions_and_attacks_are_those_of_the_subset(tmp_path, monkey
         assert PixelModel(model)(images).shape == (len(images), 3)
 
 
+@pytest.mark.parametrize("kind", ["timm", "wrapped", "module of pixels"])
+def test_the_labels_of_a_data_set_by_name_are_those_of_a_reordered_subset(kind):
+    order = [3, 1, 2, 0, *range(4, 10)]  # as many classes, so that their number tells nothing
+    network = timm.create_model(EMBEDDED, pretrained=True).eval()
+    if kind == "module of pixels":
+        classifier = torch.nn.Linear(128, 10)
+        classifier.weight, classifier.bias = find_head(network).weight, find_head(network).bias
+        network.reset_classifier(0)
+        network = torch.nn.Sequential(PixelModel(network), classifier).eval()
+        network.num_classes = 10
+    model = keep_classes(network, order)
+    report = timm_hpm.evaluate(PixelModel(model) if kind == "wrapped" else model, "digits", num_images=20,
+                               protocol=PROTOCOLS["fast"].changed(attacks=["square"], budgets={"square": Budget(1)}))
+    assert report.clean_accuracy > 0.9
+
+
 def test_bad_subsets_are_named(tmp_path):
     model = timm.create_model(EMBEDDED, pretrained=True)
     for classes, message in ((["3", "cat"], "the class 'cat', which the model has not; expected numbers from 0 to 9"),
@@ -88,6 +104,10 @@ def test_bad_subsets_are_named(tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)):
             keep_classes(model, classes)
     assert model.num_classes == 10
+    model.pretrained_cfg["label_names"] = ["crane", *"abcdefgh", "crane"]
+    with pytest.raises(ValueError, match=r"'crane', and 2 classes of the model have that name; give its number"):
+        keep_classes(model, ["a", "crane"])
+    del model.pretrained_cfg["label_names"]
     with pytest.raises(ValueError, match=r"cannot read the class subset .*none\.txt.*Expected a text file"):
         read_subset(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="Linear has no num_classes, by which a subset is chosen"):

@@ -20,7 +20,7 @@ def keep_classes(model: Any, classes: Sequence[str | int]) -> Any:
 
     The rows of the other classes leave the classifier's weight and bias and the prototypes of an HPM head. The kept
     classes are numbered in the order of `classes`. The model's attribute `class_map` gets the new number of each class
-    name, −1 if it is left out, for `open_split`.
+    name, −1 if it is left out, by which `evaluate`, `train` and `open_split` number the labels.
 
     Arguments:
         model: its classifier is a Linear layer, a 1×1 convolution or an HPM head.
@@ -55,8 +55,8 @@ def keep_classes(model: Any, classes: Sequence[str | int]) -> Any:
     kept = [names[number] for number in numbers]
     network.num_classes = len(kept)
     network.class_map = dict.fromkeys(names, -1) | {name: number for number, name in enumerate(kept)}
-    network.pretrained_cfg = {**(getattr(network, "pretrained_cfg", None) or {}), "num_classes": len(kept),
-                              "label_names": kept}
+    if cfg := getattr(network, "pretrained_cfg", None):  # with one, a module of pixels would be normalised
+        network.pretrained_cfg = {**cfg, "num_classes": len(kept), "label_names": kept}
     return model
 
 
@@ -85,6 +85,9 @@ def read_subset(file: str | os.PathLike) -> list[str]:
 
 def _number(one: str | int, names: Sequence[str]) -> int:
     if isinstance(one, str) and one in names:
+        if names.count(one) > 1:
+            raise ValueError(f"the subset has the class {one!r}, and {names.count(one)} classes of the model have that "
+                             "name; give its number")
         return names.index(one)
     number = int(one) if isinstance(one, int) or one.isdecimal() else -1
     if not 0 <= number < len(names):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data import as_pixel_model, first_images, open_split
+from ..data import PixelModel, as_pixel_model, first_images, open_split, unwrapped
 from ..head import head_mode
 from ..models.create import open_split_for
 from ..report import AttackReport
@@ -51,8 +51,10 @@ def evaluate(
     """
     about = dict(options.pop("about", None) or {})
     if isinstance(data, str):
-        opened = (open_split_for(model, data, split, data_dir=data_dir) if hasattr(model, "pretrained_cfg")
-                  else open_split(data, split, data_dir=data_dir))
+        network: Any = unwrapped(model)
+        network = unwrapped(network.model) if isinstance(network, PixelModel) else network
+        opened = (open_split_for(network, data, split, data_dir=data_dir) if hasattr(network, "pretrained_cfg")
+                  else open_split(data, split, data_dir=data_dir, class_map=getattr(network, "class_map", None)))
         images, labels = first_images(opened, num_images)
         threat = opened.threat if threat is None else threat
         about = {"dataset": data, "split": split} | about

@@ -183,7 +183,7 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
     """Returns `open_split(dataset, split, **options)` in the size, the channels and the classes that `model` takes.
 
     `img_size` is the side to which images are resized as they are decoded; `crop_pct` and `interpolation`, of
-    decoded images, `model` takes over. None means the model's own.
+    decoded images, `model` takes over. None means the model's own. The class map of `keep_classes` is the default.
     """
     cfg = model.pretrained_cfg
     source = data_source(dataset)
@@ -196,6 +196,8 @@ def open_split_for(model: Any, dataset: str, split: str, *, img_size: int | None
     if img_size is None and source.image_size is not None and not cfg.get("fixed_input_size"):
         height, width = source.image_size[1:]
     if options.get("class_map") is None:
+        options["class_map"] = getattr(model, "class_map", None)
+    if options["class_map"] is None:
         _check_num_classes(model, dataset, source.num_classes)
     opened = open_split(dataset, split, num_classes=model.num_classes, input_size=(in_chans(model), height, width),
                         crop_pct=cfg.get("crop_pct") or 1.0, interpolation=cfg.get("interpolation") or "bicubic",

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from protocols import run_attack
 from safetensors.torch import save_file
 from torch import nn
@@ -167,3 +168,15 @@ def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path
     assert reports[0].correct == reports[1].correct
     assert [report.protocol["normalisation"]["source"].partition(",")[0] for report in reports] == [
         "assumed", "given as mean and std"]
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_network_of_torchvision_without_normalisation_is_named(has_head):
+    network = torchvision.models.squeezenet1_1(num_classes=4) if not has_head else timm_hpm.add_hpm_head(
+        torchvision.models.shufflenet_v2_x0_5(num_classes=4))
+    images, labels = torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+    def attack(model):
+        return timm_hpm.attack(model, images, labels, "Linf:0.1", "square", budget=1)
+    with pytest.warns(timm_hpm.NormalisationWarning, match=r"is torchvision's.*PixelModel\(model, mean, std\)"):
+        attack(network.eval())
+    attack(timm_hpm.PixelModel(network, (0.5,) * 3, (0.5,) * 3))

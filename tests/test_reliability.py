@@ -352,8 +352,8 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
 
 @pytest.mark.parametrize("option", [
     {"full_grid": 1}, {"full_grid": torch.tensor([])}, {"mean": 0.5}, {"mean": [None]}, {"mean": "0.5"},
-    {"mean": []}, {"mean": [float("nan")]}, {"std": True}, {"std": {0.5: 1}}, {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]},
-    {"attacks": torch.tensor(1)}, {"attacks": 1}, {"surrogates": "fc"}])
+    {"mean": []}, {"mean": [127]}, {"mean": [float("nan")]}, {"std": True}, {"std": {0.5: 1}},
+    {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}, {"attacks": torch.tensor(1)}, {"attacks": 1}, {"surrogates": "fc"}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
         if option.keys() <= {"mean", "std"}:

@@ -50,6 +50,9 @@ class PixelModel(WholeLoading):
         if not (values["std"] > 0).all() or len(values["std"]) != len(values["mean"]):
             raise ValueError(f"std is {tuple(values['std'].flatten().tolist())}; expected positive numbers, as many as "
                              f"the mean has, {len(values['mean'])}")
+        if (values["mean"] > 1).any():
+            raise ValueError(f"mean is {tuple(values['mean'].flatten().tolist())}; expected that of pixels in [0, 1], "
+                             "at most 1. Of bytes, divide mean and std by 255")
         named = getattr(unwrapped(model), "normalisation_source", None)
         if named is None:
             named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"

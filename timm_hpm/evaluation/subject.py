@@ -1,16 +1,19 @@
 """`Subject`: the model that is evaluated, and the description and the checks of it in a report."""
 
 import platform
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .. import __version__
 from ..attacks import margin_loss
+from ..checkpoints import NormalisationWarning
 from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of, unwrapped
 from ..functional import in_autocast
 from ..head import find_head, head_name
@@ -46,6 +49,7 @@ class Subject:
     def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
         """Returns the subject; raises unless the model's logits of its first batch are a classifier's."""
         pixel_model = pixel_model_for(model, images)
+        _warn_of_torchvision(pixel_model)
         device = device_of(pixel_model, images)
         example = images[:batch_size].to(device)
         # A model may draw random numbers at each call.
@@ -128,6 +132,16 @@ class Subject:
             "versions": {"python": platform.python_version(), "timm-hpm": __version__} | {
                 package: version(package) for package in ("torch", "timm")},
         }
+
+
+def _warn_of_torchvision(pixel_model: nn.Module) -> None:
+    """Warns that a network of torchvision gets pixels in [0, 1]: its public weights expect them normalised."""
+    if any(kind.__module__.startswith("torchvision.models") for kind in type(unwrapped(pixel_model)).__mro__):
+        warnings.warn(
+            f"{type(unwrapped(pixel_model)).__name__} is torchvision's, whose weights expect pixels normalised by mean "
+            f"{IMAGENET_DEFAULT_MEAN} and std {IMAGENET_DEFAULT_STD}, and here it gets pixels in [0, 1]. Give mean and "
+            "std: timm_hpm.PixelModel(model, mean, std); (0, 0, 0) and (1, 1, 1) if it takes pixels as they are",
+            NormalisationWarning, stacklevel=2)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ def test_the_digits_as_a_split_are_those_in_memory():
     split = open_split("digits", "val", input_size=(1, 8, 8), num_classes=10)
     images, labels = load_split("digits", "val").tensors
     assert split.class_names == tuple("0123456789")
-    assert len(split) == 360 and split.num_classes == 10 and split.num_channels == 1 and split.in_memory
+    assert len(split) == 360 and split.num_classes == 10 and split.num_channels == 1
     assert all(torch.equal(split[i][0], images[i]) and split[i][1] == labels[i] for i in range(360))
     for n, expected in ((7, 7), (0, 360), (360, 360)):
         got = first_images(split, n)
@@ -241,7 +241,7 @@ def test_a_file_that_unfolds_to_a_gigabyte_is_refused_before_it_fills_the_memory
 def test_torchvision_reads_its_own_layout(tmp_path):
     arrays = write_fashion_mnist(tmp_path / "FashionMNIST" / "raw")
     split = open_split("Torch/Fashion_MNIST", "test", data_dir=tmp_path, input_size=(1, 28, 28))
-    assert split.num_classes == 10 and split.in_memory and len(set(split.class_names)) == 10
+    assert split.num_classes == 10 and len(set(split.class_names)) == 10
     images, labels = first_images(split, 3)
     assert torch.equal(images, torch.from_numpy(arrays["t10k-images-idx3-ubyte"][:3, None]).float() / 255)
     assert labels.tolist() == [0, 1, 2]
@@ -272,7 +272,6 @@ def test_a_folder_without_test_is_measured_on_val_and_holds_out_of_train(folder)
     images = [content for split in splits.values() for content in contents(split)]
     assert len(set(images)) == len(images) == 70
     for split in splits.values():
-        assert not split.in_memory
         pixels, labels = first_images(split)
         assert pixels.shape[1:] == (3, 16, 16) and pixels.dtype == torch.float32
         check_pixels(pixels, labels, 3)

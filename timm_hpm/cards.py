@@ -73,7 +73,7 @@ def model_card(
     fitted = head is not None and head.is_fitted()
     parts = {
         "title": escaped(title),
-        "opening": opening.strip() or _opening(cfg, model, "" if plain else " with an HPM head" if fitted else
+        "opening": opening.strip() or _opening(cfg, "" if plain else " with an HPM head" if fitted else
                                                " with an HPM head that has no prototypes yet"),
         "usage": _usage(name, cfg, register),
         "classes": _classes(cfg, report),
@@ -114,12 +114,9 @@ def tag_card(name: str, folder: str | Path | None = None) -> str:
         notes=notes.read_text(encoding="utf-8") if folder and notes.is_file() else "", base_model=cfg.hf_hub_id)
 
 
-def _opening(cfg: Mapping[str, Any], model: nn.Module | None, head: str) -> str:
-    number = 0 if model is None else sum(p.numel() for p in model.parameters())
-    size = f" ({number / 1e6:.1f} million parameters)" if number >= 1e6 else (
-        f" ({number / 1e3:.0f} thousand parameters)" if number else "")
+def _opening(cfg: Mapping[str, Any], head: str) -> str:
     shape = "×".join(map(str, cfg["input_size"]))
-    return (f"{_code(cfg['architecture'])}{size}{head}, for images of {shape} and {cfg['num_classes']} classes: an "
+    return (f"{_code(cfg['architecture'])}{head}, for images of {shape} and {cfg['num_classes']} classes: an "
             "adversarially robust classifier for timm.")
 
 
@@ -157,9 +154,8 @@ def _classes(cfg: Mapping[str, Any], report: AttackReport | None) -> str:
 def _mode_sentence(head: HPMHead | None) -> str:
     if head is None:
         return "A new HPM head has mix 0.5 and the mode `dataset`; without prototypes every mode is `fc`."
-    if not head.is_fitted():
-        return f"This head has mix {head.mix} and the mode `{head.inference}`; without prototypes every mode is `fc`."
-    return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`."
+    rest = "" if head.is_fitted() else "; without prototypes every mode is `fc`"
+    return f"This head has mix {head.mix}, EMA decay {head.ema_decay} and the mode `{head.inference}`{rest}."
 
 
 def _training(training: Mapping[str, Any] | None) -> str:

@@ -45,7 +45,6 @@ class ImageSplit(Dataset):
         num_classes: classes of the data set; a split may lack some, see `check_every_class`.
         class_names: of each class, "" if the class map leaves it out; None if the data set has no names.
         num_channels: channels of an image.
-        in_memory: whether the images lie in memory, small and all of one size; others are read from files, resized.
         threat: the threat model that the data set is usually measured under, such as "Linf:8/255".
         mean, std: the usual normalisation of its models, one value a channel; None if there is none.
     """
@@ -56,7 +55,6 @@ class ImageSplit(Dataset):
         self.num_classes = part.num_classes
         self.class_names = part.class_names
         self.num_channels = num_channels
-        self.in_memory = isinstance(part.images, Tensor)
         self.threat = source.threat
         self.mean = source.mean
         self.std = source.std

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
-from .checks import check_report
 from .convergence import Convergence
 from .examples import Example
 from .flags import Flag
 from .metrics import attack_of, most_errors_accuracy, right_in_all, wilson_interval, worst_accuracy
+from .well_formed import check_report
 
 #: Version of report.json that this package writes and reads.
 SCHEMA_VERSION: Final = 2

@@ -189,8 +189,14 @@ def _same(name: str, one: Any, other: Any) -> bool:
 
 
 def remove_progress(folder: Path) -> None:
-    """Removes a `ProgressFolder`, of a link only the link; if that is stopped, `remove_unfinished` does the rest."""
-    if (folder / _RUN).is_file():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        folder.rename(temporary)
-        remove(temporary)
+    """Removes a `ProgressFolder`, of a link only the link; any other folder stays as it is.
+
+    If the removal is stopped, `remove_unfinished` does the rest.
+    """
+    try:
+        unsealed((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.rename(temporary)
+    remove(temporary)

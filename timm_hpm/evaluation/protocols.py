@@ -136,7 +136,7 @@ _STANDARD: Final = {name: attack.budget for name, attack in ATTACKS.items()
                     if not name.startswith(("search", "apgd-pm"))}
 _FAST: Final = {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
                 "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}
-_STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(1_000), "apgd-t": Budget(50, targets=2),
+_STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(600), "apgd-t": Budget(50, targets=2),
                           "square": Budget(1_000)}
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
@@ -147,7 +147,7 @@ PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", _STANDARD, plain=_STANDARD_PLAIN),
-        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(350), "square": Budget(100)}),
+        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(250), "square": Budget(100)}),
         Protocol("thorough", _STANDARD | {"search": Budget(1_000)},
                  plain=_STANDARD_PLAIN | {"search-on": Budget(10_000)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),

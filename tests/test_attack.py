@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import timm_hpm
 from timm_hpm import PixelModel, ThreatModel, find_head
+from timm_hpm.attacks import margin_search
 from timm_hpm.evaluation import ATTACKS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch
@@ -169,6 +170,21 @@ def test_a_step_waits_for_no_more_than_it_must(model, digits, attack, norm, most
     surrogates = ("soft", "ste") if "joint" in attack else ("fc", "ste")
     few, many = (waits(model, digits, attack, norm, steps, surrogates) for steps in (10, 30))
     assert many - few == 20 * most
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_search_waits_once_an_ascent_to_learn_which_images_are_left(norm):
+    model, images, queries = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.full((20, 1, 2, 2), 0.5), []
+    labels = model(images).argmax(dim=1)
+
+    def logits(rows, pixels):
+        queries.append(len(rows))
+        return model(pixels)
+
+    with Waits() as counted:
+        margin_search(logits, torch.arange(20), images, labels, 1 - labels.unsqueeze(1), ThreatModel(norm, 1e-6), 200)
+    # The first ascent has 10 steps, the others 20, and each one query more.
+    assert counted.count == 1 + (len(queries) - 11) / 21
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

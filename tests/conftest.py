@@ -1,6 +1,5 @@
 """What every test runs under."""
 
-import json
 import signal
 
 import pytest
@@ -46,14 +45,3 @@ def pytest_pyfunc_call():
         if TorchVersion(torch.__version__) < "2.6" and "CVE-2025-32434" in " ".join(texts):
             pytest.skip("a pickled file is read from torch 2.6 on")
         raise
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Prints how many inputs of each fuzz test came to which outcome."""
-    found = [(report.nodeid, json.loads(value)) for reports in terminalreporter.stats.values() for report in reports
-             for name, value in getattr(report, "user_properties", ()) if name == "fuzz" and report.when == "call"]
-    if found:
-        total = sum(sum(counts.values()) for _, counts in found)
-        terminalreporter.write_sep("=", f"{total} hostile inputs")
-        for test, counts in sorted(found):
-            terminalreporter.write_line(f"{test}: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items())))

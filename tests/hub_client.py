@@ -31,6 +31,9 @@ def made(name: str = "hpm_wrn10_2", *, seed: int = 0, add: bool = False, fitted:
     model = timm.create_model(name, **kwargs)
     if add:
         timm_hpm.add_hpm_head(model, mix=0.25, ema_decay=0.5, inference="sample")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and not kwargs.get("pretrained"):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
     head = timm_hpm.find_head(model)
     if fitted:
         head.set_prototypes(torch.randn_like(head.prototypes))
@@ -67,31 +70,6 @@ def push(repo_id: str, model: dict[str, Any] | None = None, temporary: str = "",
         tempfile.tempdir = None
 
 
-def push_odd(repo_id: str, odd: str, **kwargs: Any) -> dict[str, Any]:
-    """Pushes a model that differs from a fresh one in some way."""
-    model: Any = made()
-    pushed = model
-    if odd == "channels_last":
-        model.to(memory_format=torch.channels_last)
-    elif odd == "aliased":
-        shared = torch.rand(2, 32)
-        model.stages[0][0].bn2.running_mean, model.stages[0][0].bn2.running_var = shared[0], shared[1]
-        model.norm.running_mean = model.norm.running_var
-    elif odd == "half":
-        model.bfloat16()
-    elif odd == "wrapped":
-        pushed = torch.nn.DataParallel(model)
-    elif odd == "training":
-        model.train()
-        model.norm.eval()
-    elif odd == "changed":
-        model.act = torch.nn.GELU()
-    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    timm_hpm.hub.push(pushed, repo_id, **kwargs)
-    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
-    return facts(model.float().to(memory_format=torch.contiguous_format))
-
-
 def save(folder: str, model: dict[str, Any] | None = None) -> dict[str, Any]:
     built = made(**model or {})
     timm_hpm.hub.save(built, folder)
@@ -108,26 +86,8 @@ def create(name: str, register: str = "", **kwargs: Any) -> dict[str, Any]:
     return facts(timm.create_model(name, pretrained=True, **kwargs))
 
 
-def publish(name: str, path: str) -> dict[str, Any]:
-    """Saves random weights as from a data-parallel model without an HPM head; returns the facts of the network."""
-    model = made(name, fitted=False)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-    head = ("fc.prototypes", "fc.num_updates", "fc.log_scale")
-    state = {f"module.{key}": value for key, value in model.state_dict().items() if key not in head}
-    torch.save({"epoch": 105, "model_state_dict": state}, path)
-    return facts(model)
-
-
 def shell(words: list[str]) -> int:
     return main(words)
-
-
-def evaluate(words: list[str]) -> int:
-    from evaluate import main as evaluation
-    return evaluation(words)
 
 
 def run(code: str) -> None:

@@ -157,9 +157,6 @@ def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits,
             run_attack(model, *digits, THREAT, attacks=attacks)
 
 
-# Neighbours
-
-
 def two_classes(mix: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Returns a head on one pixel, prototypes at 0.2 and 0.8, FC boundary at 0.5, and images along the line."""
     head = HPMHead(1, 2, mix=mix, inference="batch").eval()
@@ -208,43 +205,25 @@ def at_mix(model, mix, images, labels):
         head.mix = before
 
 
-def test_neighbours_are_searched_in_float32_and_judged_in_the_caller_s_autocast(model, digits, monkeypatch):
-    seen = {"search": set(), "judge": set()}
-
-    def noted(self, pixels, *, features=AttackedModel.features):
-        seen["search"].add(torch.is_autocast_enabled("cpu"))
-        return features(self, pixels)
-
-    monkeypatch.setattr(AttackedModel, "features", noted)
-    model.register_forward_hook(lambda *_: seen["judge"].add(torch.is_autocast_enabled("cpu")))
-    with torch.autocast("cpu", torch.bfloat16):
-        rows = measure_neighbours(model, *(part[:6] for part in digits), THREAT, batch_sizes=(3,), num_targets=1)
-    assert len(rows) == 3 and seen["search"] == {False} and True in seen["judge"]
-
-
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
-    images, labels = digits[0][:8], digits[1][:8]
-    plain = run_attack(model, images, labels, THREAT, **options)
-    report = run_attack(model, images, labels, THREAT, **options, neighbours=(4,))
+    few, asked = tuple(part[:8] for part in digits), {"neighbours": (4,)}
+    plain = run_attack(model, *few, THREAT, **options)
+    report = run_attack(model, *few, THREAT, **options, **asked, folder=tmp_path)
     assert [row["kind"] for row in report.neighbours] == ["reshuffled", "chosen", "adversarial"]
     assert report.correct == plain.correct and not plain.neighbours
     assert report.protocol["neighbours"] == [4]
     row = report.neighbours[1]
     assert f"| 4 | 0.5 | chosen | {row['flipped']} | {row['targets']} |" in report_markdown(report)
     assert "Neighbours in the batch" not in report_markdown(plain)
-    asked = {"neighbours": (4,)}
-    options["folder"] = tmp_path
-    report = run_attack(model, images, labels, THREAT, **options, **asked)
     assert timm_hpm.AttackReport.load(tmp_path / "report.json") == report
-    with pytest.raises(ValueError, match=r"report of another run \(neighbours: \[4\] there, \[6\] now\)"):
-        run_attack(model, images, labels, THREAT, **options, **asked | {"neighbours": (6,)})
-    with pytest.raises(ValueError, match=r"neighbours: \[4\] there, None now"):
-        run_attack(model, images, labels, THREAT, **options)
-    assert run_attack(model, images, labels, THREAT, **options, **asked) == report
-    del options["folder"]
+    for others, message in (({"neighbours": (6,)}, r"of another run \(neighbours: \[4\] there, \[6\] now\)"),
+                            ({}, r"neighbours: \[4\] there, None now")):
+        with pytest.raises(ValueError, match=message):
+            run_attack(model, *few, THREAT, **options, **others, folder=tmp_path)
+    assert run_attack(model, *few, THREAT, **options, **asked, folder=tmp_path) == report
     with timm_hpm.head_mode(model, "sample"):
-        assert not run_attack(model, images, labels, THREAT, **options, neighbours=(4,)).neighbours
+        assert not run_attack(model, *few, THREAT, **options, neighbours=(4,)).neighbours
 
 
 @pytest.mark.parametrize(("mode", "options", "message"), [

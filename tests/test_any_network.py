@@ -1,8 +1,6 @@
 """Training of model objects: timm's without an HPM head, and modules of one's own."""
 
 import dataclasses
-import shlex
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +13,6 @@ import timm_hpm
 from timm_hpm import PixelModel
 from timm_hpm.models.saving import saved_config
 from timm_hpm.training import TrainConfig, train
-from timm_hpm.training.run_folder import measuring_command
 
 CONFIG = TrainConfig(device="cpu", epochs=3, lr=0.1, attack_steps=1, val_attack_steps=1, batch_size=64,
                      model_ema_decay=0.5)
@@ -92,19 +89,6 @@ def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
     assert timm_hpm.judge(whole, *digits, 64).float().mean().item() == pytest.approx(
         kept["val_clean"])
     assert saved_config(tmp_path / "run" / "model.safetensors")["pretrained_cfg"]["mean"] == pytest.approx([0.3])
-
-
-def test_a_constructor_is_trained_and_the_printed_command_names_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("net.py").write_text("import torch.nn as nn\n\ndef make(num_classes=10):\n"
-                              "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), "
-                              "nn.Linear(288, num_classes))\n")
-    train(None, dataclasses.replace(CONFIG, model="net.py:make", epochs=1), "run", log=quiet)
-    words = shlex.split(measuring_command(Path("run")))
-    assert words[words.index("--model") + 1] == "net.py:make"
-    file = words[words.index("--checkpoint") + 1]
-    model = timm_hpm.models.create.create_model("net.py:make", pretrained=False, checkpoint=file)
-    assert all(torch.equal(tensor, load_file(file)[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):

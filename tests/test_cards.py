@@ -198,20 +198,16 @@ def test_a_network_in_a_pixel_model_is_saved_with_its_normalisation(own, tmp_pat
         assert torch.equal(again(images), model(images))
 
 
-def test_a_card_of_merged_reports_names_their_seeds_and_one_in_other_precision_names_it():
+def test_a_run_that_no_command_can_repeat_has_no_command_and_a_card_of_merged_reports_their_seeds():
     report = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json")
+    assert evaluate_command(report.protocol)[:5] == [*DOOR, "evaluate", "--model"]
+    for odd in ({"precision": "bfloat16"}, {"options": {"pretrained": False}}):
+        assert evaluate_command(report.protocol | odd) == []
+    assert evaluate_command({name: value for name, value in report.protocol.items() if name != "options"}) == []
     report.protocol.update(seeds=[0, 3], precision="autocast to bfloat16", eot=4)
     card = cards.model_card("org/name", EMBEDDED, timm.get_pretrained_cfg("hpm_wrn10_2").to_dict(), report=report)
     assert "| seeds | 0, 3 |" in card and "Measured from Python" not in card and "of several seeds" in card
     assert "| precision | autocast to bfloat16 |" in card and "| eot | 4 |" in card
-
-
-def test_a_run_that_no_command_can_repeat_has_no_command():
-    protocol = timm_hpm.AttackReport.load(FOLDER / f"{EMBEDDED}.report.json").protocol
-    assert evaluate_command(protocol)[:5] == [*DOOR, "evaluate", "--model"]
-    for odd in ({"precision": "bfloat16"}, {"options": {"pretrained": False}}):
-        assert evaluate_command(protocol | odd) == []
-    assert evaluate_command({name: value for name, value in protocol.items() if name != "options"}) == []
 
 
 def test_a_card_of_a_plain_report_claims_no_more_than_the_report():
@@ -243,18 +239,22 @@ def test_a_tag_without_weights_has_no_card(name):
         cards.tag_card(name)
 
 
-def test_a_folder_s_report_is_of_the_weights_in_it(tmp_path, monkeypatch):
+def test_a_folder_s_report_is_of_the_model_in_it(tmp_path, monkeypatch):
     model, report = timm.create_model(EMBEDDED, pretrained=True), FOLDER / f"{EMBEDDED}.report.json"
     monkeypatch.chdir(tmp_path)
     timm_hpm.hub.save(model, ".", report=report)
     assert (tmp_path / "report.json").is_file()
     card = ModelCard.load("README.md")
     assert f"\n# {tmp_path.name}\n" in card.text and card.data.model_name == tmp_path.name
-    with torch.no_grad():
-        model.stages[0][0].conv1.weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"was measured with weights_digest '[0-9a-f]{16}', the model has"):
-        timm_hpm.hub.save(model, tmp_path / "other", report=report)
-    assert not (tmp_path / "other").exists()
+    others = {name: timm.create_model(EMBEDDED, pretrained=True, **{name: value}) for name, value in (
+        ("inference", "sample"), ("mix", 0.25))}
+    others |= {"weights_digest": timm.create_model(EMBEDDED, pretrained=True),
+               "prototypes_fitted": timm.create_model(EMBEDDED), "architecture": timm.create_model("hpm_wrn16_4")}
+    others["weights_digest"].conv1.weight.data.mul_(1.5)
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=rf"the report was measured with {name} .*, the model has"):
+            timm_hpm.hub.save(other, tmp_path / "other", report=report)
+        assert not (tmp_path / "other").exists()
     # Saved over the first, without a report of its own.
     timm_hpm.hub.save(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}

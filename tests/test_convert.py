@@ -112,8 +112,21 @@ def under(key, prefix=""):
     return lambda weights: {key: prefixed(weights, prefix), "epoch": 3}
 
 
+def madrylab(weights, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Returns a checkpoint of MadryLab's robustness library: DataParallel of AttackerModel."""
+    normaliser = {
+        "new_mean": torch.tensor(mean).view(3, 1, 1), "new_std": torch.tensor(std).view(3, 1, 1)}
+    return {
+        "model": {
+            **prefixed(normaliser, "module.normalizer."), **prefixed(weights, "module.model."),
+            **prefixed(normaliser, "module.attacker.normalize."), **prefixed(weights, "module.attacker.model."),
+        },
+        "optimizer": {"state": {}}, "schedule": None, "epoch": 90, "nat_prec1": torch.tensor(52.5),
+    }
+
+
 DEPTHS = {"depths": (2, 2, 2)}
-CIFAR = (CIFAR_MEAN, CIFAR_STD)
+CIFAR, IMAGENET = (CIFAR_MEAN, CIFAR_STD), (IMAGENET_MEAN, IMAGENET_STD)
 # The network, our arguments, the cfg's overlay, a normalisation outside of theirs, theirs, and how its file wraps it.
 PARITY = [
     ("hpm_wrn10_2.untrained", DEPTHS, NONE, None, lambda: trades_wrn(16, sub_block1=False), lambda weights: weights),
@@ -131,16 +144,22 @@ PARITY = [
     *(("hpm_cifar_resnet18", {}, NONE, None, lambda: randomised(robustbench("resnet").ResNet18()), wrap) for wrap in (
         under("state_dict", "module."),
         lambda weights: {"last": {**weights, "mu": torch.zeros(1, 3, 1, 1), "sigma": torch.ones(1, 3, 1, 1)}})),
+    # `normalize.*` and `model.*`, as of RobustBench's ImageNet models.
+    ("hpm_test_convnext", {}, None, None, lambda: robustbench("utils_architectures").normalize_timm_model(
+        randomised(timm.create_model("test_convnext"))), lambda weights: weights),
+    ("hpm_resnet18.salman2020_imagenet_l2_eps3", {}, None, IMAGENET,
+     lambda: randomised(torchvision.models.resnet18()), madrylab),
 ]
 
 
 @pytest.mark.parametrize(("name", "kwargs", "overlay", "normalisation", "make", "wrap"), PARITY)
-def test_checkpoints_of_robustbench_s_networks_answer_as_they_do(tmp_path, name, kwargs, overlay, normalisation, make,
+def test_checkpoints_of_others_networks_answer_as_they_do(tmp_path, name, kwargs, overlay, normalisation, make,
                                                                  wrap):
     original = make()
     torch.save(wrap(original.state_dict()), tmp_path / "theirs.pt")
     model = load(name, tmp_path / "theirs.pt", overlay, **kwargs)
-    assert_same_logits(model, PixelModel(original, *normalisation) if normalisation else original)
+    assert_same_logits(model, PixelModel(original, *normalisation) if normalisation else original,
+                       32 if model.pretrained_cfg["input_size"][-1] == 32 else 64)
     if name == "hpm_preact_resnet18":
         assert not model.pretrained_cfg.get("tag")  # nobody can tell that they are the tag's
     if name == "hpm_cifar_resnet18":
@@ -172,13 +191,6 @@ def test_weights_without_a_final_norm_need_raw_shortcuts(tmp_path):
                           pretrained_cfg_overlay={"file": str(tmp_path / "theirs.pt")})
 
 
-def test_normalised_timm_models(tmp_path):
-    """`normalize.*` and `model.*`, as of RobustBench's ImageNet models."""
-    original = robustbench("utils_architectures").normalize_timm_model(randomised(timm.create_model("test_convnext")))
-    torch.save(original.state_dict(), tmp_path / "theirs.pt")
-    assert_same_logits(load("hpm_test_convnext", tmp_path / "theirs.pt"), original, 64)
-
-
 def test_small_image_xcits(tmp_path):
     original = randomised(robustbench("xcit").debenedetti2022light_xcit_s12_cifar10_linf(num_classes=10))
     # The network that RobustBench hands out, which normalises; and the weights that it loads into it, which do not.
@@ -201,26 +213,6 @@ def test_the_tag_of_an_xcit_gives_robustbench_s_logits(tmp_path, name, size):
 
 
 # Parity with torchvision's and timm's networks, in other projects' formats
-
-
-def madrylab(original, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Returns a checkpoint of MadryLab's robustness library: DataParallel of AttackerModel."""
-    weights, normaliser = original.state_dict(), {
-        "new_mean": torch.tensor(mean).view(3, 1, 1), "new_std": torch.tensor(std).view(3, 1, 1)}
-    return {
-        "model": {
-            **prefixed(normaliser, "module.normalizer."), **prefixed(weights, "module.model."),
-            **prefixed(normaliser, "module.attacker.normalize."), **prefixed(weights, "module.attacker.model."),
-        },
-        "optimizer": {"state": {}}, "schedule": None, "epoch": 90, "nat_prec1": torch.tensor(52.5),
-    }
-
-
-def test_madrylab_resnets(tmp_path):
-    original = randomised(torchvision.models.resnet18())
-    torch.save(madrylab(original), tmp_path / "theirs.ckpt")
-    model = load("hpm_resnet18.salman2020_imagenet_l2_eps3", tmp_path / "theirs.ckpt")
-    assert_same_logits(model, PixelModel(original, IMAGENET_MEAN, IMAGENET_STD), 64)
 
 
 # Networks of the ARES tags' architectures, made small.
@@ -331,7 +323,7 @@ def normalised(weights, mean, std):
 
 
 def two_networks():
-    checkpoint = madrylab(timm.create_model("test_resnet"))
+    checkpoint = madrylab(state_of("test_resnet"))
     checkpoint["model"] |= {"module.attacker.model.bn1.weight": torch.zeros(32),
                             "module.attacker.model.other": torch.zeros(1)}
     return checkpoint
@@ -396,7 +388,7 @@ REFUSED = [
     # Other normalisations, and two networks in one file.
     (lambda: {**deepmind_state_dict(), "mean": torch.full((3, 1, 1), 0.5), "std": torch.tensor(CIFAR_STD)},
      DEEPMIND, {}, {}, r"by mean = \(0\.5, 0\.5, 0\.5\), the network by mean = \(0\.4914, .*overlay=dict\(mean="),
-    (lambda: madrylab(timm.create_model("test_resnet"), std=(1.0, 1.0, 1.0)), "hpm_test_resnet", {}, NORMALISED,
+    (lambda: madrylab(state_of("test_resnet"), std=(1.0, 1.0, 1.0)), "hpm_test_resnet", {}, NORMALISED,
      r"normalises by normalizer\.new_std = \(1\.0, 1\.0, 1\.0\)"),
     (two_networks, "hpm_test_resnet", {}, NORMALISED,
      r"two networks.*differ in attacker\.model\.bn1\.weight, attacker\.model\.other;"),

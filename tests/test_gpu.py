@@ -1,16 +1,15 @@
 """Evaluation and training on a GPU; `pytest -m gpu`, which skips them on a machine without CUDA."""
 
 import csv
-import dataclasses
 import shutil
 import warnings
 
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from protocols import run_attack, unfinished
 from torch import nn
+from training_runs import run
 
 import evaluate
 from timm_hpm import AttackReport, PixelModel, ThreatModel, find_head, fit_prototypes
@@ -18,7 +17,6 @@ from timm_hpm.attacks import fab
 from timm_hpm.evaluation import ATTACKS, Budget
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch
-from timm_hpm.training import TrainConfig, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -106,18 +104,13 @@ def test_prototypes_are_those_of_the_cpu(on_device, digits):
     {"objective": "trades", "amp": True, "channels_last": True, "model_ema": True, "model_ema_decay": 0.5},
 ], ids=lambda changes: " ".join(changes))
 def test_training_is_resumed_and_ends_as_well(changes, tmp_path):
-    config = TrainConfig(pretrained=True, epochs=2, lr=0.01, attack_steps=1, val_attack_steps=1, batch_size=350,
-                         checkpoint_hist=9, **changes)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    whole = train(config, tmp_path / "whole", log=lambda line: None)
-    part = tmp_path / "part"
+    changes |= {"device": DEVICE, "epochs": 2, "checkpoint_hist": 9}
+    whole, part = run(tmp_path / "whole", **changes), tmp_path / "part"
     (part / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "args.yaml", part)
     first = min((tmp_path / "whole" / "checkpoints").iterdir())
     shutil.copytree(first, part / "checkpoints" / first.name)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = train(dataclasses.replace(config), part, resume=True, log=lambda line: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = run(part, resume=True, **changes)
     assert whole["val_clean"] > 0.5 and abs(whole["val_robust"] - resumed["val_robust"]) < 0.02
     rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
             for folder in (tmp_path / "whole", part)]

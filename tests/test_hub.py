@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hub_client
 import hub_server
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch import nn
 
+import timm_hpm
 from timm_hpm import AttackReport
 
 TESTS = Path(__file__).parent
@@ -62,11 +66,6 @@ class Client:
         self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()
-
-
-def python_blocks(card: str) -> list[str]:
-    """Returns the Python code of a card."""
-    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -153,19 +152,49 @@ def test_evaluate_measures_a_model_of_the_hub(client, loader, tmp_path):
         for number in range(3):
             pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
-    assert loader("evaluate", words=[
-        "--model", "hf-hub:org/evaluated", "--dataset", "folder", "--data-dir", str(tmp_path / "data"), "--img-size",
-        "32", "--threat", "Linf:8/255", "--num-images", "0", "--batch-size", "3", "--inference", "batch", "--attacks",
-        "apgd-ce", "--budget", "apgd-ce=2", "--output", str(tmp_path / "run")]) == 0
+    assert loader("shell", words=[
+        "evaluate", "--model", "hf-hub:org/evaluated", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
+        "--img-size", "32", "--threat", "Linf:8/255", "--num-images", "0", "--batch-size", "3", "--inference", "batch",
+        "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", str(tmp_path / "run")]) == 0
     report = AttackReport.load(tmp_path / "run" / "report.json")
     assert report.num_images == 6 and report.protocol["model"] == "hf-hub:org/evaluated"
     assert report.protocol["prototypes_fitted"] and report.protocol["architecture"] == "hpm_test_resnet"
 
 
-@pytest.mark.parametrize("odd", ["channels_last", "aliased", "half", "wrapped", "training"])
-def test_odd_tensors_are_saved(client, loader, odd):
-    pushed = client("push_odd", repo_id=f"org/{odd}", odd=odd, token=TOKEN)
-    assert loader("pull", repo_id=f"org/{odd}") == pushed
+def aliased(model: nn.Module) -> nn.Module:
+    shared = torch.rand(2, 32)
+    model.stages[0][0].bn2.running_mean, model.stages[0][0].bn2.running_var = shared[0], shared[1]
+    model.norm.running_mean = model.norm.running_var
+    return model
+
+
+def partly_training(model: nn.Module) -> nn.Module:
+    model.train().norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("odd", [lambda model: model.to(memory_format=torch.channels_last), aliased, nn.Module.bfloat16,
+                                 nn.DataParallel, partly_training])
+def test_odd_models_are_saved_and_left_as_they_are(odd, tmp_path):
+    model = hub_client.made()
+    given = odd(model)
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    timm_hpm.hub.save(given, tmp_path)
+    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    model = model.float().to(memory_format=torch.contiguous_format)
+    saved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert hub_client.facts(saved) == hub_client.facts(model)
+
+
+def test_a_model_that_could_not_be_pulled_is_not_pushed(server, client):
+    with pytest.raises(Failed, match=r"HubError: cannot save a model for org/changed: .*gives other logits"):
+        client("run", code=f"""
+import torch, timm_hpm, hub_client
+model = hub_client.made()
+model.act = torch.nn.GELU()
+timm_hpm.hub.push(model, "org/changed", token={TOKEN!r})
+""")
+    assert "org/changed" not in server.repos
 
 
 def test_a_second_push_updates_and_an_equal_one_adds_no_commit(server, client, loader):
@@ -180,14 +209,12 @@ def test_a_second_push_updates_and_an_equal_one_adds_no_commit(server, client, l
     assert loader("pull", repo_id="org/twice") == second
 
 
-def test_the_name_alone_means_ones_own(server, client):
-    assert client("push", repo_id="mine", token=TOKEN)["url"] == f"{server.url}/someone/mine"
-    assert '"hf-hub:someone/mine"' in server.files("someone/mine")["README.md"].decode()
-
-
-def test_the_cards_usage_runs_as_it_stands(server, client, loader):
-    client("push", repo_id="org/usage", token=TOKEN, model={"name": "test_resnet", "add": True, "num_classes": 4})
-    usage, = python_blocks(server.files("org/usage")["README.md"].decode())
+def test_the_name_alone_means_ones_own_and_the_cards_usage_runs_as_it_stands(server, client, loader):
+    model = {"name": "test_resnet", "add": True, "num_classes": 4}
+    assert client("push", repo_id="mine", token=TOKEN, model=model)["url"] == f"{server.url}/someone/mine"
+    card = server.files("someone/mine")["README.md"].decode()
+    usage, = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert '"hf-hub:someone/mine"' in usage
     loader("run", code=usage + """
 import torch
 assert timm_hpm.find_head(model).inference == "sample" and pixel_model(torch.rand(2, 3, 160, 160)).shape == (2, 4)
@@ -205,11 +232,8 @@ def test_a_private_repository_needs_a_token(server, client, loader):
     with pytest.raises(Failed, match=r"HubError: cannot pull org/private: HTTP 401: there is no such repository, or "
                                      r"this login .*hf auth login"):
         loader("pull", repo_id="org/private")
-    assert loader("pull", repo_id="org/private", token=TOKEN) == pushed
+    assert loader("pull", repo_id="org/private", token=f"{TOKEN}\n") == pushed
     assert loader("create", name="hf-hub:org/private", environ={"HF_TOKEN": TOKEN}) == pushed
-
-
-def test_a_private_push_to_a_public_repository_is_refused(server, client):
     server.add("org/public", {"README.md": b"mine"})
     with pytest.raises(Failed, match=r"cannot push to org/public with private=True: it exists and is public"):
         client("push", repo_id="org/public", private=True, token=TOKEN)
@@ -259,31 +283,25 @@ def test_a_connection_that_fails_is_named(server, client):
 # Faults
 
 
-def test_a_repository_that_is_not_there(loader):
-    with pytest.raises(Failed, match=r"HubError: cannot pull org/nowhere: HTTP 401: there is no such repository"):
-        loader("pull", repo_id="org/nowhere")
-    with pytest.raises(Failed, match=r"HubError: cannot pull org/nowhere: HTTP 404: there is no such repository"):
-        loader("pull", repo_id="org/nowhere", token=TOKEN)
-    with pytest.raises(Failed, match=r"HubError: cannot pull a/b/c: that is no name of a repository.*organisation/na"):
-        loader("pull", repo_id="a/b/c")
+WRONG = "hf_wrongwrongwrong"
 
 
-def test_a_wrong_or_malformed_token(server, client, good):
-    wrong = "hf_wrongwrongwrong"
-    for function, doing in (("pull", "pull"), ("push", "push to")):
-        with pytest.raises(Failed, match=rf"HubError: cannot {doing} org/good2: HTTP 401: .*this login"):
-            client(function, repo_id="org/good2", token=wrong)
-        assert wrong not in json.dumps(client.answer)
-        for token in (f"{TOKEN}\n{TOKEN}", f"{TOKEN} x", f"{TOKEN}\u00e9"):
-            with pytest.raises(Failed, match="ValueError: the token holds spaces, line breaks or letters"):
-                client(function, repo_id="org/good", token=token)
-    assert client("pull", repo_id="org/good", token=f"{TOKEN}\n") == good[1]
-    with pytest.raises(Failed, match=r"HubError: cannot push to other/new: HTTP 403: .*"
-                                     r"needs write access"):
-        client("push", repo_id="other/new", token=TOKEN)
-    with pytest.raises(Failed, match=r"HubError: cannot push to org/new: HTTP 401: .*this login"):
-        client("push", repo_id="org/new")
-    assert "org/new" not in server.repos and "other/new" not in server.repos
+@pytest.mark.parametrize(("function", "repo_id", "token", "message"), [
+    ("pull", "org/nowhere", None, "cannot pull org/nowhere: HTTP 401: there is no such repository"),
+    ("pull", "org/nowhere", TOKEN, "cannot pull org/nowhere: HTTP 404: there is no such repository"),
+    ("pull", "a/b/c", None, "cannot pull a/b/c: that is no name of a repository.*organisation/na"),
+    ("pull", "org/good2", WRONG, "cannot pull org/good2: HTTP 401: .*this login"),
+    ("push", "org/good2", WRONG, "cannot push to org/good2: HTTP 401: .*this login"),
+    ("push", "org/new", None, "cannot push to org/new: HTTP 401: .*this login"),
+    ("push", "other/new", TOKEN, "cannot push to other/new: HTTP 403: .*needs write access"),
+    *((function, "org/good", token, "the token holds spaces, line breaks or letters") for function in ("pull", "push")
+      for token in (f"{TOKEN}\n{TOKEN}", f"{TOKEN} x", f"{TOKEN}\u00e9")),
+])
+def test_a_repository_that_is_not_there_or_a_wrong_login_is_named(server, client, function, repo_id, token, message):
+    before = [*server.repos]
+    with pytest.raises(Failed, match=rf"(HubError|ValueError): {message}"):
+        client(function, repo_id=repo_id, token=token)
+    assert [*server.repos] == before and WRONG not in json.dumps(client.answer)
 
 
 def test_a_server_that_repeats_the_token(server, client):
@@ -373,33 +391,10 @@ def test_a_full_disk(server, client, loader, good, small_disk):
     assert "org/full" not in server.repos and not list((small_disk).glob("timm_hpm-*"))
 
 
-# Reports, and models that cannot be restored
-
-
-@pytest.mark.parametrize(("model", "name"), [
-    ({}, "architecture"), ({"name": "hpm_wrn10_2.digits_linf", "inference": "sample"}, "inference"),
-    ({"name": "hpm_wrn10_2.digits_linf", "mix": 0.25}, "mix"),
-])
-def test_a_report_of_another_model_is_refused(server, client, model, name, tmp_path):
-    report = json.loads(REPORT.read_text(encoding="utf-8"))
-    if name == "architecture":
-        report["protocol"]["architecture"] = "hpm_wrn28_10"
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    with pytest.raises(Failed, match=f"ValueError: the report was measured with {name} "):
-        client("push", repo_id="org/refused", model=model, report=str(tmp_path / "report.json"), token=TOKEN)
-    assert "org/refused" not in server.repos
-
-
-def test_a_model_that_could_not_be_pulled_is_not_pushed(server, client):
-    with pytest.raises(Failed, match=r"HubError: cannot save a model for org/changed: .*gives other logits"):
-        client("push_odd", repo_id="org/changed", odd="changed", token=TOKEN)
-    assert "org/changed" not in server.repos
-
-
 # Public checkpoints
 
 
-def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cause(server, client, loader, tmp_path):
+def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cause(server, loader, tmp_path):
     name, repo_id, file = "hpm_preact_resnet18", "KaiwenDu/robust-overfitting-checkpoints", "epoch_105.pt"
     where = f"{file} of the Hugging Face repository {repo_id}"
 
@@ -414,12 +409,15 @@ def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cau
     trap = tmp_path / "ran"
     server.add(repo_id, {file: f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode()})
     assert re.search("weights_only|no checkpoint", error()) and not trap.exists()
-    published = client("publish", name=f"{name}.untrained", path=str(tmp_path / "checkpoint.pt"))
-    server.add(repo_id, {file: (tmp_path / "checkpoint.pt").read_bytes()})
+    model = hub_client.made(f"{name}.untrained", fitted=False)
+    head = ("fc.prototypes", "fc.num_updates", "fc.log_scale")
+    torch.save({"epoch": 105, "model_state_dict": {  # as of a data-parallel model without an HPM head
+        f"module.{key}": value for key, value in model.state_dict().items() if key not in head}}, tmp_path / file)
+    server.add(repo_id, {file: (tmp_path / file).read_bytes()})
     server.faults.shorten_to[file] = 10
     assert "Consistency check failed" in error()
     server.faults.shorten_to.clear()
-    assert loader("create", name=name) == published and published["fitted"] is False
+    assert loader("create", name=name) == hub_client.facts(model) | {"fitted": False}
     warning, = loader.answer["warnings"]
     assert "hold no prototypes" in warning and "fit_prototypes" in warning
     assert ("GET", f"/{repo_id}/resolve/main/{file}", False) in server.requests

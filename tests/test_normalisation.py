@@ -55,22 +55,15 @@ def escaped_lines(report: AttackReport) -> list[str]:
 
 
 def test_mean_and_std_of_a_module_of_its_own(model, digits):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = model
-
-        def forward(self, x):
-            return self.network(x)
-
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    plain = run_attack(Wrapped().eval(), *digits, THREAT, **QUICK)
+    module = nn.Sequential(model).eval()
+    plain = run_attack(module, *digits, THREAT, **QUICK)
     assert plain.protocol["normalisation"] is None
     assert "Pixels go to the model as they are, in [0, 1]" in escaped_lines(plain)[2]
-    given = run_attack(PixelModel(Wrapped().eval(), mean, std), *digits, THREAT, **QUICK)
+    given = run_attack(PixelModel(module, mean, std), *digits, THREAT, **QUICK)
     assert given.correct == run_attack(model, *digits, THREAT, **QUICK).correct
     with pytest.raises(ValueError, match="no pretrained_cfg that says its std"):
-        PixelModel(Wrapped(), mean)
+        PixelModel(module, mean)
     with pytest.raises(ValueError, match="images have 1 channels, the model's mean and std 3"):
         run_attack(PixelModel(model, [0.5] * 3, [0.5] * 3), *digits, THREAT, **QUICK)
 

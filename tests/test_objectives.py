@@ -1,4 +1,4 @@
-"""MART and adversarial weight perturbation: closed forms, invariants, and whole runs; and runs that are extended."""
+"""MART and adversarial weight perturbation: closed forms, invariants, whole runs; extended runs; learning rates."""
 
 import csv
 import dataclasses
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 from training_runs import TINY, forget_accelerator, run, weights
 
@@ -16,6 +18,7 @@ from timm_hpm.training import Run, TrainConfig
 from timm_hpm.training.awp import perturbed_weights
 from timm_hpm.training.objectives import boosted_cross_entropy, mart
 from timm_hpm.training.run_folder import saved_options
+from timm_hpm.training.schedules import create_schedule
 
 # MART
 
@@ -49,21 +52,6 @@ def test_mart_in_closed_form():
     # Clean images that the model is sure of, or alike answers, leave the boosted cross-entropy.
     for first in (answers(1 - 1e-7, 1e-7), adversarial):
         assert mart([first, adversarial], label, options).item() == pytest.approx(-2 * math.log(0.4), rel=1e-4)
-
-
-def test_mart_agrees_with_its_authors_formula_where_that_does_not_saturate():
-    torch.manual_seed(0)
-    natural, attacked, labels = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 5
-    p, q = natural.softmax(dim=1), attacked.softmax(dim=1)
-    rival = q.scatter(1, labels[:, None], -1).argmax(dim=1)
-    boosted = F.cross_entropy(attacked, labels) + F.nll_loss((1 - q).log(), rival)
-    doubt = 1 - p.gather(1, labels[:, None]).squeeze(1)
-    whole = boosted + 5 * ((p * (p / q).log()).sum(dim=1) * doubt).mean()
-    got = mart([(natural, natural, natural), (attacked, attacked, attacked)], labels, TrainConfig(fc_loss_weight=0.0))
-    assert got.item() == pytest.approx(whole.item(), rel=1e-5)
-
-
-# Adversarial weight perturbation
 
 
 def net() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -129,9 +117,6 @@ def test_without_perturbation_a_run_is_the_plain_one_and_with_it_another(objecti
     assert kept["loss"] > plain["loss"] and kept["val_clean"] > 0.9
 
 
-# More epochs
-
-
 def test_a_finished_run_is_extended_by_more_epochs(tmp_path):
     run(tmp_path / "run", epochs=1, sched="constant", checkpoint_hist=9)
     run(tmp_path / "whole", epochs=3, sched="constant", checkpoint_hist=9)
@@ -179,3 +164,62 @@ def test_the_validation_fraction_is_held_out(tmp_path):
         found = Run(dataclasses.replace(config, val_fraction=fraction), tmp_path / str(fraction))
         assert (len(found.data.train), len(found.data.val)) == (20 - held_out, held_out)
     forget_accelerator()
+
+
+def rates(updates, **options) -> list[float]:
+    """Returns the learning rates before each update of a run of 10 epochs of 10 updates, at a peak of 1."""
+    optimizer = create_optimizer_v2(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "sgd", lr=1.0)
+    schedule = create_schedule(TrainConfig(epochs=10, lr=1.0, **options), optimizer, 10)
+    found = []
+    for update in updates:
+        if update:  # as a run that is resumed there
+            schedule.step(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"sched": "onecycle", "warmup_epochs": 5}, [0.04, 0.52, 1, 0.5, 0]),
+    ({"sched": "onecycle"}, [1, 0.853553, 0.5, 0.146447, 0]),
+    ({"sched": "onecycle", "warmup_epochs": 5, "warmup_lr": 0.1, "min_lr": 0.5}, [0.1, 0.55, 1, 0.75, 0.5]),
+    ({"sched": "cosine"}, [1, 0.853553, 0.5, 0.146447, 0]),
+    ({"sched": "cosine", "warmup_epochs": 5, "warmup_prefix": True, "warmup_lr": 0.5}, [0.5, 0.75, 1, 0.5, 0]),
+    ({"sched": "cosine", "min_lr": 0.5}, [1, 0.926777, 0.75, 0.573223, 0.5]),
+    ({"sched": "constant", "warmup_epochs": 5, "warmup_lr": 0.2}, [0.2, 0.6, 1, 1, 1]),
+    ({"sched": "step", "decay_epochs": 2.5, "decay_rate": 0.5}, [1, 0.5, 0.25, 0.125, 0.0625]),
+    ({"sched": "multistep", "decay_milestones": (5, 7.5), "decay_rate": 0.1}, [1, 1, 0.1, 0.01, 0.01]),
+    ({"sched": "poly", "decay_rate": 1.0}, [1, 0.75, 0.5, 0.25, 0]),
+], ids=str)
+def test_a_schedule_has_its_rates_at_the_quarters_of_a_run(options, expected):
+    assert rates((0, 25, 50, 75, 100), **options) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "multistep", "poly"])
+def test_schedules_are_timm_s_by_the_update(sched):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs, _ = create_scheduler_v2(optimizer, sched, num_epochs=10, decay_epochs=3, decay_milestones=[4, 8],
+                                    warmup_epochs=2, min_lr=0.01, step_on_epochs=False, updates_per_epoch=10)
+    ours = rates(range(1, 100), sched=sched, warmup_epochs=2, min_lr=0.01, decay_epochs=3, decay_milestones=(4, 8))
+    for update, rate in enumerate(ours, start=1):
+        theirs.step_update(update)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+
+
+def test_a_layer_s_rate_keeps_its_ratio():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr_scale": 0.5},
+                                 {"params": [torch.zeros(1, requires_grad=True)]}], lr=1.0)
+    schedule = create_schedule(TrainConfig(epochs=2, lr=1.0), optimizer, 10)
+    for update in (0, 5, 10, 15):
+        schedule.step(update)
+        low, high = (group["lr"] for group in optimizer.param_groups)
+        assert low == high / 2 > 0
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"min_lr": 0.2}, "min_lr is 0.2, above the peak 0.1"), ({"warmup_lr": 1}, "warmup_lr is 1.0, above the peak 0.1"),
+    ({"sched": "plateau"}, "sched is 'plateau'; expected one of onecycle, cosine"),
+    ({"decay_milestones": (0,)}, "decay_milestones is 0.0; expected above 0"),
+])
+def test_rates_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)

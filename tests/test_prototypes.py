@@ -53,13 +53,10 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# Prototypes
-
-
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_prototypes_are_the_class_means_at_any_batch_size(digits, batch_size):
+@pytest.mark.parametrize(("batch_size", "dtype"), [(1, torch.uint8), (64, torch.int32)])
+def test_prototypes_are_the_class_means_at_any_batch_size(digits, batch_size, dtype):
     model = timm.create_model("hpm_wrn10_2", num_classes=10).eval()
-    fit = fit_prototypes(model, DataLoader(TensorDataset(*digits), batch_size))
+    fit = fit_prototypes(model, DataLoader(TensorDataset(digits[0], digits[1].to(dtype)), batch_size))
     expected = class_means(features(model, digits[0]), digits[1])
     head = find_head(model)
     assert (head.prototypes - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -101,19 +98,6 @@ def test_fitting_again_forgets_the_former_prototypes_and_scale(digits, log_scale
     nn.init.constant_(find_head(used).log_scale, log_scale)
     assert fit_prototypes(used, [digits]).scale == fit_prototypes(fresh, [digits]).scale
     assert same_tensors(fresh.state_dict(), used.state_dict())
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
-def test_labels_may_be_of_any_integer_dtype(digits, dtype):
-    model, other = pixel_net(), pixel_net()
-    other.load_state_dict(model.state_dict())
-    for net, labels in ((model, digits[1]), (other, digits[1].to(dtype))):
-        torch.manual_seed(0)
-        fit_prototypes(net, [(digits[0], labels)], LINF, attack_steps=1)
-    assert same_tensors(model.state_dict(), other.state_dict())
-
-
-# The scale
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
@@ -181,9 +165,6 @@ def test_held_out_images_choose_the_scale_under_the_same_threat(digits, other_di
     torch.manual_seed(5)
     assert abs(math.log(fit_prototypes(without, [digits], threat, attack_steps=2).scale) - log_scale) > 1e-3
     assert torch.equal(find_head(model).prototypes, find_head(without).prototypes)
-
-
-# What is left alone
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from nets import Wrapped
 from protocols import run_attack
 from safetensors.torch import load_file
 from torch import nn
@@ -23,6 +24,8 @@ NUM_DIGITS = 16
 THREAT = ThreatModel("Linf", 0.2)
 SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
          "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=2)}
+TINY = {"apgd-ce": Budget(2), "fab-t": Budget(2, targets=1), "square": Budget(20), "joint": Budget(2)}
+FEW = {"attacks": list(TINY), "budgets": TINY}
 
 
 @pytest.fixture
@@ -50,52 +53,45 @@ def colours() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, images, model(images).argmax(dim=1)
 
 
+@pytest.mark.parametrize("casting", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_model_of_another_precision_is_judged_in_it(colours, dtype):
-    model, images, labels = colours
-    model.to(dtype)
-    labels = model(images.to(dtype)).argmax(dim=1)
-    report = run_attack(model, images, labels, ThreatModel("Linf", 0.01), budgets=SMALL)
-    assert report.clean_accuracy == 1 and 0 < report.robust_accuracy < 1
-    assert report.protocol["precision"] == str(dtype).removeprefix("torch.")
-    assert next(model.parameters()).dtype == dtype and not report.unreliable
-
-
-class Casting(nn.Module):
-    def __init__(self, inner, dtype):
-        super().__init__()
-        self.inner, self.dtype = inner.to(dtype), dtype
-
-    def forward(self, x):
-        return self.inner(x.to(self.dtype)).float()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_that_casts_by_itself_is_attacked_in_its_own_precision(model, digits, colours, dtype):
-    for inner, images, eps in ((colours[0], colours[1], 0.01), (model, digits[0], 0.2)):
-        casting = Casting(inner, dtype).eval()
-        report = run_attack(casting, images, casting(images).argmax(dim=1), ThreatModel("Linf", eps), budgets=SMALL)
+def test_a_model_of_another_precision_is_judged_and_attacked_in_it(model, digits, colours, casting, dtype):
+    for inner, images, eps in ((*colours[:2], 0.01), *([(model, digits[0], 0.2)] if casting else [])):
+        some = inner.to(dtype)
+        if casting:
+            some = Wrapped(inner, lambda net, x: net(x.to(dtype)).float()).eval()
+        labels = some(images if casting else images.to(dtype)).argmax(dim=1)
+        report = run_attack(some, images, labels, ThreatModel("Linf", eps), budgets=SMALL)
         assert report.clean_accuracy == 1 > report.robust_accuracy and not report.unreliable
-    assert {"soft/joint", "ste/joint-subset#2", "ste/apgd-chain"} <= report.correct.keys()
+        assert next(inner.parameters()).dtype == dtype
+        if not casting:
+            assert report.robust_accuracy > 0 and report.protocol["precision"] == str(dtype).removeprefix("torch.")
+    assert not casting or {"soft/joint", "ste/joint-subset#2", "ste/apgd-chain"} <= report.correct.keys()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile's own
-@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["DataParallel",
-                                                                                               "compile"])
-def test_a_wrapped_model_is_the_model(model, digits, wrap):
-    reports = [run_attack(some.eval(), *digits, THREAT, budgets=SMALL, batch_size=16)
-               for some in (model, wrap(model))]
-    assert reports[0].clean_accuracy == 1, "its normalisation belongs to it"
-    assert reports[0].same_results(reports[1])
-    assert timm_hpm.find_head(wrap(model)) is timm_hpm.find_head(model)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning",  # of torch.compile's own
+                            "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [
+    nn.DataParallel, partial(torch.compile, backend="eager"), torch.jit.script,
+    lambda model: torch.jit.trace(model, torch.rand(2, 3, 8, 8)),
+    lambda model: torch.jit.freeze(torch.jit.script(model))],
+    ids=["DataParallel", "compile", "script", "trace", "freeze"])
+def test_a_wrapped_model_is_the_model(model, digits, colours, wrap, request):
+    torchscript = request.node.callspec.id in ("script", "trace", "freeze")
+    plain, *data = colours if torchscript else (model, *digits)
+    eps = 0.01 if torchscript else 0.2
+    own, other = (run_attack(some.eval(), *data, ThreatModel("Linf", eps), batch_size=16, **FEW)
+                  for some in (plain, wrap(plain)))
+    assert own.clean_accuracy == 1 > own.robust_accuracy, "its normalisation belongs to it"
+    assert own.correct == other.correct
+    if not torchscript:
+        assert own.same_results(other) and timm_hpm.find_head(wrap(model)) is timm_hpm.find_head(model)
 
 
 def through_data(x):
     x.data.mul_(0.5)
     return x
 
-
-TINY = {"apgd-ce": Budget(2), "fab-t": Budget(2, targets=1), "joint": Budget(2)}
 
 #: What a model does to its input first, and the same in a new tensor.
 WRITES = {
@@ -108,22 +104,14 @@ WRITES = {
 }
 
 
-class Writing(nn.Module):
-    def __init__(self, net: nn.Module, write):
-        super().__init__()
-        self.net, self.write = net, write
-
-    def forward(self, x):
-        return self.net(self.write(x))
-
-
 def pair_of(write: str, place: str) -> list[nn.Module]:
     """Returns a classifier of pixels that writes into its input, and the one that does the same in a new tensor."""
     pair = []
     for change in WRITES[write]:
         torch.manual_seed(0)
         if place == "module":
-            pair.append(Writing(nn.Sequential(nn.LazyConv2d(6, 3), nn.Flatten(), nn.LazyLinear(10)), change).eval())
+            net = nn.Sequential(nn.LazyConv2d(6, 3), nn.Flatten(), nn.LazyLinear(10))
+            pair.append(Wrapped(net, lambda net, x, change=change: net(change(x))).eval())
             pair[-1](torch.rand(2, 1, 8, 8))
             continue
         net = timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
@@ -185,23 +173,19 @@ def test_a_model_that_cannot_be_copied_is_named(colours):
         run_attack(model, images, labels, THREAT, budgets=SMALL)
 
 
-def test_an_hpm_model_in_bf16_is_judged_in_bf16(model, digits, tmp_path):
-    path = tmp_path / "adversarial.safetensors"
-    whole = run_attack(model, *digits, THREAT, budgets=SMALL)
-    model.to(torch.bfloat16)
-    report = run_attack(model, *digits, THREAT, budgets=SMALL, folder=tmp_path, save_adversarial=True)
-    assert report.protocol["precision"] == "bfloat16" and whole.protocol["precision"] == "float32"
-    assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
-    assert timm_hpm.rejudge(model, path) == {k: v for k, v in report.verdicts.items() if k != "true/square"}
-
-
-def test_under_autocast_the_judge_is_and_the_attacks_are_not(model, digits):
-    whole = run_attack(model, *digits, THREAT, budgets=SMALL)
+def test_an_hpm_model_in_bf16_or_under_autocast_is_judged_in_it(model, digits, tmp_path):
+    whole = run_attack(model, *digits, THREAT, **FEW)
     with torch.autocast("cpu", torch.bfloat16):
-        report = run_attack(model, *digits, THREAT, budgets=SMALL)
-    assert report.protocol["precision"] == "autocast to bfloat16" and not report.unreliable
-    assert report.protocol["attacked_scale"] == whole.protocol["attacked_scale"]
-    assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
+        autocast = run_attack(model, *digits, THREAT, neighbours=[4], **FEW)
+    model.to(torch.bfloat16)
+    half = run_attack(model, *digits, THREAT, **FEW, folder=tmp_path, save_adversarial=True)
+    assert [report.protocol["precision"] for report in (whole, autocast, half)] == [
+        "float32", "autocast to bfloat16", "bfloat16"]
+    for report in (autocast, half):
+        assert abs(report.robust_accuracy - whole.robust_accuracy) <= 2 / 16
+    assert not autocast.unreliable and autocast.protocol["attacked_scale"] == whole.protocol["attacked_scale"]
+    assert timm_hpm.rejudge(model, tmp_path / "adversarial.safetensors") == {
+        name: row for name, row in half.verdicts.items() if name != "true/square"}
 
 
 class Drawing(Colours):
@@ -256,7 +240,7 @@ def test_few_classes_have_all_attacks_all_their_targets_and_neighbours(num_class
 
 def test_a_caller_in_inference_mode_gets_the_same_report(model, digits):
     images, labels = digits
-    options = {"budgets": SMALL, "batch_size": 16, "neighbours": (4,)}
+    options = {"batch_size": 16, "neighbours": (4,), **FEW}
     expected = run_attack(model, images, labels, THREAT, **options)
     with torch.inference_mode():
         found = run_attack(model, images.clone(), labels.clone(), THREAT, **options)
@@ -275,15 +259,9 @@ def test_the_caller_s_default_dtype_does_not_matter(model, digits, norm):
     assert {"fab-t", "square", "joint", "joint-subset"} <= report.by_surrogate["ste"].keys()
 
 
-class Answering(nn.Module):
-    """A network whose logits (B, 10) a function turns into something else."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.fc, self.answer = nn.Linear(64, 10), answer
-
-    def forward(self, x):
-        return self.answer(self.fc(x.flatten(1)))
+def answering(answer) -> nn.Module:
+    """Returns a network whose logits (B, 10) a function turns into something else."""
+    return Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), lambda net, x: answer(net(x))).eval()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -293,7 +271,7 @@ class Answering(nn.Module):
     (lambda z: z[:-1], r"16 images the shape \(15, 10\)"), (lambda z: z[:, :1], r"the shape \(16, 1\)"),
     (lambda z: z.to_sparse(), "sparse")])
 def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
-    network = Answering(answer).eval()
+    network = answering(answer)
     model = timm_hpm.PixelModel(network, [0.5], [0.5]) if wrapped else network
     for call in (lambda: run_attack(model, *digits, THREAT, budgets=SMALL),
                  lambda: timm_hpm.judge(model, *digits, 16)):
@@ -305,18 +283,7 @@ def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
 def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(answer, digits):
     for call in (run_attack, timm_hpm.attack):
         with pytest.raises(ValueError, match="fails on a batch of one image"):
-            call(Answering(answer).eval(), *digits, THREAT)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("compiled", [
-    torch.jit.script, lambda network: torch.jit.trace(network, torch.rand(2, 1, 8, 8)),
-    lambda network: torch.jit.freeze(torch.jit.script(network))])
-def test_a_torchscript_module_is_attacked_as_the_module_that_it_was_made_of(compiled, digits):
-    network, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval(), digits[0]
-    labels = network(images).argmax(dim=1)
-    own, other = (run_attack(model, images, labels, THREAT, budgets=SMALL) for model in (network, compiled(network)))
-    assert own.correct == other.correct and own.robust_accuracy < own.clean_accuracy == 1
+            call(answering(answer), *digits, THREAT)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -331,16 +298,11 @@ def test_a_label_that_is_no_class_of_the_model_is_named(model, digits, label):
             call()
 
 
-def test_images_in_double_precision_are_judged_as_those_in_single_precision(digits):
-    network, (images, labels) = Answering(lambda z: z).eval(), digits
-    assert torch.equal(timm_hpm.judge(network, images.double(), labels, 4),
-                       timm_hpm.judge(network, images, labels, 4))
-
-
 @pytest.mark.parametrize(("images", "labels"), [
     (lambda x: x.to("meta"), None), (lambda x: x.to_sparse(), None), (lambda x: x.byte(), None),
     (lambda x: x.tolist(), None), (lambda x: x.numpy(), None), (None, lambda y: y.to_sparse()), (None, lambda y: y > 0),
-    (None, lambda y: y.float()), (None, lambda y: y.to("meta")), (None, lambda y: y.numpy()), (None, lambda y: y[:3])])
+    (None, lambda y: y.float()), (None, lambda y: y.to("meta")), (None, lambda y: y.numpy()), (None, lambda y: y[:3]),
+    (None, lambda y: torch.stack([y, y], dim=1))])
 def test_images_and_labels_of_other_kinds_are_named(model, digits, images, labels):
     changed = images(digits[0]) if images else digits[0], labels(digits[1]) if labels else digits[1]
     for call in (lambda: run_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
@@ -353,10 +315,11 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
 @pytest.mark.parametrize("option", [
     {"full_grid": 1}, {"full_grid": torch.tensor([])}, {"mean": 0.5}, {"mean": [None]}, {"mean": "0.5"},
     {"mean": []}, {"mean": [127]}, {"mean": [float("nan")]}, {"std": True}, {"std": {0.5: 1}},
-    {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}, {"attacks": torch.tensor(1)}, {"attacks": 1}, {"surrogates": "fc"}])
+    {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}, {"draws": 0}, {"attacks": torch.tensor(1)}, {"attacks": 1},
+    {"surrogates": "fc"}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
-        if option.keys() <= {"mean", "std"}:
+        if option.keys() <= {"mean", "std", "draws"}:
             timm_hpm.PixelModel(model, **option)
         else:
             run_attack(model, *digits, THREAT, budgets=SMALL, **option)

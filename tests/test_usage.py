@@ -12,10 +12,10 @@ from torch.torch_version import TorchVersion
 from timm_hpm import find_head, register_hpm
 
 # A native network in both layouts, and timm's smallest of four families: their classifier is a linear layer, that of a
-# transformer, one behind a norm, and a 1x1 convolution.
-SIZES = {"hpm_wrn10_2.untrained": 32, "hpm_wrn10_2.untrained_deepmind": 32, "hpm_test_resnet": 64, "hpm_test_vit": 160,
-         "hpm_test_convnext": 64, "hpm_dla46_c": 64}
-MODELS = tuple(SIZES)
+# transformer, one behind a norm, and a 1x1 convolution. Each with the size of its images and an inference mode.
+MODELS = {"hpm_wrn10_2.untrained": (32, "batch"), "hpm_wrn10_2.untrained_deepmind": (32, "sample"),
+          "hpm_test_resnet": (64, "dataset"), "hpm_test_vit": (160, "fc"), "hpm_test_convnext": (64, "batch"),
+          "hpm_dla46_c": (64, "batch")}
 for base in ("test_resnet", "test_vit", "test_convnext", "dla46_c"):
     register_hpm(base)
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 
 
-def build(name: str, **kwargs) -> nn.Module:
+def build(name: str) -> nn.Module:
     """Returns a model in eval mode with prototypes and, where it has any, BatchNorm statistics that hide nothing."""
-    model = timm.create_model(name, num_classes=10, **{"inference": "batch"} | kwargs)
+    model = timm.create_model(name, num_classes=10, inference=MODELS[name][1])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -45,7 +45,7 @@ def build(name: str, **kwargs) -> nn.Module:
 
 def images(name: str, batch: int) -> Tensor:
     """Returns normalised images (batch, 3, size, size) for a model, each of another brightness and contrast."""
-    noise = torch.randn(batch, 3, SIZES[name], SIZES[name])
+    noise = torch.randn(batch, 3, MODELS[name][0], MODELS[name][0])
     return 2 * torch.rand(batch, 3, 1, 1) * noise + torch.randn(batch, 3, 1, 1)
 
 
@@ -57,9 +57,6 @@ def assert_same_answers(name: str, other, model: nn.Module, *batches: int) -> No
             torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-# Compilers and exports
-
-
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_compile_as_one_graph(name, backend):
@@ -67,9 +64,11 @@ def test_compile_as_one_graph(name, backend):
     assert_same_answers(name, torch.compile(model, fullgraph=True, backend=backend), model, 4, 7)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_export_with_a_dynamic_batch(name):
+@pytest.mark.parametrize(("name", "fitted"), [*((name, True) for name in MODELS), ("hpm_wrn10_2.untrained", False)])
+def test_export_with_a_dynamic_batch(name, fitted):
     model = build(name)
+    if not fitted:
+        find_head(model).reset_prototypes()
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model, (images(name, 4),), dynamic_shapes=({0: batch},)).module()
     assert_same_answers(name, exported, model, 2, 4, 9, 64)

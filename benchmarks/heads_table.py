@@ -112,13 +112,20 @@ def spread(rows: Sequence[Sequence[bool]]) -> str:
 def bases_table(bases: Mapping[str, Heads]) -> list[str]:
     """Returns a row for each base: its origin, images and seeds, and the options of the command that measured it."""
     configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    rows = [["base", "weights", "test images", "threat", "batches", "seeds", "options"]]
+    rows = [["base", "weights", "test images", "threat", "batches", "attack", "seeds", "options"]]
     for name, heads in bases.items():
         first = next(iter(next(iter(heads.values())).values()))
         rows.append([name, configs[name]["about"], f"{first.num_images:,}", f"{first.protocol['threat']}",
-                     f"{first.protocol['batch_size']}", ", ".join(map(str, sorted(set().union(*heads.values())))),
+                     f"{first.protocol['batch_size']}", _strongest(heads),
+                     ", ".join(map(str, sorted(set().union(*heads.values())))),
                      f"`{configs[name]['options']}`"])
     return _table(rows, left=2)
+
+
+def _strongest(heads: Heads) -> str:
+    """Returns the attacks that `fast` had for the modes whose own logits are differentiable: `search` in new reports."""
+    return ", ".join(sorted({"`search`" if "search" in report.protocol["attacks"] else "APGD-T"
+                             for key in (FC, L2) for report in heads.get(key, {}).values()}))
 
 
 def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:

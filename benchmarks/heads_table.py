@@ -123,7 +123,7 @@ def bases_table(bases: Mapping[str, Heads]) -> list[str]:
 
 
 def _strongest(heads: Heads) -> str:
-    """Returns the attacks that `fast` had for the modes whose own logits are differentiable: `search` in new reports."""
+    """Returns what `fast` attacked FC and ℓ2 with: `search` in new reports."""
     return ", ".join(sorted({"`search`" if "search" in report.protocol["attacks"] else "APGD-T"
                              for key in (FC, L2) for report in heads.get(key, {}).values()}))
 

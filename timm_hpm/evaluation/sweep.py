@@ -93,6 +93,8 @@ def sweep(
     if neighbours:
         check_neighbours(neighbours, len(images))
         check_one_draw(model)
+    if options.get("save_adversarial") and folder is None:
+        raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
     places = {} if folder is None else {
         entry: Path(folder) / (report_folder(*entry) if len(plan) > 1 else "") for entry in plan}

@@ -301,7 +301,7 @@ def _check_classes(part: Part, numbers: Mapping[str, int]) -> None:
     if unknown or absent:
         raise ValueError(f"the data set has {len(unknown)} classes that the model has not ({some(unknown)}) "
                          f"and lacks {len(absent)} of the subset ({some(absent)}); expected the same names: "
-                         "rename the folders, or mend the subset")
+                         "rename the folders, or mend the subset; to train on other classes, del model.class_map")
 
 
 def _numbered_as_trained(part: Part, classes: Sequence[str], own: str) -> Part:

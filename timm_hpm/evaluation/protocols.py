@@ -147,7 +147,7 @@ PROTOCOLS: Final = {
     protocol.name: protocol
     for protocol in (
         Protocol("standard", _STANDARD, plain=_STANDARD_PLAIN),
-        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(300), "square": Budget(100)}),
+        Protocol("fast", _FAST, plain={"apgd-ce": Budget(10), "search": Budget(250), "square": Budget(100)}),
         Protocol("thorough", _STANDARD | {"search": Budget(1_000)},
                  plain=_STANDARD_PLAIN | {"search-on": Budget(10_000)}),
         Protocol("autoattack", {name: ATTACKS[name].budget for name in _AUTOATTACK}),

@@ -62,6 +62,8 @@ def train(options: dict[str, Any], folder: Path) -> Path:
     finished = folder / "finished"
     if not finished.exists():
         command("train.py", options, folder)
+        if not (folder / "model.safetensors").exists():  # stopped by a signal, which is no failure of a job
+            raise SystemExit(f"the training in {folder} was stopped; the same command goes on")
         finished.touch()
     return folder / "model.safetensors"
 

@@ -10,6 +10,7 @@ from typing import Final
 import yaml
 
 from timm_hpm import AttackReport
+from timm_hpm.report.compare import paired
 from timm_hpm.report.metrics import most_errors_accuracy, right_in_all
 from timm_hpm.sensitivity import Sensitivity
 
@@ -112,25 +113,18 @@ def spread(rows: Sequence[Sequence[bool]]) -> str:
 def bases_table(bases: Mapping[str, Heads]) -> list[str]:
     """Returns a row for each base: its origin, images and seeds, and the options of the command that measured it."""
     configs = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    rows = [["base", "weights", "test images", "threat", "batches", "attack", "seeds", "options"]]
+    rows = [["base", "weights", "test images", "threat", "batches", "seeds", "options"]]
     for name, heads in bases.items():
         first = next(iter(next(iter(heads.values())).values()))
         rows.append([name, configs[name]["about"], f"{first.num_images:,}", f"{first.protocol['threat']}",
-                     f"{first.protocol['batch_size']}", _strongest(heads),
-                     ", ".join(map(str, sorted(set().union(*heads.values())))),
+                     f"{first.protocol['batch_size']}", ", ".join(map(str, sorted(set().union(*heads.values())))),
                      f"`{configs[name]['options']}`"])
     return _table(rows, left=2)
 
 
-def _strongest(heads: Heads) -> str:
-    """Returns what `fast` attacked FC and ℓ2 with: `search` in new reports."""
-    return ", ".join(sorted({"`search`" if "search" in report.protocol["attacks"] else "APGD-T"
-                             for key in (FC, L2) for report in heads.get(key, {}).values()}))
-
-
 def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:
     """Returns the accuracies of all bases, and of further seeds of some."""
-    rows = [["base, head", "clean", "worst case", "realised", "attacks on FC alone", "flipped"]]
+    rows = [["base, head", "clean", "worst case", "realised", "p against FC", "attacks on FC alone", "flipped"]]
     for name, heads in bases.items():
         for (mode, judged), reports in _ordered(heads):
             claim, claims = (worst, reports) if judged == "fc" else (
@@ -138,14 +132,23 @@ def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Ma
             rows.append([f"{name}, {_title(mode, judged)}",
                          *(spread([rule(report) for report in reports.values()]) for rule in _rules(judged)),
                          *[""] * (judged != "batch"),
+                         _p_values(heads.get(FC, {}), reports, _rules(judged)[-1]) if mode == judged != "fc" else "",
                          spread([claim(report) for report in claims.values()]) if claims else "",
                          neighbours(list(reports.values()))])
         for (mode, judged), reports in _ordered(again.get(name, {})):
             first = heads[mode, judged].values()
             rows += [[f"{name}, {_title(mode, judged)}, seed {seed}", *(
                 rerun(rule(report), [rule(other) for other in first]) for rule in _rules(judged)),
-                *[""] * (judged != "batch"), "", ""] for seed, report in sorted(reports.items())]
+                *[""] * (judged != "batch"), "", "", ""] for seed, report in sorted(reports.items())]
     return _table(rows)
+
+
+def _p_values(fc: Mapping[int, AttackReport], reports: Mapping[int, AttackReport],
+              rule: Callable[[AttackReport], list[bool]]) -> str:
+    """Returns the p-values of McNemar's test against FC's worst case, by seed."""
+    rows = (paired("", *(["".join(map(str, map(int, row)))] for row in (worst(fc[seed]), rule(reports[seed]))))
+            for seed in sorted(reports.keys() & fc.keys()))
+    return ", ".join("<0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}" for row in rows)
 
 
 def _rules(judged: str) -> tuple[Callable[[AttackReport], list[bool]], ...]:

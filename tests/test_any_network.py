@@ -109,6 +109,7 @@ def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize(("model", "options", "message"), [
     (Net, {"pretrained": True}, "pretrained makes a model, and the run is given one"),
+    (Net, {"batch_size": 1}, "has BatchNorm, which learns nothing from the statistics of one image"),
     (Net, {"model_kwargs": {"mix": 0.5}}, "model_kwargs makes a model"),
     (Net, {"num_classes": 5}, "Net has 5 classes and digits 10. To train, give --num-classes 10"),
     (Net, {"in_chans": 3}, "in_chans is 3, and the model has 1"),

@@ -135,6 +135,8 @@ def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
     (["--surrogates-at-once", "0", "--output", "mended"], "surrogates_at_once is 0; expected at least 1"),
     (["--surrogates", "nope", "--save-adversarial", "--eps-sweep", "0.1:0.2:0.1"], "unknown surrogate 'nope'"),
+    (["--num-classes", "10", "--model-kwargs", "num_classes=5"],
+     "--num-classes is 10 and --model-kwargs num_classes=5; give one of them"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
 def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys):

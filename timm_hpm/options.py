@@ -86,6 +86,10 @@ class CommonOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, value in self.given("num_classes", "in_chans").items():
+            if (other := (self.model_kwargs or {}).get(name, value)) != value:
+                raise ValueError(f"--{name.replace('_', '-')} is {value} and --model-kwargs {name}={other}; give one "
+                                 "of them")
 
     def given(self, *names: str) -> dict[str, Any]:
         """Returns those of the options that are not None."""

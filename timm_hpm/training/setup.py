@@ -23,7 +23,7 @@ from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, mode_if_any, own_mode
 from ..models.constructors import describe, is_constructor
 from ..models.create import class_names, create_model, open_split_for
-from ..models.saving import OF_TRAINING
+from ..models.saving import OF_TRAINING, in_chans
 from ..threat import ThreatModel
 from .config import TrainConfig
 from .distributed import num_processes
@@ -62,6 +62,10 @@ def made_trainable(model: nn.Module, config: TrainConfig) -> Any:
         {"pretrained": True} if config.pretrained else {})
     if making:
         raise ValueError(f"{', '.join(making)} makes a model, and the run is given one; leave it out")
+    has: Any = {"num_classes": model.num_classes, "in_chans": in_chans(model)}
+    for name, value in config.given(*has).items():
+        if value != has[name]:
+            raise ValueError(f"{name} is {value}, and the model has {has[name]}; leave it out")
     return _ready(model.cpu(), config)
 
 
@@ -88,6 +92,10 @@ def _ready(model: Any, config: TrainConfig) -> Any:
             model.set_grad_checkpointing(True)
         except (AttributeError, AssertionError) as error:
             raise ValueError(f"{config.model} has no gradient checkpointing ({error}); leave it out") from error
+    if config.batch_size == 1 and not config.freeze_backbone and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(f"batch_size is 1, and {config.model} has BatchNorm, which learns nothing from the statistics "
+                         "of one image; expected at least 2, or --freeze-backbone")
     return model
 
 

@@ -188,7 +188,7 @@ def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
     for name, part in (("model", "303,419 parameters, HPM head, inference mode dataset"), ("threat model", "Linf:0.1"),
                        ("data", "digits, split test, 20 images of 8x8 pixels and 1 channel"),
                        ("normalisation", "mean (0.3053)"), ("batches", "of 10 images"), ("device", "cpu, 1 thread"),
-                       ("protocol", "fast, on fc, dataset, mixed: apgd-ce 10; search 300; square 100"),
+                       ("protocol", "fast, on fc, dataset, mixed: apgd-ce 10; search 250; square 100"),
                        ("time", "about ")):
         assert part in found[name]
     assert "joint" not in text and model.fc.inference == "dataset"

@@ -243,7 +243,7 @@ def test_the_readme_s_first_command(tmp_path):
     assert done.returncode == 0, done.stderr
     report = AttackReport.load(tmp_path / "report" / "report.json")
     assert report.num_images >= 100 and report.protocol["protocol_digest"] == (
-        timm_hpm.PROTOCOLS["standard"].for_classifier(plain=False).digest())
+        timm_hpm.PROTOCOLS["standard"].for_classifier(plain=True).digest())
     assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
 
 

@@ -11,9 +11,6 @@ import timm_hpm
 from timm_hpm import ThreatModel
 from timm_hpm.attacks import margin_loss, margin_search, probability_margin, repeated_search, target_margin
 from timm_hpm.attacks.search import _Search
-from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.batch import AttackBatch
-from timm_hpm.surrogates import PLAIN
 
 
 def test_the_margin_of_a_target_is_a_difference_and_that_of_the_probabilities_of_two_classes_a_hyperbolic_tangent():
@@ -73,33 +70,6 @@ def test_the_steps_are_those_of_the_budget_and_a_repeated_search_without_success
     # A round serves at least one of the 12 images.
     assert 600 <= counted(margin_search, problem, robust, 600) <= 950
     assert 6 * 400 <= counted(repeated_search, problem, robust, 100_000) <= 6 * 600
-
-
-@pytest.mark.parametrize("side_by_side", [False, True])
-def test_a_round_of_few_images_has_several_points_of_each_if_it_may(problem, side_by_side):
-    model, images, labels, targets = problem
-    served = []
-
-    def logits(rows, pixels):
-        served.append(rows.tolist())
-        return model(pixels)
-
-    margin_search(logits, torch.arange(12), images, labels, targets, "Linf:1e-4", 600, side_by_side)
-    repeated = [rows for rows in served if len(set(rows)) < len(rows)]
-    assert bool(repeated) == side_by_side
-    assert all(rows == sorted(rows) and len(rows) <= 8 for rows in repeated)
-    assert [rows for rows in repeated if len(set(rows)) == 1][0:1] == [[served[-1][0]] * 8] * side_by_side
-
-
-def test_a_row_that_stands_twice_in_a_query_is_lost_if_either_is_not_finite():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
-    images = torch.rand(2, 1, 2, 2)
-    for place in (0, 1):
-        batch = AttackBatch(AttackedModel(model, images), [PLAIN], images, torch.zeros(2, dtype=torch.long))
-        pixels = images[[0, 0, 1]]
-        pixels[place] = torch.nan
-        batch.query(torch.tensor([0, 0, 1]), pixels)
-        assert batch.not_finite == {0}
 
 
 def test_a_point_that_only_a_local_search_reaches_is_found():

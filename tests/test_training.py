@@ -493,6 +493,7 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
     ({"objective": "cutmix"}, "objective is 'cutmix'; expected one of pgd-at, trades, mart, clean"),
     ({"num_classes": 4, "pretrained": False}, "has 4 classes and digits 10. To train, give --num-classes 10"),
     ({"in_chans": 3}, "the model takes"),
+    ({"drop": 0.1, "model_kwargs": {"drop_rate": 0.2}}, "drop_rate is in the options and in model_kwargs"),
     ({"initial_checkpoint": "nosuch.pt", "pretrained": False}, "nosuch.pt: there is no such file"),
     ({"initial_checkpoint": "nosuch.pt"}, "both say where the weights come from"),
     ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),

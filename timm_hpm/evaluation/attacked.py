@@ -187,8 +187,7 @@ class AttackedModel:
         return PLAIN if self.head is None else exact_surrogate(self.head.inference, self.head.is_fitted())
 
     def is_plain(self) -> bool:
-        """Returns whether its own logits are a differentiable surrogate: no HPM head, or one in a mode without an
-        assignment (`dataset`, `fc`)."""
+        """Returns whether its own logits are differentiable: without an HPM head, or in the mode `dataset` or `fc`."""
         exact = self.exact_surrogate()
         return exact == PLAIN or not SURROGATES[exact].batch_dependent
 

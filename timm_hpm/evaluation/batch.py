@@ -58,7 +58,7 @@ class AttackBatch:
         self.victims = torch.ones_like(labels, dtype=torch.bool) if victims is None else victims
         self._start = images if start is None else start
         self.points = self._start.repeat(copies, 1, 1, 1)
-        self._lost = torch.zeros_like(self.rows)  # how often
+        self._lost = torch.zeros_like(self.rows, dtype=torch.bool)
         self._substitutes: Tensor | None = None
         #: Flags of the attack: the name and a text with two `{}`, for the images affected and all images.
         self.flags: dict[tuple[str, str], tuple[int, int]] = {}
@@ -83,8 +83,7 @@ class AttackBatch:
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
         """Returns the logits (R, C) of the ascending `rows` (R,) at `pixels`, with all other rows at their points.
 
-        Differentiable with respect to `pixels` (R, channels, H, W). Rows may repeat if no surrogate is
-        batch-dependent.
+        Differentiable with respect to `pixels` (R, channels, H, W).
         """
         if not len(rows):
             return self.clean_logits[:0]
@@ -104,7 +103,7 @@ class AttackBatch:
         A search calls it at each step, so it waits for no result of the device.
         """
         lost = ~logits.isfinite().all(dim=1)
-        self._lost.index_add_(0, rows, lost.long())
+        self._lost = self._lost.index_copy(0, rows, self._lost.index_select(0, rows) | lost)
         if self._substitutes is None:
             self._substitutes = self._substitutes_of(logits.shape[1]).to(logits.dtype)
         logits = torch.where(lost.unsqueeze(1), self._substitutes.index_select(0, rows), logits)

@@ -109,7 +109,7 @@ def search(batch: AttackBatch, threat: ThreatModel, budget: Budget, repeated: bo
     targets = _targets(batch, Budget(1, _SEARCHED_TARGETS).for_classes(batch.clean_logits.shape[1]))
     function = repeated_search if repeated else margin_search
     found = function(batch.query, rows, batch.clean[rows], batch.labels[rows], targets[rows], threat,
-                     budget.iterations, side_by_side=not batch.batch_dependent())
+                     budget.iterations)
     return batch.points.index_copy(0, rows, found)
 
 

@@ -51,8 +51,12 @@ def create_trainable(config: TrainConfig) -> Any:
     if config.initial_checkpoint is not None:
         # Loaded as a public checkpoint is: its format is converted, and a head of another size starts anew.
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **config.given("mean", "std")}
-    model = _quietly_created(config, pretrained=config.has_weights, new_head=True,
-                             **{**(config.model_kwargs or {}), **given, **size_argument(config)})
+    given |= size_argument(config)
+    kwargs = config.model_kwargs or {}
+    twice = sorted(name for name in given.keys() & kwargs.keys() if given[name] != kwargs[name])
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is in the options and in model_kwargs, with other values; give it once")
+    model = _quietly_created(config, pretrained=config.has_weights, new_head=True, **kwargs | given)
     return _ready(model, config)
 
 

@@ -431,13 +431,17 @@ def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, source
     save_file(damaged, tmp_path / "damaged.safetensors")
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"(fc\.)?num_updates\""):
         load({"file": str(tmp_path / "damaged.safetensors")})
-    if base == "dla46x_c":  # whose weights timm loads loosely
-        return
-    # A missing classifier is no silent random one.
+    # A missing classifier is no silent random one, even in DLA, which timm loads loosely.
     headless = {key: value for key, value in plain.items() if not key.startswith(source.default_cfg["classifier"])}
     save_file(headless, tmp_path / "headless.safetensors")
     with pytest.raises((RuntimeError, CheckpointError), match=r"Missing key\(s\)|lacks: "):
         load({"file": str(tmp_path / "headless.safetensors")})
+    # Nor is a missing layer, also if the classifier is new or there is none.
+    *_, last = (key for key, value in headless.items() if value.dim() > 1)
+    save_file({key: value for key, value in plain.items() if key != last}, tmp_path / "holed.safetensors")
+    for options in ({}, {"num_classes": 3}, {"features_only": True, "feature_cls": "getter", "out_indices": (-1,)}):
+        with pytest.raises((RuntimeError, CheckpointError), match=r"Missing key\(s\)|lacks: "):
+            load({"file": str(tmp_path / "holed.safetensors")}, **options)
 
 
 def test_checkpoint_path_and_a_folder(base, source, tmp_path):

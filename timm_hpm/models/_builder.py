@@ -104,6 +104,8 @@ def build_variant(
             if kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes or kwargs.get("features_only"):
                 _check_keys(create, cfg, overlay, kwargs)
         model = create(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
+        if converted and not kwargs.get("features_only") and model.num_classes == cfg.num_classes:
+            _check_missing(model, create, cfg, overlay, kwargs)
     if not kwargs.get("features_only"):
         add_hpm_head(model, **head_args)
         # A saved model may lose its tag, and must keep these.
@@ -226,12 +228,31 @@ def _check_keys(create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any], kwa
         return
     same = {name: value for name, value in kwargs.items() if name not in _LOOSE_ARGS}
     try:
-        create(pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay={**overlay, "num_classes": num_classes},
-               num_classes=num_classes, **same)
+        model = create(pretrained=True, pretrained_cfg=cfg, num_classes=num_classes, **same,
+                       pretrained_cfg_overlay={**overlay, "num_classes": num_classes})
     except RuntimeError as error:
         # The real load raises for other shapes, too, except for the classifier's.
         if "Unexpected key(s)" in str(error) or "Missing key(s)" in str(error):
             raise
+    else:
+        _check_missing(model, create, cfg, overlay, same)
+
+
+def _check_missing(model: nn.Module, create: Any, cfg: PretrainedCfg, overlay: Mapping[str, Any],
+                   kwargs: Mapping[str, Any]) -> None:
+    """Raises torch's error if weights lack entries of a loaded network that timm always loads loosely, such as DLA."""
+    missing = [key for key in model.state_dict()
+               if key not in overlay["state_dict"] and not key.endswith("num_batches_tracked")]
+    if not missing:
+        return
+    # A strict load has passed: the network's own filter renamed entries. It refuses one unknown entry.
+    unknown = {**overlay, "state_dict": {"unknown": torch.zeros(1)}}
+    try:
+        with torch.device("meta"):
+            create(pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay=unknown, **kwargs)
+    except Exception:
+        return
+    raise RuntimeError(f"Error in loading state_dict: Missing key(s) in state_dict: {', '.join(missing)}")
 
 
 def loaded(model: Any, cfg: PretrainedCfg) -> Any:

@@ -58,6 +58,13 @@ def noisy(head):
     model = timm.create_model("hpm_wrn10_2", pretrained=True)
     return Noisy(timm_hpm.PixelModel(model if head else timm_hpm.remove_hpm_head(model)))
 
+def linear(in_chans):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_chans, 10), NaN())
+
+class NaN(nn.Module):
+    def forward(self, x):
+        return x * torch.nan
+
 def unknown():
     return nn.Flatten()
 
@@ -95,6 +102,12 @@ def test_a_constructor_s_head_and_one_by_arguments(net):
     assert find_head(create_model("net.py:robust", pretrained=False)).mix == 0.25
     assert find_head(create_model("net.py:robust", pretrained=False, mix=0.75)).mix == 0.75
     assert find_head(create_model("net.py:small", pretrained=False, inference="sample")).inference == "sample"
+
+
+def test_a_network_without_convolutions_has_the_given_channels_and_an_early_error_leaves_no_run(net):
+    with pytest.raises(ValueError, match=r"the logits of image 0 are not finite"):
+        evaluate_command.main(["--model", "net.py:linear", "--in-chans", "1", "--num-images", "4", "--output", "out"])
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(("name", "arguments", "message"), [

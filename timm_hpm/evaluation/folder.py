@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data import ImageSplit, as_pixel_model, first_images
 from ..deadline import time_limit
-from ..files import default_folder, locked, remove_unfinished, writable_folder, write_text
+from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head, own_mode
 from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
@@ -90,10 +90,16 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
                                     time_limit=config.time_limit), file=sys.stderr)
         if is_first(accelerator):
             begin(config, output, resume)
-        return list(sweep(
-            pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
-            folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
-            about=about, **options))
+        try:
+            return list(sweep(
+                pixel_model, images, labels, threat.norm, config.radii() or [threat.eps], config.inference,
+                folder=output, save_adversarial=config.save_adversarial, accelerator=accelerator, progress=True,
+                about=about, **options))
+        except Exception:
+            # The same command, mended, is to find no earlier run if nothing was attacked.
+            if is_first(accelerator) and {file.name for file in output.iterdir()} <= {OPTIONS, LOCK}:
+                (output / OPTIONS).unlink(missing_ok=True)
+            raise
 
 
 def mixed_precision(config: EvaluateConfig) -> AbstractContextManager[Any]:

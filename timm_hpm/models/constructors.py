@@ -109,7 +109,7 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
             setattr(head, key, value)
     if "mean" not in {**(getattr(model, "pretrained_cfg", None) or {}), **overlay}:
         model.normalisation_source = f"none, {name} takes pixels in [0, 1]"
-    describe(model, name, {key: value for key, value in overlay.items() if key != "file"})
+    describe(model, name, {key: value for key, value in overlay.items() if key != "file"}, given.get("in_chans") or 3)
     if given.get("img_size"):
         model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], *[given["img_size"]] * 2)
     model.network_args = args
@@ -119,16 +119,18 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     return model
 
 
-def describe(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> None:
+def describe(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None, in_chans: int = 3) -> None:
     """Gives a network the attributes `num_classes` and `pretrained_cfg` of timm's models, by `described_cfg`."""
-    model.pretrained_cfg = cfg = described_cfg(model, name, fields)
+    model.pretrained_cfg = cfg = described_cfg(model, name, fields, in_chans)
     model.num_classes = cfg["num_classes"]
 
 
-def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any] | None = None,
+                  in_chans: int = 3) -> dict[str, Any]:
     """Returns the pretrained cfg of a network that timm did not make; without a mean it takes pixels in [0, 1].
 
     `name` is its constructor's, else its class's. `fields` win over those of its own `pretrained_cfg`, which are kept.
+    `in_chans` is of a network that has neither a convolution nor a mean or `input_size`.
     """
     kind = type(model).__bases__[1] if isinstance(model, HPMMixin) else type(model)
     name, fields = name or f"{kind.__module__}:{kind.__qualname__}", fields or {}
@@ -141,7 +143,7 @@ def described_cfg(model: Any, name: str | None = None, fields: Mapping[str, Any]
     if not isinstance(classes, int):
         raise ValueError(f"{name} does not say its number of classes: set the attribute num_classes of the module")
     convs = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    first, channels = (convs[0][0], convs[0][1].in_channels) if convs else (None, 3)
+    first, channels = (convs[0][0], convs[0][1].in_channels) if convs else (None, in_chans)
     if "mean" in own or "input_size" in own:
         channels = len(own["mean"]) if "mean" in own else own["input_size"][0]
     return {

@@ -10,6 +10,7 @@
   (B·C + C·d) numbers, at C = 21,841.
 """
 
+import argparse
 import copy
 import resource
 from collections.abc import Callable
@@ -99,6 +100,7 @@ def memory() -> None:
 
 def main() -> None:
     """Prints the ratios."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     memory()

@@ -12,6 +12,7 @@
   of `hpm_vit_small_patch16_224`, batch 2.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -130,9 +131,12 @@ def memory() -> None:
 
 def main() -> None:
     """Prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", action="store_true", help="be one of the processes")
+    is_worker = parser.parse_args().worker
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    if "--worker" in sys.argv:
+    if is_worker:
         return worker()
     steps()
     memory()

@@ -28,8 +28,8 @@ _REDRAWN_RADII: Final = 2.0
 #: Part of a step that is new; the rest is the step before it.
 _NEW_STEP: Final = 0.75
 #: The targets that all images are led to; the others, and the first round, are for the nearest part of the images left.
-#: Later rounds serve fewer and fewer: this part times the cube of the part of the rounds that is left. Of validation
-#: images of four networks the six that fell in a round were among the nearest tenth from the first round on.
+#: Later rounds serve fewer and fewer, as only images near a boundary fall in them: this part times the cube of the part
+#: of the rounds that is left.
 _FOR_ALL: Final = 3
 _NEAR: Final = 0.5
 _MEAN_CUBE: Final = 0.25

@@ -54,6 +54,16 @@ def test_restarts_of_a_single_attack_keep_the_largest_margin(digits):
     assert (four >= one).all() and (four > one).any()
 
 
+def test_square_goes_on_after_a_tie_that_the_label_wins():
+    # Logits 0 and round(10·(mean − 0.5)): equal for half of the ball, and class 0 wins.
+    def answer(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (torch.tensor([0.0, 10.0]) * (x.flatten(1).mean(dim=1, keepdim=True) - 0.5)).round()
+    model, images, labels = Wrapped(nn.Identity(), answer).eval(), torch.full((8, 1, 8, 8), 0.5), torch.zeros(8).long()
+    assert (model(images).argmax(dim=1) == 0).all()
+    found = timm_hpm.attack(model, images, labels, "Linf:0.1", "square", budget=30)
+    assert (model(found).argmax(dim=1) == 1).all()
+
+
 @pytest.mark.parametrize(("name", "budget", "message"), [
     ("pgd", None, "unknown attack 'pgd'; expected some of apgd-ce"), ("apgd-t", 5, "has no targets"),
     ("joint", None, "needs an HPM head in batch mode"), ("apgd-ce", "5r0", "cannot read the budget '5r0'"),

@@ -175,7 +175,7 @@ def test_a_merged_report_is_the_worst_case_and_what_one_adversary_can_do(reports
     ({"weights_digest": "0" * 16}, "differ in more than their seeds: weights_digest "),
     ({"data_digest": "0" * 16}, "data_digest "), ({"threat": "Linf:0.2"}, "threat Linf:0.1 and Linf:0.2"),
     ({"attacks": {"apgd-ce": {"iterations": 2}}}, "attacks "), ({"inference": "sample"}, "inference batch and sample"),
-    ({"seed": 3}, "seeds 3, 3; expected different ones"),
+    ({"seed": 3}, "seeds 3, 3; expected different ones"), ({"clean_margin": 99.0}, "clean_margin .* and 99.0"),
 ])
 def test_reports_that_differ_in_more_than_their_seeds_are_refused(reports, changed, message):
     other = replace(reports[1], protocol=reports[1].protocol | changed)
@@ -183,6 +183,12 @@ def test_reports_that_differ_in_more_than_their_seeds_are_refused(reports, chang
         timm_hpm.merge_reports([reports[0], other])
     with pytest.raises(ValueError, match="1 report is given; expected two or more"):
         timm_hpm.merge_reports(reports[:1])
+
+
+def test_reports_of_other_machines_merge(reports):
+    machine = {"threads": 5, "device": "cuda", "clean_margin": 1.001 * reports[1].protocol["clean_margin"]}
+    other = replace(reports[1], protocol=reports[1].protocol | machine)
+    assert timm_hpm.merge_reports([reports[0], other]).robust == timm_hpm.merge_reports(reports).robust
 
 
 def test_the_command_merges_reports(reports, tmp_path, capsys):

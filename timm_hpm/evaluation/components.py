@@ -37,6 +37,8 @@ from .budget import Budget
 Loss = Callable[[Tensor], Callable[[Tensor], Tensor]]
 #: Targets of the margin search, as many as those of AutoAttack's targeted attacks.
 _SEARCHED_TARGETS: Final = 9
+#: Margin by which the label wins a tie, smaller than any other.
+_TIE: Final = torch.finfo(torch.float32).tiny
 
 
 def apgd_untargeted(batch: AttackBatch, threat: ThreatModel, budget: Budget, loss: Loss = cross_entropy) -> Tensor:
@@ -123,7 +125,10 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
         # The search queries the same rows until one of them is fooled.
         if rows is not labelled:
             labelled, labels = rows, batch.labels[rows]
-        return margin_loss(batch.query(rows, pixels), labels)
+        logits = batch.query(rows, pixels)
+        margins = margin_loss(logits, labels)
+        # Coarse logits tie, and a tie that the label wins fools nobody.
+        return torch.where((margins == 0) & (logits.argmax(dim=1) == labels), -_TIE, margins)
 
     # A fooled row is queried no more: from then on its batch holds this point, if its neighbours' logits depend on it.
     found = square_search(margin, active, batch.clean[active], threat, budget.iterations,

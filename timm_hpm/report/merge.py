@@ -1,15 +1,19 @@
 """`merge_reports`: the worst case over the reports of several seeds of one protocol."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .examples import NUM_EXAMPLES
 from .metrics import right_in_all
 from .schema import ASSEMBLED, TRUE_MODEL, AttackReport
 
 # Entries of a protocol that reports of several seeds may differ in: the machine, its rounding, and the user's folders.
-_FREE = {"seed", "seeds", "device", "versions", "attacked_scale", "clean_margin", "surrogates_at_once", "options",
-         "model", "weights", "neighbours", "neighbours_mixes"}
+_FREE = {"seed", "seeds", "device", "threads", "versions", "attacked_scale", "surrogates_at_once", "options", "model",
+         "weights", "neighbours", "neighbours_mixes"}
+# Relative difference of the clean margins that another machine's rounding explains; another function has another one.
+_ROUNDING = 0.05
 
 
 def merge_reports(reports: Sequence[AttackReport]) -> AttackReport:
@@ -28,7 +32,7 @@ def merge_reports(reports: Sequence[AttackReport]) -> AttackReport:
     for i, other in enumerate(reports[1:], start=2):
         names = sorted((first.protocol.keys() | other.protocol.keys()) - _FREE)
         different = [f"{name} {first.protocol.get(name)} and {other.protocol.get(name)}" for name in names
-                     if first.protocol.get(name) != other.protocol.get(name)]
+                     if not _same(name, first.protocol.get(name), other.protocol.get(name))]
         if different:
             raise ValueError(f"the reports 1 and {i} differ in more than their seeds: {'; '.join(different)}. Merge "
                              "reports of one model, images, threat model and protocol")
@@ -59,6 +63,12 @@ def merge_reports(reports: Sequence[AttackReport]) -> AttackReport:
         date=max(report.date for report in reports),
         convergence=None,
     )
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    if name == "clean_margin" and None not in (one, other):
+        return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING / 10)
+    return one == other
 
 
 def _worst(rows: Iterable[str]) -> str:

@@ -64,14 +64,16 @@ def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"report.json"}
 
 
-def test_a_time_limit_cuts_the_studies_of_neighbours(model, digits, tmp_path):
-    options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "batch_size": 10, "neighbours": (2, 3),
-               "folder": tmp_path}
+def test_each_call_without_time_goes_on_and_the_studies_of_neighbours_are_cut(model, digits, tmp_path):
+    options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "surrogates": ["fc"], "batch_size": 5,
+               "neighbours": (2, 3), "folder": tmp_path}
     timm_hpm.find_head(model).inference = "batch"
-    cut = cut_run(model, *digits, "Linf:0.1", **options)
-    assert cut.protocol["stopped"] == "by a time limit, after 0 of 2 studies of neighbours" and not cut.neighbours
-    assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
-    whole = run_attack(model, *digits, "Linf:0.1", **options)
+    with time_limit(1e-9):
+        for done in ("5 of 10 images", "0 of 2 studies of neighbours", "1 of 2 studies of neighbours"):
+            cut = run_attack(model, *digits, "Linf:0.1", **options)
+            assert cut.protocol["stopped"] == f"by a time limit, after {done}"
+            assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
+        whole = run_attack(model, *digits, "Linf:0.1", **options)
     assert {row["batch_size"] for row in whole.neighbours} == {2, 3} and "stopped" not in whole.protocol
     assert (tmp_path / "report.html").exists() and not (tmp_path / "partial").exists()
 

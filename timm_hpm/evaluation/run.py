@@ -39,7 +39,7 @@ class Run:
     num_examples: int = 0
     #: Seconds of the steps that an earlier process had finished.
     earlier_seconds: float = 0.0
-    #: Whether this process has made something that stays: a step in the folder, or a whole batch.
+    #: Whether this process has made something that stays: a step in the folder or, without one, a whole batch.
     has_progress: bool = False
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step] | None:
@@ -75,7 +75,7 @@ class Run:
             if self.keeps_candidates and self.folder is not None:
                 self.folder.save(place, len(self.plan.steps), assembled)
             steps.append(assembled.without_pixels())
-        self.has_progress = True
+        self.has_progress |= self.folder is None
         return steps
 
     def save_candidates(self, path: str | os.PathLike, images: Tensor, labels: Tensor,

@@ -102,6 +102,7 @@ def sweep(
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = places.get((mode, threat))
         with mode_if_any(model, mode):
+            is_loaded = place is not None and (place / REPORT).exists()
             sizes = list(neighbours) if own_mode(model) == "batch" and find_head(model).is_fitted() else []
             report = mixed_surrogate_attack(model, images, labels, threat, folder=place, accelerator=accelerator,
                                             about={**(about or {}), **({"neighbours": sizes} if sizes else {})},
@@ -110,7 +111,7 @@ def sweep(
             if STOPPED not in report.protocol:
                 shown = bool(sizes and options.get("progress") and is_first(accelerator))
                 with images_bar(model, "neighbours", shown):
-                    report = _with_neighbours(report, sizes, measure, place, accelerator)
+                    report = _with_neighbours(report, sizes, measure, place, accelerator, is_loaded)
         if place is not None and is_first(accelerator):
             if STOPPED in report.protocol:
                 write_report(report, place / PARTIAL)
@@ -131,16 +132,16 @@ def sweep(
 
 
 def _with_neighbours(report: AttackReport, sizes: Sequence[int], measure: Callable[..., Any],
-                     place: Path | None, accelerator: Accelerator | None) -> AttackReport:
+                     place: Path | None, accelerator: Accelerator | None, has_no_progress: bool) -> AttackReport:
     """Returns the report with the rows of `measure_neighbours` for the batch sizes that it lacks.
 
     Each process measures one size at a time, and the report is saved after each round of them. A `time_limit` cuts the
-    rounds, which the returned report says.
+    rounds, which the returned report says; with `has_no_progress` not the first one.
     """
     missing = [size for size in sizes if size not in {row["batch_size"] for row in report.neighbours}]
     rank, processes = rank_of(accelerator)
     for i in range(0, len(missing), processes):
-        if any(gathered(accelerator, [is_over()])):
+        if any(gathered(accelerator, [is_over()])) and not (has_no_progress and i == 0):
             stopped = f"by a time limit, after {len(sizes) - len(missing) + i} of {len(sizes)} studies of neighbours"
             return replace(report, protocol={**report.protocol, STOPPED: stopped})
         rows = [row for size in missing[i + rank:i + rank + 1] for row in measure(batch_sizes=[size])]

@@ -296,6 +296,37 @@ def test_training_starts_with_the_normalisation_of_its_checkpoint(saved, named, 
     assert find_head(model).is_fitted() and torch.equal(model.fc.weight, saved[1].fc.weight)
 
 
+def test_a_file_of_timm_s_own_network_keeps_its_classifier_and_normalisation(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=7)
+    model.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    write_model(model, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+
+    def trainable(file, **options):
+        return create_trainable(TrainConfig(model="test_resnet", initial_checkpoint=str(tmp_path / file), **options))
+
+    own = trainable(WEIGHTS, num_classes=7)
+    assert torch.equal(own.fc.weight, model.fc.weight) and own.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    with pytest.warns(NormalisationWarning):
+        assert torch.equal(trainable("bare.pt", num_classes=7).fc.weight, model.fc.weight)
+    with pytest.warns(DroppedClassifierWarning):
+        other = trainable(WEIGHTS, num_classes=5)
+    assert len(other.fc.weight) == 5 and torch.equal(other.conv1[0].weight, model.conv1[0].weight)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"(?s)cannot load .* into test_resnet: .*key"):
+        trainable("other.pt", num_classes=5)
+
+
+def test_weights_that_state_another_of_timm_s_own_networks_are_refused(tmp_path):
+    model = timm.create_model("test_resnet")
+    model.pretrained_cfg["architecture"] = "test_vit"  # as if both had the same entries
+    write_model(model, tmp_path)
+    file = str(tmp_path / WEIGHTS)
+    for options in ({"checkpoint": file}, {"pretrained": True, "pretrained_cfg_overlay": {"file": file}}):
+        with pytest.raises(ValueError, match="the weights are of test_vit, and the network is test_resnet"):
+            create_model("test_resnet", **options)
+
+
 # The default inference mode: no answer depends on the other images
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, load_pretrained, register_model, split_model_name_tag
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from ..guards import check_size, weights_only
 from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from .constructors import HEAD_ARGS
-from .formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation
+from .formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation, xcit_state_dict
 from .preact import PreActNet
 from .saving import WEIGHTS, config_args, config_fields, own_config, saved_config
 from .tags import is_whole, names_weights, own_cfg, tag_args
@@ -78,6 +79,8 @@ def build_variant(
         pretrained: bool,
         kwargs: Mapping[str, Any],
         convert: Callable[..., dict[str, Tensor]] = plain_state_dict,
+        *,
+        head: bool = True,
 ) -> Any:
     """Returns a network with an HPM head under the cfg of the name `variant`; with `features_only`, timm's wrapper.
 
@@ -88,10 +91,11 @@ def build_variant(
         create: the base's own entrypoint.
         kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
         convert: converts a checkpoint to the base's names; called as `plain_state_dict`.
+        head: whether it gets the HPM head.
     """
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)
-    head_args = {name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs}
+    head_args = {name: kwargs.pop(name) for name in HEAD_ARGS if head and name in kwargs}
     check_size(partial(create, pretrained=False, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
     converted = pretrained and not cfg.custom_load
@@ -102,16 +106,38 @@ def build_variant(
             overlay = {"state_dict": {key: value for key, value in state_dict.items() if key not in own},
                        "source": None}
             if kwargs.get("num_classes", cfg.num_classes) != cfg.num_classes or kwargs.get("features_only"):
-                _check_keys(create, cfg, overlay, kwargs)
+                # The new classifier of timm's own network is then the one that timm makes.
+                with torch.random.fork_rng(devices=[], enabled=not head):
+                    _check_keys(create, cfg, overlay, kwargs)
         model = create(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
         if converted and not kwargs.get("features_only") and model.num_classes == cfg.num_classes:
             _check_missing(model, create, cfg, overlay, kwargs)
-    if not kwargs.get("features_only"):
+    if head and not kwargs.get("features_only"):
         add_hpm_head(model, **head_args)
         # A saved model may lose its tag, and must keep these.
         model.network_args = {name: kwargs[name] for name in tag_args(variant, asked) if name in kwargs}
         _load_head(model, state_dict, cfg, variant)
     return loaded(model, cfg) if converted else model
+
+
+def build_plain(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """Returns timm's own network `name` with the weights of a file, which `pretrained_cfg_overlay` names.
+
+    timm alone would neither read the file's config nor keep its classifier if the tag's has another size, and would
+    then load any file, also of another network.
+    """
+    base, tag = split_model_name_tag(name)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    if tag:
+        given["pretrained_cfg"] = tag
+    # Of the tag's weights.
+    given["pretrained_cfg_overlay"] = {"custom_load": False, **kwargs["pretrained_cfg_overlay"]}
+    return build_variant(partial(timm.create_model, base), base, True, given, converter(base), head=False)
+
+
+def converter(base: str) -> Callable[..., dict[str, Tensor]]:
+    """Returns the function that converts checkpoints to the names of timm's network `base`."""
+    return xcit_state_dict if base.startswith("xcit_") else plain_state_dict
 
 
 def _load_head(model: nn.Module, state_dict: Mapping[str, Tensor], cfg: PretrainedCfg, variant: str) -> None:
@@ -260,7 +286,7 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
     model.pretrained_cfg.pop("state_dict", None)
     if cfg.source is not None:
         model.pretrained_cfg["source"] = cfg.source
-    if head_name(model) is None or cfg.num_classes < 0:
+    if not getattr(model, "num_classes", 0) or cfg.num_classes < 0:
         return model
     name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
     if model.num_classes != cfg.num_classes:
@@ -268,7 +294,7 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
             f"the weights of {name} have {cfg.num_classes} classes, and num_classes is {model.num_classes}: their "
             "classifier and prototypes are dropped, and the model has a random one", DroppedClassifierWarning,
             stacklevel=2)
-    elif not find_head(model).is_fitted():
+    elif head_name(model) is not None and not find_head(model).is_fitted():
         warnings.warn(
             f"the weights of {name} hold no prototypes: its HPM head predicts as its FC classifier until "
             "timm_hpm.fit_prototypes(model, loader, threat), or fine-tuning, gives it some",

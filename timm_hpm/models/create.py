@@ -19,6 +19,7 @@ from ..data import ImageSplit, data_source, open_split
 from ..guards import check_size, shortened, weights_only, without_tokens
 from ..head import head_name
 from ..names import did_you_mean
+from ._builder import build_plain
 from .configs import read_config
 from .constructors import construct, is_constructor
 from .formats import num_classes_of, plain_state_dict, warn_of_normalisation
@@ -116,6 +117,10 @@ def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
             register_saved(split_model_name_tag(name)[0])
         if not name.startswith("hpm_"):  # these check themselves
             check_size(lambda: timm.create_model(name, pretrained=False, **kwargs), asked)
+            file = str((kwargs.get("pretrained_cfg_overlay") or {}).get("file") or "")
+            # timm alone knows the arrays of an .npz file.
+            if pretrained and file and not file.endswith(".npz") and timm.is_model(split_model_name_tag(name)[0]):
+                return build_plain(name, kwargs)
         return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
@@ -147,9 +152,10 @@ def load_checkpoint(model: Any, path: str, given: Collection[str] = (), *, unfit
         with reading(f"the checkpoint {path}"):
             state_dict = unwrap(read_file(path))
         with fitting(f"the checkpoint {path}", type(model).__name__, num_classes_of(state_dict, cfg.get("classifier"))):
-            if config and (str(cfg.get("architecture")).startswith("hpm_") or (
-                    "constructor" in config and "constructor" not in cfg)):
-                check_architecture(config, cfg["architecture"])
+            # Networks of other names may have the same entries, and other padding, activations or patches.
+            known = cfg.get("architecture")
+            if config and "constructor" not in cfg and config["architecture"] not in (known, f"hpm_{known}"):
+                check_architecture(config, known)
             network = f"the pretrained_cfg of {cfg.get('architecture') or type(model).__name__}"
             # Not in the pretrained_cfg, which has timm's fields only; `PixelModel` reads it.
             model.normalisation_source = f"the config in {path}" if config else network

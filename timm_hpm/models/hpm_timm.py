@@ -8,8 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, model_entrypoint
 
 from ..names import did_you_mean
-from ._builder import build_variant, register_entrypoint
-from .formats import plain_state_dict, xcit_state_dict
+from ._builder import build_variant, converter, register_entrypoint
 from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
 #: The bases that `import timm_hpm` registers; `register_hpm` adds others.
@@ -165,8 +164,7 @@ def register_hpm(base: str) -> str:
     tags = {**public, f"untrained{'*' if another else ''}": {}}
     default_cfgs.update(pretrained_tags({f"{name}.{tag}": vars(cfg) | fields for tag, fields in tags.items()}))
 
-    build = partial(build_variant, model_entrypoint(base),
-                    convert=xcit_state_dict if base.startswith("xcit_") else plain_state_dict)
+    build = partial(build_variant, model_entrypoint(base), convert=converter(base))
     register_entrypoint(__name__, name, f"timm's `{base}` with an HPM head; see `timm_hpm.add_hpm_head`.", build)
     return name
 

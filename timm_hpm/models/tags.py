@@ -96,8 +96,8 @@ def own_cfg(variant: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Pretra
     registered = get_pretrained_cfg(f"{variant}.{cfg.tag}") if cfg.tag else None
     if registered is not None and not registered.has_weights:
         return cfg
-    neutral = get_pretrained_cfg(f"{variant}.untrained")
-    of_tag = {name: getattr(neutral, name) for name in OF_TRAINING}
+    neutral = get_pretrained_cfg(f"{variant}.untrained") if variant.startswith("hpm_") else None
+    of_tag: dict[str, Any] = {name: getattr(neutral, name, None) for name in OF_TRAINING}
     return dataclasses.replace(cfg, tag=None if foreign else cfg.tag, **of_tag)
 
 

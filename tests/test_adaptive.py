@@ -232,7 +232,9 @@ def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tm
     ("sample", {}, "expected a fitted HPM head in batch mode"),
     ("batch", {"batch_sizes": ()}, r"the batch sizes are \(\); expected a list of at least one"),
     ("batch", {"num_targets": -1}, "num_targets is -1; expected at least 0"),
+    ("batch", {"labels": torch.full((40,), 10)}, "label 10 of image 0 is out of range"),
 ])
 def test_neighbours_that_cannot_be_are_refused(model, digits, mode, options, message):
     with timm_hpm.head_mode(model, mode), pytest.raises(ValueError, match=message):
-        measure_neighbours(model, *digits, THREAT, **{"batch_sizes": (10,)} | options)
+        measure_neighbours(model, **{"images": digits[0], "labels": digits[1], "threat": THREAT, "batch_sizes": (10,)}
+                           | options)

@@ -244,7 +244,7 @@ def test_a_network_of_ones_own_and_its_normalisation():
     ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"threat": None}, "threat is None"),
     (7, {}, "data is a int"),
     ([(torch.rand(1, 8, 8), 0), (torch.rand(1, 4, 4), 0)], {}, "one size"),
-    ([1, 2, 3], {}, "image, label"),
+    ([1, 2, 3], {}, "image, label"), ([(torch.rand(1, 8, 8), 3.7)], {}, "labels as integers"),
     ([(torch.rand(1, 8, 8), 0)], {"num_images": -3}, "num_images is -3"),
     ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"num_images": 5}, "0 to 4"),
     ((torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)), {"inference": "l2"}, "l2"),

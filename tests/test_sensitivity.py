@@ -126,16 +126,18 @@ def test_the_page_shows_every_network_head_and_class_and_nothing_from_outside(st
 @pytest.mark.parametrize(("change", "message"), [
     ({"radii": [0]}, "expected a radius above 0"), ({"modes": ()}, "and a mode"), ({"modes": ("l2",)}, "l2"),
     ({"iterations": 0}, "iterations"), ({"norm": "L3"}, "norm"), ({"batch_size": 0}, "batch_size"),
-    ("unfitted", "fit_prototypes"), ("training", "eval"),
+    ({"labels": torch.full((4,), 99)}, "label 99 of image 0 is out of range"), ("unfitted", "fit_prototypes"),
+    ("training", "eval"),
 ])
 def test_malformed_arguments_are_named(change, message):
     model = LinearFeatures().train(change == "training")
     if change == "unfitted":
         model.head.reset_prototypes()
-    arguments = {"norm": "Linf", "radii": [0.1], "modes": ("fc",), "iterations": 1, "batch_size": 4}
+    arguments = {"images": torch.rand(4, 1, 2, 1), "labels": torch.zeros(4, dtype=torch.long), "norm": "Linf",
+                 "radii": [0.1], "modes": ("fc",), "iterations": 1, "batch_size": 4}
     arguments |= change if isinstance(change, dict) else {}
     with pytest.raises(ValueError, match=message):
-        measure_sensitivity(model, torch.rand(4, 1, 2, 1), torch.zeros(4, dtype=torch.long), **arguments)
+        measure_sensitivity(model, **arguments)
 
 
 def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):

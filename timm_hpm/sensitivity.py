@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .attacks.apgd import apgd
 from .attacks.losses import cross_entropy, margin_loss
-from .data import as_pixel_model, check_eval_mode, checked_integer, for_gradients
+from .data import as_pixel_model, check_eval_mode, check_range, checked_integer, for_gradients
 from .evaluation.attacked import AttackedModel
 from .files import write_text
 from .head import INFERENCE_MODES, check_inference, find_head, head_mode
@@ -161,6 +161,7 @@ def measure_sensitivity(
     check_eval_mode(model)
     device = next(model.parameters()).device
     images, labels = (part.to(device) for part in for_gradients(images, labels))
+    check_range(labels, find_head(model).out_features)
     study = _Study(model, images, labels, batch_size)
     clean = {mode: study.at(mode, images) for mode in modes}
     rows = []

@@ -1,5 +1,6 @@
 """`evaluate`: the Mixed Surrogate Attack on a model object and a data set, in one call."""
 
+import operator
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -75,10 +76,12 @@ def _first_of(data: Any, num_images: int) -> tuple[Tensor, Tensor]:
                              "label), or a pair of tensors (images, labels)")
         pairs = [data[i] for i in range(min(max(num_images, 0), len(data)) or len(data))]
         try:
-            data = torch.stack([torch.as_tensor(image) for image, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+            data = (torch.stack([torch.as_tensor(image) for image, _ in pairs]),
+                    torch.tensor([operator.index(label) for _, label in pairs]))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"data does not hold (image, label) of one size ({error}); expected images as tensors "
-                             "(channels, H, W) with pixels in [0, 1], such as by torchvision's ToTensor") from error
+                             "(channels, H, W) with pixels in [0, 1], such as by torchvision's ToTensor, and "
+                             "labels as integers") from error
     images, labels = data
     if not 0 <= num_images <= len(images):
         raise ValueError(f"num_images is {num_images}; expected 0 to {len(images)}, and 0 means all")

@@ -113,7 +113,7 @@ class _Search:
         assert split.head is not None
         self.pixel_model, self.split, self.head, self.size = pixel_model, split, split.head, size
         self.images, self.labels, self.features = images, labels, features
-        self.classes, _ = predictions(pixel_model, images, size)
+        self.classes, _ = predictions(pixel_model, images, size, labels.cpu())
         with torch.no_grad():
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 

@@ -137,6 +137,9 @@ def test_a_plain_classifier_has_no_external_number_and_a_suspicious_one_says_so(
     report = AttackReport(protocol, {"clean": "1110", "model/apgd-ce": "1011"}, flags=[Flag("random-forward", "")])
     info = model_info(report)
     assert "external" not in info and info["autoattack_acc"] == "50.00" and info["eps"] == "0.5"
+    rows = {"clean": "1110", "model/apgd-ce": "1011", "model/apgd-ce#seed1": "0110"}
+    merged = model_info(AttackReport(protocol | {"seeds": [0, 1]}, rows))
+    assert merged["autoattack_acc"] == "50.00" and merged["external"] == "25.00"
     assert info["unreliable"] is True
 
 

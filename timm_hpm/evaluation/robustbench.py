@@ -34,7 +34,8 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
     """Returns RobustBench's model_info of an evaluated model; unknown fields are empty (`""` or None).
 
     `autoattack_acc` is the accuracy under AutoAttack's four components at their standard budgets on the model itself,
-    empty if the report has other attacks. `external` is the report's worst case if it has more surrogates than that.
+    empty if the report has other attacks. `external` is the report's worst case if it has more surrogates or seeds than
+    that.
 
     Arguments:
         report: the measurement.
@@ -54,7 +55,7 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
         "clean_acc": _percent(report.clean_accuracy), "reported": "",
         "autoattack_acc": _percent(_accuracy_under(report, own)) if _is_standard(protocol, own) else "",
     }
-    if protocol["surrogates"] != [own] or not measured["autoattack_acc"]:
+    if protocol["surrogates"] != [own] or "seeds" in protocol or not measured["autoattack_acc"]:
         measured["external"] = _percent(report.robust_accuracy)
     if report.unreliable:
         measured["unreliable"] = True

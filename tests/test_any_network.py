@@ -81,6 +81,20 @@ def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits,
     assert timm_hpm.judge(model, *digits, 350).float().mean().item() == pytest.approx(again["val_clean"])
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_trained_and_saved_as_the_one_inside(wrap, tmp_path):
+    model = timm.create_model("hpm_wrn10_2", pretrained=True)
+    train(wrap(model), CONFIG, tmp_path, epochs=1, lr=1e-4, batch_size=350, log=quiet)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.pretrained_cfg["architecture"] == "hpm_wrn10_2" and again.pretrained_cfg["mean"] == [0.3053]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_normalisation_beside_that_of_a_pixel_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mean is \(0.1,\), and the PixelModel normalises by \(0.5,\); leave it out"):
+        train(PixelModel(Net(), (0.5,), (1.0,)), CONFIG, tmp_path, mean=(0.1,), log=quiet)
+
+
 def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
     model = timm_hpm.add_hpm_head(Net())
     whole = PixelModel(model, (0.3,), (0.4,)).train()

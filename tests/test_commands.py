@@ -265,6 +265,7 @@ def parsed(*words: str) -> dict[str, Any]:
     (["--tops", "nuts", "plums"], {"tops": ("nuts", "plums")}),
     (["--tops", "none", "--cuts", "3,4", "5"], {"tops": (), "cuts": (3, 4, 5)}),
     (["--extra", "a=1", "b=x"], {"extra": {"a": 1, "b": "x"}}),
+    (["--extra", "a=1", "--extra", "b=x"], {"extra": {"a": 1, "b": "x"}}),
 ])
 def test_the_command_line_and_both_kinds_of_files_give_the_same_options(words, expected, tmp_path):
     given = parsed(*words)
@@ -296,6 +297,8 @@ def test_a_word_that_is_no_value_is_a_mistake_of_the_command_line(words):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
+    ("cake.yaml", "layers: 3\nlayers: 4\n", "'layers' is there twice; give it once"),
+    ("cake.json", '{"layers": 3, "layers": 4}', "'layers' is there twice; give it once"),
     ("cake.yaml", "layer: 3\n", "unknown option 'layer'; did you mean layers?"),
     ("cake.json", '{"layer": 3}', "unknown option 'layer'; did you mean layers?"),
     ("cake.json", "name: rum", "cannot read the configuration"), ("cake.json", "[" * 100_000, "cannot read"),

@@ -145,12 +145,27 @@ def free_names(kind: type) -> tuple[str, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML without aliases, by which few bytes stand for any number of values."""
+    """Reads YAML without names given twice, and without aliases, by which few bytes stand for any number of values."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            _each_once([(self.construct_object(key), None) for key, _ in node.value])
+        return found
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"the alias *{self.peek_event().anchor}; expected values without anchors and aliases")
         return super().compose_node(parent, index)
+
+
+def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Returns pairs as a dictionary; raises a ValueError for a name that several have, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice; give it once")
+    return found
 
 
 def read_options(path: str | os.PathLike, kind: type) -> dict[str, Any]:
@@ -161,7 +176,8 @@ def read_options(path: str | os.PathLike, kind: type) -> dict[str, Any]:
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         text = content.decode("utf-8")
-        given = json.loads(text) if os.fspath(path).endswith(".json") else yaml.load(text, _Loader)
+        is_json = os.fspath(path).endswith(".json")
+        given = json.loads(text, object_pairs_hook=_each_once) if is_json else yaml.load(text, _Loader)
     # PyYAML raises Python's own errors for some numbers and dates.
     except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the configuration {path}: {shortened(' '.join(str(error).split()))}") from error
@@ -216,13 +232,24 @@ def _argument(kind: Any, choices: Collection[str]) -> dict[str, Any]:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is dict:
-        return {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
+        return {"nargs": "*", "action": _Pairs, "metavar": "NAME=VALUE"}
     of_one = {int: (int, "N"), float: (_number, "X"), str: (str, "TEXT")}
     if typing.get_origin(kind) is tuple:
         of, metavar = of_one[typing.get_args(kind)[0]]
         return {"nargs": "+", "action": _Several, "type": lambda text: _several(text, of), "metavar": metavar}
     of, metavar = of_one[kind]
     return {"type": of, "metavar": metavar}
+
+
+class _Pairs(ParseKwargs):
+    """timm's action for NAME=VALUE, whose pairs of an option given again join the first ones."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None) or {}
+        if odd := next((value for value in values if value and "=" not in value), None):
+            parser.error(f"argument {option_string}: {odd!r}; expected NAME=VALUE")
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, before | getattr(namespace, self.dest))
 
 
 class _Several(argparse.Action):

@@ -13,9 +13,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 
-from ..data import PixelModel
+from ..data import PixelModel, unwrapped
 from ..files import default_folder, locked, remove, remove_unfinished
-from ..models.saving import WEIGHTS
+from ..models.saving import WEIGHTS, in_float32
 from .config import TrainConfig
 from .distributed import process_index
 from .loop import UNPACKED, Run
@@ -59,9 +59,15 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     """
     config = replace(config or TrainConfig(), **options)
     whole = model
+    if model is not None:
+        model = unwrapped(model)
     if isinstance(model, PixelModel):
-        config = replace(config, mean=tuple(model.mean.flatten().tolist()), std=tuple(model.std.flatten().tolist()))
-        model = model.model
+        own: dict[str, Any] = {name: tuple(getattr(model, name).flatten().tolist()) for name in ("mean", "std")}
+        for name, value in config.given(*own).items():
+            if in_float32({**own, name: value}) != in_float32(own):
+                raise ValueError(f"{name} is {value}, and the PixelModel normalises by {own[name]}; leave it out")
+        config = replace(config, **own)
+        model = unwrapped(model.model)
     if model is not None:
         config = replace(config, model=described(model, config).pretrained_cfg["architecture"])
     PartialState(cpu=config.device == "cpu")

@@ -55,8 +55,12 @@ def test_grey_of_16_bits_is_resized_and_cropped_as_grey_of_8_bits(tmp_path):
                         ("bytes", Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))):
         (tmp_path / name / "a").mkdir(parents=True)
         image.save(tmp_path / name / "a" / "0.png")
-    for options in ({}, {"crop_pct": 0.8}, {"random_resized_crop": True, "augmentation_seed": 1}):
-        wide, narrow = (read(tmp_path / name, **options) for name in ("wide", "bytes"))
+    border = {"crop_mode": "border", "crop_pct": 0.5}
+    policy = {"auto_augment": "v0", "augmentation_seed": 0}
+    for channels, options in ((1, {}), (1, {"crop_pct": 0.8}),
+                              (1, {"random_resized_crop": True, "augmentation_seed": 1}), (1, border),
+                              (3, border | {"mean": (0.2, 0.4, 0.8)}), (1, policy), (3, policy)):
+        wide, narrow = (read(tmp_path / name, channels, **options) for name in ("wide", "bytes"))
         assert (wide - narrow).abs().max() < 2 / 255 and wide.std() > 0.1
 
 

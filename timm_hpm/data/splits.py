@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.readers.class_map import load_class_map
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import CenterCropOrPad, center_crop_or_pad, str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
@@ -171,12 +172,29 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         mode = str_to_interp_mode(interpolation)
         steps = [RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()]
     elif not isinstance(part.images, Tensor):
-        steps = [create_transform((size[0], size[1], size[2]), interpolation=interpolation,
-                                  crop_pct=crop_pct, crop_mode=crop_mode, normalize=False,
-                                  mean=tuple(mean or (0.5,) * size[0]))]
+        steps = [_Cropped(create_transform((size[0], size[1], size[2]), interpolation=interpolation,
+                                           crop_pct=crop_pct, crop_mode=crop_mode, normalize=False,
+                                           mean=tuple(mean or (0.5,) * size[0])))]
     if auto_augment and augmentation_seed is not None:
         steps.append(_policy(auto_augment, size))
     return ImageSplit(name, source, part, indices, size[0], Compose(steps) if steps else None, augmentation_seed)
+
+
+class _Cropped:
+    """timm's transform, which also gives grey of 16 bits (mode F, from 0 to 1) a border, of the same colour."""
+
+    def __init__(self, transform: Any):
+        self.transform = transform
+        # Its fill is one byte a channel.
+        self.border: Any = next((step for step in transform.transforms if isinstance(step, CenterCropOrPad)), None)
+
+    def __call__(self, image: Any) -> Any:
+        if self.border is None or image.mode != "F":
+            return self.transform(image)
+        for step in self.transform.transforms[:self.transform.transforms.index(self.border)]:
+            image = step(image)
+        channels = [center_crop_or_pad(image, self.border.size, fill=fill / 255) for fill in self.border.fill]
+        return torch.cat([pil_to_tensor(channel) for channel in channels])
 
 
 def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
@@ -190,11 +208,17 @@ def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment (--aa) is {name!r}, which timm does not know ({type(error).__name__}: {error});"
                          " expected such as rand-m9-mstd0.5, augmix-m3, original, v0 or 3a") from error
-    return Compose([_as_image, policy])
+    return Compose([partial(_as_image, MODES[size[0]]), policy])
 
 
-def _as_image(image: Tensor | Image.Image) -> Image.Image:
-    return to_pil_image(image) if isinstance(image, Tensor) else image
+def _as_image(mode: str, image: Tensor | Image.Image) -> Image.Image:
+    """Returns an image of bytes, as timm's policies need it, also of grey of 16 bits."""
+    if isinstance(image, Image.Image) and image.mode == "F":
+        image = pil_to_tensor(image)
+    # Interpolated numbers beyond the range would wrap around.
+    shown = image if isinstance(image, Image.Image) else to_pil_image(
+        image.clamp(0, 1) if image.is_floating_point() else image)
+    return shown if shown.mode == mode else shown.convert(mode)
 
 
 def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:

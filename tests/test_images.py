@@ -252,7 +252,8 @@ def test_a_class_map_numbers_the_classes(tmp_path, kind):
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("map.txt", b""), ("map.json", b"{}"), ("map.txt", b"\xff\xfe\xff"), ("map.pkl", pickle.dumps([1])),
+    ("map.txt", b""), ("map.txt", b"0\n1\n 0 \n2\n"), ("map.json", b"{}"), ("map.txt", b"\xff\xfe\xff"),
+    ("map.pkl", pickle.dumps([1])),
     ("map.pkl", pickle.dumps({"a": -1})), ("map.pkl", pickle.dumps({1: "a"})), ("map.pkl", b"no pickle"),
     ("map.pkl", b"cos\nsystem\n(S'touch owned'\ntR."), ("missing.txt", None),
 ])

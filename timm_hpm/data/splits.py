@@ -3,6 +3,7 @@
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -339,6 +340,13 @@ def _numbered_as_trained(part: Part, classes: Sequence[str], own: str) -> Part:
 def _class_map(file: str | os.PathLike, data_dir: str | os.PathLike | None) -> dict[str, int]:
     try:
         numbers = load_class_map(str(file), str(data_dir or ""))
+        if str(file).lower().endswith(".txt"):
+            # timm takes the last of equal names, without a word.
+            text = (Path(file) if os.path.exists(file) else Path(data_dir or "", file)).read_text(encoding="utf-8")
+            twice = [name for name, n in Counter(map(str.strip, text.split("\n"))).items() if name and n > 1]
+            if twice:
+                raise ValueError(f"{some(map(repr, twice))} is in more than one line, and a line's number is that of "
+                                 "the class; expected each name once: mend or remove all but one of the lines")
     except (AssertionError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"cannot read the class map {file}: {error}") from error
     numbers.pop("", None)

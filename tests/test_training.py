@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import training_runs
 import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils._pytree import tree_flatten
@@ -94,28 +94,14 @@ def test_pgd_climbs_the_loss_that_it_is_given():
 # The trunk
 
 
-def test_attacks_gather_no_parameter_gradients_and_keep_less():
+def test_attacks_gather_no_parameter_gradients():
     model = timm_hpm.add_hpm_head(timm.create_model("test_vit", num_classes=10)).eval()
     trunk = PixelTrunk(model)
-    images, labels = torch.rand(4, 3, 160, 160), torch.arange(4)
-
-    def attack() -> int:
-        """Returns the bytes that a forward pass keeps for the backward one."""
-        kept = {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            pgd(lambda x: trunk.surrogate_logits("mixed", x), images, labels, ThreatModel("Linf", 0.1), steps=1)
-        return sum(kept.values())
-
-    whole = attack()
     find_head(model).bias.requires_grad_(False)
     with inputs_only(trunk):
         assert not any(parameter.requires_grad for parameter in trunk.parameters())
-        assert attack() < 0.8 * whole
+        pgd(lambda x: trunk.surrogate_logits("mixed", x), torch.rand(4, 3, 160, 160), torch.arange(4),
+            ThreatModel("Linf", 0.1), steps=1)
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["head.bias"]
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -267,8 +253,7 @@ FROM_SCRATCH = {"pretrained": False, "lr": 0.1, "attack_steps": 2}
 @pytest.mark.parametrize("changes", [
     {"epochs": 2, "batch_size": 1000},
     *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
-        {"epochs": 1}, {"epochs": 10},
-        {"epochs": 20, "objective": "trades"}, {"epochs": 20, "objective": "clean"},
+        {"epochs": 10}, {"epochs": 20, "objective": "trades"},
         {"epochs": 20, "model": "hpm_resnet18", "num_classes": 10, "in_chans": 1},
         {"epochs": 10, "batch_size": 32, "model_kwargs": {"inference": "sample"}})),
 ], ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()))
@@ -439,7 +424,7 @@ def trap(folder):
 
 @pytest.mark.parametrize(("damage", "named"), [
     *((bytes_of("state.json", lambda _, text=text: text), "batch-00000002 is damaged")
-      for text in (b"", b"{", b"[]", b"1", b'{"record": 1}', b"[" * 100_000, b"9" * 5000, b"\0")),
+      for text in (b"", b'{"record": 1}', b"[" * 100_000)),
     (bytes_of("state.json", lambda text: text.replace(b'"updates": 2', b'"updates": 7')), "batch-00000002 is damaged"),
     (bytes_of("optimizer.safetensors", lambda data: data[:-5]), "batch-00000002 is damaged"),
     (bytes_of("optimizer.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
@@ -448,7 +433,6 @@ def trap(folder):
     (state_of(lambda state: [1]), r"state.json: it is \[1\]; expected digests, progress, config"),
     (state_of(lambda state: state.update(config=[])), "config is"),
     (state_of(lambda state: state["progress"].update(epoch=True)), "epoch is True, a bool; expected int"),
-    (state_of(lambda state: state["progress"].update(batches=-1)), "batches is -1"),
     (state_of(lambda state: state["progress"].update(loss=1e999)), "loss is inf; expected a finite number"),
     (state_of(lambda state: state["progress"].update(rows=[{}], epoch=1)), "row 0 is"),
     (state_of(lambda state: state["progress"].update(best={"val_robust": 1.0})), "best is"),
@@ -489,30 +473,22 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 2, "prototype_epoch": 2.5}, "prototype_epoch is 2.5, of 2 epochs"),
-    ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs is 2.0, of 2 epochs"),
-    ({"objective": "cutmix"}, "objective is 'cutmix'; expected one of pgd-at, trades, mart, clean"),
-    ({"num_classes": 4, "pretrained": False}, "has 4 classes and digits 10. To train, give --num-classes 10"),
-    ({"in_chans": 3}, "the model takes"),
     ({"drop": 0.1, "model_kwargs": {"drop_rate": 0.2}}, "drop_rate is in the options and in model_kwargs"),
     ({"initial_checkpoint": "nosuch.pt", "pretrained": False}, "nosuch.pt: there is no such file"),
     ({"initial_checkpoint": "nosuch.pt"}, "both say where the weights come from"),
     ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),
-    ({"lr": "1e-3"}, "lr is '1e-3', a str; expected float. YAML reads 1e-3 as a text"),
-    ({"seed": 2**32}, "seed is 4294967296; expected below"),
     ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), and digits has images of 1 channels"),
     ({"attack_step_size": 2}, "the ball of Linf:0.1 is 0.2 wide; expected no more than that. Did you mean 2/255?"),
     ({"amp": True, "amp_dtype": "float16"}, "float16"),
     ({"batch_prototypes": "global"}, "makes no batch-level prototypes; expected an HPM head in batch mode"),
     ({"opt_betas": (0.9, 0.99)}, "it has no betas; leave --opt-betas out"),
     ({"opt": "adamw", "opt_betas": (0.9,)}, "(layer_decay=None): --opt-betas gives 1; expected 2, such as 0.9 0.999"),
-    ({"opt": "adamw", "opt_betas": (0.9, 0.99, 0.9)}, "--opt-betas gives 3; expected 2"),
     ({"model": "resnet10t", "num_classes": 10, "in_chans": 1, "pretrained": False, "amp": True},
      "of resnet10t meets maps narrower than its stride. Of its weight's gradient in bfloat16, torch leaves a part"),
     *(({"log_with": name}, f"{name} is not installed; run: pip install {name}") for name in ("wandb",)
       if importlib.util.find_spec(name) is None),
     # What a launcher says otherwise.
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "launcher asks for mixed precision bf16, the options for no; give --amp"),
-    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "the launcher asks for 2 batches an update, the options for 1"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -620,20 +596,6 @@ def test_a_run_of_other_processes_is_not_resumed(finished_run, tmp_path):
     change_state(path, lambda state: state["progress"].update(processes=2))
     with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
         run(tmp_path, resume=True, epochs=1, batch_size=500)
-
-
-@pytest.mark.parametrize("name", ["ours.safetensors", "plain.pt"])
-def test_training_starts_from_files_of_ours_and_of_others(name, tmp_path):
-    state = embedded()
-    if name == "plain.pt":
-        torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state.items()
-                                   if key not in ("fc.prototypes", "fc.num_updates", "fc.log_scale")}}, tmp_path / name)
-    else:
-        save_file(state, tmp_path / name)
-    kept = run(tmp_path / "run", pretrained=False, initial_checkpoint=str(tmp_path / name), epochs=1, batch_size=1000,
-               objective="clean")
-    assert kept["val_clean"] > 0.9
-    assert (weights(tmp_path / "run")["fc.num_updates"] > 0).all()
 
 
 def test_pixels_reach_the_model_normalised_once(tmp_path):

@@ -85,6 +85,7 @@ def test_objectives_learn_from_them(objective, tmp_path):
 
 
 def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_bits(tmp_path):
+    """Other images of the same labels are refused."""
     np.savez(tmp_path / "more.npz", **digits())
     given = {"extra_data": str(tmp_path / "more.npz"), "recovery_interval": 2, "checkpoint_hist": 9}
     run(tmp_path / "plain")
@@ -97,6 +98,10 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
     (tmp_path / "part" / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "args.yaml", tmp_path / "part")
     shutil.copytree(folders[0], tmp_path / "part" / "checkpoints" / folders[0].name)
+    np.savez(tmp_path / "more.npz", image=255 - digits()["image"], label=digits()["label"])
+    with pytest.raises(ValueError, match="begun with other extra data"):
+        run(tmp_path / "part", resume=True, **given, extra_fraction=0.5)
+    np.savez(tmp_path / "more.npz", **digits())
     run(tmp_path / "part", resume=True, **given, extra_fraction=0.5)
     for name in ("metrics.csv", "model.safetensors"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

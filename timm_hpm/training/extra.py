@@ -6,15 +6,18 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..report import data_digest
 
-_LAYOUT = "expected `image`, uint8 (N, H, W, channels), and `label`, integers (N,)"
+_LAYOUT: Final = "expected `image`, uint8 (N, H, W, channels), and `label`, integers (N,)"
+# Images at even distances that the digest reads.
+_IN_DIGEST: Final = 256
 
 
 class ExtraImages:
@@ -30,6 +33,9 @@ class ExtraImages:
         num_classes: number of classes, which all labels must be below.
         unpacked: file to unpack a compressed member into.
         unpack: whether to unpack; False takes the file that another process has unpacked.
+
+    Attributes:
+        digest: of the number of images, some of them and all labels.
     """
 
     def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], num_classes: int, unpacked: Path, *,
@@ -56,6 +62,8 @@ class ExtraImages:
                                 temporary.open("wb") as target:
                             shutil.copyfileobj(packed, target, 1 << 20)
             self._images = np.memmap(source, np.uint8, "r", start + length, size)
+            some = np.linspace(0, len(self) - 1, min(_IN_DIGEST, len(self))).astype(int)
+            self.digest = data_digest(torch.from_numpy(self._images[some]), self.labels)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"the extra data {path}: there is no such file") from error
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError) as error:

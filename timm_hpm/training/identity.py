@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from ..data import PixelModel, first_images
 from ..head import find_head, head_name, mode_if_any
@@ -17,19 +16,19 @@ _IMAGES: Final = 8
 _ROUNDING: Final = 1e-2
 
 
-def identity(model: Any, data: Data, further: Tensor | None) -> dict[str, Any]:
+def identity(model: Any, data: Data, extra: str | None) -> dict[str, Any]:
     """Returns what tells a run's network and images from others, in JSON's types.
 
-    That is a digest of all labels (`further` are those of extra data), the head's arguments, and of the first training
-    and validation images the mean pixels and the FC logits of their labels. The model ends in eval mode.
+    That is a digest of all labels, that of the extra data, the head's arguments, and of the first training and
+    validation images the mean pixels and the FC logits of their labels. The model ends in eval mode.
     """
-    labels = torch.cat([data.train.labels, data.val.labels, *([] if further is None else [further])])
+    labels = torch.cat([data.train.labels, data.val.labels])
     pairs = [first_images(split, min(_IMAGES, len(split))) for split in (data.plain_train, data.val)]
     images, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(device, 0, "identity"), mode_if_any(model, "fc"):
         logits = PixelModel(model.eval())(images.to(device)).cpu()
-    return {"labels": data_digest(torch.empty(0), labels),
+    return {"labels": data_digest(torch.empty(0), labels), "extra": extra,
             "head": None if head_name(model) is None else find_head(model).config(),
             "pixels": images.mean(dim=(1, 2, 3)).tolist(),
             "logits": logits.gather(1, truth.unsqueeze(1)).squeeze(1).tolist()}
@@ -46,6 +45,9 @@ def check_identity(found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                          f"{', '.join(now)}. Resume it with the version of timm_hpm that wrote it, or {advice}")
     if found["labels"] != now["labels"]:
         raise ValueError(f"the run was begun with other images: their labels, in order, are others now; {advice}")
+    if found["extra"] != now["extra"]:
+        raise ValueError("the run was begun with other extra data (--extra-data): their images or labels are others "
+                         f"now; {advice}")
     if found["head"] != now["head"]:
         raise ValueError(f"the run's HPM head has {found['head']}, and the model's {now['head']}; {advice}")
     for name, cause in (("pixels", "the images"), ("logits", "the network's code or arguments")):

@@ -151,6 +151,8 @@ def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):
     saved = [Sensitivity.load(file) for file in sorted((tmp_path / "out").glob("*.json"))]
     assert [len(study.rows) for study in saved] == [2, 2] and saved[0].rows == saved[1].rows
     assert "| FC | 0.1 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"2 files, whose studies would be 1 files.*x-a-pt\.json"):
+        main(["sensitivity", "--checkpoint", "x/a.pt", "x-a.pt", "--output", str(tmp_path / "other")])
     with pytest.raises(SystemExit, match="2"):  # it is in float32
         main(["sensitivity", "--amp"])
 

@@ -12,6 +12,7 @@ from ..evaluation.sweep import parse_radii
 from ..files import default_folder, writable_folder, write_text
 from ..head import INFERENCE_MODES, check_inference
 from ..models.create import class_names
+from ..names import some
 from ..options import CommonOptions, given_options, option
 from ..report.sensitivity_page import sensitivity_markdown, sensitivity_page
 from ..sensitivity import Sensitivity, measure_sensitivity
@@ -58,13 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     args, given = given_options(parser, SensitivityConfig, argv)
     config = SensitivityConfig(**given)
     output = args.output or default_folder(config.model, "sensitivity-")
+    networks = {_file_name(checkpoint or config.model): checkpoint for checkpoint in config.checkpoint or (None,)}
+    if len(networks) < len(config.checkpoint):
+        raise ValueError(f"--checkpoint names {len(config.checkpoint)} files, whose studies would be {len(networks)} "
+                         f"files in {output} ({some(f'{name}.json' for name in networks)}); expected names that differ "
+                         "in letters or digits: give each file once, or rename one")
     writable_folder(output)
     studies: list[Sensitivity] = []
     names: tuple[str, ...] = ()
-    for checkpoint in config.checkpoint or (None,):
+    for name, checkpoint in networks.items():
         study, names = _study(config, checkpoint)
         studies.append(study)
-        study.save(output / f"{_file_name(study.name)}.json")
+        study.save(output / f"{name}.json")
         print(f"{study.name}\n\n{sensitivity_markdown(study)}")
     write_text(output / "sensitivity.html", sensitivity_page(studies, names))
     print(f"written: {output / 'sensitivity.html'}, and the files beside it")

@@ -356,7 +356,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.model, self.data, self.extra and self.extra.digest)
+        return identity(self.model, self.data, None if self.extra is None else self.extra.digest)
 
     def _surrogate(self) -> str:
         """Returns the surrogate to attack through: the FC classifier if the model predicts by it."""

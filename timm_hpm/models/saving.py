@@ -53,11 +53,20 @@ def saved_network(model: nn.Module) -> Any:
     model = unwrap_model(model)
     if not isinstance(model, PixelModel):
         return model
+    check_no_draws(model)
     network: Any = copy.copy(unwrap_model(model.model))  # the caller's keeps its cfg
     cfg, own = getattr(network, "pretrained_cfg", None) or {}, in_float32(normalisation_of(model))
     if in_float32(cfg if cfg.get("mean") and cfg.get("std") else None) != own:
         network.pretrained_cfg = {**cfg, **own}
     return network
+
+
+def check_no_draws(model: PixelModel) -> None:
+    """Raises a ValueError if a model averages several draws, which no saved file says."""
+    if model.draws > 1:
+        raise ValueError(f"the PixelModel averages {model.draws} draws, and a saved model is a network of one; give "
+                         "PixelModel(model, mean, std) without draws, and measure what was saved with --eot "
+                         f"{model.draws}")
 
 
 def in_float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:

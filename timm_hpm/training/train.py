@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data import PixelModel, unwrapped
 from ..files import default_folder, locked, remove, remove_unfinished
-from ..models.saving import WEIGHTS, in_float32
+from ..models.saving import WEIGHTS, check_no_draws, in_float32
 from .config import TrainConfig
 from .distributed import process_index
 from .loop import UNPACKED, Run
@@ -62,6 +62,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     if model is not None:
         model = unwrapped(model)
     if isinstance(model, PixelModel):
+        check_no_draws(model)
         own: dict[str, Any] = {name: tuple(getattr(model, name).flatten().tolist()) for name in ("mean", "std")}
         for name, value in config.given(*own).items():
             if in_float32({**own, name: value}) != in_float32(own):

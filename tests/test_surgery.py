@@ -164,15 +164,6 @@ for model, x, logits in torch.load(sys.argv[1], weights_only=False):
     subprocess.run([sys.executable, "-c", code, tmp_path / "cases.pt"], check=True)
 
 
-def test_the_class_is_the_same_for_the_same_base_and_its_name_says_what_it_is():
-    first, second = (add_hpm_head(timm.create_model("test_resnet")) for _ in range(2))
-    assert type(first) is type(second)
-    assert type(first).__name__ == "HPMResNet" and isinstance(first, timm.models.ResNet)
-    # Without a cfg the classifier is found by `get_classifier`.
-    model = timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=4)
-    assert find_head(add_hpm_head(model)) is model.fc
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_device_dtype_and_training_mode_stay(training):
     model = add_hpm_head(timm.create_model("test_convnext").to(torch.bfloat16).train(training))
@@ -188,8 +179,8 @@ def test_device_dtype_and_training_mode_stay(training):
 
 
 @pytest.mark.parametrize(("name", "positional", "keyword"), [
-    ("test_resnet", ("max",), {}), ("test_convnext", (), {"reset_other": True}), ("caformer_s18", ("avg", True), {}),
-    ("pnasnet5large", (), {"device": "meta", "dtype": torch.float64}), ("repvit_m0_9", (), {"distillation": False})])
+    ("test_convnext", (), {"reset_other": True}), ("caformer_s18", ("avg", True), {}),
+    ("repvit_m0_9", (), {"distillation": False})])
 def test_reset_classifier_takes_the_arguments_of_the_model_s_own(name, positional, keyword):
     model, plain = (timm.create_model(name, device="meta", num_classes=0) for _ in range(2))
     add_hpm_head(model)
@@ -201,7 +192,7 @@ def test_reset_classifier_takes_the_arguments_of_the_model_s_own(name, positiona
     assert model.state_dict().keys() - plain.state_dict().keys() == {f"{name}.{entry}" for entry in ENTRIES}
 
 
-@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("efficientvit_m0", 224), ("shvit_s1", 224)])
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("efficientvit_m0", 224)])
 def test_a_model_without_classes_gets_its_head_by_reset_classifier(name, size):
     """Also if its `get_classifier` fails without classes."""
     equipped = add_hpm_head(timm.create_model(name))
@@ -222,14 +213,9 @@ def state_of(model: nn.Module) -> list:
 
 @pytest.mark.parametrize(("name", "arguments", "message"), [
     ("deit_tiny_distilled_patch16_224", {}, r"2 classifiers: head \(Linear\), head_dist \(Linear\)"),
-    ("volo_d1_224", {}, r"2 classifiers: head \(Linear\), aux_head \(Linear\)"),
     ("repvit_m0_9", {}, r"2 classifiers: head.head.l \(Linear\), head.head_dist.l"),
-    ("crossvit_9_240", {}, "2 classifiers: head.0"),
     ("efficientvim_m1", {}, "4 classifiers: heads.0"),
-    ("qwen3_vit_88m_enc", {}, "Qwen3VitEncoder has 2 classifiers: merger.fc1"),
     ("test_vit", {"global_pool": ""}, r"sees features without pooling \(global_pool is ''\).*such as 'avg'"),
-    ("test_resnet", {"global_pool": ""}, "without pooling"),
-    ("test_convnext", {"global_pool": ""}, "without pooling"),
     ("resnetv2_18", {"global_pool": ""}, "without pooling"),
     ("resnet18", {"features_only": True}, "the classifier layer4.1.conv2 of FeatureListNet is a Conv2d; expected"),
 ])
@@ -243,7 +229,6 @@ def test_other_heads_are_refused_and_left_alone(name, arguments, message):
 
 @pytest.mark.parametrize(("classifier", "message"), [
     (nn.Linear(100, 1000), r"takes 100 features and has 1000 classes; expected the model's \d+ \(head_hidden_size\)"),
-    (nn.Linear(96, 10), "has 10 classes; expected"),
     (nn.Sequential(nn.Linear(96, 1000)), "fc of ResNet is a Sequential; expected a linear layer or a 1x1 convolution"),
     (nn.Conv2d(96, 1000, 3), r"is a Conv2d; expected .* 1x1 convolution.*By hand: put timm_hpm.HPMHead"),
     (nn.utils.parametrizations.weight_norm(nn.Linear(96, 1000)), "is a ParametrizedLinear"),
@@ -258,14 +243,13 @@ def test_a_classifier_that_does_not_fit_is_refused(classifier, message):
     assert model.fc is classifier
 
 
-def test_an_equipped_model_is_refused():
-    for classes in (10, 0):
-        for model in (timm.create_model("hpm_wrn10_2", num_classes=classes),
-                      add_hpm_head(timm.create_model("test_resnet", num_classes=classes))):
-            before = state_of(model)
-            with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first") as error:
-                add_hpm_head(model)
-            assert not isinstance(error.value, UnsupportedHeadError) and state_of(model) == before
+@pytest.mark.parametrize("classes", [10, 0])
+def test_an_equipped_model_is_refused(classes):
+    model = add_hpm_head(timm.create_model("test_resnet", num_classes=classes))
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first"):
+        add_hpm_head(model)
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize(("call", "message"), [
@@ -290,10 +274,8 @@ def test_bad_arguments_are_refused_and_the_model_is_left_alone(num_classes):
     assert type(model) is timm.models.ResNet and head_name(model) is None
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear behind a norm", "1x1 convolution", "attention pooling"])
-def test_a_reset_without_pooling_is_refused(kind):
-    model, _ = create(kind)
-    fit(add_hpm_head(model))
+def test_a_reset_without_pooling_is_refused():
+    model = add_hpm_head(create("linear")[0])
     with pytest.raises(UnsupportedHeadError, match="without pooling"):
         model.reset_classifier(5, "")
     model.reset_classifier(0, "")
@@ -371,11 +353,9 @@ def test_reset_classifier_of_any_network():
 
 @pytest.mark.parametrize(("make", "classifier", "message"), [
     (lambda: Net(body(), fc=nn.Linear(6, 5)), "head", "Net has no layer 'head'; expected .* one of layer0.1, fc"),
-    (lambda: nn.Flatten(), "fc", "Flatten has no layer 'fc'; expected .*of which none is linear"),
     (lambda: nn.Flatten(), None, r"Flatten has 0 classifiers: none\. .*By hand: put timm_hpm\.HPMHead"),
     (lambda: nn.Linear(3, 2), None, "classifier itself of Linear is a Linear; expected .* inside the model"),
     (lambda: Net(a=nn.Linear(6, 5), b=nn.Linear(6, 5)), None, r"2 classifiers: a \(Linear\), b .*classifier='fc'"),
-    (lambda: Net(fc=nn.Linear(9, 5), body=Net(body())), None, "2 classifiers: fc .*, body.layer0.1"),
     (lambda: Net(body(), fc=nn.Linear(6, 5), relu=nn.ReLU()), "relu", "relu of Net is a ReLU; expected a linear layer"),
     (lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), None,
      r"classifier 0 of Sequential sees features without pooling \(1 comes after it\)"),
@@ -389,12 +369,11 @@ def test_a_network_without_an_obvious_classifier_is_refused(make, classifier, me
 
 
 @pytest.mark.parametrize(("name", "path"), [
-    ("alexnet", "classifier.6"), ("resnet18", "fc"), ("densenet121", "classifier"), ("googlenet", "fc"),
-    ("mobilenet_v3_small", "classifier.3"), ("mnasnet0_5", "classifier.1"), ("swin_t", "head"),
-    ("vit_b_16", "heads.head"), ("squeezenet1_0", None)])
+    ("alexnet", "classifier.6"), ("densenet121", "classifier"), ("swin_t", "head"), ("vit_b_16", "heads.head"),
+    ("squeezenet1_0", None)])
 def test_torchvision_s_networks_take_a_head(name, path):
     with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None, **{"init_weights": False} if "goog" in name else {})
+        model = torchvision.models.get_model(name, weights=None)
     keys = list(model.state_dict())
     if path is None:
         with pytest.raises(UnsupportedHeadError, match=r"features without pooling \(classifier.3 comes after it\)"):

@@ -127,11 +127,12 @@ def image_folder(folder: Path) -> Part:
 
     A warning names the classes without an image, and counts the files passed over.
     """
-    classes = class_folders(folder)
-    every = {os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names}
-    samples = make_dataset(str(folder), {name: number for number, name in enumerate(classes)}, tuple(_suffixes()),
-                           allow_empty=True) if classes else []
-    others = sorted(every - {path for path, _ in samples})
+    classes, suffixes = class_folders(folder), tuple(_suffixes())
+    files = make_dataset(str(folder), {name: number for number, name in enumerate(classes)},
+                         is_valid_file=lambda path: True, allow_empty=True) if classes else []
+    samples = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
+    others = sorted([path for path, _ in files if not path.lower().endswith(suffixes)]
+                    + [entry.path for entry in os.scandir(folder) if not entry.is_dir()])
     if not samples:
         raise ValueError(f"there is no image in {folder}; it needs one subfolder a class, with images in it"
                          + _passed_over(others))

@@ -292,8 +292,8 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
     if model.num_classes != cfg.num_classes:
         warnings.warn(
             f"the weights of {name} have {cfg.num_classes} classes, and num_classes is {model.num_classes}: their "
-            "classifier and prototypes are dropped, and the model has a random one", DroppedClassifierWarning,
-            stacklevel=2)
+            "classifier is left out, and the model has a random one"
+            + ("" if head_name(model) is None else " without prototypes"), DroppedClassifierWarning, stacklevel=2)
     elif head_name(model) is not None and not find_head(model).is_fitted():
         warnings.warn(
             f"the weights of {name} hold no prototypes: its HPM head predicts as its FC classifier until "

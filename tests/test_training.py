@@ -474,6 +474,8 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 2, "prototype_epoch": 2.5}, "prototype_epoch is 2.5, of 2 epochs"),
     ({"drop": 0.1, "model_kwargs": {"drop_rate": 0.2}}, "drop_rate is in the options and in model_kwargs"),
+    ({"drop": 0.1, "model_kwargs": {"drop_path_rate": 0.2}, "freeze_backbone": True},
+     "drop and drop_path_rate act in the backbone, which is in eval mode if it is frozen"),
     ({"initial_checkpoint": "nosuch.pt", "pretrained": False}, "nosuch.pt: there is no such file"),
     ({"initial_checkpoint": "nosuch.pt"}, "both say where the weights come from"),
     ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),

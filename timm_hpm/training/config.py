@@ -33,7 +33,8 @@ class TrainConfig(RunOptions):
     initial_checkpoint: str | None = option(None, _MODEL, "file of the initial weights, ours or another project's")
     drop: float | None = option(None, _MODEL, "dropout of the classifier's input (the model's)", least=0, below=1)
     drop_path: float | None = option(None, _MODEL, "stochastic depth (the model's)", least=0, below=1)
-    freeze_backbone: bool = option(False, _MODEL, "training of the head alone")
+    freeze_backbone: bool = option(
+        False, _MODEL, "training of the head alone; the rest stays in eval mode, without dropout")
     grad_checkpointing: bool = option(False, _MODEL, "gradient checkpointing: less memory, one more forward pass")
 
     data_dir: str | None = option(None, _DATA, "folder of the data set", free=True)
@@ -122,6 +123,11 @@ class TrainConfig(RunOptions):
         if self.extra_per_batch == self.batch_size:
             raise ValueError(f"extra_fraction is {self.extra_fraction} of batch_size {self.batch_size}, which leaves "
                              "no image of the data set; expected a smaller fraction or a larger batch")
+        rates = {name: getattr(self, name) for name in ("drop", "drop_path")} | (self.model_kwargs or {})
+        lost = [name for name in ("drop", "drop_path", "drop_rate", "drop_path_rate") if rates.get(name)]
+        if self.freeze_backbone and lost:
+            raise ValueError(f"{' and '.join(lost)} act in the backbone, which is in eval mode if it is frozen "
+                             "(freeze_backbone), and would have no effect; leave out one or the other")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from itertools import product
 from pathlib import Path
 
@@ -14,10 +15,72 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
-from timm_hpm.guards import TooLargeError
+from timm_hpm.guards import OldTorchError, TooLargeError, refuse_pickles, weights_only
 from timm_hpm.models.create import create_model, load_checkpoint
 from timm_hpm.options import read_options
 from timm_hpm.training.config import TrainConfig
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_guard_lasts_as_long_as_any_block_and_leaves_the_environment_as_it_was(monkeypatch, before):
+    monkeypatch.delenv(FORCE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(FORCE, before)
+    first, second = weights_only(), weights_only()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ[FORCE] == "1"
+    second.__exit__(None, None, None)
+    assert os.environ.get(FORCE) == before
+    opened = []
+
+    def enter_and_leave():
+        for _ in range(2000):
+            with weights_only():
+                opened.append(os.environ.get(FORCE) != "1")
+
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(opened) and os.environ.get(FORCE) == before
+
+
+@pytest.mark.parametrize("version", ["2.4.0", "2.5.1+cu121", "2.6.0", "2.10.0+cpu"])
+def test_versions_of_torch_that_run_pickled_code(version):
+    if version < "2.6" and "2.10" not in version:
+        with pytest.raises(OldTorchError, match=r"(?s)^torch 2\.[45].*CVE-2025-32434.*2\.6 or newer.*timm-hpm convert"):
+            refuse_pickles(version)
+    else:
+        refuse_pickles(version)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "hpm_test_resnet"])
+@pytest.mark.filterwarnings("ignore:.*local directory", "ignore:.*hold no prototypes")
+def test_old_torch_reads_no_pickled_file_and_any_safetensors(monkeypatch, tmp_path, name):
+    timm_hpm.register_hpm("test_resnet")
+    model = timm.create_model("test_resnet")
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    for save, file in ((torch.save, "pytorch_model.bin"), (save_file, "model.safetensors")):
+        folder = tmp_path / file.partition(".")[0]
+        folder.mkdir()
+        save(model.state_dict(), folder / file)
+        (folder / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": {
+            "num_classes": 1000, "first_conv": "conv1.0", "classifier": "fc", "input_size": [3, 160, 160],
+            "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}))
+        for place, options in ((f"local-dir:{folder}", {}), (name, {"pretrained_cfg_overlay": {
+                "file": str(folder / file), "hf_hub_id": None}})):
+            def make(place=place, options=options):
+                return create_model(place, pretrained=True, **options)
+            if file == "model.safetensors":
+                assert torch.equal(make().fc.weight, model.fc.weight)
+            else:
+                with pytest.raises(ValueError, match=r"torch 2\.5\.1 can run the code in a pickled file"):
+                    make()
 
 
 class Trap:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .guards import shortened, without_tokens
+from .guards import OldTorchError, refuse_pickles, shortened, weights_only, without_tokens
 
 # Names of the weights in the checkpoints of training scripts: averages of the weights before the raw ones.
 _WRAPPERS: Final = (
@@ -34,6 +34,7 @@ def read_file(path: str | os.PathLike) -> Any:
     """Returns the content of a weights file: safetensors, or a PyTorch file of tensors and plain values."""
     if str(path).endswith(".safetensors"):
         return load_file(path)
+    refuse_pickles(torch.__version__)
     with torch.serialization.safe_globals([Namespace]):  # timm's train.py saves its options so
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -112,7 +113,8 @@ def fitting(place: str, network: str, num_classes: int | None = None) -> Iterato
 def reading(place: str) -> Iterator[None]:
     """Turns any error of the block, in which no code of a weights file runs, into a CheckpointError."""
     try:
-        yield
+        with weights_only():
+            yield
     # Damaged files and servers cause errors of any type; the block only reads.
     except Exception as error:
         # Without the cause: it may quote a server's response, with the token.
@@ -129,7 +131,7 @@ _RESAVE: Final = (
 
 def _cause(error: BaseException) -> str:
     """Returns the meaning of a reading error, and its remedy."""
-    if isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError | OldTorchError):
         return str(error)
     chain = []
     cause: BaseException | None = error

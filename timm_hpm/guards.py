@@ -1,21 +1,81 @@
-"""Guards against strangers' files and servers: no network outgrows the machine, no token leaks."""
+"""Guards against strangers' files and servers: no pickle runs code, no network outgrows the machine, no token leaks."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import huggingface_hub as hf
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 
+_FORCE: Final = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT: Final = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # timm's networks create 3,132 tensors at most, and no more numbers than classes.
 _MOST_TENSORS: Final = 10_000
 _LARGEST_NUMBER: Final = 10_000_000
 
 
+class OldTorchError(RuntimeError):
+    """A pickled file was not read, because this version of torch would run the code in it."""
+
+
 class TooLargeError(ValueError):
     """A network beyond any network's size, or this machine's memory."""
+
+
+class _Blocks:
+    """The number of open `weights_only` blocks of all threads, and the environment before the first one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.open = 0
+        self.before: dict[str, str] = {}
+        self.load: Any = None
+
+
+_BLOCKS: Final = _Blocks()
+
+
+def refuse_pickles(version: str) -> None:
+    """Raises an OldTorchError if this version of torch runs a pickled file's code in spite of `weights_only=True`."""
+    if TorchVersion(version) < "2.6":
+        raise OldTorchError(
+            f"torch {version} can run the code in a pickled file (CVE-2025-32434), so it was not read. Update torch to "
+            "2.6 or newer, or make safetensors of the file on a machine that has it: timm-hpm convert FILE MODEL "
+            "--output FOLDER")
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    refuse_pickles(torch.__version__)
+    return _BLOCKS.load(*args, **kwargs)
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Keeps PyTorch in the block, in the whole process, from loading anything but weights, and before 2.6 any pickle.
+
+    timm asks for that, and asks once more without it after a TypeError, which a crafted file can cause.
+    """
+    with _BLOCKS.lock:
+        if _BLOCKS.open == 0:
+            _BLOCKS.before = {name: os.environ.pop(name) for name in (_FORCE, _FORCE_NOT) if name in os.environ}
+            os.environ[_FORCE] = "1"
+            # timm's functions call it by this name, too.
+            _BLOCKS.load, torch.load = torch.load, _load
+        _BLOCKS.open += 1
+    try:
+        yield
+    finally:
+        with _BLOCKS.lock:
+            _BLOCKS.open -= 1
+            if _BLOCKS.open == 0:
+                torch.load = _BLOCKS.load
+                os.environ.pop(_FORCE, None)
+                os.environ.update(_BLOCKS.before)
 
 
 class _Counted(TorchFunctionMode):

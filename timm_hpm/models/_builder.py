@@ -27,7 +27,7 @@ from ..checkpoints import (
     reading,
     unwrap,
 )
-from ..guards import check_size
+from ..guards import check_size, weights_only
 from ..head import UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from .constructors import HEAD_ARGS
@@ -99,7 +99,7 @@ def build_variant(
     check_size(partial(create, pretrained=False, pretrained_cfg=cfg, **kwargs), asked)
     overlay: dict[str, Any] = {}
     converted = pretrained and not cfg.custom_load
-    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)):
+    with fitting(weights_place(cfg), variant, num_classes_of(state_dict, cfg.classifier)), weights_only():
         if converted:
             own = {f"{cfg.classifier}.{entry}" for entry in _HEAD_ENTRIES}
             # timm prefers the source to the state dict.

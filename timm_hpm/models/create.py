@@ -16,7 +16,7 @@ from timm.models._hub import download_from_hf
 
 from ..checkpoints import check_architecture, fitting, read_file, reading, unwrap
 from ..data import ImageSplit, data_source, open_split
-from ..guards import check_size, shortened, without_tokens
+from ..guards import check_size, shortened, weights_only, without_tokens
 from ..head import head_name
 from ..names import did_you_mean
 from ._builder import build_plain
@@ -104,23 +104,24 @@ def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     """Returns `timm.create_model(name, pretrained, **kwargs)`, if that fits this machine; no file's code runs."""
     place, _, path = name.partition(":")
     asked = kwargs
-    if place in ("hf-hub", "hf_hub", "local-dir"):
-        config = read_config(Path(path) / CONFIG if place == "local-dir" else download_from_hf(path, CONFIG))
-        if "constructor" in config:
-            raise ValueError(f"its constructor is {str(config['constructor'])!r:.200}, and code is not run because "
-                             "a file names it. If it is your own, name it, with these weights: --model "
-                             f"CONSTRUCTOR --checkpoint {path}/{WEIGHTS}")
-        register_saved(config["architecture"])
-        asked = {**kwargs, "config": config}
-    elif timm.is_model(split_model_name_tag(name)[0].removeprefix("hpm_")):
-        register_saved(split_model_name_tag(name)[0])
-    if not name.startswith("hpm_"):  # these check themselves
-        check_size(lambda: timm.create_model(name, pretrained=False, **kwargs), asked)
-        file = str((kwargs.get("pretrained_cfg_overlay") or {}).get("file") or "")
-        # timm alone knows the arrays of an .npz file.
-        if pretrained and file and not file.endswith(".npz") and timm.is_model(split_model_name_tag(name)[0]):
-            return build_plain(name, kwargs)
-    return timm.create_model(name, pretrained=pretrained, **kwargs)
+    with weights_only():
+        if place in ("hf-hub", "hf_hub", "local-dir"):
+            config = read_config(Path(path) / CONFIG if place == "local-dir" else download_from_hf(path, CONFIG))
+            if "constructor" in config:
+                raise ValueError(f"its constructor is {str(config['constructor'])!r:.200}, and code is not run because "
+                                 "a file names it. If it is your own, name it, with these weights: --model "
+                                 f"CONSTRUCTOR --checkpoint {path}/{WEIGHTS}")
+            register_saved(config["architecture"])
+            asked = {**kwargs, "config": config}
+        elif timm.is_model(split_model_name_tag(name)[0].removeprefix("hpm_")):
+            register_saved(split_model_name_tag(name)[0])
+        if not name.startswith("hpm_"):  # these check themselves
+            check_size(lambda: timm.create_model(name, pretrained=False, **kwargs), asked)
+            file = str((kwargs.get("pretrained_cfg_overlay") or {}).get("file") or "")
+            # timm alone knows the arrays of an .npz file.
+            if pretrained and file and not file.endswith(".npz") and timm.is_model(split_model_name_tag(name)[0]):
+                return build_plain(name, kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:

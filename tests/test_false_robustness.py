@@ -260,7 +260,8 @@ class Fragile(nn.Module):
         return self.fc(torch.where(x[:, :1] > 0.9, x / 0, x))
 
 
-def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits):
+def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits, tmp_path):
+    """If it does so clean, in whatever batch, nothing is attacked."""
     images, labels = digits[0][:12].clone(), digits[1][:12]
     model = Fragile(*digits).eval()
     images[5, 0, 0, 0] = 0.85
@@ -275,9 +276,11 @@ def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits):
         assert "batch-not-finite" not in [flag.name for flag in flags]
     images[5, 0, 0, 0] = 0.95
     for call in (lambda: run_attack(model, images, labels, THREAT, **options),
+                 lambda: run_attack(model, images, labels, THREAT, **options | {"batch_size": 2}, folder=tmp_path),
                  lambda: timm_hpm.judge(model, images, labels, 12)):
         with pytest.raises(NonFiniteLogitsError, match="the logits of image 5 are not finite"):
             call()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("last", "flagged"), [(nn.Softmax(dim=1), True), (nn.LogSoftmax(dim=1), False),

@@ -123,8 +123,10 @@ def mixed_surrogate_attack(
                                  "save_adversarial, or attack again in another folder")
             _tidy(folder, accelerator)
             return report
-        with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as kept:
-            run = Run(subject, threat, plan, save_adversarial, kept)
+        run = Run(subject, threat, plan, save_adversarial)
+        with images_bar(model, "clean images", shown):  # an error of the last image is none of the last hour
+            run.judge_clean(images, labels, _own_batches(run, images, accelerator))
+        with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as run.folder:
             steps, done, earlier = _all_steps(run, images, labels, progress, accelerator)
             if not done:
                 raise OutOfTime(f"by a time limit, before the first {min(batch_size, len(images))} of {len(images)} "
@@ -152,10 +154,8 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
 
     After a `time_limit` they are the batches before the first one that is missing.
     """
-    rank, processes = rank_of(accelerator)
-    size = run.subject.batch_size
-    mine = range(rank * size, len(images), processes * size)
-    with tqdm(total=len(mine) * run.plan.queries(), disable=not progress or rank > 0, unit="query",
+    size, mine = run.subject.batch_size, _own_batches(run, images, accelerator)
+    with tqdm(total=len(mine) * run.plan.queries(), disable=not (progress and is_first(accelerator)), unit="query",
               smoothing=0) as bar:
         batches: list[tuple[int, list[Step]]] = []
         for first in mine:
@@ -166,7 +166,13 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
     batches = sorted(gathered(accelerator, batches), key=lambda batch: batch[0])
     earlier = gathered(accelerator, [run.earlier_seconds])
     whole = [steps for number, (first, steps) in enumerate(batches) if first == number * size]
-    return list(chain.from_iterable(whole)), min(len(whole) * size, len(images)), sum(earlier) / processes
+    return list(chain.from_iterable(whole)), min(len(whole) * size, len(images)), sum(earlier) / len(earlier)
+
+
+def _own_batches(run: Run, images: Tensor, accelerator: Accelerator | None) -> range:
+    """Returns the first images of this process's batches."""
+    rank, processes = rank_of(accelerator)
+    return range(rank * run.subject.batch_size, len(images), processes * run.subject.batch_size)
 
 
 def _tidy(folder: str | os.PathLike, accelerator: Accelerator | None) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,27 @@ class Run:
     threat: ThreatModel
     plan: Plan
     keeps_candidates: bool  # for `save_candidates`
-    folder: ProgressFolder | None
+    folder: ProgressFolder | None = None
     num_examples: int = 0
     #: Seconds of the steps that an earlier process had finished.
     earlier_seconds: float = 0.0
     #: Whether this process has made something that stays: a step in the folder or, without one, a whole batch.
     has_progress: bool = False
+    #: The clean steps so far, by the first image of the batch.
+    clean: dict[int, Step] = field(default_factory=dict)
+
+    def judge_clean(self, images: Tensor, labels: Tensor, batches: Iterable[int]) -> None:
+        """Judges the clean images of the batches that begin with the images `batches`, until a `time_limit` is over.
+
+        Raises:
+            NonFiniteLogitsError: if the logits of an image are NaN or infinite.
+        """
+        size, device = self.subject.batch_size, self.subject.device
+        for first in batches:
+            if is_over():
+                return
+            part = slice(first, first + size)
+            self._clean_step(_State(first, images[part].to(device), labels[part].to(device)))
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step] | None:
         """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's.
@@ -49,8 +64,8 @@ class Run:
         """
         state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
         place = first // self.subject.batch_size
-        clean = self._judged("clean", {"clean": state.images}, state)
-        state.add(clean)
+        clean = self._clean_step(state)
+        state.add(replace(clean, points=state.images[clean.broken]))
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
@@ -77,6 +92,12 @@ class Run:
             steps.append(assembled.without_pixels())
         self.has_progress |= self.folder is None
         return steps
+
+    def _clean_step(self, state: "_State") -> Step:
+        if state.first not in self.clean:
+            step = self._judged("clean", {"clean": state.images}, state)
+            self.clean[state.first] = replace(step.without_pixels(), broken=step.broken)
+        return self.clean[state.first]
 
     def save_candidates(self, path: str | os.PathLike, images: Tensor, labels: Tensor,
                         protocol: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from ..threat import ThreatModel
 _AT_ONCE: Final = 256
 # Entries of a saved protocol that `rejudge` needs.
 _SAVED: Final = dict.fromkeys(("threat", "data_digest", "inference"), rules.TEXT) | {
-    "batch_size": rules.COUNT, "mix": rules.or_none(rules.NUMBER), "normalisation": rules.or_none(rules.OBJECT)}
+    "batch_size": rules.COUNT, "mix": (rules.NUMBER,), "normalisation": ({"*": rules.ANYTHING},), "*": rules.ANYTHING}
 
 
 class NonFiniteLogitsError(ValueError):
@@ -213,7 +213,7 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
                          "evaluate.py --save-adversarial wrote")
     try:
         protocol = json.loads(metadata["protocol"])
-        rules.check_entries("its ", protocol, _SAVED)
+        rules.check("", protocol, _SAVED)
         ThreatModel.of(protocol["threat"])
         return protocol
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -6,30 +6,30 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import rules
-from ..rules import Rule
+from ..rules import COUNT, NUMBER, POSITIVE, STRING, Rule
 
 # Largest size and depth of a config; timm's own are below 3 MB and four levels.
 _MOST_BYTES: Final = 64 * 2**20
-_MOST_LEVELS: Final = 20
+_SHALLOW: Final = rules.shallow(20)
 
-_TEXTS: Final = Rule(lambda value: rules.STRING.holds(value) or rules.array(rules.STRING).holds(value),
-                     "a text or an array of texts")
+_TEXTS: Final = Rule(lambda value: isinstance(value, str) or (isinstance(value, list | tuple) and all(
+    isinstance(part, str) for part in value)), "a text or an array of texts")
 # Fields of a pretrained cfg, of which each may be null.
-_FIELDS: Final[dict[str, Rule]] = {
-    "num_classes": Rule(lambda value: rules.COUNT.holds(value) or (value in (0, -1) and rules.NUMBER.holds(value)),
+_FIELDS: Final = {f"{name}?": (pattern,) for name, pattern in {
+    "num_classes": Rule(lambda value: COUNT.holds(value) or (value in (0, -1) and NUMBER.holds(value)),
                         "a whole number from 0"),
-    "mean": rules.array(rules.NUMBER),
-    "std": rules.array(rules.POSITIVE),
-    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"), rules.array(rules.COUNT, 3)),
-    **dict.fromkeys(("pool_size", "test_pool_size"), rules.array(rules.COUNT, 2)),
-    **dict.fromkeys(("crop_pct", "test_crop_pct"), rules.POSITIVE),
-    **dict.fromkeys(("interpolation", "crop_mode", "tag", "license", "origin_url", "paper_name", "description"),
-                    rules.STRING),
+    "mean": [NUMBER],
+    "std": [POSITIVE],
+    **{size: [COUNT] for size in ("input_size", "test_input_size", "min_input_size", "pool_size", "test_pool_size")},
+    **dict.fromkeys(("crop_pct", "test_crop_pct"), POSITIVE),
+    **dict.fromkeys(("interpolation", "crop_mode", "tag", "license", "origin_url", "paper_name"), STRING),
     **dict.fromkeys(("first_conv", "classifier", "notes", "paper_ids"), _TEXTS),
     "fixed_input_size": rules.TRUTH,
-    "label_names": rules.array(rules.STRING),
-    "label_descriptions": Rule(lambda value: isinstance(value, dict | list | tuple), "an object of texts"),
-}
+    "label_names": [STRING],
+}.items()} | {"*": rules.ANYTHING}
+_CONFIG: Final = {
+    "architecture": STRING, "pretrained_cfg": {"*": _SHALLOW}, "model_args": {"*": _SHALLOW}, "*": _SHALLOW,
+    **{f"{name}?": _FIELDS[f"{name}?"] for name in ("num_classes", "label_names")}}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -48,14 +48,10 @@ def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:
         if len(text) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("expected an object with the architecture's name")
-        # In the older form the fields of the pretrained cfg are beside the architecture.
-        config = {"pretrained_cfg": config, "model_args": {}, **config}
-        rules.check_entries("", config, {"architecture": rules.STRING, "pretrained_cfg": rules.OBJECT,
-                                         "model_args": rules.OBJECT})
-        rules.expect(rules.is_shallow(config, _MOST_LEVELS), "it", config, f"at most {_MOST_LEVELS} levels")
-        check_cfg({name: config[name] for name in ("num_classes", "label_names") if name in config})
+        if isinstance(config, dict):
+            # In the older form the fields of the pretrained cfg are beside the architecture.
+            config = {"pretrained_cfg": config, "model_args": {}, **config}
+        rules.check("", config, _CONFIG)
         check_cfg(config["pretrained_cfg"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is damaged or not timm's ({str(error)[:300]}); expected what timm or timm_hpm "
@@ -65,5 +61,4 @@ def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:
 
 def check_cfg(cfg: Mapping[str, Any]) -> None:
     """Raises a ValueError for the first field of a pretrained cfg that has another type than timm's."""
-    given = {name: value for name, value in cfg.items() if value is not None}
-    rules.check_entries("", given, {name: rule for name, rule in _FIELDS.items() if name in given})
+    rules.check("", dict(cfg), _FIELDS)

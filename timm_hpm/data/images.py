@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Final, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
@@ -17,7 +16,6 @@ from torchvision.datasets.folder import make_dataset
 from ..names import some
 
 MODES: Final = {1: "L", 3: "RGB"}
-_MAX_16_BIT: Final = 65535
 # Pillow reads an EPS by Ghostscript, which runs it as a program, and no picture of an MPEG.
 _UNREADABLE: Final = ("EPS", "MPEG")
 
@@ -36,22 +34,19 @@ class EncodedImages:
         return cls(partial(_open, files))
 
     def read(self, index: int, channels: int) -> Image.Image:
-        """Returns image `index` as grey (1 channel) or RGB (3); grey of 16 bits in the mode F, from 0 to 1, for either.
-
-        Transparent pixels are shown on white, which a warning says once.
+        """Returns image `index` as grey (1 channel) or RGB (3), transparent pixels on white; a warning says so once.
 
         Raises:
-            ValueError: if the file is no image, is damaged, too large for Pillow, or of a mode without a known range;
-                the message names it.
+            ValueError: if the file is no image, is damaged, too large for Pillow, or grey of more than 8 bits, which
+                Pillow would cut off; the message names it.
         """
         file, name = self._open_file(index)
         with file:
             try:
-                opened = Image.open(file, formats=_formats())
-                opened.load()
-                image: Image.Image = opened
+                image: Image.Image = Image.open(file, formats=_formats())
+                image.load()
                 if image.mode.startswith(("I", "F")):
-                    return _unit_grey(opened)
+                    raise ValueError(f"it has the mode {image.mode}, of more than 8 bits; expected 8 bits a channel")
                 if image.has_transparency_data:
                     # The one way to RGBA from La leads through LA.
                     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -93,24 +88,6 @@ class Part(NamedTuple):
         names = {number: name for name, number in reversed(list(numbers.items())) if number >= 0}
         total = max(names) + 1
         return Part(self.images, labels, total, tuple(names.get(number, "") for number in range(total)))
-
-
-def _unit_grey(image: ImageFile.ImageFile) -> Image.Image:
-    """Returns an image of more than 8 bits in mode F, from 0 to 1; raises a ValueError if its range is unknown."""
-    tags: Any = getattr(image, "tag_v2", {})
-    # Of TIFF: 16 bits, unsigned, and black is 0.
-    plain = (tags.get(258), tags.get(339, (1,)), tags.get(262)) == ((16,), (1,), 1)
-    # A PGM of 16 bits has the mode I, and so has a PNG in older versions of Pillow.
-    known = image.format in ("PPM", "PNG") if image.mode == "I" else image.mode.startswith("I;16") and (
-        image.format in ("PNG", "JPEG2000") or (image.format == "TIFF" and plain))
-    if not known:
-        raise ValueError(f"it has the mode {image.mode} ({image.format}), whose range of values is not known; expected "
-                         "8 bits a channel, or unsigned grey of 16 bits as PNG, TIFF, PGM or JPEG 2000")
-    values = np.asarray(image)
-    pixels = values.astype(np.float32) / _MAX_16_BIT
-    if "transparency" in image.info:
-        pixels[values == image.info["transparency"]] = 1
-    return Image.fromarray(pixels)
 
 
 def _open(files: list[str], index: int) -> tuple[IO[bytes], str]:

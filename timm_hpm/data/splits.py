@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.readers.class_map import load_class_map
-from timm.data.transforms import CenterCropOrPad, center_crop_or_pad, str_to_interp_mode
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
@@ -82,8 +82,7 @@ class ImageSplit(Dataset):
         if self._transform:
             with nullcontext() if self._seed is None else seeded(_CPU, self._seed, int(self._epoch), index):
                 image = self._transform(image)
-        # Grey of 16 bits has one channel whatever the model takes.
-        return _as_pixels(image).expand(self.num_channels, -1, -1), int(self.labels[index])
+        return _as_pixels(image), int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Returns the pairs of all `indices`, faster than one by one if the images lie in memory; for a DataLoader."""
@@ -173,29 +172,11 @@ def open_split(dataset: str, split: str, *, data_dir: str | os.PathLike | None =
         mode = str_to_interp_mode(interpolation)
         steps = [RandomResizedCrop(tuple(size[1:]), interpolation=mode), RandomHorizontalFlip()]
     elif not isinstance(part.images, Tensor):
-        steps = [_Cropped(create_transform((size[0], size[1], size[2]), interpolation=interpolation,
-                                           crop_pct=crop_pct, crop_mode=crop_mode, normalize=False,
-                                           mean=tuple(mean or (0.5,) * size[0])))]
+        steps = [create_transform((size[0], size[1], size[2]), interpolation=interpolation, crop_pct=crop_pct,
+                                  crop_mode=crop_mode, normalize=False, mean=tuple(mean or (0.5,) * size[0]))]
     if auto_augment and augmentation_seed is not None:
         steps.append(_policy(auto_augment, size))
     return ImageSplit(name, source, part, indices, size[0], Compose(steps) if steps else None, augmentation_seed)
-
-
-class _Cropped:
-    """timm's transform, which also gives grey of 16 bits (mode F, from 0 to 1) a border, of the same colour."""
-
-    def __init__(self, transform: Any):
-        self.transform = transform
-        # Its fill is one byte a channel.
-        self.border: Any = next((step for step in transform.transforms if isinstance(step, CenterCropOrPad)), None)
-
-    def __call__(self, image: Any) -> Any:
-        if self.border is None or image.mode != "F":
-            return self.transform(image)
-        for step in self.transform.transforms[:self.transform.transforms.index(self.border)]:
-            image = step(image)
-        channels = [center_crop_or_pad(image, self.border.size, fill=fill / 255) for fill in self.border.fill]
-        return torch.cat([pil_to_tensor(channel) for channel in channels])
 
 
 def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
@@ -213,9 +194,7 @@ def _policy(name: str, size: Sequence[int]) -> Callable[[Any], Image.Image]:
 
 
 def _as_image(mode: str, image: Tensor | Image.Image) -> Image.Image:
-    """Returns an image of bytes, as timm's policies need it, also of grey of 16 bits."""
-    if isinstance(image, Image.Image) and image.mode == "F":
-        image = pil_to_tensor(image)
+    """Returns an image of bytes, as timm's policies need it."""
     # Interpolated numbers beyond the range would wrap around.
     shown = image if isinstance(image, Image.Image) else to_pil_image(
         image.clamp(0, 1) if image.is_floating_point() else image)
@@ -359,7 +338,7 @@ def _class_map(file: str | os.PathLike, data_dir: str | os.PathLike | None) -> d
 
 def _as_pixels(image: Tensor | Image.Image) -> Tensor:
     values: Tensor = image if isinstance(image, Tensor) else pil_to_tensor(image)
-    # Interpolation of numbers that are no bytes may leave the range.
+    # A random crop of numbers that are no bytes may leave the range.
     return values.float() / 255 if values.dtype == torch.uint8 else values.clamp(0, 1)
 
 

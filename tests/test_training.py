@@ -482,7 +482,6 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
     ({"mean": (0.5, 0.5)}, "mean is (0.5, 0.5), and digits has images of 1 channels"),
     ({"attack_step_size": 2}, "the ball of Linf:0.1 is 0.2 wide; expected no more than that. Did you mean 2/255?"),
     ({"amp": True, "amp_dtype": "float16"}, "float16"),
-    ({"batch_prototypes": "global"}, "makes no batch-level prototypes; expected an HPM head in batch mode"),
     ({"opt_betas": (0.9, 0.99)}, "it has no betas; leave --opt-betas out"),
     ({"opt": "adamw", "opt_betas": (0.9,)}, "(layer_decay=None): --opt-betas gives 1; expected 2, such as 0.9 0.999"),
     ({"model": "resnet10t", "num_classes": 10, "in_chans": 1, "pretrained": False, "amp": True},

@@ -8,7 +8,6 @@ from ..options import RunOptions, as_dict, free_names, option
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .objectives import OBJECTIVES
-from .trunk import BATCH_PROTOTYPES
 
 TRACKERS: Final = ("tensorboard", "wandb")
 SCHEDULES: Final = ("onecycle", "cosine", "tanh", "step", "multistep", "poly", "constant")
@@ -67,9 +66,6 @@ class TrainConfig(RunOptions):
                            "classifier is trained; else 0.6 of all, and 40 updates at least)", least=0)
     prototype_features: str = option("adversarial", _PROTOTYPES, "images whose features update the prototypes",
                                      choices=("adversarial", "both"))
-    batch_prototypes: str = option(
-        "local", _PROTOTYPES, "images of the batch-level prototypes of the batch mode: of each process, or of all",
-        choices=BATCH_PROTOTYPES)
     fc_loss_weight: float = option(1.0, _PROTOTYPES, "weight of the FC classifier's loss; the head's is 1", least=0)
 
     epochs: int = option(60, _OPTIMISATION, "passes over the training images", least=1)

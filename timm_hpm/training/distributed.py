@@ -1,4 +1,4 @@
-"""Communication between the processes of a run, with the gradients of one process that has all the images."""
+"""Communication between the processes of a run."""
 
 import hashlib
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def num_processes() -> int:
@@ -44,11 +43,3 @@ def seed_at(seed: int, *place: Any) -> None:
     """
     text = repr((seed, place, process_index() if place[0] == "batch" else 0))
     torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
-
-
-def gather_with_gradient(x: Tensor) -> Tensor:
-    """Returns the rows of all processes, (processes·B, ...), in the processes' order, for `x` (B, ...) on each.
-
-    The gradient of a row is summed over every process's loss, as if one process had computed all the losses.
-    """
-    return torch.cat(all_gather(x))

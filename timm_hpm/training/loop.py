@@ -88,7 +88,7 @@ class Run:
                                          unpack=accelerator.is_main_process)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.trunk = PixelTrunk(self.model, config.batch_prototypes)
+        self.trunk = PixelTrunk(self.model)
         self.head = self.trunk.head
         self.frozen = self._freeze()
         self.ema = AveragedModel(self.model, config.model_ema_decay) if config.model_ema else None

@@ -86,9 +86,6 @@ def described(model: Any, config: TrainConfig) -> Any:
 def _ready(model: Any, config: TrainConfig) -> Any:
     if own_mode(model) == "fc":
         find_head(model).reset_prototypes()  # they would be those of other features
-    if config.batch_prototypes == "global" and own_mode(model) != "batch":
-        raise ValueError("batch_prototypes is global, and the model makes no batch-level prototypes; expected an HPM "
-                         "head in batch mode: give --model-kwargs inference=batch, or leave batch_prototypes out")
     # The trained weights are not those of the tag.
     model.pretrained_cfg.update(tag=None, **config.given("mean", "std"))
     if config.grad_checkpointing:

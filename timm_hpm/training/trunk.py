@@ -2,18 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..data import as_pixel_model
 from ..head import find_head, head_name, without_head
 from ..surrogates import SURROGATES, ste_logits
-from .distributed import gather_with_gradient, num_processes, process_index
-
-#: "The batch" of the batch-level prototypes on several processes: each process's own images, or those of all.
-BATCH_PROTOTYPES: Final = ("local", "global")
 
 
 class PixelTrunk(nn.Module):
@@ -21,19 +16,12 @@ class PixelTrunk(nn.Module):
 
     It shares parameters, buffers and submodules with `model`, which stays whole. Without an HPM head all three are the
     model's logits.
-
-    Arguments:
-        model: a model with or without an HPM head.
-        batch_prototypes: `"local"` makes the batch-level prototypes of this process's images, `"global"` of all
-            processes' images in the same step, with the gradients that one process with all of them would have. Then
-            every process must call with equally many images.
     """
 
-    def __init__(self, model: Any, batch_prototypes: str = "local"):
+    def __init__(self, model: Any):
         super().__init__()
         self.head: Any = None if head_name(model) is None else find_head(model)
         self.backbone = as_pixel_model(model if self.head is None else without_head(model))
-        self.batch_prototypes = batch_prototypes
         self.train(model.training)
 
     @property
@@ -56,22 +44,13 @@ class PixelTrunk(nn.Module):
     def surrogate_logits(self, surrogate: str, pixels: Tensor) -> Tensor:
         """Returns the logits (B, C) of one of `SURROGATES` for `pixels` (B, channels, H, W), or the model's own."""
         features = self.backbone(pixels)
-        if self.head is None:
-            return features
-        logits = partial(SURROGATES[surrogate].logits, self.head)
-        return self._in_its_batch(logits, features) if SURROGATES[surrogate].batch_dependent else logits(features)
+        return features if self.head is None else SURROGATES[surrogate].logits(self.head, features)
 
     def _outputs(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fc_logits = (features if self.head is None else self.head.fc_logits(features)).float()
         if not self.uses_prototypes:
             return features, fc_logits, fc_logits
-        return features, self._in_its_batch(partial(ste_logits, self.head), features), fc_logits
-
-    def _in_its_batch(self, logits: Any, features: Tensor) -> Tensor:
-        if self.batch_prototypes == "local" or num_processes() == 1 or self.head.inference != "batch":
-            return logits(features)
-        size, index = len(features), process_index()
-        return logits(gather_with_gradient(features))[index * size:(index + 1) * size]
+        return features, ste_logits(self.head, features), fc_logits
 
 
 @contextmanager

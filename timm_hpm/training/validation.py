@@ -1,6 +1,5 @@
 """The validation that chooses the best epoch of a training run: a quick attack, not one to report."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +39,6 @@ class Validation:
         The head predicts in its own inference mode. `model` is in eval mode afterwards, and `trunk` is one of its own.
         """
         config, size, device = self.config, self.config.batch_size, self.accelerator.device
-        trunk = copy.copy(trunk)
-        trunk.batch_prototypes = "local"  # another process may have no batch at the time
         model.eval()
         judged = as_pixel_model(model)
         counts = torch.zeros(3, device=device)

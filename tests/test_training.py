@@ -409,33 +409,22 @@ def bytes_of(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def state_of(change):
-    """Returns a function that changes the state of a checkpoint and seals it again, as a stranger could."""
-    return lambda folder: change_state(folder / "state.json", change)
-
-
 def trap(folder):
     """Makes the optimizer's file one that writes another when it is unpickled."""
     code = f"c__builtin__\neval\n(S'open(\"{folder.parent}/ran\", \"w\")'\ntR.".encode()
-    (folder / "optimizer.safetensors").write_bytes(code)
+    (folder / "optimizer.pt").write_bytes(code)
     change_state(folder / "state.json",
-                 lambda state: state["digests"].update({"optimizer.safetensors": hashlib.sha256(code).hexdigest()}))
+                 lambda state: state["digests"].update({"optimizer.pt": hashlib.sha256(code).hexdigest()}))
 
 
 @pytest.mark.parametrize(("damage", "named"), [
     *((bytes_of("state.json", lambda _, text=text: text), "batch-00000002 is damaged")
       for text in (b"", b'{"record": 1}', b"[" * 100_000)),
     (bytes_of("state.json", lambda text: text.replace(b'"updates": 2', b'"updates": 7')), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.safetensors", lambda data: data[:-5]), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
-    (lambda folder: (folder / "optimizer.safetensors").unlink(), "batch-00000002 is damaged"),
+    (bytes_of("optimizer.pt", lambda data: data[:-5]), "batch-00000002 is damaged"),
+    (bytes_of("optimizer.pt", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
+    (lambda folder: (folder / "optimizer.pt").unlink(), "batch-00000002 is damaged"),
     (trap, "batch-00000002 is damaged"),
-    (state_of(lambda state: [1]), r"state.json: it is \[1\]; expected digests, progress, config"),
-    (state_of(lambda state: state.update(config=[])), "config is"),
-    (state_of(lambda state: state["progress"].update(epoch=True)), "epoch is True, a bool; expected int"),
-    (state_of(lambda state: state["progress"].update(loss=1e999)), "loss is inf; expected a finite number"),
-    (state_of(lambda state: state["progress"].update(rows=[{}], epoch=1)), "row 0 is"),
-    (state_of(lambda state: state["progress"].update(best={"val_robust": 1.0})), "best is"),
 ])
 def test_a_damaged_checkpoint_is_named_and_skipped(damage, named, tmp_path):
     for updates in (1, 2):

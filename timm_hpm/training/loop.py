@@ -315,7 +315,7 @@ class Run:
         except Stopped:
             self._save()
             raise
-        state.rows += (row,)
+        state.rows.append(row)
         # A head without prototypes is unfinished. Of equally good epochs the last one is kept.
         is_best = not self._lacks_prototypes() and row["val_robust"] >= state.best.get("val_robust", -1.0)
         if is_best:

@@ -60,7 +60,7 @@ def test_images_of_several_channels_or_other_ranges_of_16_bits_are_scaled(tmp_pa
 def test_grey_of_more_than_8_bits_is_refused_by_file_and_mode(tmp_path, name, write, mode):
     (tmp_path / "a").mkdir()
     write(tmp_path / "a" / name)
-    with pytest.raises(ValueError, match=rf"cannot read the image .*{name}: it has the mode {mode}, of more than 8 bits"):
+    with pytest.raises(ValueError, match=rf"cannot read the image .*{name}: it has the mode {mode}, of more"):
         read(tmp_path)
 
 

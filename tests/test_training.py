@@ -412,18 +412,18 @@ def bytes_of(name, change):
 def trap(folder):
     """Makes the optimizer's file one that writes another when it is unpickled."""
     code = f"c__builtin__\neval\n(S'open(\"{folder.parent}/ran\", \"w\")'\ntR.".encode()
-    (folder / "optimizer.pt").write_bytes(code)
+    (folder / "optimizer.safetensors").write_bytes(code)
     change_state(folder / "state.json",
-                 lambda state: state["digests"].update({"optimizer.pt": hashlib.sha256(code).hexdigest()}))
+                 lambda state: state["digests"].update({"optimizer.safetensors": hashlib.sha256(code).hexdigest()}))
 
 
 @pytest.mark.parametrize(("damage", "named"), [
     *((bytes_of("state.json", lambda _, text=text: text), "batch-00000002 is damaged")
       for text in (b"", b'{"record": 1}', b"[" * 100_000)),
     (bytes_of("state.json", lambda text: text.replace(b'"updates": 2', b'"updates": 7')), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.pt", lambda data: data[:-5]), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.pt", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
-    (lambda folder: (folder / "optimizer.pt").unlink(), "batch-00000002 is damaged"),
+    (bytes_of("optimizer.safetensors", lambda data: data[:-5]), "batch-00000002 is damaged"),
+    (bytes_of("optimizer.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
+    (lambda folder: (folder / "optimizer.safetensors").unlink(), "batch-00000002 is damaged"),
     (trap, "batch-00000002 is damaged"),
 ])
 def test_a_damaged_checkpoint_is_named_and_skipped(damage, named, tmp_path):

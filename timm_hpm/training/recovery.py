@@ -1,14 +1,12 @@
 """Everything that the updates of a training run change, and its checkpoints: folders that appear whole."""
 
 import hashlib
-import io
 import os
 import re
 import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Final
 
 import torch
@@ -26,7 +24,7 @@ from .distributed import num_processes
 _STATE: Final = "state.json"
 _MODEL: Final = "model.safetensors"
 _AVERAGE: Final = "average.safetensors"
-_OPTIMIZER: Final = "optimizer.pt"
+_OPTIMIZER: Final = "optimizer.safetensors"
 BEST: Final = "best"
 _NAME: Final = re.compile(r"epoch-\d{5,}-batch-\d{8,}")
 
@@ -173,14 +171,14 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(checkpoint.model, folder / _MODEL, checkpoint.metadata)
     if checkpoint.average is not None:
         save_file(checkpoint.average, folder / _AVERAGE, checkpoint.metadata)
-    content = io.BytesIO()  # torch's own writer would not say that the disk is full
-    torch.save(checkpoint.optimizer, content)
-    (folder / _OPTIMIZER).write_bytes(content.getbuffer())
+    tensors: dict[str, Tensor] = {}
+    optimizer = _taken_out(checkpoint.optimizer, tensors)
+    save_file(tensors, folder / _OPTIMIZER)
     if checkpoint.best is not None:
         shutil.copytree(checkpoint.best, folder / BEST)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     state = {"digests": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
-             "progress": checkpoint.progress, "config": checkpoint.config}
+             "progress": checkpoint.progress, "config": checkpoint.config, "optimizer": optimizer}
     (folder / _STATE).write_text(sealed(state), encoding="utf-8")
     for path in (*files, folder / _STATE):
         with path.open("rb") as file:
@@ -192,7 +190,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in _newest_first(folder):
         try:
             return _read(path)
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+                SafetensorError) as error:
             warnings.warn(f"the checkpoint {path} is damaged ({error}); going on from the one before it, or from the "
                           "start if there is none", DamagedCheckpointWarning, stacklevel=2)
     return None
@@ -204,9 +203,37 @@ def _read(path: Path) -> Checkpoint:
         if _digest(path / name) != state["digests"].get(name):
             raise ValueError(f"{name} is not as it was written")
     average = load_file(path / _AVERAGE) if _AVERAGE in state["digests"] else None
-    optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer = _put_back(state["optimizer"], load_file(path / _OPTIMIZER))
     best = path / BEST if state["progress"]["best"] else None
     return Checkpoint(load_file(path / _MODEL), average, optimizer, state["progress"], state["config"], best=best)
+
+
+def _taken_out(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Returns a nested value as JSON's types, for `_put_back`, and adds its tensors to `tensors`."""
+    if isinstance(value, Tensor | torch.dtype):
+        name = str(len(tensors))
+        if isinstance(value, torch.dtype):
+            tensors[name] = torch.empty(0, dtype=value)
+            return {"dtype": name}
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):  # of any keys: an optimizer numbers the weights
+        return {"dict": [[key, _taken_out(each, tensors)] for key, each in value.items()]}
+    if isinstance(value, list | tuple):
+        parts = [_taken_out(each, tensors) for each in value]
+        return {"tuple": parts} if isinstance(value, tuple) else parts
+    return value
+
+
+def _put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_back(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), = value.items()
+    if kind in ("tensor", "dtype"):
+        return tensors[content] if kind == "tensor" else tensors[content].dtype
+    return {"tuple": tuple, "dict": dict}[kind](_put_back(content, tensors))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -93,6 +93,18 @@ def on_grid(x: torch.Tensor) -> torch.Tensor:
 
 
 Noise = partial(Wrapped, answer=lambda net, x: net(x + 0.1 * torch.randn_like(x)))
+class Tired(nn.Module):
+    """Gives up after 80 calls, which only its attacked copy gets; its counter is in no state dict."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.net(x if self.calls <= 80 else 0.3 + 0 * x)
+
+
 DEFENCES = {
     "saturated": partial(Wrapped, answer=lambda net, x: 1e4 * net(x)),
     # Eight grey levels: the step has no gradient.
@@ -105,7 +117,7 @@ DEFENCES = {
     "detached": partial(Wrapped, answer=torch.no_grad()(lambda net, x: net(x))),
     # Through NumPy, where PyTorch's graph ends.
     "through NumPy": partial(Wrapped, answer=lambda net, x: net(torch.from_numpy(x.detach().numpy().copy()))),
-    "noise": Noise, "hidden training": HiddenTraining,
+    "noise": Noise, "hidden training": HiddenTraining, "tired": Tired,
     # A batch normalisation without running statistics, so that `eval()` changes nothing.
     "batch statistics": partial(Wrapped, answer=lambda net, x: net(0.3 + 0.37 * F.batch_norm(x, None, None,
                                                                                            training=True))),
@@ -127,6 +139,7 @@ DEFENCES = {
     ("batch mean", ["batch-dependent"]),
     ("batch statistics", ["batch-dependent"]),
     ("hidden training", ["changes-state"]),
+    ("tired", ["changes-state"]),
     ("nan gradient", ["zero-gradient"]),
     ("nan under attack", ["non-finite-logits"]),
     ("nan without a graph", ["non-finite-logits"]),

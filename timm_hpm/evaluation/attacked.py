@@ -59,7 +59,8 @@ def _all_unwrapped(module: nn.Module) -> nn.Module:
 def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """Returns a frozen copy in eval mode, uncompiled and not wrapped for several devices.
 
-    It is in float32, or in the model's own precision if it fails in float32, as one that casts in its forward.
+    It is in float32, or in the model's own precision if it fails in float32, as one that casts in its forward. State
+    in plain attributes, such as a counter of calls, goes its own way in the copy.
     """
     try:
         with torch.no_grad():  # the copies of a ScriptModule's parameters would be no leaves

@@ -201,6 +201,14 @@ def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None
                                  f"{difference}") if difference else None
 
 
+def copy_flag(copy: nn.Module, before: Tensor, after: Tensor) -> Flag | None:
+    """Returns `changes-state` if the outputs (B, ...) of the copy that attacks search are others `after` them."""
+    if not _difference(copy, before, after):
+        return None
+    return Flag("changes-state", "the copy of the model that the attacks search has changed under them: its outputs "
+                                 f"for {len(before)} clean images are others than before")
+
+
 def verdict_flag(correct: dict[str, str]) -> Flag | None:
     """Returns `black-box-stronger` if Square broke images that no attack with gradients broke by itself.
 

@@ -22,7 +22,7 @@ from ..report.metrics import right_in_all
 from ..seeding import seeded
 from ..threat import ThreatModel
 from .attacked import AttackedModel
-from .checks import change_flag, check_model, head_flag, probability_flag, rough_flag, verdict_flag
+from .checks import change_flag, check_model, copy_flag, head_flag, probability_flag, rough_flag, verdict_flag
 from .judge import check_finite, device_of, own_logits, pixel_model_for, precision_of
 from .resume import no_cost
 
@@ -44,6 +44,8 @@ class Subject:
     seed: int
     #: Cost of the checks.
     cost: dict[str, float] = field(default_factory=no_cost)
+    #: The outputs of the attacked copy for the first images before any attack.
+    copied: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
@@ -80,7 +82,14 @@ class Subject:
             flags = check_model(self.pixel_model, images, labels, self.batch_size)
         flags += [flag for flag in (probability_flag(self.logits), head_flag(self.model)) if flag is not None]
         self.cost["backward_passes"] += len(images)
+        self.copied = self._copied()
         return flags
+
+    def _copied(self) -> Tensor:
+        images = self.example[:_NUM_CHECKED]
+        self.cost["forward_passes"] += len(images)
+        with torch.no_grad(), seeded(self.device, self.seed, "copy"), without_autocast(images):
+            return ask(self.attacked.backbone, images)
 
     def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
                     raised: set[str]) -> list[Flag]:
@@ -102,6 +111,8 @@ class Subject:
             with seeded(self.device, self.seed, "model"):
                 flags.append(change_flag(self.pixel_model, self.example, self.logits))
             self.cost["forward_passes"] += len(self.example)
+            if self.copied is not None and flags[-1] is None:
+                flags.append(copy_flag(self.attacked.backbone, self.copied, self._copied()))
         return [flag for flag in flags if flag is not None]
 
     def described(self, images: Tensor, labels: Tensor, raised: set[str]) -> dict[str, Any]:

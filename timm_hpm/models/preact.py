@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, create_classifier
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .function import StatedFunction
@@ -208,56 +207,3 @@ class PreActNet(StatedFunction):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits (B, C) of normalised images `x` (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns the feature map of normalised images `x` (B, in_chans, H, W) and the maps on the way to it.
-
-        Level 0 is the stem, i the i-th stage. `norm`: the last stage's map passes the final norm and activation.
-        """
-        assert output_fmt == "NCHW", f"output_fmt is {output_fmt!r}; expected 'NCHW' for a convolutional network"
-        take, last = feature_take_indices(len(self.stages) + 1, indices)
-        intermediates: list[Tensor] = []
-        x = self.conv1(x)
-        if 0 in take:
-            intermediates.append(x)
-        for level, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if level == len(self.stages):
-                final = self.act(self.norm(x))
-                if level in take:
-                    intermediates.append(final if norm else x)
-                x = final
-            elif level in take:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Removes the layers that `forward_intermediates(indices=indices)` does not use; returns the levels from 0.
-
-        Without the last stage the final norm, the activation and the head go anyway.
-        """
-        take, last = feature_take_indices(len(self.stages) + 1, indices)
-        cut = last < len(self.stages)
-        if cut:
-            self.stages = self.stages[:last]
-            self.num_features = self.feature_info[last]["num_chs"]
-        if cut or prune_norm:
-            self.norm, self.act = nn.Identity(), nn.Identity()
-        if cut or prune_head:
-            self.reset_classifier(0, "")
-        return take

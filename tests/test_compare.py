@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, compare, comparison_markdown
-from timm_hpm.evaluation.robustbench import model_info, parse_known, save_model_info
+from timm_hpm.evaluation.robustbench import model_info, save_model_info
 from timm_hpm.report import Flag, PairedRow, mcnemar_p_value
 from timm_hpm.report.metrics import right_in_all
 
@@ -89,17 +89,6 @@ def test_evaluate_compares_two_files(a, b, tmp_path, capsys):
     assert comparison_markdown(compare(a, b)) in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
-    with pytest.raises(ValueError, match=r"'author=me' is no field .*with a name of link, name"):
-        evaluate.main(["--robustbench-json", str(tmp_path / "info.json"), "--robustbench-info", "author=me"])
-
-
-def test_fields_are_texts_as_they_were_given():
-    assert parse_known(["reported=67.30", "name=2020", "link=https://a?b=c", "additional_data=True"]) == {
-        "reported": "67.30", "name": "2020", "link": "https://a?b=c", "additional_data": True}
-    for text, message in (("reported", "'reported' is no field .*expected NAME=VALUE"),
-                          ("additional_data=some", "'additional_data=some' is no field .* true or false")):
-        with pytest.raises(ValueError, match=message):
-            parse_known([text])
 
 
 def test_model_info_of_a_report(a, tmp_path):

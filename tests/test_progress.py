@@ -185,8 +185,8 @@ def test_a_finished_run_is_gone_on_with_by_its_own_options_only(tmp_path, capsys
     assert f"{run} holds a finished run" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.iterdir()} == files
     info = tmp_path / "info.json"
-    assert evaluate.main(["--resume", str(run), "--robustbench-json", str(info), "--robustbench-info", "name=N"]) == 0
-    assert json.loads(info.read_text())["name"] == "N"
+    assert evaluate.main(["--resume", str(run), "--robustbench-json", str(info)]) == 0
+    assert json.loads(info.read_text())["dataset"] == "digits"
     (run / "options.json").unlink()
     with pytest.raises(ValueError, match=r"holds the report\.json of an earlier run without its options\.json"):
         evaluate.main([*FEW, "--resume", str(run)])

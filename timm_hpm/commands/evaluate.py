@@ -12,7 +12,6 @@ from ..deadline import OutOfTime
 from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.folder import load_report, merged, rejudge_folder, run
 from ..evaluation.msa import PARTIAL, STOPPED
-from ..evaluation.robustbench import AUTHORS_FIELDS
 from ..evaluation.sweep import PAGE, SWEEP
 from ..models.constructors import named_again
 from ..options import given_options
@@ -50,9 +49,8 @@ def _add_folders(parser: Parser) -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER",
                         help="folder of a run to resume, or to show if it is finished; its options are not needed, and "
                              "refused if they differ. An empty folder begins a run")
-    parser.add_argument("--robustbench-json", type=Path, metavar="FILE", help="file for RobustBench's model_info")
-    parser.add_argument("--robustbench-info", nargs="*", default=[], metavar="NAME=VALUE",
-                        help=f"its fields that only the authors know, of {', '.join(AUTHORS_FIELDS)}")
+    parser.add_argument("--robustbench-json", type=Path, metavar="FILE",
+                        help="file for RobustBench's model_info; the fields that only its authors know are empty")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,8 +103,7 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     config, output = chosen(given, args.output, args.resume)
     finished = any((output / name).exists() for name in (PAGE, SWEEP))
     try:
-        reports = run(config, output, resume=args.resume is not None, robustbench_json=args.robustbench_json,
-                      robustbench_info=args.robustbench_info)
+        reports = run(config, output, resume=args.resume is not None, robustbench_json=args.robustbench_json)
     except OutOfTime as stopped:
         if PartialState().is_main_process:
             print(f"stopped {stopped}; to go on: {_resuming(config, output, args)}")
@@ -135,7 +132,7 @@ def _resuming(config: EvaluateConfig, output: Path, args: Any) -> str:
     """Returns the command that goes on with a stopped run, for as long again if it has a limit."""
     again = [*DOOR, "evaluate", "--resume", str(output), *named_again(config.model, {"model": config.model}, output)]
     if args.robustbench_json:
-        again += ["--robustbench-json", str(args.robustbench_json), "--robustbench-info", *args.robustbench_info]
+        again += ["--robustbench-json", str(args.robustbench_json)]
     return shell_line(again + (["--time-limit", config.time_limit] if config.time_limit else []))
 
 

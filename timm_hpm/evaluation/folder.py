@@ -31,7 +31,7 @@ from .msa import REPORT, STOPPED
 from .neighbours import BATCH_SIZES, check_neighbours
 from .processes import is_first, several_processes
 from .protocols import PROTOCOLS
-from .robustbench import parse_known, save_model_info
+from .robustbench import save_model_info
 from .sweep import SWEEP, save_sweep, sweep
 from .threads import use_threads
 
@@ -39,19 +39,17 @@ _SMALL_IMAGE = 64 * 64
 _SURROGATES_AT_ONCE = 5
 
 
-def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustbench_json: Path | None = None,
-        robustbench_info: Sequence[str] = ()) -> list[AttackReport]:
+def run(config: EvaluateConfig, output: Path, *, resume: bool = False,
+        robustbench_json: Path | None = None) -> list[AttackReport]:
     """Loads, attacks, and writes each report into the folder `output`, which is locked meanwhile.
 
     Several reports are in folders below it, with a page of all. With `resume` the folder may hold a run of the same
-    options. `robustbench_info` are the authors' fields of `robustbench_json`, such as `"name=..."`. Returns the reports
-    on the first of several processes, [] on the others.
+    options. Returns the reports on the first of several processes, [] on the others.
 
     Raises:
         ValueError: if options do not fit the model or the data, or the folder holds another run.
         OSError: if the folder cannot be written into.
     """
-    authors = parse_known(robustbench_info)
     if robustbench_json and (config.eps_sweep or len(config.inference or ()) > 1):
         raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")
     with several_processes(config.device) as accelerator:
@@ -69,7 +67,7 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False, robustben
             if len(reports) > 1 or config.eps_sweep:
                 save_sweep(reports, output)
             if robustbench_json:
-                save_model_info(reports[0], robustbench_json, authors)
+                save_model_info(reports[0], robustbench_json)
             return reports
 
 

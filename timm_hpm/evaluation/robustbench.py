@@ -2,32 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 from ..files import write_text
 from ..report import TRUE_MODEL, AttackReport
 from ..report.metrics import worst_accuracy
 from ..surrogates import exact_surrogate
 from .protocols import PROTOCOLS
-
-#: Fields that a report lacks and its author may give.
-AUTHORS_FIELDS: Final = ("link", "name", "authors", "additional_data", "venue", "architecture", "dataset", "reported",
-                         "footnote")
-
-
-def parse_known(texts: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of texts such as `"reported=51.0"`: texts, as RobustBench's are, but for `additional_data`."""
-    known: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name not in AUTHORS_FIELDS or (
-                name == "additional_data" and value.lower() not in ("true", "false")):
-            raise ValueError(f"{text!r} is no field of RobustBench's model_info; expected NAME=VALUE with a name of "
-                             f"{', '.join(AUTHORS_FIELDS)}, and true or false for additional_data")
-        known[name] = value.lower() == "true" if name == "additional_data" else value
-    return known
 
 
 def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -39,7 +22,7 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
 
     Arguments:
         report: the measurement.
-        known: some of `AUTHORS_FIELDS`.
+        known: fields that only the authors know, such as `name`, `link`, `authors` and `venue`.
 
     Source: the files of RobustBench's folder model_info.
     """

@@ -31,23 +31,15 @@ class Movement:
     """The movement of some images' features and margins under the margin attack; means over the images.
 
     A margin is z_y − max_{c≠y} z_c of the logits z: negative if the image is misclassified.
-
-    Arguments:
-        images: number of images.
-        accuracy: fraction classified correctly under both attacks.
-        naive_accuracy: fraction that an attack on the cross-entropy alone leaves correct.
-        feature_shift: ‖f(x + δ) − f(x)‖₂ of the features f, over the root mean square of ‖f(x) − f(x')‖₂ of
-            two images of the split.
-        margin: margin of the clean image, in logits.
-        margin_lost: margin of the clean image less that of the attacked one, in logits.
     """
 
-    images: int
-    accuracy: float
-    naive_accuracy: float
+    images: int  # their number
+    accuracy: float  # fraction classified correctly under both attacks
+    naive_accuracy: float  # fraction that an attack on the cross-entropy alone leaves correct
+    # ‖f(x + δ) − f(x)‖₂ of the features f, over the root mean square of ‖f(x) − f(x')‖₂ of two images of the split.
     feature_shift: float
-    margin: float
-    margin_lost: float
+    margin: float  # of the clean image, in logits
+    margin_lost: float  # margin of the clean image less that of the attacked one
 
     @property
     def fraction_lost(self) -> float:

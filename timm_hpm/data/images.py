@@ -66,17 +66,10 @@ class EncodedImages:
 
 
 class Part(NamedTuple):
-    """One part of a data set as it lies on disk.
+    """One part of a data set as it lies on disk."""
 
-    Arguments:
-        images: a tensor (N, C, H, W), uint8 or floating point in [0, 1], or `EncodedImages`.
-        labels: (N,), int64.
-        num_classes: number of classes.
-        class_names: their names in order; None if the data set has none.
-    """
-
-    images: Tensor | EncodedImages
-    labels: Tensor
+    images: Tensor | EncodedImages  # a tensor is (N, C, H, W), uint8 or floating point in [0, 1]
+    labels: Tensor  # (N,), int64
     num_classes: int
     class_names: tuple[str, ...] | None
 

@@ -33,25 +33,17 @@ _STREAMED: Final = ("hfids/", "tfds/", "wds/")
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set: how to read it, and what is usual for it.
+    """A data set: how to read it, and what is usual for it."""
 
-    Arguments:
-        parts: `data_dir` to the parts, of "train", "val" and "test", that the data set has by itself.
-        read: a part, `data_dir` and `download` to the part.
-        threat: its usual threat model.
-        mean, std: the usual normalisation of its models, one value a channel; None if there is none.
-        num_classes: None if only the files say.
-        image_size: (channels, height, width) of images in memory; None if they are decoded from files.
-        classes: `data_dir` to the names of all classes in order; None if all parts number them alike.
-    """
-
+    # `data_dir` to the parts, of "train", "val" and "test", that the data set has by itself.
     parts: Callable[[Path | None], Collection[str]]
-    read: Callable[[str, Path | None, bool], Part]
-    threat: str
-    mean: tuple[float, ...] | None = None
+    read: Callable[[str, Path | None, bool], Part]  # a part's name, `data_dir` and `download` to the part
+    threat: str  # the usual threat model
+    mean: tuple[float, ...] | None = None  # with std the usual normalisation of its models, one value a channel
     std: tuple[float, ...] | None = None
-    num_classes: int | None = None
-    image_size: tuple[int, int, int] | None = None
+    num_classes: int | None = None  # None if only the files say
+    image_size: tuple[int, int, int] | None = None  # (channels, height, width); None if images are decoded from files
+    # `data_dir` to the names of all classes in order; None if all parts number them alike.
     classes: Callable[[Path | None], tuple[str, ...]] | None = None
 
 

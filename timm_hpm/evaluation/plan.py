@@ -16,16 +16,10 @@ Stage = tuple[tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one batch.
+    """The attacks on one batch, in order."""
 
-    Arguments:
-        protocol: the protocol with the surrogates, attacks and budgets that this model gets.
-        cascade: whether a broken image is attacked no more.
-        steps: the attacks on a batch, in order.
-    """
-
-    protocol: Protocol
-    cascade: bool
+    protocol: Protocol  # with the surrogates, attacks and budgets that this model gets
+    cascade: bool  # whether a broken image is attacked no more
     steps: list[Stage]
 
     @property

@@ -30,25 +30,15 @@ _Rename = tuple[str, "str | Callable[[re.Match[str]], str]"]
 
 @dataclass(frozen=True)
 class Format:
-    """Names of a residual network in another project, and the arguments that its weights need of a `PreActNet`.
+    """Names of a residual network in another project, and the arguments that its weights need of a `PreActNet`."""
 
-    Arguments:
-        name: its name in messages.
-        marks: keys of every such checkpoint.
-        without: keys of no such checkpoint.
-        layout: the `layout` that its weights need; None if the keys do not show it.
-        shortcuts: every `shortcut` that its weights may need; empty if no `PreActNet` computes the network.
-        renames: regular expressions and their replacements, applied to each key in order.
-        unused: a regular expression of keys that its network never uses.
-    """
-
-    name: str
-    marks: tuple[str, ...]
-    layout: str | None
-    shortcuts: tuple[str, ...]
-    renames: tuple[_Rename, ...] = ()
-    without: tuple[str, ...] = ()
-    unused: str = "(?!)"
+    name: str  # in messages
+    marks: tuple[str, ...]  # keys of every such checkpoint
+    layout: str | None  # None if the keys do not show it
+    shortcuts: tuple[str, ...]  # those that the weights may need; none if no `PreActNet` computes the network
+    renames: tuple[_Rename, ...] = ()  # applied to each key in order
+    without: tuple[str, ...] = ()  # keys of no such checkpoint
+    unused: str = "(?!)"  # a regular expression of keys that the network never uses
 
     def fits(self, keys: Collection[str]) -> bool:
         """Returns whether a state dict with these keys has this format."""

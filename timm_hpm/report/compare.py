@@ -11,20 +11,13 @@ from .schema import AttackReport
 
 @dataclass(frozen=True)
 class PairedRow:
-    """One accuracy of two reports, a and b, on the same images.
-
-    Arguments:
-        name: of the accuracy.
-        num_images: N, number of images.
-        a, b: the two accuracies, fractions in [0, 1].
-        only_a, only_b: number of images that are right in the one report only.
-    """
+    """One accuracy of two reports, a and b, on the same images."""
 
     name: str
     num_images: int
-    a: float
+    a: float  # a fraction in [0, 1]
     b: float
-    only_a: int
+    only_a: int  # number of images that are right in this report only
     only_b: int
 
     @property
@@ -60,17 +53,11 @@ class PairedRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The paired accuracies of two reports, and the differences of their protocols.
+    """The paired accuracies of two reports, and the differences of their protocols."""
 
-    Arguments:
-        rows: clean accuracy, robust accuracy and, if both reports have it, that of the FC classifier.
-        differing: the entries of the protocols that differ, as name: (in a, in b); None if it is missing.
-        unreliable: names (`"a"`, `"b"`) of the reports whose flags make them unreliable.
-    """
-
-    rows: list[PairedRow]
-    differing: dict[str, tuple[Any, Any]]
-    unreliable: list[str]
+    rows: list[PairedRow]  # clean accuracy, robust accuracy and, if both reports have it, that of the FC classifier
+    differing: dict[str, tuple[Any, Any]]  # by name, in a and in b; None if it is missing
+    unreliable: list[str]  # "a", "b" or both: their flags make them unreliable
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:

@@ -5,20 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Convergence:
-    """When each image fell, and how near the others are to a boundary.
+    """When each image fell, and how near the others are to a boundary."""
 
-    Arguments:
-        fell_after: for each image the forward and backward passes that its attacks spent on it until it fell; 0 if it
-            is misclassified when clean, None if it is robust.
-        spent: passes that the attacks spent on an image that did not fall; the largest number of all batches.
-        margins: for each image the smallest lead of the right logit over all others under attack; 0 if it fell.
-        clean_margin: the median lead on clean images that are classified correctly; None without one.
-    """
-
+    # For each image the passes, forward and backward, until it fell: 0 if misclassified when clean, None if robust.
     fell_after: list[float | None]
-    spent: float
-    margins: list[float]
-    clean_margin: float | None
+    spent: float  # passes on an image that did not fall; the largest number of all batches
+    margins: list[float]  # for each image the smallest lead of the right logit under attack; 0 if it fell
+    clean_margin: float | None  # the median lead on clean images that are classified correctly
 
     @property
     def fell_lately(self) -> int:

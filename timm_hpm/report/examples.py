@@ -18,23 +18,13 @@ _LARGEST: Final = 128
 
 @dataclass(frozen=True)
 class Example:
-    """An image that the true model classifies correctly when clean, and not under attack.
+    """An image that the true model classifies correctly when clean and not under attack. Pictures: PNG in base64."""
 
-    Arguments:
-        image: index of the image in the evaluation.
-        label: its class.
-        predicted: class that the true model predicts for the adversarial image, in its whole batch; −1 for NaN or
-            infinity.
-        found_by: the first successful candidate set, `"<surrogate>/<attack>"`.
-        amplification: factor of the perturbation in its picture, around a mid grey.
-        clean, perturbation, adversarial: pictures, PNG in base64.
-    """
-
-    image: int
+    image: int  # index in the evaluation
     label: int
-    predicted: int
-    found_by: str
-    amplification: float
+    predicted: int  # by the true model for the adversarial image in its whole batch; −1 for NaN or infinity
+    found_by: str  # the first successful candidate set, "<surrogate>/<attack>"
+    amplification: float  # factor of the perturbation in its picture, around a mid grey
     clean: str
     perturbation: str
     adversarial: str

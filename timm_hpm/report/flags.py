@@ -15,15 +15,10 @@ FLAGS: Final = dict.fromkeys((
 
 @dataclass(frozen=True)
 class Flag:
-    """A named warning of an evaluation.
+    """A named warning of an evaluation."""
 
-    Arguments:
-        name: one of `FLAGS`.
-        text: the observation, with its numbers.
-    """
-
-    name: str
-    text: str
+    name: str  # one of `FLAGS`
+    text: str  # the observation, with its numbers
 
     def __post_init__(self) -> None:
         if self.name not in FLAGS:

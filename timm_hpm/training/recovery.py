@@ -35,31 +35,18 @@ class DamagedCheckpointWarning(UserWarning):
 
 @dataclass
 class Progress:
-    """The position of a run, and its results so far.
-
-    Arguments:
-        processes: number of processes of the run.
-        updates: updates made.
-        epoch: number of the epoch, from 0.
-        batches: batches of that epoch that are done.
-        loss: sum of their losses.
-        rows: the metrics of each finished epoch.
-        best: the row of the best epoch; {} before there is one.
-        log_scale: that of the head when its prototypes were fitted, or at the start if it came with some.
-        warnings: signs that the run does not learn, by name.
-        identity: of the network and the images, see `identity`.
-    """
+    """The position of a run, and its results so far."""
 
     processes: int
     updates: int = 0
-    epoch: int = 0
-    batches: int = 0
-    loss: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    log_scale: float = 0.0
-    warnings: dict[str, Any] = field(default_factory=dict)
-    identity: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0  # from 0
+    batches: int = 0  # of that epoch that are done
+    loss: float = 0.0  # sum of their losses
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each finished epoch
+    best: dict[str, Any] = field(default_factory=dict)  # the row of the best epoch; {} before there is one
+    log_scale: float = 0.0  # the head's when its prototypes were fitted, or at the start if it came with some
+    warnings: dict[str, Any] = field(default_factory=dict)  # signs that the run does not learn, by name
+    identity: dict[str, Any] = field(default_factory=dict)  # of the network and the images
 
 
 @dataclass
@@ -67,24 +54,15 @@ class Checkpoint:
     """The state of a run.
 
     It holds no random state: a run's randomness is a function of its seed and of its position.
-
-    Arguments:
-        model: the model's state dict, as safetensors takes it.
-        average: that of the averaged model; None without one.
-        optimizer: states of the optimizer, the schedule and the gradient scaler: tensors and plain values.
-        progress: the fields of a `Progress`.
-        config: the options of the run.
-        metadata: metadata of the weights' files, as `weights_metadata` returns it.
-        best: the folder of the best epoch's files, which the checkpoint copies; None if there is no such epoch yet.
     """
 
-    model: dict[str, Tensor]
-    average: dict[str, Tensor] | None
-    optimizer: dict[str, Any]
-    progress: dict[str, Any]
-    config: dict[str, Any]
-    metadata: dict[str, str] = field(default_factory=dict)
-    best: Path | None = None
+    model: dict[str, Tensor]  # state dict, as safetensors takes it
+    average: dict[str, Tensor] | None  # that of the averaged model
+    optimizer: dict[str, Any]  # states of the optimizer and the gradient scaler: tensors and plain values
+    progress: dict[str, Any]  # the fields of a `Progress`
+    config: dict[str, Any]  # the options of the run
+    metadata: dict[str, str] = field(default_factory=dict)  # of the weights' files, by `weights_metadata`
+    best: Path | None = None  # folder of the best epoch's files, which the checkpoint copies
 
 
 @dataclass

@@ -122,8 +122,8 @@ def bases_table(bases: Mapping[str, Heads]) -> list[str]:
     return _table(rows, left=2)
 
 
-def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Mapping[str, Heads]) -> list[str]:
-    """Returns the accuracies of all bases, and of further seeds of some."""
+def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads]) -> list[str]:
+    """Returns the accuracies of all bases."""
     rows = [["base, head", "clean", "worst case", "realised", "p against FC", "attacks on FC alone", "flipped"]]
     for name, heads in bases.items():
         for (mode, judged), reports in _ordered(heads):
@@ -135,11 +135,6 @@ def accuracies(bases: Mapping[str, Heads], alone: Mapping[str, Heads], again: Ma
                          _p_values(heads.get(FC, {}), reports, _rules(judged)[-1]) if mode == judged != "fc" else "",
                          spread([claim(report) for report in claims.values()]) if claims else "",
                          neighbours(list(reports.values()))])
-        for (mode, judged), reports in _ordered(again.get(name, {})):
-            first = heads[mode, judged].values()
-            rows += [[f"{name}, {_title(mode, judged)}, seed {seed}", *(
-                rerun(rule(report), [rule(other) for other in first]) for rule in _rules(judged)),
-                *[""] * (judged != "batch"), "", "", ""] for seed, report in sorted(reports.items())]
     return _table(rows)
 
 
@@ -160,13 +155,6 @@ def _table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """Returns a table of Markdown, its head first; the columns behind the first `left` are of numbers."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], "|" + "---|" * left + "---:|" * (len(rows[0]) - left), *lines[1:]]
-
-
-def rerun(new: Sequence[bool], first: Sequence[Sequence[bool]]) -> str:
-    """Returns the accuracy of a new seed in %, and its difference from the mean of the first ± its standard error."""
-    values = [100 * mean(row) for row in first]
-    error = stdev(values) * (1 + 1 / len(values)) ** 0.5
-    return f"{100 * mean(new):.1f} ({Difference(100 * mean(new) - mean(values), error)})"
 
 
 def neighbours(reports: Sequence[AttackReport]) -> str:
@@ -287,7 +275,7 @@ def page() -> str:
                              for mode in ("batch", "dataset")} for name, heads in bases.items()}
     return filled(TEXT.read_text(encoding="utf-8"), {
         "claims": claims(judged, studies), "bases": bases_table(bases),
-        "accuracies": accuracies(bases, alone, read_heads(REPORTS / "rerun")[0]),
+        "accuracies": accuracies(bases, alone),
         "sensitivities": sensitivities(studies)})
 
 

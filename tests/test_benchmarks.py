@@ -166,11 +166,6 @@ def test_the_error_of_a_difference_is_the_larger_of_those_over_images_and_over_s
     assert str(same) == "−25.0 ± 25.0" and str(table.difference([(right, wrong)])) == "−25.0 ± 25.0¹"
 
 
-def test_a_new_seed_is_held_against_the_spread_of_the_first(table):
-    # 50 % and 100 %, then 0 %: 75 less, with a standard deviation of 35.36 times the root of 1 + 1/2.
-    assert table.rerun([False, False], [[True, False], [True, True]]) == "0.0 (−75.0 ± 43.3)"
-
-
 def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks_on_the_fc_classifier(table):
     rows = {"clean": "11111", "fc/apgd-ce": "01111", "fc/apgd-t": "01111", "fc/square": "11111", "soft/joint": "10001",
             "fc/apgd-chain": "11110"}

@@ -187,9 +187,9 @@ def test_the_text_names_each_table_once(table):
 def test_a_base_that_lacks_modes_and_attacks_has_a_row_for_the_others(table):
     digits, alone = ({"digits": heads["digits"]} for heads in table.read_heads())
     fc = {"digits": {key: digits["digits"][key] for key in (table.FC, table.L2)}}
-    rows = table.accuracies(fc, {}, {})
+    rows = table.accuracies(fc, {})
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| digits, FC", "| digits, ℓ2"]
-    assert rows[2] in table.accuracies(digits, alone, {}) and rows[3].endswith(" |  |  |")
+    assert rows[2] in table.accuracies(digits, alone) and rows[3].endswith(" |  |  |")
     assert len({row.count("|") for row in rows}) == 1
 
 

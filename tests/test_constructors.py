@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from training_runs import run as training_run
 
 import timm_hpm
 from timm_hpm import find_head, head_mode
@@ -38,6 +39,10 @@ def small(num_classes=10, in_chans=1):
 def robust():
     import timm_hpm
     return timm_hpm.add_hpm_head(small(), mix=0.25)
+
+def trained():
+    import timm, timm_hpm
+    return nn.Sequential(timm_hpm.PixelModel(timm.create_model("hpm_wrn10_2", pretrained=True)))
 
 def fixed():
     return small()
@@ -114,7 +119,7 @@ def test_a_network_without_convolutions_has_the_given_channels_and_an_early_erro
     ("nut.py:small", {}, r"there is no file nut\.py; expected path/to/file\.py:function"),
     ("nut.net:small", {}, "there is no module 'nut' here or installed; expected package.module:function"),
     ("net.py:Net", {"size": 3}, r"argument 'size'; --model-kwargs NAME=VALUE gives the constructor's"),
-    ("net.py:smal", {}, r"net\.py has no function 'smal'; it has Net, small, robust, fixed"),
+    ("net.py:smal", {}, r"net\.py has no function 'smal'; it has Net, small, robust, trained"),
     ("net.py:number", {}, r"net\.py:number returned int; expected an nn\.Module"),
     ("net.py:unknown", {}, "does not say its number of classes: set the attribute num_classes"),
     ("net.py:fixed", {"num_classes": 3}, "made a network of 10 classes, and num_classes is 3; let the constr"),
@@ -210,6 +215,12 @@ def test_the_commands_take_a_constructor(net):
     with pytest.raises(ValueError, match="code is not run because a file names it"):
         evaluate_command.main(["--resume", "report"])
     assert evaluate_command.main(["--resume", "report", "--model", "net.py:robust"]) == 0
+
+
+def test_a_constructor_s_weights_and_normalisation_are_those_that_a_training_starts_from(net):
+    """Its network takes pixels in [0, 1] in training, as in an evaluation."""
+    kept = training_run(Path("run"), model="net.py:trained", pretrained=False, freeze_backbone=True, lr=1e-9)
+    assert kept["val_clean"] > 0.98 and saved_config("run/model.safetensors")["pretrained_cfg"]["mean"] == [0]
 
 
 def test_a_public_network_by_its_tag_or_its_data_set_and_threat():

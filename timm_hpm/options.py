@@ -61,8 +61,8 @@ class CommonOptions:
     num_classes: int | None = option(None, "model", "number of classes (the model's)")
     in_chans: int | None = option(None, "model", "channels of the images (the model's)")
     mean: tuple[float, ...] | None = option(
-        None, "model", "per-channel mean of the normalisation of pixels in [0, 1] (the model's; from scratch the data "
-                       "set's)")
+        None, "model", "per-channel mean of the normalisation of pixels in [0, 1] (the model's; of timm's from scratch "
+                       "the data set's)")
     std: tuple[float, ...] | None = option(
         None, "model", "per-channel standard deviation of the normalisation (see --mean)", above=0)
     dataset: str = option("digits", "data", "digits, fashion_mnist, svhn, stl10, tiny_imagenet, folder, torch/NAME or "

@@ -10,6 +10,7 @@ from ..console import device_text, duration, facts
 from ..data import as_pixel_model, first_images, normalisation_of
 from ..evaluation.threads import seconds_of_pass
 from ..head import head_name
+from ..models.constructors import is_constructor
 from ..report.tables import pixels_note
 from .config import TrainConfig
 from .distributed import num_processes
@@ -36,7 +37,8 @@ def training_header(config: TrainConfig, model: Any, data: Data, device: torch.d
     images, _ = first_images(data.plain_train, min(_FEW_IMAGES, len(data.plain_train)))
     channels, height, width = images.shape[1:]
     head = "HPM head" if head_name(model) is not None else "no HPM head"
-    weights = config.initial_checkpoint or ("pretrained" if config.has_weights else "random")
+    own = f"those that {config.model} gives it" if is_constructor(config.model) else "random"
+    weights = config.initial_checkpoint or ("pretrained" if config.has_weights else own)
     steps = "" if config.objective == "clean" else f", {config.attack_steps} PGD steps of {config.attack_step_size:.3g}"
     return facts({
         "model": f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {head}",

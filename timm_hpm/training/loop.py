@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..data import as_pixel_model, random_flip, random_shift
 from ..files import writable_folder
 from ..head import find_head
+from ..models.constructors import is_constructor
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
 from .average import AveragedModel
@@ -72,7 +73,8 @@ class Run:
         self.accelerator = accelerator = create_accelerator(config, folder)
         set_seed(config.seed)
         self.model = create_trainable(config) if model is None else made_trainable(model, config)
-        fresh = model is None and not config.has_weights
+        # A constructor may give its network weights, and the normalisation is its own, too.
+        fresh = model is None and not config.has_weights and not is_constructor(config.model)
         with accelerator.local_main_process_first():  # it may download
             self.data: Data = open_data(config, self.model, fresh)
         self.model.to(accelerator.device)

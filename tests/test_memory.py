@@ -43,18 +43,11 @@ def stopped():
     raise KeyboardInterrupt("stopped")
 
 
-@pytest.mark.parametrize(("parts", "error", "message"), [
-    ([TENSORS["images"][:4]], ValueError, "images: its parts have 4 rows; expected 5"),
-    ([TENSORS["images"], TENSORS["images"][:1]], ValueError, r"images: a part has .*6 rows so far; expected .*\(5, 3"),
-    ([TENSORS["images"].double()], ValueError, r"dtype torch.float64.*expected parts of \(5, 3, 4, 4\), torch.float32"),
-    ([TENSORS["images"].flatten(2)], ValueError, r"the shape \(5, 3, 16\)"),
-    (None, KeyboardInterrupt, "stopped"),
-])
-def test_parts_that_do_not_fit_leave_the_folder_as_it_was(tmp_path, parts, error, message):
+def test_a_writing_that_is_stopped_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "older.safetensors").write_bytes(b"an older file")
     for name in ("older", "new"):
-        with pytest.raises(error, match=message):
-            save_parts({"images": Parts(TENSORS["images"], parts or stopped())}, tmp_path / f"{name}.safetensors", {})
+        with pytest.raises(KeyboardInterrupt, match="stopped"):
+            save_parts({"images": Parts(TENSORS["images"], stopped())}, tmp_path / f"{name}.safetensors", {})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"older.safetensors": b"an older file"}
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from . import __version__
 from .cards import model_card
-from .data import PixelModel, normalisation_of
+from .data import PixelModel, in_eval_mode, normalisation_of
 from .files import filling, replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
 from .head import HPMHead, find_head, head_name
@@ -245,13 +245,8 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
         back = _load(folder, repo_id).to(parameter.device, parameter.dtype).eval()
         size = timm.data.resolve_model_data_config(back)["input_size"][1:]
         images = torch.randn(2, in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            expected, got = model.eval()(images), back(images)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), in_eval_mode(model):
+        expected, got = model(images), back(images)
     # timm resizes weights that were made for another image size, and the logits hardly change.
     same_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} == {
         name: tensor.shape for name, tensor in back.state_dict().items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks.pgd import pgd
-from .data import as_pixel_model, ask, check_pixels, check_weights
+from .data import as_pixel_model, ask, check_pixels, check_weights, in_eval_mode
 from .head import HPMHead, find_head, head_mode
 from .threat import ThreatModel
 
@@ -62,9 +62,7 @@ def fit_prototypes(
     check_weights(model)
     head = find_head(model)
     threat = None if threat is None else ThreatModel.of(threat)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with in_eval_mode(model):
         features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps, attack_step_size)
         sums = torch.zeros_like(head.prototypes, dtype=torch.float64)
         counts = torch.zeros_like(sums[:, 0])
@@ -95,10 +93,6 @@ def fit_prototypes(
         log_scale, nll = fit_log_scale(*_distances(fitted, kept))
         fitted.log_scale.data.fill_(log_scale)
         head.load_state_dict(fitted.state_dict())
-    finally:
-        # One by one: a frozen BatchNorm of a model in train mode stays frozen.
-        for module, mode in modes:
-            module.training = mode
     return PrototypeFit(counts.long().cpu(), math.exp(log_scale), nll)
 
 

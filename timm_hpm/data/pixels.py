@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Final
 
@@ -204,6 +205,18 @@ def check_eval_mode(model: nn.Module) -> None:
     if in_training:
         raise ValueError(f"the model is in train mode (at {in_training[0] or 'its top'}), and its predictions "
                          "would change from call to call; call model.eval()")
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode within the block, and each of its modules back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # one by one: a frozen BatchNorm of a model in train mode stays frozen
+            module.training = mode
 
 
 def is_training(module: nn.Module) -> bool:

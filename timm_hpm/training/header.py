@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console import device_text, duration, facts
-from ..data import as_pixel_model, first_images, normalisation_of
+from ..data import as_pixel_model, first_images, in_eval_mode, normalisation_of
 from ..evaluation.threads import seconds_of_pass
 from ..head import head_name
 from ..models.constructors import is_constructor
@@ -67,11 +67,7 @@ def num_passes(config: TrainConfig, num_train: int, num_val: int) -> float:
 
 def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor) -> str:
     passes = num_passes(config, len(data.train), len(data.val))
-    mode = model.training
-    pixel_model = as_pixel_model(model.eval())
-    try:
-        seconds = min(seconds_of_pass(pixel_model, images) for _ in range(3))
-    finally:
-        model.train(mode)
+    with in_eval_mode(model):
+        seconds = min(seconds_of_pass(as_pixel_model(model), images) for _ in range(3))
     total = passes * seconds / len(images) / num_processes()
     return f"about {duration(total)}: {passes:.2g} passes of an image, timed on {len(images)} of them"

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..attacks.pgd import default_step_size
-from ..data import ImageSplit, PixelModel, check_every_class, check_logits, data_source, first_images
+from ..data import ImageSplit, PixelModel, check_every_class, check_logits, data_source, first_images, in_eval_mode
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, mode_if_any, own_mode
@@ -212,10 +212,8 @@ def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> boo
     if fresh:
         return False
     images, labels = first_images(data.val, min(len(data.val), _MOST_IMAGES))
-    mode = model.training
-    with mode_if_any(model, "fc"):
-        right = judge(PixelModel(model.eval()), images, labels, config.batch_size, allow_non_finite=True)
-    model.train(mode)
+    with mode_if_any(model, "fc"), in_eval_mode(model):
+        right = judge(PixelModel(model), images, labels, config.batch_size, allow_non_finite=True)
     share = labels.bincount().max().item() / len(labels)
     return right.float().mean().item() > share + (1 - share) / 4
 
@@ -250,18 +248,15 @@ def open_data(config: TrainConfig, model: Any, fresh: bool) -> Data:
 
 
 def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> None:
-    mode = model.training
     try:
-        with torch.no_grad(), mode_if_any(model, "fc"), _narrow_convolutions(model) as narrow:
-            logits = check_logits(PixelModel(model.eval())(pixels), 1)
+        with torch.no_grad(), mode_if_any(model, "fc"), in_eval_mode(model), _narrow_convolutions(model) as narrow:
+            logits = check_logits(PixelModel(model)(pixels), 1)
         if logits.shape[1] != model.num_classes:
             raise ValueError(f"it returns {logits.shape[1]} logits for {model.num_classes} classes")
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(map(str, pixels.shape[1:]))
         raise ValueError(f"{config.model} does not take {config.dataset}'s images of {size} (channels, height, width): "
                          f"{error}. Give --in-chans, --img-size, --mean and --std, or another model") from error
-    finally:
-        model.train(mode)
     if narrow and config.amp and PartialState().device.type == "cpu":
         raise ValueError(f"the strided convolution {narrow[0]} of {config.model} meets maps narrower than its stride. "
                          "Of its weight's gradient in bfloat16, torch leaves a part uninitialised on CPUs, and the "

@@ -23,6 +23,7 @@ from timm_hpm import (
     report_page,
 )
 from timm_hpm.evaluation.checks import clean_flags
+from timm_hpm.models.create import create_model
 from timm_hpm.report.sweep_page import sweep_markdown, sweep_page
 
 NUM_DIGITS = 16
@@ -173,3 +174,9 @@ def test_a_network_of_torchvision_without_normalisation_is_named(has_head):
     with pytest.warns(timm_hpm.NormalisationWarning, match=r"is torchvision's.*PixelModel\(model, mean, std\)"):
         attack(network.eval())
     attack(timm_hpm.PixelModel(network, (0.5,) * 3, (0.5,) * 3))
+    # As the network of a constructor, for the commands.
+    name = f"torchvision.models:{'shufflenet_v2_x0_5' if has_head else 'squeezenet1_1'}"
+    made = create_model(name, num_classes=4, **({"mix": 0.5} if has_head else {})).eval()
+    with pytest.warns(timm_hpm.NormalisationWarning, match="Give mean and std: --mean and --std"):
+        attack(made)
+    attack(timm_hpm.PixelModel(made, (0,) * 3, (1,) * 3))

@@ -17,6 +17,7 @@ from ..checkpoints import NormalisationWarning
 from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of, unwrapped
 from ..functional import in_autocast
 from ..head import find_head, head_name
+from ..models.constructors import UNNORMALISED
 from ..report import Flag, data_digest, weights_digest
 from ..report.metrics import right_in_all
 from ..seeding import seeded
@@ -147,11 +148,15 @@ class Subject:
 
 def _warn_of_torchvision(pixel_model: nn.Module) -> None:
     """Warns that a network of torchvision gets pixels in [0, 1]: its public weights expect them normalised."""
-    if any(kind.__module__.startswith("torchvision.models") for kind in type(unwrapped(pixel_model)).__mro__):
+    network = unwrapped(pixel_model)
+    if isinstance(network, PixelModel) and network.source.startswith(UNNORMALISED):
+        network = unwrapped(network.model)
+    if any(kind.__module__.startswith("torchvision.models") for kind in type(network).__mro__):
         warnings.warn(
-            f"{type(unwrapped(pixel_model)).__name__} is torchvision's, whose weights expect pixels normalised by mean "
+            f"{type(network).__name__} is torchvision's, whose weights expect pixels normalised by mean "
             f"{IMAGENET_DEFAULT_MEAN} and std {IMAGENET_DEFAULT_STD}, and here it gets pixels in [0, 1]. Give mean and "
-            "std: timm_hpm.PixelModel(model, mean, std); (0, 0, 0) and (1, 1, 1) if it takes pixels as they are",
+            "std: --mean and --std, or timm_hpm.PixelModel(model, mean, std); (0, 0, 0) and (1, 1, 1) if it takes "
+            "pixels as they are",
             NormalisationWarning, stacklevel=2)
 
 

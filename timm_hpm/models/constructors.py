@@ -19,6 +19,8 @@ from ..surgery import HPMMixin, UnsupportedHeadError, add_hpm_head, find_classif
 _PLACES: Final = ("hf-hub", "hf_hub", "local-dir")
 #: Arguments of an HPM head.
 HEAD_ARGS: Final = ("mix", "ema_decay", "inference")
+#: The beginning of the `normalisation_source` of a network for which nobody has stated one.
+UNNORMALISED: Final = "none"
 # Arguments that a constructor need not take.
 _OPTIONAL: Final = ("num_classes", "in_chans", "img_size")
 
@@ -108,7 +110,7 @@ def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         for key, value in HPMHead(1, 1, **{**head.config(), **head_args}).config().items():
             setattr(head, key, value)
     if "mean" not in {**(getattr(model, "pretrained_cfg", None) or {}), **overlay}:
-        model.normalisation_source = f"none, {name} takes pixels in [0, 1]"
+        model.normalisation_source = f"{UNNORMALISED}, {name} takes pixels in [0, 1]"
     describe(model, name, {key: value for key, value in overlay.items() if key != "file"}, given.get("in_chans") or 3)
     if given.get("img_size"):
         model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], *[given["img_size"]] * 2)

@@ -45,7 +45,7 @@ def tiny_imagenet(folder: Path) -> None:
 def test_svhn_and_stl10_are_torchvision_s(tmp_path, monkeypatch):
     svhn(tmp_path)
     stl10(tmp_path)
-    # Theirs have the digests of the whole files.
+    # Theirs ask for the digests of the whole files.
     monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
     monkeypatch.setattr(STL10, "_check_integrity", lambda self: True)
     for name, theirs in (("svhn", SVHN(tmp_path, "test")), ("stl10", STL10(tmp_path, "test"))):
@@ -80,11 +80,11 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*test_32x32\.mat: .*Fetch it again"):
         open_split("svhn", "test", data_dir=tmp_path)
     io.savemat(tmp_path / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1], [11]])})
-    with pytest.raises(ValueError, match=r"has 2 labels for 2 images; expected one from 1 to 10"):
+    with pytest.raises(ValueError, match=r"has 2 labels for 2 images; expected one of 10 classes"):
         open_split("svhn", "test", data_dir=tmp_path)
     pixels = tmp_path / "stl10_binary" / "test_X.bin"
     pixels.write_bytes(pixels.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"test_X\.bin: it has 331775 bytes, expected 27648 for each image"):
+    with pytest.raises(ValueError, match=r"cannot read .*test_X\.bin: .*Fetch it again"):
         open_split("stl10", "test", data_dir=tmp_path)
     annotations = tmp_path / "tiny-imagenet-200/val/val_annotations.txt"
     annotations.write_text(annotations.read_text().replace("n02124075", "n00000000"))

@@ -1,63 +1,56 @@
 """SVHN, STL-10 and Tiny ImageNet, read from the files of their authors."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torchvision.datasets import STL10, SVHN
 
 from .images import EncodedImages, Part
 
 _STL10_CLASSES: Final = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-_STL10_SHAPE: Final = (3, 96, 96)
-# Above the largest official files: the training images of SVHN, and the 8,000 test images of STL-10.
-_MOST_BYTES: Final = 1 << 29
+
+
+class _SVHN(SVHN):
+    def _check_integrity(self) -> bool:  # digests of the whole files, at every start
+        return True
+
+
+class _STL10(STL10):
+    base_folder = ""
+
+    def _check_integrity(self) -> bool:
+        return True
 
 
 def read_svhn(part: str, data_dir: Path | None, download: bool) -> Part:
-    """Reads SVHN's cropped digits, `{train,test}_32x32.mat`; the label 10 is the digit 0.
-
-    Source: http://ufldl.stanford.edu/housenumbers
-    """
+    """Reads SVHN's cropped digits, `{train,test}_32x32.mat`. Source: http://ufldl.stanford.edu/housenumbers"""
     file = _found(data_dir, f"{part}_32x32.mat", ("", "svhn", "SVHN"), "http://ufldl.stanford.edu/housenumbers")
-    try:
-        from scipy import io
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the files of SVHN are read by scipy, which is not installed; run: pip install "
-                                  "scipy") from error
-    try:
-        shapes = {name: shape for name, shape, _ in io.whosmat(file)}
-        shape = tuple(shapes.get("X", ()))
-        if shape[:3] != (32, 32, 3) or len(shape) != 4 or np.prod(shape) > _MOST_BYTES:
-            raise ValueError(f"X has the shape {shape}, expected (32, 32, 3, N)")
-        found = io.loadmat(file, variable_names=["X", "y"])
-        pixels, labels = found["X"], found["y"].flatten()
-    # The reader of damaged files raises almost anything.
-    except Exception as error:
-        raise _damaged(file, error) from error
-    images, labels = torch.from_numpy(pixels).permute(3, 2, 0, 1).contiguous(), torch.from_numpy(labels).long()
-    _check_labels(file, images, labels)
-    return Part(images, labels % 10, 10, tuple("0123456789"))
+    return _torchvision_part(file, partial(_SVHN, file.parent, part), tuple("0123456789"))
 
 
 def read_stl10(part: str, data_dir: Path | None, download: bool) -> Part:
-    """Reads STL-10's binary files, `{train,test}_{X,y}.bin`, whose images are stored column by column.
-
-    Source: https://cs.stanford.edu/~acoates/stl10
-    """
+    """Reads STL-10's binary files, `{train,test}_{X,y}.bin`. Source: https://cs.stanford.edu/~acoates/stl10"""
     file = _found(data_dir, f"{part}_X.bin", ("", "stl10_binary"), "https://cs.stanford.edu/~acoates/stl10")
-    labels_file = file.with_name(f"{part}_y.bin")
-    size = int(np.prod(_STL10_SHAPE))
+    return _torchvision_part(file, partial(_STL10, file.parent, part), _STL10_CLASSES)
+
+
+def _torchvision_part(file: Path, read: Callable[[], Any], classes: tuple[str, ...]) -> Part:
+    """Returns what torchvision `read` from a file, whose labels number its 10 classes."""
     try:
-        if file.stat().st_size % size or file.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has {file.stat().st_size} bytes, expected {size} for each image")
-        images = torch.from_numpy(np.fromfile(file, np.uint8)).reshape(-1, *_STL10_SHAPE).transpose(2, 3).contiguous()
-        labels = torch.from_numpy(np.fromfile(labels_file, np.uint8)).long()
-    except (ValueError, OSError) as error:
+        dataset = read()
+        images, labels = torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels).long()
+        if not 0 < len(images) == len(labels) or not set(labels.tolist()) <= set(range(len(classes))):
+            raise ValueError(f"it has {len(labels)} labels for {len(images)} images; expected one of {len(classes)} "
+                             "classes for each image")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{file} is read by scipy, which is not installed; run: pip install scipy") from error
+    except Exception as error:  # the reader of damaged files raises almost anything
         raise _damaged(file, error) from error
-    _check_labels(labels_file, images, labels)
-    return Part(images, labels - 1, 10, _STL10_CLASSES)
+    return Part(images, labels, len(classes), classes)
 
 
 def read_tiny_imagenet(part: str, data_dir: Path | None, download: bool) -> Part:
@@ -102,9 +95,3 @@ def _found(data_dir: Path | None, name: str, folders: tuple[str, ...], source: s
 def _damaged(file: Path, error: Exception) -> Exception:
     kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
     return kind(f"cannot read {file}: {error}. Fetch it again")
-
-
-def _check_labels(file: Path, images: Tensor, labels: Tensor) -> None:
-    if not len(labels) or len(labels) != len(images) or int(labels.min()) < 1 or int(labels.max()) > 10:
-        raise ValueError(f"{file} has {len(labels)} labels for {len(images)} images; expected one from 1 to 10 for "
-                         "each image. Fetch it again")

@@ -6,6 +6,7 @@ A new picture is a function that takes the report and returns parts of HTML, and
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Final
 
 from . import svg
@@ -31,33 +32,7 @@ from .tables import (
     protocol_table,
 )
 
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 800px; margin: 1.5em auto;
-       padding: 0 1em; }
-h1 { font-size: 1.5em; margin: 0; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
-.wide { overflow-x: auto; } pre { font-size: 12px; white-space: pre-wrap; background: #f6f6f6; padding: .5em .8em; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
-th, td { padding: 2px 10px; border-bottom: 1px solid #eee; text-align: left; vertical-align: top;
-         overflow-wrap: anywhere; }
-th, td:first-child { overflow-wrap: normal; } abbr { cursor: help; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { max-width: 100%; height: auto; }
-.small { color: #555; font-size: 13px; }
-.headline { margin: 1em 0; } .headline b { display: block; font-size: 56px; line-height: 1.1; color: #111; }
-.others { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1em 1.5em; }
-.others b { display: block; font-size: 22px; color: #111; }
-.legend { list-style: none; padding: 0; columns: 340px; font-size: 13px; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; }
-.unreliable { background: #fdecea; border-left: 5px solid #c62828; padding: .5em 1em; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1em; }
-.examples figure { margin: 0; } .examples figcaption { font-size: 12px; }
-.examples .three { display: flex; gap: 5px; }
-.examples .three span { width: 33%; max-width: 118px; font-size: 11px; color: #555; }
-.examples img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid #ccc; }
-@media (max-width: 600px) {
-    svg text { font-size: 19px; } .headline b { font-size: 44px; } th, td { padding: 2px 5px; }
-}
-"""
+_STYLE: Final = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -65,7 +40,7 @@ def page(title: str, body: Iterable[str]) -> str:
     return (f"<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n<title>{escape(title)}</title>\n"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
             "<link rel='icon' href='data:,'>\n"  # or a browser asks for one
-            f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n" + "\n".join(body)
+            f"<style>\n{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n" + "\n".join(body)
             + "\n</body>\n</html>\n")
 
 

@@ -14,13 +14,15 @@ _SHALLOW: Final = rules.shallow(20)
 
 _TEXTS: Final = Rule(lambda value: isinstance(value, str) or (isinstance(value, list | tuple) and all(
     isinstance(part, str) for part in value)), "a text or an array of texts")
+_SIZE: Final = Rule(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(COUNT.holds, value)),
+                    "channels, height and width, whole numbers above 0")
 # Fields of a pretrained cfg, of which each may be null.
 _FIELDS: Final = {f"{name}?": (pattern,) for name, pattern in {
     "num_classes": Rule(lambda value: COUNT.holds(value) or (value in (0, -1) and NUMBER.holds(value)),
                         "a whole number from 0"),
     "mean": [NUMBER],
     "std": [POSITIVE],
-    **{size: [COUNT] for size in ("input_size", "test_input_size", "min_input_size", "pool_size", "test_pool_size")},
+    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"), _SIZE),
     **dict.fromkeys(("crop_pct", "test_crop_pct"), POSITIVE),
     **dict.fromkeys(("interpolation", "crop_mode", "tag", "license", "origin_url", "paper_name"), STRING),
     **dict.fromkeys(("first_conv", "classifier", "notes", "paper_ids"), _TEXTS),

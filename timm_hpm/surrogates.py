@@ -80,11 +80,6 @@ class Surrogate:
     annealed: Callable[[HPMHead, Tensor, float], Tensor] | None = None
     in_joint: bool = True
 
-    @property
-    def joint(self) -> bool:
-        """Returns whether attacks on a whole batch use this surrogate."""
-        return self.batch_dependent and self.in_joint
-
     def at(self, temperature: float, head: HPMHead, features: Tensor) -> Tensor:
         """Returns the logits (B, C) at a temperature, or as they are if the surrogate is not annealed."""
         return self.logits(head, features) if self.annealed is None else self.annealed(head, features, temperature)

@@ -86,11 +86,6 @@ class EvaluateConfig(RunOptions):
             raise ValueError("--class-subset and --class-map both number the classes; give one of them")
         self.radii()
 
-    @property
-    def is_custom(self) -> bool:
-        """Returns whether options change the protocol."""
-        return bool(self.surrogates or self.attacks or self.budget or self.full_grid)
-
     def budgets(self) -> dict[str, Budget]:
         """Returns the budget of each attack that has one of its own."""
         parts = (text.partition("=") for text in self.budget)

@@ -28,7 +28,7 @@ from .config import OPTIONS, EvaluateConfig, saved_options
 from .header import evaluation_header
 from .judge import rejudge, saved_protocol
 from .msa import REPORT, STOPPED
-from .neighbours import BATCH_SIZES, check_neighbours
+from .neighbours import BATCH_SIZES
 from .processes import is_first, several_processes
 from .protocols import PROTOCOLS
 from .robustbench import save_model_info
@@ -111,21 +111,20 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
     """Returns the arguments of `sweep` that the options give, checked against model and images."""
     if config.inference:
         find_head(model)
-    neighbours = config.neighbours
-    if neighbours is None:
-        skips = config.is_custom or config.eps_sweep or config.eot > 1
-        neighbours = () if skips else tuple(
-            size for size in BATCH_SIZES if size <= min(len(images), config.batch_size))
-    if config.neighbours:
-        check_neighbours(neighbours, len(images))
-        if "batch" not in (config.inference or [own_mode(model)]) or not find_head(model).is_fitted():
-            raise ValueError("--neighbours measures how neighbours in a batch flip predictions; it needs a fitted HPM "
-                             "head and --inference batch")
+    if config.neighbours and (
+            "batch" not in (config.inference or [own_mode(model)]) or not find_head(model).is_fitted()):
+        raise ValueError("--neighbours measures how neighbours in a batch flip predictions; it needs a fitted HPM head "
+                         "and --inference batch")
     at_once = config.surrogates_at_once
     if at_once is None:
         at_once = _SURROGATES_AT_ONCE if images[0, 0].numel() <= _SMALL_IMAGE else 1
     protocol = PROTOCOLS[config.protocol].changed(config.surrogates or None, config.attacks or None, config.budgets(),
                                                   config.full_grid or None, at_once)
+    neighbours = config.neighbours
+    if neighbours is None:
+        skips = protocol.name == "custom" or config.eps_sweep or config.eot > 1
+        neighbours = () if skips else tuple(
+            size for size in BATCH_SIZES if size <= min(len(images), config.batch_size))
     return {"protocol": protocol, "batch_size": config.batch_size, "seed": config.seed, "neighbours": neighbours}
 
 

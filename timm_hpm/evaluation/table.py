@@ -62,7 +62,7 @@ class Attack:
     def surrogates(self, model: AttackedModel, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the surrogates among `names` that the attack uses; none if it does not apply to the model."""
         if self.whole_batch:
-            return tuple(name for name in names if model.batch_dependent(name) and SURROGATES[name].joint)
+            return tuple(name for name in names if model.batch_dependent(name) and SURROGATES[name].in_joint)
         return () if self.chained and len(names) == 1 else names
 
 

@@ -7,8 +7,8 @@
 timm's are those with pretrained weights, torchvision's its classifiers, RobustBench's all that the modules of its
 `architectures` make (`pip install --no-deps robustbench==1.1.1`). Each is made on the meta device, or on the CPU if it
 reads its numbers, and given an HPM head. It counts if a forward pass shows that the head's input is pooled features
-(B, d) and that its logits are the model's, and if `reset_classifier(0)`, `reset_classifier(5)` and `remove_hpm_head`
-work: the last gives the class and the keys of before.
+(B, d) and that its logits are the model's, and if timm's `reset_classifier(0)` and `reset_classifier(5)` and
+`remove_hpm_head` work: the last gives the class and the keys of before.
 """
 
 import argparse
@@ -133,10 +133,11 @@ def check(model: nn.Module, size: int | None) -> str:
     assert features.flatten(1).shape == (2, head.in_features), f"the head's input has the shape {tuple(features.shape)}"
     same = output is logits or (output.ndim == 4 and output.shape[:2] == logits.shape)
     assert same and logits.shape == (2, head.out_features), "the model's logits are not its head's"
-    model.reset_classifier(0)
-    assert head_name(model) is None, "reset_classifier(0) leaves an HPM head"
-    model.reset_classifier(5)
-    assert timm_hpm.find_head(model).out_features == 5
+    if hasattr(base, "reset_classifier"):
+        model.reset_classifier(0)
+        assert head_name(model) is None, "reset_classifier(0) leaves an HPM head"
+        model.reset_classifier(5)
+        assert timm_hpm.find_head(model).out_features == 5
     assert type(timm_hpm.remove_hpm_head(model)) is base and list(model.state_dict()) == keys
     return kind
 

@@ -339,16 +339,12 @@ def test_any_network_takes_a_head_and_gives_it_back(kind):
     assert type(model) is base and list(model.state_dict()) == keys and torch.equal(model(images), before)
 
 
-def test_reset_classifier_of_any_network():
-    model, images = nn.Sequential(body(), nn.Linear(6, 5, bias=False)), torch.rand(2, 3, 2, 2)
-    add_hpm_head(model, mix=0.25).reset_classifier(7)
-    assert model(images).shape == (2, 7) and find_head(model).config()["mix"] == 0.25
-    model.reset_classifier(0)
-    assert torch.equal(model(images), model[0](images))
-    model.reset_classifier(3)
-    assert model(images).shape == (2, 3) and find_head(model).bias is None and find_head(model).mix == 0.25
-    assert type(remove_hpm_head(model)) is nn.Sequential and list(model.state_dict()) == ["0.1.weight", "0.1.bias",
-                                                                                         "1.weight"]
+def test_a_network_without_reset_classifier_keeps_its_head():
+    model = add_hpm_head(nn.Sequential(body(), nn.Linear(6, 5)))
+    with pytest.raises(AttributeError, match="reset_classifier"):
+        model.reset_classifier(7)
+    assert find_head(model).out_features == 5
+
 
 
 @pytest.mark.parametrize(("make", "classifier", "message"), [

@@ -27,7 +27,7 @@ class UnsupportedHeadError(ValueError):
 
 
 class HPMMixin(WholeLoading):
-    """Mixin that `add_hpm_head` adds to a model's class: its `reset_classifier` makes HPM heads.
+    """Mixin that `add_hpm_head` adds to a model's class: the `reset_classifier` of timm's models makes HPM heads.
 
     Instances keep the arguments of their head in the attribute `head_config`, also while they have no head, and in
     `head_path` the path of a classifier that timm does not know, else None.
@@ -45,18 +45,16 @@ class HPMMixin(WholeLoading):
             args, kwargs: as the model's own `reset_classifier` takes them, `global_pool` first.
 
         Raises:
+            AttributeError: if the model has no `reset_classifier` of its own, as timm's have.
             UnsupportedHeadError: if an HPM head cannot replace the new classifier, such as without pooling; the model
                 then has that classifier.
         """
         base: Any = super()
         path: Any = self.head_path
+        reset = base.reset_classifier
         if head_name(self) is not None:
             self.head_config = _take_head(self)
-        if path is None:
-            base.reset_classifier(num_classes, *args, **kwargs)
-        else:
-            _reset_layer(self, path, num_classes)
-            self.num_classes = num_classes
+        reset(num_classes, *args, **kwargs)
         if num_classes > 0:
             self.get_submodule(find_classifier(self, path)).train(self.training)
             _put_head(self, path, self.head_config)
@@ -131,8 +129,8 @@ def add_hpm_head(
     """Replaces the classifier of a model by an HPM head, in place, and returns the model.
 
     The head keeps the classifier's weight and bias: until it is fitted, the model returns the same logits as before.
-    `reset_classifier` makes HPM heads of the same kind from now on; a timm model without classes (`num_classes=0`) gets
-    its head from it.
+    A timm model's `reset_classifier` makes HPM heads of the same kind from now on; one without classes
+    (`num_classes=0`) gets its head from it.
 
     Arguments:
         model: a network with one linear classifier (or a 1x1 convolution) on pooled features, whose output is the
@@ -307,30 +305,12 @@ def _take_head(model: nn.Module) -> dict[str, Any]:
     """Replaces the head by a plain classifier with its weight and bias, and returns the head's config."""
     name: Any = head_name(model)
     head: Any = model.get_submodule(name)
-    plain = _plain(head, head.out_features, "meta")
+    is_conv, bias = isinstance(head, HPMConvHead), head.bias is not None
+    plain: Any = (nn.Conv2d(head.in_features, head.out_features, 1, bias=bias, device="meta") if is_conv
+                  else nn.Linear(head.in_features, head.out_features, bias=bias, device="meta"))
     plain.weight, plain.bias = head.weight, head.bias
     _replace(model, name, plain)
     return head.config()
-
-
-def _plain(like: Any, num_classes: int, device: Any) -> Any:
-    """Returns a fresh classifier of the kind and the input of a classifier or head."""
-    width, has_bias = like.weight.shape[1], like.bias is not None
-    if like.weight.ndim == 4:
-        return nn.Conv2d(width, num_classes, 1, bias=has_bias, device=device, dtype=like.weight.dtype)
-    return nn.Linear(width, num_classes, bias=has_bias, device=device, dtype=like.weight.dtype)
-
-
-def _reset_layer(model: nn.Module, path: str, num_classes: int) -> None:
-    """Replaces the layer at `path` by a fresh one, or by the identity, which remembers the layer."""
-    layer: Any = model.get_submodule(path)
-    like = getattr(layer, "replaced", [layer])[0]
-    fresh = _plain(like, max(num_classes, 1), like.weight.device)
-    if num_classes == 0:
-        identity: Any = nn.Identity()
-        identity.replaced = [like]  # in a list it is no submodule
-        fresh = identity
-    _replace(model, path, fresh)
 
 
 def _replace(model: nn.Module, name: str, classifier: nn.Module) -> None:

@@ -45,7 +45,7 @@ class TrainConfig(RunOptions):
     batch_size: int = option(128, _DATA, "images per process and forward pass", "-b", least=1)
     extra_data: str | None = option(
         None, _DATA, "npz file of further training images, such as generated ones: image, uint8 N×H×W×channels, and "
-                     "label")
+                     "label, the model's class numbers")
     extra_fraction: float = option(0.7, _DATA, "fraction of each batch that --extra-data gives", least=0, below=1)
 
     objective: str = option("pgd-at", _ATTACK, "training objective: its attack and its loss", choices=OBJECTIVES)

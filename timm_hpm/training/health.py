@@ -19,7 +19,7 @@ def epoch_signs(row: Mapping[str, Any], epochs: int, num_classes: int, scale_cha
     head's scale over the scale of its fit.
     """
     signs, bound = {}, math.log(num_classes)
-    advice = "lower the learning rate (--lr), or fit the prototypes later (--prototype-epoch)"
+    advice = "lower the learning rate (--lr), or fit the prototypes of an HPM head later (--prototype-epoch)"
     if row["epoch"] >= max(1, epochs // 3) and row["loss"] > bound:
         signs["loss"] = (f"the loss is {row['loss']:.4g} in epoch {row['epoch']}, above ln {num_classes} = "
                          f"{bound:.4g}, the loss of a model that knows nothing; {advice}")

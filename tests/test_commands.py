@@ -113,6 +113,8 @@ def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_pat
     assert two.protocol["options"] == one.protocol["options"] == {"in_chans": 1, "channels_last": True}
     assert (two.correct, two.protocol["clean_margin"]) == (one.correct, one.protocol["clean_margin"])
     assert main(["rejudge", "one"]) == 0
+    with pytest.raises(ValueError, match=r"in two has kept no candidates .* with --save-adversarial"):
+        main(["rejudge", "two"])
     with pytest.raises(ValueError, match=r"precision is autocast to float16, that of .* is autocast to bfloat16; give"):
         main(["rejudge", "one", "--amp-dtype", "float16"])
 

@@ -13,6 +13,7 @@ from ..evaluation.config import OPTIONS, EvaluateConfig, chosen
 from ..evaluation.folder import load_report, merged, rejudge_folder, run
 from ..evaluation.msa import PARTIAL, STOPPED
 from ..evaluation.sweep import PAGE, SWEEP
+from ..files import default_folder
 from ..models.constructors import named_again
 from ..options import given_options
 from ..report import compare as compare_reports
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.rejudge:
         return _rejudge(args.rejudge, given)
     if args.merge:
-        show(report_markdown(merged(args.merge, args.output)))
+        output = args.output or default_folder("merged")
+        show(report_markdown(merged(args.merge, output)))
+        print(f"written: {output / PAGE}, and the files beside it")
         return 0
     return _evaluate(args, given)
 

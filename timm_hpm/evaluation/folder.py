@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data import ImageSplit, as_pixel_model, first_images
 from ..deadline import time_limit
-from ..files import LOCK, default_folder, locked, remove_unfinished, writable_folder, write_text
+from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head, own_mode
 from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
@@ -208,11 +208,10 @@ def load_report(path: Path) -> AttackReport:
     return AttackReport.load(file)
 
 
-def merged(paths: Sequence[Path], output: Path | None) -> AttackReport:
+def merged(paths: Sequence[Path], output: Path) -> AttackReport:
     """Returns the merged report of several seeds (`merge_reports`), written into a new folder."""
     report = merge_reports([load_report(path) for path in paths])
-    output = output or default_folder("merged")
-    if (output / "report.json").exists():
+    if (output / REPORT).exists():
         raise ValueError(f"{output} holds a report; choose another --output")
     write_report(report, output)
     return report
@@ -239,6 +238,9 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
 def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:
     report = load_report(folder)
     candidates = folder / "adversarial.safetensors"
+    if not candidates.exists():
+        raise ValueError(f"the run in {folder} has kept no candidates ({candidates.name}); attack again in another "
+                         "folder, with --save-adversarial")
     if saved_protocol(candidates) != report.protocol:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")

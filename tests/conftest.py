@@ -22,15 +22,16 @@ def one_seed():
 
 
 @pytest.fixture
-def model() -> torch.nn.Module:
-    """The embedded network, a small real model."""
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
+def model(request) -> torch.nn.Module:
+    """The embedded network, a small real model, in the mode INFERENCE of the test's module if it has one."""
+    mode = getattr(request.module, "INFERENCE", "dataset")
+    return timm.create_model("hpm_wrn10_2", pretrained=True, inference=mode).eval()
 
 
 @pytest.fixture(scope="module")
 def digits(request) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first images and labels of the digits, NUM_DIGITS of the test's module."""
-    images, labels = timm_hpm.load_split("digits", "val").tensors
+    """The first images and labels of the digits, NUM_DIGITS of the test's module, of its SPLIT or of val."""
+    images, labels = timm_hpm.load_split("digits", getattr(request.module, "SPLIT", "val")).tensors
     return images[:request.module.NUM_DIGITS], labels[:request.module.NUM_DIGITS]
 
 

@@ -16,6 +16,10 @@ PROTOCOL = {
                 "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}},
 }
 
+#: A small budget for every attack of the protocol "standard" in batch mode.
+SMALL = {"apgd-ce": 5, "apgd-t": "5x2", "fab-t": "3x2", "square": 20, "apgd-chain": 3, "joint": 3,
+         "joint-subset": "3r2"}
+
 
 def run_attack(model, images, labels, threat, *, protocol="standard", surrogates=None, attacks=None, budgets=None,
                full_grid=None, surrogates_at_once=None, **options: Any) -> AttackReport:

@@ -1,22 +1,18 @@
 """Extra training images of an npz file: read as they are drawn, mixed into every batch, resumable, across processes."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import LAUNCHER, ROOT, python
 from training_runs import run, weights
 
 import timm_hpm
 from timm_hpm.training import TrainConfig
 from timm_hpm.training.extra import ExtraImages
-
-ROOT = Path(__file__).parent.parent
 
 
 def digits(number: int = 400) -> dict[str, np.ndarray]:
@@ -63,19 +59,15 @@ print(anonymous() - before)
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_file_of_180_mib_takes_few_of_them_in_memory(save, tmp_path):
     save(tmp_path / "more.npz", image=np.zeros((60_000, 32, 32, 3), np.uint8), label=np.zeros(60_000, np.int64))
-    done = subprocess.run([sys.executable, "-c", MEMORY, "more.npz", "unpacked.npy"], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 40  # MiB
+    assert float(python("-c", MEMORY, "more.npz", "unpacked.npy", folder=tmp_path).stdout) < 40  # MiB
 
 
-@pytest.mark.parametrize("objective", ["trades", "clean"])
-def test_objectives_learn_from_them(objective, tmp_path):
+def test_a_model_learns_from_them(tmp_path):
     """All the extra labels are 3, so a model that learns from many of them predicts it too often."""
     three = digits()
     three["label"][:] = 3
     np.savez_compressed(tmp_path / "more.npz", **three)
-    options = {"objective": objective, "extra_data": str(tmp_path / "more.npz"), "batch_size": 128, "lr": 0.1,
+    options = {"objective": "trades", "extra_data": str(tmp_path / "more.npz"), "batch_size": 128, "lr": 0.1,
                "model_kwargs": {"inference": "fc"}}
     accuracy = {}
     for fraction in (0.0, 0.9):
@@ -109,12 +101,8 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
 
 def test_two_processes_share_one_unpacked_file(tmp_path):
     np.savez_compressed(tmp_path / "more.npz", **digits())
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
-         "--device=cpu", "--pretrained", "--epochs=1", "--lr=0.01", "--attack-steps=1", "--val-attack-steps=1",
-         "--batch-size=100", "--extra-data=more.npz", "--output=run"], cwd=tmp_path, text=True,
-        capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    python(*LAUNCHER, ROOT / "train.py", "--device=cpu", "--pretrained", "--epochs=1", "--lr=0.01", "--attack-steps=1",
+           "--val-attack-steps=1", "--batch-size=100", "--extra-data=more.npz", "--output=run", folder=tmp_path)
     assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "extra-data.npy").exists()
     # 70 of each 100 are extra: 1,077 digits make 17 updates of 2 · 30, a tenth of them in the last two checkpoints.
     assert "epoch-00001-batch-00000000" in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -122,15 +110,11 @@ def test_two_processes_share_one_unpacked_file(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"image": np.zeros((4, 1, 8, 8), np.uint8)}, "`image` is uint8 (4, 1, 8, 8); expected uint8 (N, 8, 8, 1)"),
-    ({"image": np.zeros((4, 8, 8, 1), np.float32)}, "`image` is float32 (4, 8, 8, 1); expected uint8"),
     ({"image": np.zeros((4, 8, 8, 1), np.uint8, order="F") + np.zeros((4, 8, 8, 1), np.uint8, order="F")}, "Fortran"),
     ({"label": np.zeros(3, np.int64)}, "`label` is int64 (3,), of 4 images"),
-    ({"label": np.zeros(4)}, "`label` is float64 (4,), of 4 images"),
     ({"label": np.array([0, 1, 2, 10])}, "`label` has values from 0 to 10, and the model has the classes 0 to 9"),
-    ({"label": np.array([0, 1, 2, -1])}, "`label` has values from -1 to 2"),
     ({"label": np.array([0, "a", None, 2], dtype=object)}, "allow_pickle=False"),
-    ({"label": None}, "label.npz: it holds image; expected"), ({"image": None}, "label.npz: it holds label; expected"),
-    (b"", "not a zip file"), (b"PK\\x03\\x04 cut", "not a zip file"),
+    ({"label": None}, "label.npz: it holds image; expected"), (b"PK\\x03\\x04 cut", "not a zip file"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_another_layout_is_refused_before_anything_is_written(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 from PIL import Image
+from processes import ENVIRON, ROOT, python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,30 +25,32 @@ from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
 
-ROOT = Path(__file__).parent.parent
 # Of the attacks, so that a process takes seconds.
 QUICK = ["--num-images", "8", "--batch-size", "4", "--surrogates", "fc,ste", "--attacks", "apgd-ce"]
 
 
-def script(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / name), *arguments], cwd=folder, capture_output=True, text=True,
-                          timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, capsys):
-    done = script("evaluate.py", *QUICK, "--save-adversarial", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory) -> Path:
+    """A run that saved its candidates, with what it printed beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    done = python(ROOT / "evaluate.py", *QUICK, "--budget", "apgd-ce=2", "--save-adversarial", folder=folder)
     assert "query" in done.stderr, "no progress bar"
-    folder, = (tmp_path / "output").iterdir()
-    assert folder.name.startswith("hpm_wrn10_2-")
-    assert {path.name for path in folder.iterdir()} == {
+    (folder / "printed.txt").write_text(done.stdout)
+    run, = (folder / "output").iterdir()
+    return run
+
+
+def test_evaluate_writes_reports_that_rejudging_confirms(saved_run, tmp_path, capsys):
+    assert saved_run.name.startswith("hpm_wrn10_2-")
+    assert {path.name for path in saved_run.iterdir()} == {
         "report.json", "report.md", "report.html", "adversarial.safetensors", "options.json"}
+    folder = shutil.copytree(saved_run, tmp_path / "run")
     report = AttackReport.load(folder / "report.json")
     assert report.num_images == 8 and report.protocol["weights"] == "pretrained, tag digits_linf"
     assert report.protocol["options"] == {}
     assert (folder / "report.md").read_text() == report_markdown(report)
     assert (folder / "report.html").read_text() == report_page(report)
-    assert report_markdown(report) in done.stdout
+    assert report_markdown(report) in (saved_run.parents[1] / "printed.txt").read_text()
 
     assert evaluate.main(["--rejudge", str(folder)]) == 0
     said = capsys.readouterr().out
@@ -72,16 +75,6 @@ def test_evaluate_writes_reports_that_rejudging_confirms(tmp_path, capsys):
         evaluate.main(["--rejudge", str(folder)])
 
 
-@pytest.fixture(scope="module")
-def saved_run(tmp_path_factory) -> Path:
-    """A run that saved its candidates."""
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    done = script("evaluate.py", *QUICK, "--budget", "apgd-ce=2", "--save-adversarial", "--output", str(folder),
-                  folder=folder.parent)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ste/apgd-ce": lambda x: x + 0.3 * (x < 0.5)},
      r"image 0 of ste/apgd-ce in .* is outside of the threat model Linf:0.1: its distance is 0\.[34]"),
@@ -89,7 +82,6 @@ def saved_run(tmp_path_factory) -> Path:
     ({"fc/apgd-ce": lambda x: x - 0.01}, r"image 0 of fc/apgd-ce in .* is outside of .* its pixels go from -0.01 to"),
     ({"fc/apgd-ce": lambda x: x[:4]}, r"fc/apgd-ce in .* has the shape \(4, 1, 8, 8\) .*; expected those of the clean"),
     ({".*": lambda x: x.clamp(min=0.05)}, "images or labels that are not those of its run: their data_digest is "),
-    ({"labels": lambda x: (x + 1) % 10}, "images or labels that are not those of its run: their data_digest is "),
     ({".*|labels": lambda x: x.flip(0)}, "images or labels that are not those of its run: their data_digest is "),
     ({"fc/apgd-ce": lambda x: None}, None),
 ])
@@ -111,7 +103,7 @@ def test_rejudging_refuses_candidates_outside_of_the_run(saved_run, tmp_path, ca
             evaluate.main(["--rejudge", str(tmp_path)])
 
 
-@pytest.mark.parametrize("protocol", ["[1]", "{", '{"threat": 3}', "[" * 100_000, '{"threat": "Linf:0.1"}',
+@pytest.mark.parametrize("protocol", ["{", "[" * 100_000,
                                       '{"threat": "Linf:0.1", "batch_size": "4", "data_digest": 1, "mix": 0}'])
 def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
     save_file(load_file(saved_run / "adversarial.safetensors"), tmp_path / "x.safetensors", {"protocol": protocol})
@@ -121,19 +113,14 @@ def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--output", "file/below"], "cannot write into the output folder file/below"),
-    (["-b", "0"], "batch_size is 0; expected at least 1"),
     (["--threat", "Linf:2"], "eps is 2.0 for Linf; pixels are in [0, 1]"),
     (["--num-images", "361"], "asked for the first 361 images; the split test of digits has 360 (0 for all)"),
-    (["--compare", "missing", "missing.json"], "there is no report missing; expected the report.json that"),
     (["--checkpoint", "missing.safetensors"], "cannot read the checkpoint missing.safetensors: there is no such file"),
     (["--rejudge", "missing", "--inference", "fc"], "leave out --inference"),
     (["--model", "resnet18", "--no-pretrained"], "1000 classes and digits 10. To train, give --num-classes 10"),
-    (["--model", "resnet18", "--no-pretrained", "--model-kwargs", "num_classes=10"],
-     "has images of (channels, height, width)"),
     (["--inference", "fc,batch", "--robustbench-json", "info.json"], "--robustbench-json is of one evaluation"),
     (["--neighbours", "10", "--inference", "fc,sample"], "it needs a fitted HPM head and --inference batch"),
     (["--protocol", "fast", "--budget", "fab-t=20x3"], "--budget is given for fab-t, which is not among the"),
-    (["--surrogates-at-once", "0", "--output", "mended"], "surrogates_at_once is 0; expected at least 1"),
     (["--surrogates", "nope", "--save-adversarial", "--eps-sweep", "0.1:0.2:0.1"], "unknown surrogate 'nope'"),
     (["--num-classes", "10", "--model-kwargs", "num_classes=5"],
      "--num-classes is 10 and --model-kwargs num_classes=5; give one of them"),
@@ -179,17 +166,6 @@ def test_evaluate_sweeps_over_modes_and_radii_and_a_stopped_sweep_goes_on(tmp_pa
     assert Path("out/sweep.html").exists()
 
 
-def test_evaluate_asks_neighbours_in_batch_mode(tmp_path):
-    options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=1", "--inference", "fc,batch"]
-    with pytest.raises(ValueError, match="a batch size is 9; expected 2 to the number of images, 8"):
-        evaluate.main([*options, "--neighbours", "9", "--output", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-    assert evaluate.main([*options, "--neighbours", "4", "--output", str(tmp_path / "run")]) == 0
-    asked = {mode: AttackReport.load(tmp_path / "run" / f"{mode}-Linf-0.1" / "report.json").neighbours
-             for mode in ("fc", "batch")}
-    assert not asked["fc"] and {row["batch_size"] for row in asked["batch"]} == {4}
-
-
 @pytest.mark.parametrize("words", [["--eps", "0.1:0.2:0.1"], ["--num-image", "5"], ["--surrogates-at", "1"]])
 def test_an_option_is_not_abbreviated(words, capsys):
     with pytest.raises(SystemExit):
@@ -221,7 +197,7 @@ TRAINING = ["train.py", "--device", "cpu", "--pretrained", "--epochs", "1", "--b
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_closed_narrow_and_full_outputs_are_no_traceback(command, shell, code, message, tmp_path):
     done = subprocess.run(["bash", "-c", shell, "bash", sys.executable, str(ROOT / command[0]), *command[1:]],
-                          cwd=tmp_path, capture_output=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          cwd=tmp_path, capture_output=True, timeout=900, env=ENVIRON)
     errors = done.stderr.decode(errors="replace")
     assert done.returncode == code, errors
     assert message in errors and "Traceback" not in errors and "Exception ignored" not in errors
@@ -239,8 +215,7 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word():
 
 @pytest.mark.slow
 def test_the_readme_s_first_command(tmp_path):
-    done = script("evaluate.py", "--output", "report", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    python(ROOT / "evaluate.py", "--output", "report", folder=tmp_path)
     report = AttackReport.load(tmp_path / "report" / "report.json")
     assert report.num_images >= 100 and report.protocol["protocol_digest"] == (
         timm_hpm.PROTOCOLS["standard"].for_classifier(plain=True).digest())
@@ -278,8 +253,7 @@ def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(t
     images = ["--dataset", "folder", "--data-dir", str(tmp_path / "images")]
     ordered = ["--class-map", str(tmp_path / "names.txt")]
     train = ["--device", "cpu", "--pretrained", "-b", "36", "--epochs", "1", "--lr", "1e-6", "--attack-steps", "1"]
-    done = script("train.py", *train, *images, *ordered, "--output", "run", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = python(ROOT / "train.py", *train, *images, *ordered, "--output", "run", folder=tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert list(model.pretrained_cfg["label_names"]) == NAMES
     assert f"--class-map {tmp_path / 'names.txt'}" in done.stdout  # in the command that measures it

@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import LAUNCHER, ROOT, python, start
 from training_runs import forget_accelerator
 
 import timm_hpm
@@ -28,20 +28,12 @@ from timm_hpm.training.objectives import cross_entropy
 from timm_hpm.training.recovery import newest_checkpoint
 from timm_hpm.training.trunk import PixelTrunk
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--device", "cpu", "--pretrained", "--epochs", "2", "--lr", "0.01", "--attack-steps", "1",
-        "--val-attack-steps", "1"]
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TINY = ["--device", "cpu", "--pretrained", "--epochs", "2", "--lr", "0.01", "--attack-steps", "1", "--val-attack-steps",
+        "1"]
 
 
-def command(*arguments: str, processes: int = 1) -> list[str]:
-    return [sys.executable, *(LAUNCHER if processes > 1 else []), str(ROOT / "train.py"), *arguments]
-
-
-def script(*arguments: str, folder: Path, processes: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments, processes=processes), cwd=folder, capture_output=True, text=True,
-                          timeout=900, env=ENVIRON)
+def train(*options: str, processes: int = 1) -> list[str]:
+    return [*(LAUNCHER if processes > 1 else ()), str(ROOT / "train.py"), *options]
 
 
 def newest(folder: Path) -> Path:
@@ -57,10 +49,9 @@ def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_ima
             Image.new("RGB", (16, 16), (100 + 100 * (i % 2), 8 * i, 90)).save(place / f"{i}.png")
     (tmp_path / "run.yaml").write_text("epochs: 9\ndataset: folder\ndata_dir: my images\nimg_size: 16\n"
                                        "attack_steps: 1\n")
-    done = script("--config", "run.yaml", "--device", "cpu", "--epochs", "2", "--num-classes", "2", "--in-chans", "3",
-                  "--threat", "L2:64/255", "--attack-step-size", "16/255", "--batch-size", "8", "--val-attack-steps",
-                  "1", "--output", "run", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = python(*train("--config", "run.yaml", "--device", "cpu", "--epochs", "2", "--num-classes", "2", "--in-chans",
+                         "3", "--threat", "L2:64/255", "--attack-step-size", "16/255", "--batch-size", "8",
+                         "--val-attack-steps", "1", "--output", "run"), folder=tmp_path)
     assert "batch" in done.stderr, "no progress bar"
     assert re.search("kept: epoch [01] ", done.stdout)
     words = shlex.split(done.stdout.partition("measure it with: ")[2])
@@ -91,9 +82,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "code", "workers"), [
     pytest.param(signal.SIGTERM, 0, 0, marks=pytest.mark.slow), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)])
 def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(number, code, workers, tmp_path):
-    process = subprocess.Popen(command(*TINY, "--epochs", "500", "--workers", str(workers), "--output", "run"),
-                               cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = start(*train(*TINY, "--epochs", "500", "--workers", str(workers), "--output", "run"), folder=tmp_path,
+                    stderr=subprocess.PIPE, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and not (
             (tmp_path / "run" / "checkpoints").exists() and len(children.read_text().split()) == workers):
@@ -110,9 +100,8 @@ def test_a_signal_to_the_process_group_saves_and_the_run_goes_on(number, code, w
 
 def test_a_run_that_fails_ends_its_workers(tmp_path):
     """They ignore the signals of others, but not of their own process, which ends them as it exits."""
-    process = subprocess.Popen(command("--device", "cpu", "--lr", "1e30", "--sched", "constant", "--attack-steps", "1",
-                                       "--workers", "2"), cwd=tmp_path, env=ENVIRON, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(*train("--device", "cpu", "--lr", "1e30", "--sched", "constant", "--attack-steps", "1", "--workers",
+                           "2"), folder=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and "train.py: the loss is" in errors and "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
@@ -120,8 +109,7 @@ def test_a_run_that_fails_ends_its_workers(tmp_path):
 
 
 def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
-    first = subprocess.Popen(command(*TINY, "--epochs", "500", "--output", "run"), cwd=tmp_path, env=ENVIRON,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = start(*train(*TINY, "--epochs", "500", "--output", "run"), folder=tmp_path)
     try:
         while not list(tmp_path.glob("run/checkpoints/epoch-*")):
             assert first.poll() is None
@@ -135,8 +123,7 @@ def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
                     for path in (tmp_path / "run").rglob("*")}
         before = files()
         for arguments, processes in ((["--resume", "run"], 1), ([*TINY, "--output", "run"], 2)):
-            done = script(*arguments, folder=tmp_path, processes=processes)
-            assert done.returncode == 1
+            done = python(*train(*arguments, processes=processes), folder=tmp_path, code=1)
             assert "train.py: another process works on the run in run; wait for it, stop it, or" in done.stderr
             assert files() == before
     finally:
@@ -202,9 +189,7 @@ accelerator.end_training()
 
 def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run([sys.executable, *LAUNCHER, "worker.py", str(tmp_path)], cwd=tmp_path, env=ENVIRON,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    python(*LAUNCHER, "worker.py", tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     images, labels = (part[:64] for part in timm_hpm.load_split("digits", "train").tensors)
@@ -239,17 +224,14 @@ def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_pat
 def test_two_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path):
     options = [*TINY, "--batch-size", "64", "--model-kwargs", "inference=batch", "--model-ema",
                "--model-ema-decay", "0.9", "--recovery-interval", "2"]
-    done = script(*options, "--output", "whole", folder=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(command(*options, "--output", "part", processes=2), cwd=tmp_path, env=ENVIRON,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    python(*train(*options, "--output", "whole", processes=2), folder=tmp_path)
+    process = start(*train(*options, "--output", "part", processes=2), folder=tmp_path, stderr=subprocess.PIPE)
     while not (tmp_path / "part" / "checkpoints").exists() and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
     process.communicate(timeout=300)
     assert not (tmp_path / "part" / "checkpoints" / "epoch-00002-batch-00000000").exists(), "it was not stopped"
-    done = script("--resume", "part", folder=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
+    python(*train("--resume", "part", processes=2), folder=tmp_path)
     for name in ("model.safetensors", "average.safetensors"):
         assert (newest(tmp_path / "whole") / name).read_bytes() == (newest(tmp_path / "part") / name).read_bytes()
     assert (tmp_path / "whole" / "metrics.csv").read_bytes() == (tmp_path / "part" / "metrics.csv").read_bytes()
@@ -260,16 +242,15 @@ def test_twenty_kills_change_no_bit(tmp_path):
     options = [*TINY, "--epochs", "5", "--model-ema", "--model-ema-decay", "0.9", "--recovery-interval", "2"]
 
     def arguments(folder: Path) -> list[str]:
-        return ["--resume", folder.name] if (folder / "args.yaml").exists() else [*options, "--output", folder.name]
+        resumed = (folder / "args.yaml").exists()
+        return train(*(["--resume", folder.name] if resumed else [*options, "--output", folder.name]))
 
-    start = time.monotonic()
-    done = script(*arguments(tmp_path / "whole"), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole_run, chance = time.monotonic() - start, random.Random(0)
+    begin = time.monotonic()
+    python(*arguments(tmp_path / "whole"), folder=tmp_path)
+    whole_run, chance = time.monotonic() - begin, random.Random(0)
     kills, parts = 0, [tmp_path / "part0"]
     while kills < 20:
-        process = subprocess.Popen(command(*arguments(parts[-1])), cwd=tmp_path, env=ENVIRON,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(*arguments(parts[-1]), folder=tmp_path)
         try:
             # From before the first import to behind the last update; sooner in a run that was killed already.
             process.wait(chance.uniform(0.2, 1.0) * whole_run)
@@ -280,8 +261,7 @@ def test_twenty_kills_change_no_bit(tmp_path):
             process.wait()
             kills += 1
     for part in parts:
-        done = script(*arguments(part), folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+        python(*arguments(part), folder=tmp_path)
         for name in ("model.safetensors", "average.safetensors"):
             assert (newest(tmp_path / "whole") / name).read_bytes() == (newest(part) / name).read_bytes()
         for name in ("model.safetensors", "metrics.csv"):

@@ -4,17 +4,18 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import training_runs
 import yaml
 from PIL import Image
@@ -108,23 +109,18 @@ def test_attacks_gather_no_parameter_gradients():
 
 @pytest.mark.parametrize(("objective", "gamma", "passes"), [
     ("pgd-at", 0, 4), ("trades", 0, 5), ("mart", 0, 5), ("clean", 0, 1), ("pgd-at", 0.01, 5), ("mart", 0.01, 7)])
-def test_each_objective_makes_its_number_of_passes(objective, gamma, passes, tmp_path, monkeypatch):
-    counts = {"forward": 0, "backward": 0}
-    create = timm_hpm.training.loop.create_trainable
+def test_each_objective_makes_its_number_of_passes(objective, gamma, passes, tmp_path):
+    counts, model = Counter(), timm.create_model("hpm_wrn10_2", pretrained=True)
 
-    def counted(config):
-        model = create(config)
+    def count(module, inputs, output):
+        counts["forward"] += torch.is_grad_enabled()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: counts.update(["backward"]))
 
-        def forward(module, inputs, output):
-            counts["forward"] += torch.is_grad_enabled()
-            if output.requires_grad:
-                output.register_hook(lambda gradient: counts.update(backward=counts["backward"] + 1))
-
-        model.conv1.register_forward_hook(forward)
-        return model
-
-    monkeypatch.setattr(timm_hpm.training.loop, "create_trainable", counted)
-    run(tmp_path, epochs=1, attack_steps=3, objective=objective, awp_gamma=gamma, batch_size=1000)
+    model.conv1.register_forward_hook(count)
+    forget_accelerator()
+    train(model, TINY, tmp_path, pretrained=False, epochs=1, attack_steps=3, objective=objective, awp_gamma=gamma,
+          batch_size=1000, log=lambda line: None)
     # One batch, and PGD-1 through fc and mixed on the validation batch.
     assert counts == {"forward": passes + 2, "backward": passes + 2}
 
@@ -193,13 +189,6 @@ def test_a_compiled_backbone_trains_alike(tmp_path):
     compiled = run(tmp_path / "compiled", epochs=1, batch_size=350, torchcompile=True)
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
-
-
-def test_a_frozen_backbone_stays_as_it_was(tmp_path):
-    run(tmp_path, freeze_backbone=True, epochs=1)
-    before, after = embedded(), weights(tmp_path)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"fc.weight", "fc.bias", "fc.log_scale", "fc.prototypes", "fc.num_updates"}
 
 
 @pytest.mark.parametrize("changes", [
@@ -274,8 +263,7 @@ def test_the_epoch_of_the_prototypes_is_a_part_of_the_run(tmp_path):
                tmp_path / "other.pt")
     files = {name: {"initial_checkpoint": str(tmp_path / f"{name}.pt")} for name in ("plain", "other")}
     for changes, expected in (({"epochs": 60}, 36.0), ({"epochs": 1}, 1.0), ({"epochs": 3}, 3.0),
-                              ({"epochs": 6}, 40 / 8), ({"epochs": 5, "grad_accum_steps": 4}, 5.0),
-                              ({"epochs": 5, "batch_size": 1}, 3.0),
+                              ({"epochs": 6}, 40 / 8), ({"epochs": 5, "batch_size": 1}, 3.0),
                               ({"epochs": 60, "prototype_epoch": 0}, 0.0), ({"epochs": 60, "pretrained": True}, 0.0),
                               ({"epochs": 60, **files["plain"]}, 0.0), ({"epochs": 60, **files["other"]}, 36.0)):
         config = dataclasses.replace(TINY, **{"pretrained": False, "freeze_backbone": True} | changes)
@@ -501,10 +489,8 @@ def test_an_output_of_another_run_is_left_alone(finished_run, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds another run; go on with it by --resume"):
         run(tmp_path, epochs=1, batch_size=500)
-    for changes, message in (({"model": "hpm_wrn28_10", "pretrained": False}, "model ('hpm_wrn10_2' there, 'hpm_wrn28"),
-                             ({"smoothing": 0.1}, "smoothing (0.0 there, 0.1 given)")):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            train(None, dataclasses.replace(saved_options(tmp_path), **changes), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=re.escape("smoothing (0.0 there, 0.1 given)")):
+        train(None, dataclasses.replace(saved_options(tmp_path), smoothing=0.1), tmp_path, resume=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         train(None, TINY, tmp_path / "other", resume=True)
     # What changes no weight may be another: data that moved, say.
@@ -517,6 +503,10 @@ def test_an_output_of_another_run_is_left_alone(finished_run, tmp_path):
     (tmp_path / "args.yaml").write_bytes(options)
     before[tmp_path / "args.yaml"] = options
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    change_state(max((tmp_path / "checkpoints").iterdir()) / "state.json",
+                 lambda state: state["progress"].update(processes=2))
+    with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
+        run(tmp_path, resume=True, epochs=1, batch_size=500)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
@@ -526,18 +516,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert kept.progress["updates"] >= 1 and not (tmp_path / "model.safetensors").exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """A finite loss may have a gradient that is not."""
-    def spoil(trunk):
-        trunk.head.weight.register_hook(lambda gradient: gradient * (math.nan if len(made) == 3 else 1))
-        return trunk
-
-    made: list[int] = []
-    accelerator = timm_hpm.training.setup.Accelerator
-    monkeypatch.setattr(accelerator, "backward", lambda self, loss: (made.append(1), loss.backward()))
-    monkeypatch.setattr(timm_hpm.training.loop, "PixelTrunk", lambda *args: spoil(PixelTrunk(*args)))
+    model, backward = timm.create_model("hpm_wrn10_2", pretrained=True), itertools.count(1)
+    model.fc.weight.register_hook(lambda gradient: gradient * (math.nan if next(backward) == 3 else 1))
+    forget_accelerator()
     with pytest.raises(FloatingPointError, match=r"update 3 \(batch 2 of epoch 0\) left weights that are not finite"):
-        run(tmp_path, recovery_interval=1, checkpoint_hist=1)
+        train(model, TINY, tmp_path, pretrained=False, recovery_interval=1, checkpoint_hist=1, log=lambda line: None)
     kept = newest_checkpoint(tmp_path / "checkpoints")
     assert kept.progress["updates"] == 2 and all(tensor.isfinite().all() for tensor in kept.model.values())
 
@@ -578,26 +563,3 @@ def test_a_run_of_another_network_or_other_images_is_not_resumed(tmp_path):
     (data / "train/a/more.png").unlink()
     other.save(data / "test/b/0.png")  # no image that the run learns from or is chosen by
     go_on(small_network(nn.ReLU(), 0.5))
-
-
-def test_a_run_of_other_processes_is_not_resumed(finished_run, tmp_path):
-    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
-    path = max((tmp_path / "checkpoints").iterdir()) / "state.json"
-    change_state(path, lambda state: state["progress"].update(processes=2))
-    with pytest.raises(ValueError, match="was trained by 2 processes and is to be resumed by 1; launch 2"):
-        run(tmp_path, resume=True, epochs=1, batch_size=500)
-
-
-def test_pixels_reach_the_model_normalised_once(tmp_path):
-    """A model trained with its own mean and std answers as `evaluate.py` and the Hub would have it."""
-    run(tmp_path, epochs=1, batch_size=1000, objective="clean", pretrained=False, mean=(0.5,), std=(0.25,))
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert model.pretrained_cfg["mean"] == [0.5] and model.pretrained_cfg["std"] == [0.25]
-    # The checkpoint of the one epoch holds the same weights, without a config.json beside them.
-    checkpoint, = tmp_path.glob("checkpoints/*/model.safetensors")
-    other = timm_hpm.models.create.create_model("hpm_wrn10_2", pretrained=False, checkpoint=str(checkpoint)).eval()
-    images = timm_hpm.load_split("digits", "val").tensors[0][:8]
-    expected = model((images - 0.5) / 0.25)
-    for net in (model, other):
-        torch.testing.assert_close(timm_hpm.PixelModel(net)(images), expected, rtol=0, atol=0)
-    assert isinstance(find_head(model), nn.Linear) and F.softmax(expected, dim=1).isfinite().all()

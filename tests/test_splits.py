@@ -166,6 +166,19 @@ def test_the_held_out_split_is_stratified_and_always_the_same(fraction):
     assert [len(part) for part in hold_out(torch.tensor([0, 1, 2]))] == [3, 0]
 
 
+@pytest.mark.parametrize("numbers", [{"c": 0, "b": 1, "a": 2}, {"b": 0, "c": 1, "a": -1}])
+def test_a_class_map_makes_no_validation_image_of_a_training_image(numbers, tmp_path):
+    write_folder(tmp_path / "train", {"a": 40, "b": 20, "c": 30}, (8, 8))
+    write_folder(tmp_path / "test", {"a": 1, "b": 1, "c": 1}, (8, 8))
+
+    def images(split, class_map):
+        return set(contents(open_split(FOLDER, split, data_dir=tmp_path, input_size=(3, 8, 8), class_map=class_map)))
+
+    train, val = images("train", None), images("val", None)
+    assert len(train) == 81 and len(val) == 9
+    assert images("val", numbers) <= val and images("train", numbers) <= train
+
+
 # Fashion-MNIST's files
 
 

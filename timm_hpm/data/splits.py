@@ -279,7 +279,7 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
         raise FileNotFoundError(f"there are no images for the split {split}{place}: it has {', '.join(has)} only; "
                                 "expected train/, and test/ or val/ or both, with one subfolder a class in each")
     part = source.read(own, data_dir, download)
-    indices = torch.arange(len(part.labels))
+    indices, labels = torch.arange(len(part.labels)), part.labels
     if numbers is not None:
         named = any(number < 0 for number in numbers.values())
         if named:
@@ -295,7 +295,10 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
         if val_fraction is not None and split != "test":
             raise ValueError("the data set has a validation split of its own; leave out val_fraction")
         return part, indices
-    return part, indices[hold_out(part.labels[indices], val_fraction)[split == "val"]]
+    _check_labels(f"the split {own}", labels, None)
+    # By the data set's own numbers: no class map makes validation images of another run's training images.
+    kept = hold_out(labels, val_fraction)[split == "val"]
+    return part, kept[part.labels[kept] >= 0]
 
 
 def _check_classes(part: Part, numbers: Mapping[str, int]) -> None:

@@ -4,6 +4,7 @@ import gzip
 import os
 import random
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ from timm_hpm.data import (
     random_flip,
     sources,
 )
+from timm_hpm.evaluation.config import EvaluateConfig
+from timm_hpm.evaluation.folder import open_images
 from timm_hpm.models.create import open_split_for
+from timm_hpm.models.saving import WEIGHTS, write_model
 
 
 def grey_levels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -177,6 +181,17 @@ def test_a_class_map_makes_no_validation_image_of_a_training_image(numbers, tmp_
     train, val = images("train", None), images("val", None)
     assert len(train) == 81 and len(val) == 9
     assert images("val", numbers) <= val and images("train", numbers) <= train
+
+
+def test_a_validation_split_with_images_of_the_model_s_training_is_named(tmp_path):
+    write_fashion_mnist(tmp_path)
+    model = timm.create_model("hpm_wrn10_2")
+    for theirs, ours, seen in ((0.2, 0.3, True), (None, 0.3, True), (0.2, 0.2, False), (0.3, 0.2, False)):
+        write_model(model, tmp_path, training={"options": {"dataset": "fashion_mnist", "val_fraction": theirs}})
+        config = EvaluateConfig(checkpoint=str(tmp_path / WEIGHTS), dataset="fashion_mnist", data_dir=str(tmp_path),
+                                split="val", val_fraction=ours)
+        with pytest.warns(UserWarning, match="has images of that training") if seen else nullcontext():
+            assert len(open_images(config, model)) == 40 * ours
 
 
 # Fashion-MNIST's files

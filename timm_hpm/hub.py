@@ -32,7 +32,16 @@ from .models.configs import read_config
 from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import BASES
-from .models.saving import CONFIG, WEIGHTS, in_chans, in_float32, saved_config, saved_network, write_model
+from .models.saving import (
+    CONFIG,
+    WEIGHTS,
+    in_chans,
+    in_float32,
+    saved_network,
+    saved_training,
+    weights_path,
+    write_model,
+)
 from .report import AttackReport, weights_digest
 
 CARD: Final = "README.md"
@@ -195,14 +204,9 @@ def save(
 
 def _training_of(model: Any) -> dict[str, Any] | None:
     """Returns the training in the file of a model's weights; None without one, or if the model has other weights."""
-    file = Path((model.pretrained_cfg or {}).get("file") or "")
-    file = file / WEIGHTS if file.is_dir() else file  # timm names a folder
-    if file.suffix != ".safetensors" or not file.is_file():
-        return None
-    training = saved_config(file).get("training")
-    if not isinstance(training, dict):
-        return None
-    return training if _holds_weights(file, model) else None
+    file = weights_path(model)
+    training = saved_training(file)
+    return training if training and _holds_weights(file, model) else None
 
 
 def _holds_weights(file: Path, model: nn.Module) -> bool:

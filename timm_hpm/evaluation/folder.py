@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ..files import LOCK, locked, remove_unfinished, writable_folder, write_text
 from ..head import find_head, own_mode
 from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
+from ..models.saving import saved_training, weights_path
 from ..report import TRUE_MODEL, AttackReport, merge_reports
 from ..report.shell import DATA_OPTIONS, DOOR, MODEL_OPTIONS
 from ..report.write import write_report
@@ -174,11 +176,23 @@ def load_model(config: EvaluateConfig, accelerator: Accelerator | None = None) -
 
 def open_images(config: EvaluateConfig, model: Any) -> ImageSplit:
     """Returns the images of the options, as the model takes them."""
+    if config.split == "val":
+        _warn_of_seen(model, config)
     return open_split_for(model, config.dataset, config.split, img_size=config.img_size, crop_pct=config.crop_pct,
                           interpolation=config.interpolation, data_dir=config.data_dir,
                           download=config.dataset_download,
                           class_map=config.class_map,
                           val_fraction=None if config.split == "test" else config.val_fraction)
+
+
+def _warn_of_seen(model: Any, config: EvaluateConfig) -> None:
+    """Warns if the weights' training had a smaller validation split of the same data set."""
+    file = Path(config.checkpoint) if config.checkpoint else weights_path(model)
+    options = (saved_training(file) or {}).get("options") or {}
+    theirs, ours = options.get("val_fraction"), config.val_fraction
+    if options.get("dataset") == config.dataset and theirs != ours and (theirs or 0.1) <= (ours or 0.1):
+        warnings.warn(f"{file} was trained with {f'--val-fraction {theirs:g}' if theirs else 'no --val-fraction'}, and "
+                      "the validation split of this run has images of that training; give the same", stacklevel=3)
 
 
 def weights_of(model: Any, config: EvaluateConfig) -> str:

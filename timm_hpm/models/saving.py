@@ -157,6 +157,18 @@ def own_config(path: str | Path) -> dict[str, Any]:
     return {} if text is None else _checked(text, path)
 
 
+def saved_training(file: Path) -> dict[str, Any] | None:
+    """Returns the training in the config of a weights file; None without one."""
+    training = saved_config(file).get("training") if file.suffix == ".safetensors" and file.is_file() else None
+    return training if isinstance(training, dict) else None
+
+
+def weights_path(model: Any) -> Path:
+    """Returns the path of a model's weights by its pretrained cfg."""
+    file = Path((model.pretrained_cfg or {}).get("file") or "")
+    return file / WEIGHTS if file.is_dir() else file  # timm names a folder
+
+
 def config_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a saved config's pretrained cfg about the inputs and the classes of its weights."""
     names = ("mean", "std", "input_size", "crop_pct", "crop_mode", "interpolation", "label_names")

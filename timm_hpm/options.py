@@ -121,10 +121,9 @@ class RunOptions(CommonOptions):
 
 
 def check(options: Any) -> None:
-    """Converts the fields of a dataclass to their types and checks their ranges; numbers may be texts such as "2/255".
+    """Converts the fields of a dataclass to their types; raises a ValueError for other types, ranges and choices.
 
-    Raises:
-        ValueError: a value of another type, not finite, out of its range or not among its choices.
+    Numbers may be texts such as "2/255".
     """
     kinds = typing.get_type_hints(type(options))
     for one in fields(options):

@@ -100,12 +100,7 @@ SURROGATES: Final = {
 
 
 def exact_surrogate(inference: str, fitted: bool = True) -> str:
-    """Returns the surrogate that computes the true model's own logits.
-
-    Arguments:
-        inference: the head's inference mode, or `"none"` for a classifier without an HPM head.
-        fitted: whether the head has prototypes; without them it predicts by its FC classifier.
-    """
+    """Returns the surrogate that computes the true model's own logits, in a mode (`"none"`: without an HPM head)."""
     if inference == "none":
         return PLAIN
     mode = inference if fitted else "fc"

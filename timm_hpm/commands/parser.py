@@ -11,10 +11,7 @@ from ..report.shell import DOOR
 class Parser(argparse.ArgumentParser):
     """The parser of `python -m timm_hpm <command>`; an unknown option is answered with the nearest ones.
 
-    Arguments:
-        command: the command's name.
-        examples: the options of some calls, for the help's first lines.
-        about: the help's text, paragraphs of plain text.
+    `examples` are the options of some calls, for the help's first lines, and `about` is its text.
     """
 
     def __init__(self, command: str, examples: Sequence[str], about: str):

@@ -212,10 +212,7 @@ def load_split(dataset: str, split: str, **options: Any) -> TensorDataset:
 def first_images(split: ImageSplit, n: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
     """Returns the first `n` images (n, C, H, W), float32 in [0, 1], and labels (n,) of a split, 0 for all.
 
-    `workers` is the number of processes that read them; 0 reads in this one.
-
-    Raises:
-        ValueError: if `n` is below 0 or above the number of images.
+    `workers` processes read them, or this one if it is 0. Raises a ValueError unless the split has so many.
     """
     if not 0 <= n <= len(split):
         raise ValueError(f"asked for the first {n} images; {split} has {len(split)} (0 for all)")
@@ -241,12 +238,8 @@ def check_every_class(split: ImageSplit, num_classes: int) -> None:
 def hold_out(labels: Tensor, fraction: float | None = None) -> tuple[Tensor, Tensor]:
     """Returns the indices, ascending, of the images to train on and of those held out for validation.
 
-    Each class gives its share, rounded so that the sum is right, and keeps at least one image to train on. The choice
-    depends on the labels only.
-
-    Arguments:
-        labels: (N,), int64.
-        fraction: the part held out, above 0 and below 1; None takes a tenth, at most 5,000 images.
+    Each class of the `labels` (N,) gives its share of the `fraction`, rounded so that the sum is right, and keeps at
+    least one image to train on. None takes a tenth, at most 5,000 images. The choice depends on the labels only.
     """
     counts = labels.bincount()
     total = max(1, round(len(labels) * (fraction or _VAL_FRACTION)))

@@ -13,11 +13,8 @@ from ..data import ask
 def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     """Multiplies BatchNorms into the convolutions before them, in place; returns their number.
 
-    A pair is folded if each is called once on `example`, and the BatchNorm alone takes the convolution's output.
-
-    Arguments:
-        model: in eval mode, its parameters without gradients; up to rounding its outputs stay the same.
-        example: images (B, channels, H, W).
+    A pair is folded if each is called once on `example` (B, channels, H, W), and the BatchNorm alone takes the
+    convolution's output. The model is in eval mode, its parameters without gradients; up to rounding its outputs stay.
     """
     convolutions: list[tuple[nn.Conv2d, Tensor]] = []
     norms: list[tuple[nn.BatchNorm2d, Tensor]] = []

@@ -46,11 +46,7 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False,
     """Loads, attacks, and writes each report into the folder `output`, which is locked meanwhile.
 
     Several reports are in folders below it, with a page of all. With `resume` the folder may hold a run of the same
-    options. Returns the reports on the first of several processes, [] on the others.
-
-    Raises:
-        ValueError: if options do not fit the model or the data, or the folder holds another run.
-        OSError: if the folder cannot be written into.
+    options, any other is refused. Returns the reports on the first of several processes, [] on the others.
     """
     if robustbench_json and (config.eps_sweep or len(config.inference or ()) > 1):
         raise ValueError("--robustbench-json is of one evaluation; give one --inference and no --eps-sweep")

@@ -80,18 +80,9 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Returns the classes (N,) that a model predicts in whole batches, and how far their logits lead (N,).
 
-    Arguments:
-        model: a timm model, or a module of pixels in [0, 1]; in eval mode.
-        images: (N, channels, H, W), pixels in [0, 1].
-        batch_size: images in a batch; the last batch may have fewer.
-        labels: class indices (N,), int64 on the CPU, which must be below the number of logits.
-        first_image: index of the first image, for error messages.
-        allow_non_finite: gives logits that are NaN or infinite the class −1, which is never correct; for images under
-            attack.
-
-    Raises:
-        ValueError: if images, labels or batch size are malformed, or the model is in train mode.
-        NonFiniteLogitsError: if logits are not finite and `allow_non_finite` is false; the message names the image.
+    The `labels` (N,), int64 on the CPU, must be below the number of logits. `first_image` is the number of the first
+    image in messages. With `allow_non_finite`, for images under attack, logits that are NaN or infinite get the class
+    −1, which is never correct; without it they raise a NonFiniteLogitsError that names the image.
     """
     batch_size = checked_integer("batch_size", batch_size, 1)
     check_eval_mode(model)

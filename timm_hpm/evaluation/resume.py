@@ -60,12 +60,9 @@ class Step:
 
 
 class ProgressFolder:
-    """The steps of one run in a folder, which is `locked`; another run's are refused.
+    """The steps of one run in a `locked` folder, which is refused if it holds another run's.
 
-    Arguments:
-        folder: made if it is missing.
-        run: everything that the steps depend on, in JSON's types.
-        begins: whether this process may begin a run here; otherwise another one has.
+    `run` is everything that they depend on, in JSON's types. Without `begins` another process has begun it here.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, begins: bool = True):

@@ -45,11 +45,7 @@ class Run:
     clean: dict[int, Step] = field(default_factory=dict)
 
     def judge_clean(self, images: Tensor, labels: Tensor, batches: Iterable[int]) -> None:
-        """Judges the clean images of the batches that begin with the images `batches`, until a `time_limit` is over.
-
-        Raises:
-            NonFiniteLogitsError: if the logits of an image are NaN or infinite.
-        """
+        """Judges the clean images of the batches that begin with `batches`, until a `time_limit` is over."""
         size, device = self.subject.batch_size, self.subject.device
         for first in batches:
             if is_over():

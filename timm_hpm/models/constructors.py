@@ -85,11 +85,8 @@ def _import_module(name: str) -> ModuleType:
 def construct(name: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> Any:
     """Returns the network that the constructor `name` makes, with the attributes of a timm model.
 
-    It gets an HPM head if `given` or `saved` has arguments of one and the constructor has not added one.
-
-    Arguments:
-        given: the constructor's arguments and `pretrained_cfg_overlay`; those of `_OPTIONAL` only if it takes them.
-        saved: the config in the metadata of its weights; empty if there is none.
+    It gets an HPM head if its arguments `given`, or in the config `saved` with its weights, have some of one and the
+    constructor has not added one. Those of `_OPTIONAL` are passed only if it takes them.
     """
     make = find_constructor(name)
     args = {**(saved.get("model_args") or {}), **given}

@@ -137,12 +137,9 @@ def _args_of(checkpoint: str | None, name: str) -> dict[str, Any]:
 def load_checkpoint(model: Any, path: str, given: Collection[str] = (), *, unfitted: bool = False) -> None:
     """Loads weights from a file (safetensors, or a PyTorch file that holds nothing but tensors) into `model`, strictly.
 
-    The model adopts the normalisation and the class names in the config of our own files. Another file causes a
-    `NormalisationWarning`, unless it contains a module that normalises.
-
-    Arguments:
-        given: the fields of the model's pretrained cfg that the caller set, which stay.
-        unfitted: whether weights without prototypes load, and leave the HPM head without any.
+    The model adopts the normalisation and the class names in the config of our own files, but for the fields `given`
+    by the caller. Another file causes a `NormalisationWarning`, unless it contains a module that normalises. If
+    `unfitted`, weights without prototypes load, and leave the HPM head without any.
     """
     cfg, source = model.pretrained_cfg, getattr(model, "normalisation_source", None)
     with _explained(path):

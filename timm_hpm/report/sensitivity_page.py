@@ -18,12 +18,7 @@ def sensitivity_markdown(study: Sensitivity) -> str:
 
 
 def sensitivity_page(studies: Sequence[Sensitivity], class_names: Sequence[str] = ()) -> str:
-    """Returns the curves and tables of studies, such as those of a normally and a robustly trained network, as HTML.
-
-    Arguments:
-        studies: with different names.
-        class_names: names of the classes in their order; none shows their indices.
-    """
+    """Returns the curves and tables of studies of different names as HTML; without class names it shows indices."""
     body = [
         "<p>Each head of one backbone is attacked through its own logits. <b>Accuracy</b> is that under both attacks, "
         "on the margin and on the cross-entropy. <b>Naive</b> is the accuracy that the attack on the cross-entropy "

@@ -49,11 +49,8 @@ def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines:
          label: str) -> str:
     """Returns a plot of accuracies: a band for each group, in it a dot with an error bar for each name.
 
-    Arguments:
-        groups: group to name to accuracy (`Point.x` is not used).
-        names: all names, by which `colours` chooses.
-        lines: accuracies drawn as vertical lines, with their names.
-        label: description of the plot for screen readers.
+    `names` are all names, by which `colours` chooses; `lines` are accuracies drawn as vertical lines with their names;
+    `label` describes the plot for screen readers.
     """
     values = [point for group in groups.values() for point in group.values()]
     low = _floor_tenth(min([*(point.ends[0] for point in values), *lines.values()]))

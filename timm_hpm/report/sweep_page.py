@@ -43,11 +43,9 @@ def sweep_markdown(reports: Sequence[AttackReport]) -> str:
 
 
 def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> str:
-    """Returns the curves, the table and the flags as one HTML file that opens offline.
+    """Returns the curves, the table and the flags of one model's reports as one HTML file that opens offline.
 
-    Arguments:
-        reports: of one model on the same images.
-        links: the address of each report's own page, relative to this one; none leaves the links out.
+    `links` are the addresses of the reports' own pages, relative to this one.
     """
     head, rows = _table(reports)
     threat = ThreatModel.of(reports[0].protocol["threat"])

@@ -16,10 +16,6 @@ class AveragedModel:
     The decay rises with the updates up to `decay`, so a short run does not keep its initial weights. The average's
     prototypes are the class means of its own features over this epoch's images, weighted by the head's `ema_decay`. A
     class without an image in this epoch keeps its prototype.
-
-    Arguments:
-        model: a model on its device.
-        decay: upper bound of the decay per update, in [0, 1].
     """
 
     def __init__(self, model: Any, decay: float):

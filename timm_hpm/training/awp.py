@@ -11,14 +11,10 @@ from .distributed import average_
 
 @contextmanager
 def perturbed_weights(module: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
-    """Moves the weights of `module` up the gradient of a loss within the block, and back exactly at its end.
+    """Moves the weights of `module` up the gradient of a `loss` of them within the block, and back exactly at its end.
 
-    Each weight of two dimensions or more moves by `gamma` times its own norm. BatchNorm's running statistics do not
-    change. With several processes all move alike, by the mean of their gradients.
-
-    Arguments:
-        loss: returns the scalar loss of the module's weights, by one forward pass.
-        gamma: relative size of the perturbation, at least 0; 0 makes no pass.
+    Each weight of two dimensions or more moves by `gamma` times its own norm; a `gamma` of 0 makes no pass. BatchNorm's
+    running statistics do not change. With several processes all move alike, by the mean of their gradients.
     """
     if not gamma:
         yield

@@ -56,11 +56,9 @@ _KEPT: Final = ("threads", "prototype_epoch", "warmup_epochs")
 
 
 class Run:
-    """A training run: its parts, and the loop over epochs and batches.
+    """A training run: its parts, and the loop over epochs and batches; the arguments are those of `train`.
 
-    Arguments:
-        asked_to_stop: signals that ask the run to stop; the caller appends them.
-        model, config, output, resume, log, progress: see `train`.
+    `asked_to_stop` are signals that ask the run to stop, which the caller appends.
     """
 
     def __init__(self, config: TrainConfig, output: str | os.PathLike, *, model: Any = None, resume: bool = False,

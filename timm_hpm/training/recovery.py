@@ -87,11 +87,7 @@ class RunState:
                           weights_metadata(model_config(self.model)))
 
     def load(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
-        """Takes up the state of a checkpoint.
-
-        Raises:
-            ValueError: a checkpoint of other options, of another number of processes, or of another version.
-        """
+        """Takes up a checkpoint; raises a ValueError if its options, number of processes or version are others."""
         progress = checkpoint.progress
         processes, place = progress["processes"], f"the checkpoint after update {progress['updates']}"
         if differing(checkpoint.config, config.to_dict()):

@@ -26,11 +26,7 @@ OPTIONS: Final = "args.yaml"
 
 
 class RunFolder:
-    """Writes a run's files into the folder `path`, if this process `is_main`.
-
-    Arguments:
-        resume: whether the folder is to hold a run of the same options already.
-    """
+    """Writes a run's files into the folder `path`, if this process `is_main`; to `resume`, options must be the same."""
 
     def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
         self.path, self.config, self.is_main = path, config, is_main

@@ -14,9 +14,7 @@ _LOW: Final = 0.04
 class OneCycleScheduler(Scheduler):
     """A cosine from `low` times the peak up, then one down to `min_lr`. Source: Smith and Topin, arXiv 1708.07120.
 
-    Arguments:
-        total: number of updates of the run.
-        rising: fraction of them in which the learning rate rises.
+    The learning rate rises in the fraction `rising` of the `total` updates.
     """
 
     def __init__(self, optimizer: Any, total: int, rising: float, low: float = _LOW, min_lr: float = 0.0):

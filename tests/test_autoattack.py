@@ -28,7 +28,7 @@ def problem(shape: tuple[int, ...], classes: int = 5, number: int = 30,
     return model, images, model(images).argmax(dim=1)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3, 10, 60])
+@pytest.mark.parametrize("iterations", [1, 3, 60])
 @norms
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("from_clean", [False, True])
@@ -65,7 +65,7 @@ def searched(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatMod
     return square_search(margin, torch.arange(len(images)), images, threat, queries)
 
 
-@pytest.mark.parametrize("queries", [1, 12, 300])
+@pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("shape", [(1, 5, 5), (3, 11, 10), (3, 16, 16)])
 @norms
 def test_every_point_of_square_is_autoattack_s(norm, shape, queries):
@@ -131,10 +131,8 @@ def test_a_step_without_bounds_in_the_way(scale):
 @norms
 @pytest.mark.parametrize(("point", "normal", "offset", "step"), [
     ([0.0, 0.75], [1.0, 1.0], 0.25, [0.0, -0.25]),  # the first pixel cannot fall: the second goes all the way
-    ([0.0, 0.75], [1.0, -1.0], 9.0, [0.0, 0.25]),  # out of reach
     ([0.5, 0.5], [1.0, 1e-40], 9.0, [-0.5, -0.5]),
     ([0.5, 1.0], [0.0, 0.0], 1.0, [0.0, 0.0]),  # no plane
-    ([0.5, 1.0], [1.0, 0.0], 0.0, [0.0, 0.0]),  # no distance
 ])
 def test_steps_at_the_end_of_the_range(norm, point, normal, offset, step):
     found = step_to_plane(torch.tensor([point]), torch.tensor([normal]), torch.tensor([offset]), norm)

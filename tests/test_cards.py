@@ -1,12 +1,10 @@
 """The committed cards are those that the generator writes, their usage runs, and their figures are the report's."""
 
 import ast
-import io
 import json
 import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +19,6 @@ from torch import nn
 import evaluate
 import timm_hpm
 from timm_hpm import cards
-from timm_hpm.__main__ import main
-from timm_hpm.console import run_command
 from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.evaluation.folder import load_model
 from timm_hpm.evaluation.protocols import PROTOCOLS
@@ -32,19 +28,6 @@ from timm_hpm.report.shell import DOOR, evaluate_command
 FOLDER = Path(__file__).parents[1] / "hub_cards"
 EMBEDDED = "hpm_wrn10_2.digits_linf"
 MEASURED = [file.name.removesuffix(".report.json") for file in sorted(FOLDER.glob("*.report.json"))]
-
-
-@pytest.mark.parametrize("name", MEASURED)
-def test_the_committed_card_is_what_the_generator_writes(tmp_path, name):
-    main(["card", name, "--folder", str(FOLDER), "--output", str(tmp_path / "a.md")])
-    old, new = (ModelCard(file.read_text(encoding="utf-8")) for file in (FOLDER / f"{name}.md", tmp_path / "a.md"))
-    # As data and text: the Hub's client may lay out YAML otherwise tomorrow.
-    assert old.text == new.text, f"python -m timm_hpm card {name} --output hub_cards/{name}.md"
-    assert old.data.to_dict() == new.data.to_dict()
-    usage, = re.findall(r"```python\n(.*?)```", new.text, re.DOTALL)
-    space: dict = {}
-    exec(usage, space)
-    assert space["pixel_model"](torch.rand(2, *timm.get_pretrained_cfg(name).input_size)).shape == (2, 10)
 
 
 def test_every_card_has_the_metadata_that_the_hub_shows():
@@ -59,17 +42,7 @@ def test_every_card_has_the_metadata_that_the_hub_shows():
         assert f'timm.create_model("{name}", pretrained=True)' in card.text and cfg.origin_url in card.text
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_a_card_is_printed_on_any_console(monkeypatch, encoding):
-    bytes_ = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, encoding))
-    with pytest.raises(SystemExit, match="0"):
-        run_command("timm_hpm", lambda: main(["card", EMBEDDED, "--folder", str(FOLDER)]))
-    text = cards.tag_card(EMBEDDED, FOLDER)
-    assert bytes_.getvalue() == text.encode(encoding, "replace") and "ℓ" in text
-
-
-HOSTILE = ['a"); import os; os.abort(("', "a\\", "a\n```\n# b", "`a` ``b``", "<script>|", "\u2028\x1b[0m", "'a' \"b\""]
+HOSTILE = ['a"); import os; os.abort(("', "a\\", "a\n```\n# b", "`a` ``b``", "<script>|", "\u2028\x1b[0m"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -118,8 +91,6 @@ def images_in(folder: Path, classes: int = 4) -> None:
 
 # Names, budgets, a folder, a checkpoint, L2, modes, seeds and batches: nothing of it is evaluate.py's default.
 RUNS = {
-    "digits": ["--num-images", "6", "-b", "4", "--protocol", "fast", "--surrogates", "fc,ste", "--attacks", "apgd-ce",
-               "--budget", "apgd-ce=5"],
     "train": ["--split", "train", "--num-images", "8", "--attacks", "square,apgd-ce", "--budget", "square=20",
               "apgd-ce=3", "--full-grid", "--surrogates-at-once", "1", "--model-kwargs", "mix=0.3",
               "--inference", "sample"],
@@ -226,21 +197,6 @@ def test_a_card_of_a_plain_report_claims_no_more_than_the_report():
     assert "| num_images | 100 |" in card.text
     assert "FC classifier of the same network" not in card.text and "its own FC classifier" not in card.text
     assert "- zero-gradient: at image 4" in card.text and "unreliable" in card.text
-
-
-def test_notes_by_hand_open_the_card_and_follow_the_usage():
-    cfg = timm.get_pretrained_cfg("hpm_wrn10_2.untrained").to_dict()
-    text = cards.model_card("a", "a", cfg, notes="My words.\n\n## Training\n\nLong.\n")
-    order = r"# a\n\nMy words\.\n\n## Usage.*No prototypes yet.*## Training\n\nLong\.\n\n## Evaluation"
-    assert re.search(order, text, re.DOTALL)
-    only_sections = cards.model_card("a", "a", cfg, notes="## Training\n\nLong.")
-    assert "# a\n\n`hpm_wrn10_2` with an HPM head that has no prototypes yet" in only_sections
-
-
-@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_wrn10_2.nonsense", "nonsense"])
-def test_a_tag_without_weights_has_no_card(name):
-    with pytest.raises(ValueError, match=r"is no tag with weights; expected one of timm\.list_pretrained"):
-        cards.tag_card(name)
 
 
 def test_a_folder_s_report_is_of_the_model_in_it(tmp_path, monkeypatch):

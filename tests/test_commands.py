@@ -1,11 +1,9 @@
 """`python -m timm_hpm <command>`: one door to every command, its help, its errors, its options and what it says."""
 
 import argparse
-import io
 import json
 import re
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,20 +12,16 @@ import torch
 import yaml
 from torch import nn
 
-import evaluate
 import timm_hpm
 import timm_hpm.commands.evaluate
 import timm_hpm.commands.train
-import train
 from timm_hpm.__main__ import COMMANDS, main
-from timm_hpm.console import duration, facts, images_bar, rendered, show
-from timm_hpm.evaluation import Budget
+from timm_hpm.console import images_bar, rendered
 from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.config import EvaluateConfig
 from timm_hpm.evaluation.header import estimate, evaluation_header
 from timm_hpm.evaluation.plan import make_plan
 from timm_hpm.evaluation.protocols import PROTOCOLS
-from timm_hpm.options import add_arguments, as_dict, check, free_names, option, read_options
+from timm_hpm.options import add_arguments, as_dict, check, option, read_options
 from timm_hpm.report.shell import evaluate_command
 from timm_hpm.training import TrainConfig
 from timm_hpm.training.header import num_passes
@@ -65,18 +59,6 @@ def test_the_help_of_a_command_starts_with_three_examples_of_options_that_it_has
             assert re.search(rf"^  (-\w( \w+)?, )?{name}\b", options, re.MULTILINE), name
 
 
-@pytest.mark.parametrize(("command", "config", "script"), [
-    ("evaluate", EvaluateConfig, evaluate), ("train", TrainConfig, train)])
-def test_the_scripts_parse_the_same_options_in_groups_with_defaults(command, config, script, capsys):
-    module = getattr(timm_hpm.commands, command)
-    assert script.main is module.main and script.parse_args is module.parse_args
-    text = " ".join(said([command, "--help"], capsys).split())
-    for one in fields(config):
-        assert re.search(f"--{one.name.replace('_', '-')}[ ,]", text) and f" {one.metadata['group']}: " in text
-        if isinstance(one.default, int | float) and not isinstance(one.default, bool):
-            assert f"({one.default})" in text
-
-
 @pytest.mark.parametrize(("words", "message"), [
     (["evaluate", "--batchsize", "3"], r"unrecognized arguments: --batchsize 3; did you mean --batch-size"),
     (["evaluate", "--protocol", "fsat"], r"--protocol: 'fsat'; expected one of standard, fast, .*did you mean fast\?"),
@@ -88,17 +70,6 @@ def test_a_mistyped_option_is_one_line_with_the_nearest_names(words, message, ca
         main(words)
     usage, error = capsys.readouterr().err.splitlines()
     assert usage.startswith(f"usage: python -m timm_hpm {words[0]}") and re.search(message, error)
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"surrogates": ("sofd",)}, "unknown surrogate 'sofd'; .*did you mean soft"),
-    ({"attacks": ("apgd_ce",)}, "unknown attack 'apgd_ce'; .*did you mean apgd-ce"),
-    ({"inference": ("bacth",)}, "unknown inference mode 'bacth'; .*did you mean batch"),
-])
-def test_a_mistyped_value_is_answered_with_the_nearest_names(options, message):
-    with pytest.raises(ValueError, match=message):
-        config = EvaluateConfig(**options)
-        timm_hpm.PROTOCOLS["standard"].changed(config.surrogates, config.attacks, {"apgd-ce": Budget(1)})
 
 
 def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_path, monkeypatch, capsys):
@@ -162,21 +133,6 @@ square   165.2  <i> flags (flags.md)
     assert rendered("&amp;#27; &#27;[0m \u202e") == "&#27; [0m ?", "nothing reaches the terminal's controls"
 
 
-def test_markdown_is_rendered_for_a_terminal_and_kept_in_a_file(monkeypatch):
-    for terminal in (True, False):
-        out = io.StringIO()
-        out.isatty = lambda terminal=terminal: terminal
-        monkeypatch.setattr(sys, "stdout", out)
-        show(TABLE)
-        assert out.getvalue() == (rendered(TABLE) if terminal else TABLE) + "\n"
-
-
-def test_times_and_facts_are_readable():
-    seconds = (0.2, 40, 89, 90, 3600, 5400, 86_400, 1e6)
-    assert [duration(s) for s in seconds] == ["1 s", "40 s", "89 s", "2 min", "60 min", "1.5 h", "24.0 h", "11.6 days"]
-    assert facts({"model": "a", "data set": "b"}) == "model     a\ndata set  b"
-
-
 def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
     model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
     images, state = torch.rand(20, 1, 8, 8), torch.get_rng_state()
@@ -184,15 +140,10 @@ def test_the_header_of_an_evaluation_names_model_data_attack_and_device():
                  images, timm_hpm.ThreatModel("Linf", 0.1), PROTOCOLS["fast"])
     text = evaluation_header(*arguments, batch_size=10)
     assert torch.equal(torch.get_rng_state(), state)
-    found = dict(line.split("  ", 1) for line in text.splitlines())
-    assert list(found) == ["model", "weights", "data", "normalisation", "threat model", "protocol", "batches", "device",
-                           "time"]
-    for name, part in (("model", "303,419 parameters, HPM head, inference mode dataset"), ("threat model", "Linf:0.1"),
-                       ("data", "digits, split test, 20 images of 8x8 pixels and 1 channel"),
-                       ("normalisation", "mean (0.3053)"), ("batches", "of 10 images"), ("device", "cpu, 1 thread"),
-                       ("protocol", "fast, on fc, dataset, mixed: apgd-ce 10; search 250; square 100"),
-                       ("time", "about ")):
-        assert part in found[name]
+    for part in ("303,419 parameters, HPM head, inference mode dataset", "Linf:0.1",
+                 "digits, split test, 20 images of 8x8 pixels and 1 channel", "mean (0.3053)", "of 10 images",
+                 "fast, on fc, dataset, mixed: apgd-ce 10; search 250; square 100", "about "):
+        assert part in text
     assert "joint" not in text and model.fc.inference == "dataset"
     batch = evaluation_header(*arguments, modes=("dataset", "batch"), batch_size=10)
     assert "on fc, dataset, soft, ste, mixed: apgd-ce 100; " in batch and "joint 100; joint-subset 25r30" in batch
@@ -212,19 +163,6 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     ({"extra_data": "x.npz", "extra_fraction": 0.75, "batch_size": 100}, 400 * 11)])
 def test_the_estimate_of_a_training_run_counts_the_passes_of_its_objective(options, passes):
     assert num_passes(TrainConfig(epochs=3, **options), 100, 7) == 3 * (passes + 7 * 20)
-
-
-def test_a_training_run_says_its_facts_and_a_line_for_each_epoch(tmp_path, capsys):
-    assert main(["train", "--device", "cpu", "--pretrained", "--epochs", "1", "--attack-steps", "1",
-                 "--val-attack-steps", "1", "--batch-size", "500", "--output", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    names = [line.split("  ")[0] for line in err.splitlines() if "  " in line]
-    assert names[:9] == ["model", "weights", "data", "normalisation", "threat model", "objective", "optimisation",
-                         "device", "time"]
-    assert "digits, 1,077 images for training and 360 for validation, of 8x8 pixels and 1 channel" in err
-    line = r"epoch 0  lr \S+  loss \d\.\d{3}  clean \d+\.\d %  robust \d+\.\d %  fc clean \d+\.\d %"
-    assert re.search(rf"^{line}  [\d,]+ images/s$", out, re.MULTILINE)
-    assert re.search(f"^kept: {line}$", out, re.MULTILINE)
 
 
 def test_a_bar_of_images_changes_no_answer_and_leaves_no_hook():
@@ -281,7 +219,8 @@ def test_the_command_line_and_both_kinds_of_files_give_the_same_options(words, e
 @pytest.mark.parametrize(("changes", "message"), [
     ({"layers": 0}, "layers is 0; expected at least 1"), ({"layers": 9}, "layers is 9; expected below 9"),
     ({"sugar": 0}, "sugar is 0.0; expected above 0"), ({"sugar": 1.5}, "sugar is 1.5; expected at most 1"),
-    ({"sugar": float("nan")}, "sugar is nan; expected a finite number"), ({"sugar": "0.5"}, "sugar is '0.5', a str"),
+    ({"sugar": float("nan")}, "sugar is nan; expected a finite number"),
+    ({"sugar": "1e-3"}, "sugar is '1e-3', a str; expected float. YAML reads 1e-3 as a text"),
     ({"cuts": [3, -1]}, "cuts is -1; expected at least 0"), ({"cuts": [True]}, "cuts is True, a bool; expected int"),
     ({"tops": "nuts"}, "tops is 'nuts', a str; expected tuple or null"),
     ({"tops": ["figs"]}, "tops is 'figs'; expected one of nuts, plums"), ({"warm": None}, "warm is None, a NoneType"),
@@ -311,12 +250,3 @@ def test_a_file_of_something_else_is_named(name, text, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_options(tmp_path / name, Cake)
-
-
-def test_the_help_shows_units_and_defaults_in_groups_and_resumed_runs_may_change_some():
-    parser = argparse.ArgumentParser(prog="cake")
-    add_arguments(parser, Cake)
-    text = " ".join(parser.format_help().split())
-    assert "mass fraction of sugar (0.5)" in text and "at 30 % above" in text
-    assert text.index("taste:") < text.index("shape:") and "(None)" not in text and "(())" not in text
-    assert free_names(Cake) == ("sugar",)

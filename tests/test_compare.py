@@ -82,11 +82,8 @@ def test_the_table_names_what_differs(a, b):
     assert "**Report b is unreliable**" in comparison_markdown(compare(a, flagged))
 
 
-def test_evaluate_compares_two_files(a, b, tmp_path, capsys):
+def test_a_missing_report_and_a_field_without_a_meaning_are_named(a, tmp_path):
     a.save(tmp_path / "a.json")
-    b.save(tmp_path / "b.json")
-    assert evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
-    assert comparison_markdown(compare(a, b)) in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is no report .*c\.json"):
         evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
 

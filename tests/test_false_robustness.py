@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from nets import Wrapped
-from protocols import run_attack, unfinished
+from protocols import SMALL, run_attack, unfinished
 from safetensors import safe_open
 from torch import nn
 
@@ -21,18 +21,12 @@ from timm_hpm.evaluation.checks import batch_flag, check_model, gradient_flag, r
 from timm_hpm.evaluation.judge import predictions
 from timm_hpm.report import FLAGS
 
+NUM_DIGITS, SPLIT = 100, "test"
+
 EPS = {"Linf": 0.1, "L2": 0.5}
 THREAT = ThreatModel("Linf", EPS["Linf"])
-TINY = {"apgd-ce": Budget(3), "apgd-t": Budget(2, targets=2), "fab-t": Budget(2, targets=2), "square": Budget(5),
-        "apgd-chain": Budget(2), "joint": Budget(2), "joint-subset": Budget(2, restarts=2)}
 BUDGETS = {"apgd-ce": Budget(20), "apgd-t": Budget(20, targets=3), "fab-t": Budget(10, targets=3),
            "square": Budget(400), "apgd-chain": Budget(5), "joint": Budget(5), "joint-subset": Budget(5, restarts=2)}
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = timm_hpm.load_split("digits", "test").tensors
-    return images[:100], labels[:100]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +231,7 @@ def guarded(lost: str, mode: str, images: torch.Tensor) -> nn.Module:
 def test_a_head_that_answers_nan_under_attack_is_no_defence(lost, digits, tmp_path):
     few = tuple(part[:7] for part in digits)
     model = guarded(lost, "batch", few[0])
-    arguments = {"batch_size": 4, "budgets": TINY, "attacks": list(TINY),
+    arguments = {"batch_size": 4, "budgets": SMALL, "attacks": list(SMALL),
                  "neighbours": [4], "save_adversarial": True, "folder": tmp_path}
     report = (unfinished if lost == "features" else run_attack)(model, *few, THREAT, **arguments)
     assert report.clean_accuracy > 0.7 and report.robust_accuracy == 0 == report.assembled_robust_accuracy
@@ -278,7 +272,7 @@ def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits, tmp_path):
     images, labels = digits[0][:12].clone(), digits[1][:12]
     model = Fragile(*digits).eval()
     images[5, 0, 0, 0] = 0.85
-    options = {"attacks": ["apgd-ce", "square"], "budgets": TINY, "batch_size": 6, "surrogates": ["fc", "ste"]}
+    options = {"attacks": ["apgd-ce", "square"], "budgets": SMALL, "batch_size": 6, "surrogates": ["fc", "ste"]}
     report = run_attack(model, images, labels, THREAT, **options)
     texts = [flag.text for flag in report.flags if flag.name == "batch-not-finite"]
     assert texts and all("of 6 candidates with logits that are not finite, 5 have them only because of" in text
@@ -296,13 +290,12 @@ def test_one_image_that_spoils_its_batch_is_named_and_flagged(digits, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("last", "flagged"), [(nn.Softmax(dim=1), True), (nn.LogSoftmax(dim=1), False),
-                                               (nn.Sigmoid(), False)])
+@pytest.mark.parametrize(("last", "flagged"), [(nn.Softmax(dim=1), True), (nn.LogSoftmax(dim=1), False)])
 def test_a_network_that_ends_in_a_softmax_is_flagged(last, flagged, net, digits):
     few = tuple(part[:8] for part in digits)
     for dtype in (torch.float32, torch.bfloat16):
         model = nn.Sequential(copy.deepcopy(net), last).eval().to(dtype)
-        flags = run_attack(model, *few, THREAT, attacks=["apgd-ce"], budgets=TINY).flags
+        flags = run_attack(model, *few, THREAT, attacks=["apgd-ce"], budgets=SMALL).flags
         assert ("probabilities" in [flag.name for flag in flags]) == flagged
 
 
@@ -316,7 +309,7 @@ def test_a_model_that_has_lost_its_hpm_head_is_flagged():
     for some, flagged in ((model, False), (plain, False), (pooled, True),
                           (nn.Sequential(headless, nn.Linear(model.num_features, 10)), True),
                           (timm_hpm.PixelModel(pooled, [0.5] * 3, [0.5] * 3), True)):
-        flags = run_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=TINY).flags
+        flags = run_attack(some.eval(), images, labels, THREAT, attacks=["square"], budgets=SMALL).flags
         assert [flag.text for flag in flags if flag.name == "lost-head"] == flagged * [
             f"{type(some).__name__} holds HPMResNet without the HPM head, and predicts by another layer"]
 
@@ -324,14 +317,14 @@ def test_a_model_that_has_lost_its_hpm_head_is_flagged():
 def test_a_surrogate_that_overflows_ends_no_evaluation(digits):
     few = tuple(part[:8] for part in digits)
     model = guarded("fc", "dataset", few[0])
-    report = run_attack(model, *few, THREAT, budgets=TINY)
+    report = run_attack(model, *few, THREAT, budgets=SMALL)
     assert report.unreliable and report.clean_accuracy > 0.7
     texts = [flag.text for flag in report.flags if flag.name == "non-finite-logits"]
     assert texts.pop().startswith("at random points of the ball around 8 images that no attack broke, the logits of 8 ")
     assert all("in the search, the surrogate's" in text for text in texts)
     assert {text.partition("/")[0] for text in texts} == {"fc", "mixed"}
     # What was found through the other surrogate is what it is without this one.
-    alone = run_attack(model, *few, THREAT, budgets=TINY, surrogates=["dataset"])
+    alone = run_attack(model, *few, THREAT, budgets=SMALL, surrogates=["dataset"])
     assert [flag.text for flag in alone.flags] == [report.flags[-1].text]
     assert alone.robust_accuracy == report.by_surrogate["dataset"]["worst"]
     assert report.baseline["clean"] > 0.7 and report.baseline["worst"] == 0
@@ -390,7 +383,7 @@ def test_noise_below_rounding_is_no_flag_and_above_it_is(net, digits):
         assert batch_flag(model, digits[0]) is None
 
 
-@pytest.mark.parametrize("number", [0, 1, 90])
+@pytest.mark.parametrize("number", [1, 90])
 @pytest.mark.parametrize(("defence", "flag"), [("noise", "random-forward"), ("batch mean", "batch-dependent")])
 def test_classes_that_are_never_predicted_hide_no_flag(defence, flag, number, net, digits):
     """As of a head that is larger than the data set: whatever the largest logit, its rounding is not theirs."""

@@ -59,7 +59,7 @@ def test_a_class_that_nobody_predicts_passes_no_gradient():
     assert to_logits.isfinite().all() and 0 < to_logits.abs().max() < 100
 
 
-@pytest.mark.parametrize("mass", [0.0, 1e-42, 1e-38, 1e-30, 1e-13, 1e-11, 1e-6])
+@pytest.mark.parametrize("mass", [0.0, 1e-42, 1e-38, 1e-13, 1e-6])
 def test_batch_prototypes_of_hardly_any_mass_have_finite_gradients(mass):
     assignment = torch.full((3, 2), mass / 3, requires_grad=True)
     z = torch.randn(3, 4, requires_grad=True)

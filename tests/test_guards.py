@@ -2,13 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from itertools import product
-from pathlib import Path
 
-import hub_server
 import pytest
 import timm
 import torch
@@ -50,12 +46,10 @@ def test_the_guard_lasts_as_long_as_any_block_and_leaves_the_environment_as_it_w
     assert not any(opened) and os.environ.get(FORCE) == before
 
 
-@pytest.mark.parametrize("version", ["2.4.0", "2.5.1+cu121", "2.6.0", "2.10.0+cpu"])
-def test_versions_of_torch_that_run_pickled_code(version):
-    if version < "2.6" and "2.10" not in version:
-        with pytest.raises(OldTorchError, match=r"(?s)^torch 2\.[45].*CVE-2025-32434.*2\.6 or newer.*timm-hpm convert"):
-            refuse_pickles(version)
-    else:
+def test_versions_of_torch_that_run_pickled_code():
+    with pytest.raises(OldTorchError, match=r"(?s)^torch 2\.5.*CVE-2025-32434.*2\.6 or newer.*timm-hpm convert"):
+        refuse_pickles("2.5.1+cu121")
+    for version in ("2.6.0", "2.10.0+cpu"):
         refuse_pickles(version)
 
 
@@ -110,7 +104,7 @@ def test_a_stranger_s_folder_runs_no_code(tmp_path, architecture):
         assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["run#1", "run?a=b", "a#b?c", "run%20x", "ru n"])
+@pytest.mark.parametrize("name", ["run#1", "a#b?c", "run%20x"])
 def test_a_folder_s_name_is_taken_as_it_is(tmp_path, name):
     """Also beside another model, in the folder that the part in front of the character names."""
     right, wrong = timm.create_model("hpm_wrn10_2.untrained"), timm.create_model("hpm_wrn10_2.untrained")
@@ -123,15 +117,11 @@ def test_a_folder_s_name_is_taken_as_it_is(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "arguments"), [
     ("hpm_wrn10_2", {"depths": [1_000_000, 1, 1]}),
-    ("hpm_wrn28_10.untrained", {"channels": [200_000, 16, 16]}),
-    ("hpm_wrn10_2", {"stem_chs": 9_000_000}),
     ("hpm_wrn10_2", {"num_classes": 10**12}),
     ("hpm_resnet18.untrained", {"num_classes": 9_999_999, "layers": [1, 1, 1, 1], "channels": [64, 64, 64, 2048]}),
     ("hpm_resnet50", {"layers": [1, 1_000_000, 1, 1]}),
-    ("hpm_cifar_resnet18", {"layers": [1, 1_000_000, 1, 1]}),
     ("resnet18", {"layers": [1, 1, 1, 1_000_000]}),
     ("resnet18", {"in_chans": 10**9}),
-    ("vit_tiny_patch16_224", {"depth": 10**9}),
     ("hpm_vit_small_patch16_224", {"img_size": 100_000}),
 ])
 def test_a_network_beyond_the_machine_is_refused_by_name(tmp_path, name, arguments):
@@ -173,14 +163,10 @@ for _ in range(200):
 
 
 @pytest.mark.parametrize("change", [
-    b"", b"{", b"[]", b"null", b"3", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000,
-    b'{"architecture": 3}', b"{}",
-    {"architecture": None}, {"architecture": ["hpm_wrn10_2"]}, {"pretrained_cfg": []}, {"pretrained_cfg": "text"},
-    {"model_args": [1]}, {"model_args": "mix"}, {"num_classes": "10"}, {"num_classes": 1.5}, {"num_classes": True},
-    {"cfg": {"mean": "0.5"}}, {"cfg": {"mean": [None]}}, {"cfg": {"std": [0.0, 0.0, 0.0]}},
-    {"cfg": {"std": [float("nan")] * 3}}, {"cfg": {"input_size": 32}}, {"cfg": {"input_size": [3, -1, 32]}},
-    {"cfg": {"interpolation": 3}}, {"cfg": {"first_conv": 3}}, {"cfg": {"crop_pct": "all"}},
-    {"cfg": {"label_names": [1, 2]}}, {"cfg": {"classifier": {"a": 1}}}, {"cfg": {"tag": NESTED}}, {"extra": NESTED},
+    b"", b"null", b"[" * 100_000, b"{}", {"architecture": ["hpm_wrn10_2"]}, {"pretrained_cfg": []}, {"model_args": [1]},
+    {"num_classes": 1.5}, {"cfg": {"std": [0.0] * 3}}, {"cfg": {"std": [float("nan")] * 3}},
+    {"cfg": {"input_size": [3, -1, 32]}}, {"cfg": {"first_conv": 3}}, {"cfg": {"label_names": [1, 2]}},
+    {"extra": NESTED},
 ])
 def test_a_damaged_config_is_one_named_error(saved, change):
     folder = saved(change)
@@ -194,9 +180,8 @@ def test_a_damaged_config_is_one_named_error(saved, change):
 
 
 @pytest.mark.parametrize("entry", [
-    torch.tensor([0, 0]), torch.tensor([0, 0, 1, 0]), torch.tensor(0), torch.tensor([[0, 0, 1]]),
-    torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([False, False, True]),
-    torch.tensor([7, 0, 1]), torch.tensor([-1, -3, 1]), torch.tensor([0, 0, 2**62]), torch.tensor([]),
+    torch.tensor([0, 0]), torch.tensor([[0, 0, 1]]), torch.tensor([0.0, 0.0, 1.0]), torch.tensor([7, 0, 1]),
+    torch.tensor([-1, -3, 1]),
 ])
 def test_an_entry_function_of_another_form_is_one_named_error(tmp_path, entry):
     model = timm.create_model("hpm_wrn10_2.untrained")
@@ -219,11 +204,10 @@ EXPANDED = torch.zeros(1)
 @pytest.mark.parametrize("content", [
     lambda weights: {**weights, "fc.weight": EXPANDED.expand(10**9, 128)},
     lambda weights: {"state_dict": {**weights, "conv1.weight": EXPANDED.expand(16, 3, 10**5, 10**6)}},
-    lambda weights: {**weights, "mean": EXPANDED.expand(10**12)},
     lambda weights: {**weights, "module.n": torch.zeros(4).as_strided((10**5, 10**6, 4), (0, 0, 1))},
     lambda weights: {**weights, "fc.bias": torch.empty(10**12, device="meta")},
 ])
-@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet", "test_resnet"])
+@pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "test_resnet"])
 def test_tensors_larger_than_their_file_are_refused_by_name(tmp_path, name, content):
     timm_hpm.register_hpm("test_resnet")
     weights = timm.create_model("hpm_wrn10_2.untrained").state_dict()
@@ -243,9 +227,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize("text", [
-    BOMB, BOMB.replace("\na", "\nmodel"), "model: &m [*m]\n", "x: &x {lr: 1}\n<<: *x\n", "model: " + "[" * 5000,
-    "lr: " + "9" * 10_000, "lr: 2001-99-99", "epochs: " + "x" * 2**21, "model: [" + "x, " * 10_000 + "x]",
-    "".join(f"o{i}: 1\n" for i in range(5_000)), "? [a, b]\n: 1\n", "lr: 1:99:99:99:" + "59:" * 2000 + "1",
+    BOMB, "model: &m [*m]\n", "model: " + "[" * 5000, "lr: 2001-99-99", "epochs: " + "x" * 2**21,
+    "".join(f"o{i}: 1\n" for i in range(5_000)), "? [a, b]\n: 1\n",
 ])
 def test_a_yaml_bomb_is_one_short_error(tmp_path, text):
     (tmp_path / "bomb.yaml").write_text(text)
@@ -254,31 +237,3 @@ def test_a_yaml_bomb_is_one_short_error(tmp_path, text):
     assert len(str(caught.value)) < 4000
 
 
-COMMANDS = """
-import traceback
-
-import evaluate
-import timm_hpm.__main__
-import timm_hpm.models.create
-
-for main, words in ((evaluate.main, ["--model", "hf-hub:org/x"]),
-                    (timm_hpm.__main__.main, ["push", "org/y", "--model", "hf-hub:org/x"])):
-    try:
-        main(words)
-    except (SystemExit, Exception) as error:
-        traceback.print_exception(error)
-timm_hpm.models.create.create_model("hf-hub:org/x", pretrained=True)
-"""
-
-
-def test_no_command_prints_a_token_that_a_server_repeats(tmp_path):
-    token = "hf_Secret0123456789abcdefghijklmnopqr"
-    with hub_server.running() as server:
-        server.tokens[token] = "someone"
-        server.faults.echo_token, server.faults.answer = True, {"/.*": (401, "a teapot")}
-        environ = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path),
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "PYTHONPATH": str(Path(timm_hpm.__file__).parents[1])}
-        run = subprocess.run([sys.executable, "-c", COMMANDS], env=environ, cwd=tmp_path, capture_output=True,
-                             text=True)
-    assert run.returncode == 1 and run.stderr.count("teapot") >= 3 and token not in run.stdout + run.stderr

@@ -74,26 +74,6 @@ def test_the_accuracy_falls_with_the_passes_in_the_order_in_which_the_attacks_ra
     assert "passes spent" not in report_page(dataclasses.replace(report, convergence=None))
 
 
-def test_the_names_of_a_plot_have_colours_of_their_own_the_same_in_every_report(report):
-    legend = re.findall(r"<i style='background:(.+?)'></i><b>(.+?)</b>", report_page(report))
-    assert {name for _, name in legend} == {*report.by_surrogate["ste"], *report.by_surrogate["fc"]}
-    assert len({colour for colour, _ in legend}) == len(legend)
-    rows = dict.fromkeys(("clean", "model/square", "model/b"), "10")
-    alone = report_page(AttackReport({"architecture": "Linear"}, rows))
-    colours = {name: colour for colour, name in re.findall(r"<i style='background:(.+?)'></i><b>(.+?)</b>", alone)}
-    assert colours["square"] == {name: colour for colour, name in legend}["square"] != colours["b"]
-
-
-def test_the_head_of_the_page_says_what_was_measured_and_classes_have_names(report):
-    report = dataclasses.replace(report, date="2026-11-28", protocol=report.protocol | {
-        "class_names": ["0", "1", "2", "<cat>", "4", "5", "6", "7", "dog", "9"]})
-    html = report_page(report)
-    assert "digits test · 360 images · Linf:0.1 · inference mode batch · 2026-11-28" in html
-    assert html.index("python -m timm_hpm evaluate --model hpm_wrn10_2") < html.index("robust accuracy under")
-    assert "clean: 3 &lt;cat&gt;" in html and "predicted 8 dog" in html
-    assert "<abbr title='AutoPGD on the cross-entropy (AutoAttack)'>apgd-ce</abbr>" in html
-
-
 def test_the_page_asks_for_nothing_from_elsewhere(report):
     html = report_page(report)
     page = Page(html)
@@ -111,7 +91,6 @@ def test_every_warning_leads_to_its_paragraph(report):
     links = [tag["href"] for tag in page.all("a")]
     assert links == [f"#{flag.name}" for flag in report.flags]
     assert {tag["id"] for tag in page.all("dt")} == set(FLAGS)
-    assert "Give that step a similar differentiable backward pass" in " ".join(page.text.split())
     assert "`" not in page.text and "](" not in page.text
     assert "seen at <3> images & more" in page.text
 

@@ -13,7 +13,6 @@ import hub_server
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
 import timm_hpm
@@ -124,7 +123,6 @@ def test_a_pushed_model_is_pulled_equal(server, loader, good):
     ({"name": "hpm_wrn10_2.untrained_deepmind", "inference": "dataset", "mix": 0.125, "ema_decay": 0.75,
       "depths": [2, 1, 1], "in_chans": 1, "num_classes": 7}, "hpm_wrn10_2"),
     ({"name": "hpm_wrn10_2", "fitted": False}, "hpm_wrn10_2"),
-    ({"name": "hpm_resnet18", "inference": "sample", "num_classes": 5, "in_chans": 1}, "hpm_resnet18"),
     ({"name": "resnet18", "add": True, "num_classes": 5}, "hpm_resnet18"),
     ({"name": "test_vit", "add": True, "img_size": 96, "num_classes": 3}, "hpm_test_vit"),
 ])
@@ -142,23 +140,6 @@ def test_architecture_and_head_come_back(server, client, loader, model, architec
     # pull registers the architecture; create_model is used as the card says.
     assert loader("pull", repo_id=repo_id) == pushed
     assert loader("create", name=f"hf-hub:{repo_id}", register=register) == pushed
-
-
-def test_evaluate_measures_a_model_of_the_hub(client, loader, tmp_path):
-    # An architecture that nobody has registered: timm.create_model alone would not know it.
-    push(client, "org/evaluated", model={"name": "test_resnet", "add": True, "num_classes": 2})
-    for label in ("a", "b"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for number in range(3):
-            pixels = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
-    assert loader("shell", words=[
-        "evaluate", "--model", "hf-hub:org/evaluated", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
-        "--img-size", "32", "--threat", "Linf:8/255", "--num-images", "0", "--batch-size", "3", "--inference", "batch",
-        "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", str(tmp_path / "run")]) == 0
-    report = AttackReport.load(tmp_path / "run" / "report.json")
-    assert report.num_images == 6 and report.protocol["model"] == "hf-hub:org/evaluated"
-    assert report.protocol["prototypes_fitted"] and report.protocol["architecture"] == "hpm_test_resnet"
 
 
 def aliased(model: nn.Module) -> nn.Module:
@@ -215,6 +196,8 @@ def test_the_name_alone_means_ones_own_and_the_cards_usage_runs_as_it_stands(ser
     card = server.files("someone/mine")["README.md"].decode()
     usage, = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert '"hf-hub:someone/mine"' in usage
+    # evaluate.py asks as this does for an architecture that nobody has registered.
+    loader("run", code="import timm_hpm; timm_hpm.models.create.create_model('hf-hub:someone/mine', pretrained=True)")
     loader("run", code=usage + """
 import torch
 assert timm_hpm.find_head(model).inference == "sample" and pixel_model(torch.rand(2, 3, 160, 160)).shape == (2, 4)
@@ -250,8 +233,6 @@ def test_revisions(server, client, loader):
     assert loader("create", name="hf-hub:org/revisions@v1") == second
     card = server.files("org/revisions", "v1")["README.md"].decode()
     assert '"hf-hub:org/revisions@v1"' in card and 'pull("org/revisions", revision="v1")' in card
-    with pytest.raises(Failed, match=r"HubError: cannot pull org/revisions@v2: it has no such revision"):
-        loader("pull", repo_id="org/revisions", revision="v2")
 
 
 # Folders, cache, offline
@@ -312,6 +293,9 @@ def test_a_server_that_repeats_the_token(server, client):
             client(function, repo_id="org/teapot", token=TOKEN)
         with pytest.raises(Failed, match=r"HubError: .*a teapot \(got Bearer <token>\)"):
             client(function, repo_id="org/teapot", environ={"HF_TOKEN": TOKEN})
+    for words in (["evaluate", "--model", "hf-hub:org/x"], ["push", "org/y", "--model", "hf-hub:org/x"]):
+        with pytest.raises(Failed, match="got Bearer <token>"):
+            client("shell", words=words, environ={"HF_TOKEN": TOKEN})
 
 
 def test_a_file_that_arrives_short(server, loader, good, tmp_path):
@@ -324,13 +308,12 @@ def test_a_file_that_arrives_short(server, loader, good, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "damage", "message"), [
-    *((file, None, f"it has no {file}.*Check the name") for file in ("config.json", "model.safetensors")),
+    ("config.json", None, "it has no config.json.*Check the name"),
     *(("model.safetensors", damage, "deserializing") for damage in (
         lambda content: content[:8] + b"\xff" * 40 + content[48:], lambda content: content[:5000])),
     ("config.json", lambda content: content[:40], "config.json is damaged or not"),
     *(("config.json", lambda content, name=name: content.replace(b"hpm_wrn10_2", name), message) for name, message in (
         (b"hpm_preact_resnet18", "the weights are of hpm_wrn10_2, and the network is hpm_preact_resnet18"),
-        (b"hpm_nonsense", "unknown base 'nonsense'"),
         (b"nonsense", "nonsense"))),
 ])
 def test_a_broken_repository_is_named_with_what_is_wrong(server, loader, good, file, damage, message):

@@ -17,21 +17,17 @@ from timm_hpm import (
     NormalisationWarning,
     PixelModel,
     ThreatModel,
-    compare,
-    comparison_markdown,
     report_markdown,
-    report_page,
 )
 from timm_hpm.evaluation.checks import clean_flags
 from timm_hpm.models.create import create_model
-from timm_hpm.report.sweep_page import sweep_markdown, sweep_page
 
 NUM_DIGITS = 16
 
 THREAT = ThreatModel("Linf", 0.1)
 QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 2}, "batch_size": 16}
-FEW = ["--num-images", "16", "--batch-size", "16",
-       "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=2"]
+FEW = ["--num-images", "16", "--batch-size", "16", "--attacks", "apgd-ce", "--surrogates", "fc", "--budget",
+       "apgd-ce=2"]
 
 
 def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_they_are(model, digits):
@@ -69,22 +65,6 @@ def test_mean_and_std_of_a_module_of_its_own(model, digits):
         run_attack(PixelModel(model, [0.5] * 3, [0.5] * 3), *digits, THREAT, **QUICK)
 
 
-def test_every_report_says_it_on_its_first_lines_and_flags_come_first(model, digits):
-    model.pretrained_cfg |= {"mean": (-3.0,), "std": (0.05,)}
-    report = run_attack(model, *digits, THREAT, **QUICK)
-    lines = escaped_lines(report)
-    assert lines[2].startswith("**Unreliable**") and lines[4].startswith("- [clean-near-chance](#clean-near-chance): ")
-    note = next(i for i, line in enumerate(lines) if line.startswith("Pixels in [0, 1] are normalised by"))
-    said = "by mean (-3) and std (0.05); source: the pretrained_cfg of hpm_wrn10_2, tag digits_linf."
-    assert said in lines[note] and note < lines.index("| surrogate | apgd-ce | worst |")
-    page = report_page(report)
-    assert page.index("Unreliable") < page.index(said) < page.index("class='headline'")
-    swept = sweep_markdown([report]).splitlines()
-    assert swept[0].startswith("**Unreliable**") and "dataset, Linf:0.1: clean-near-chance" in swept[2]
-    assert any(said in line for line in swept[:7]) and said in sweep_page([report]).partition("<svg")[0]
-    assert comparison_markdown(compare(report, report)).startswith("**Report a is unreliable**")
-
-
 def test_evaluate_takes_mean_and_std_and_rejudges_by_them(model, tmp_path, capsys):
     run = tmp_path / "run"
     options = [*FEW, "--mean", "-3", "--std", "0.05", "--save-adversarial", "--output", str(run)]
@@ -108,8 +88,7 @@ def names(answers, labels, num_classes):
 
 
 @pytest.mark.parametrize(("num_classes", "right", "flagged"), [
-    (10, 0, True), (10, 19, True), (10, 20, False), (10, 97, False), (2, 55, True), (2, 56, False), (3, 40, True),
-    (3, 41, False), (1000, 0, True), (1000, 1, False)])
+    (10, 0, True), (10, 19, True), (10, 20, False), (2, 55, True), (2, 56, False), (1000, 0, True), (1000, 1, False)])
 def test_a_clean_accuracy_near_chance_is_flagged(num_classes, right, flagged):
     labels = torch.arange(100) % num_classes
     # Wrong answers are spread over the classes.
@@ -121,7 +100,7 @@ def test_a_clean_accuracy_near_chance_is_flagged(num_classes, right, flagged):
 
 @pytest.mark.parametrize("step", [1, -1])
 @pytest.mark.parametrize(("num_classes", "accuracy"), [
-    (10, 1.0), (10, 0.6), (1000, 0.45), (4, 0.9), (2, 1.0), (3, 0.9)])
+    (10, 0.6), (1000, 0.45), (2, 1.0)])
 def test_labels_that_are_off_by_one_are_flagged(num_classes, accuracy, step):
     labels = torch.randint(num_classes, (200,))
     guess = torch.randint(num_classes, (200,))
@@ -139,13 +118,6 @@ def test_honest_answers_are_not_off_by_one(num_classes, num_images):
         for answers in (guess, torch.full_like(labels, int(labels[0])), trained):
             raised += "labels-off-by-one" in names(answers, labels, num_classes)
     assert raised <= 3 and names(labels, labels, num_classes) == []
-
-
-def test_the_labels_of_a_data_set_that_begin_at_one(model, digits):
-    images, labels = digits
-    report = run_attack(model, images, (labels + 1) % 10, THREAT, **QUICK)
-    assert {"labels-off-by-one", "clean-near-chance"} <= {flag.name for flag in report.flags} and report.unreliable
-    assert "are predicted as the class before their label" in report_markdown(report)
 
 
 def test_a_checkpoint_that_does_not_say_it_is_said_to_be_assumed(model, tmp_path, capsys):

@@ -22,7 +22,7 @@ from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.result import measured_convergence
 from timm_hpm.evaluation.resume import Step
 from timm_hpm.files import Parts, filling, replacing, save_parts, write_text
-from timm_hpm.report import FLAGS, Convergence, Flag, data_digest, make_example, weights_digest
+from timm_hpm.report import Convergence, Flag, data_digest, make_example, weights_digest
 from timm_hpm.report.flags import paragraph
 from timm_hpm.report.tables import convergence_note, falls
 from timm_hpm.training.recovery import Checkpoint, write_checkpoint
@@ -89,7 +89,7 @@ def test_one_adversary_realises_the_judged_batch_with_most_errors(report):
     assert batches.to_dict()["realised_robust_accuracy"] == 0.5
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 50), (1, 7), (25, 50), (99, 100), (7, 7)])
+@pytest.mark.parametrize(("right", "n"), [(0, 50), (1, 7), (25, 50), (7, 7)])
 def test_the_interval_is_wilson_s(right, n):
     report = plain({"clean": "1" * right + "0" * (n - right)})
     p, ends = right / n, report.robust_accuracy_interval
@@ -143,37 +143,25 @@ NEIGHBOURS = {"batch_size": 4, "mix": 0.9, "kind": "chosen", "targets": 8, "flip
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("protocol", {}, "protocol is {}, expected an object with architecture"),
     ("protocol", PROTOCOL | {"num_images": 9}, "protocol.num_images is 9, expected 10, by its verdicts"),
-    ("protocol", PROTOCOL | {"threat": "8/255"}, "protocol.threat is '8/255', expected a threat model"),
     ("protocol", PROTOCOL | {"a": {"a": [[[[[[[[1]]]]]]]]}}, "protocol.a is .*, expected at most 8 levels"),
     ("clean_accuracy", 0.9, "clean_accuracy is 0.9, expected 0.8, by its verdicts"),
     ("correct", {"fc/square": "10"}, r"correct is \{'fc/square': '10'\}, expected an object with clean"),
-    ("correct", {"clean": ""}, "correct.clean is '', expected a text with a 0 or 1 for each image"),
     ("correct", {"clean": "10", "fc/square": "1"}, "the row fc/square is .1., expected 2 verdicts"),
-    ("baseline_correct", {"fc/square": "1" * 10}, "baseline_correct is .* expected the row clean among"),
-    ("assembled", "1", "the row assembled is '1'"),
     ("examples", [{"image": "<b>", "label": 1, "predicted": 2, "amplification": 1.5}],
      r"examples\[0\] is .*, expected an object with image, label, predicted, found_by"),
     ("cost", {"square": {"seconds": 1.5}}, "cost.square is .*, expected an object with seconds, forward_passes"),
-    ("neighbours", [NEIGHBOURS, {"a": 1}], r"neighbours\[1\] is {'a': 1}, expected an object with batch_size"),
     ("neighbours", [NEIGHBOURS | {"targets": 0}], r"neighbours\[0\].targets is 0, expected a whole number above 0"),
     ("flags", [{"name": "odd", "text": ""}], "unknown flag 'odd'; expected one of clean-near-chance"),
     *(("schema_version", version, f"has the schema version {version!r}; this timm_hpm reads 2")
-      for version in (0, 1, 3, "1", 2.0, True)),
+      for version in (1, 3, True)),
     *(("convergence", CONVERGENCE | change, f"convergence.{message}") for change, message in (
-        ({"spent": -1}, "spent is -1, expected a number of 0 or more"),
         ({"margins": [1.0]}, r"margins is \[1.0\], expected 10 entries, one for each image"),
         ({"fell_after": ["a"] * 10}, r"fell_after\[0\] is 'a', "))),
-    ("convergence", CONVERGENCE | {"other": 1}, "convergence is .*, expected nothing but fell_after, spent"),
 ])
 def test_a_damaged_report_is_not_loaded(report, field, value, message, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report.to_dict() | {field: value}), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"report\.json (is not a report of timm_hpm .*)?{message}"):
         AttackReport.load(tmp_path / "report.json")
-
-
-@pytest.mark.parametrize(("name", "unreliable"), FLAGS.items())
-def test_each_flag_has_its_paragraph(name, unreliable):
-    assert len(paragraph(name)) > 200 and paragraph(name).startswith("**Unreliable.** ") == unreliable
 
 
 def test_the_data_digest_tells_images_labels_and_their_order_apart():
@@ -220,8 +208,8 @@ def test_markdown_holds_the_numbers(report):
     assert "FC classifier" not in report_markdown(plain({"clean": "11", "model/square": "10"}))
 
 
-HOSTILE = ["<script>alert(1)</script>", "a | b", "a\n\n# A heading\n- a list", "`code` ``` ```", "[a](javascript:b)",
-           "**bold** _it_ ~~gone~~ $x$", "&lt;b&gt; \\", "\x1b[31mred\u202e", "<!-- ", "| --- |\r\n| x |", "\udcff"]
+HOSTILE = ["<script>|", "a\n\n# A heading\n- a list", "`code` ``` ```", "[a](javascript:b) **bold** _it_ ~~gone~~ $x$",
+           "&lt;b&gt; \\", "\x1b[31mred\u202e", "| --- |\r\n| x |", "\udcff"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -300,7 +288,6 @@ LARGE = torch.ones(50_000)
     in_place(lambda path: filling(path, "a"), lambda new: save_file({"a": LARGE}, new / "a")),
     lambda path: save_parts({"a": Parts(LARGE, iter([LARGE]))}, path, {}),
     lambda path: write_checkpoint(path, Checkpoint({"a": LARGE}, None, {}, PROGRESS, {}), 1),
-    lambda path: write_checkpoint(path, Checkpoint({}, None, {"a": LARGE}, PROGRESS, {}), 1),
     lambda path: write_checkpoint(path, Checkpoint({}, None, {}, PROGRESS | {"rows": ["x" * 50_000]}, {}), 1),
 ])
 def test_a_file_beyond_the_limit_of_the_system_is_named_and_leaves_nothing(write, tmp_path):
@@ -313,13 +300,6 @@ def test_a_file_beyond_the_limit_of_the_system_is_named_and_leaves_nothing(write
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [found for found in tmp_path.rglob("*") if found != path] and not path.is_file()
-
-
-def test_a_long_list_of_the_protocol_is_shown_by_its_first_entries_and_its_length(report):
-    names = [f"class-{i}" for i in range(1000)]
-    for number, expected in ((20, ", ".join(names[:20])), (1000, f"{', '.join(names[:10])}, ... (1000 in all)")):
-        text = dataclasses.replace(report, protocol=report.protocol | {"class_names": names[:number]})
-        assert f"| class_names | {expected} |" in report_markdown(text) and expected in report_page(text)
 
 
 # Whether a robust accuracy has converged
@@ -378,13 +358,3 @@ def test_a_report_keeps_it_and_says_it_in_words(measured, tmp_path):
         (10.0, 4 / 6), (60.0, 3 / 6), (100.0, 2 / 6)]
     assert "No image of 6 fell" in convergence_note(dataclasses.replace(
         report, convergence=dataclasses.replace(found, spent=500.0)))
-
-
-def test_an_older_report_is_shown_without_it(measured, tmp_path):
-    measured.save(tmp_path / "a.json")
-    data = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    del data["convergence"], data["date"]
-    (tmp_path / "b.json").write_text(json.dumps(data))
-    old = AttackReport.load(tmp_path / "b.json")
-    assert old.convergence is None and old.same_results(measured)
-    assert "converged?" not in report_markdown(old) + report_page(old)

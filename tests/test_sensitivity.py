@@ -124,8 +124,7 @@ def test_the_page_shows_every_network_head_and_class_and_nothing_from_outside(st
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"radii": [0]}, "expected a radius above 0"), ({"modes": ()}, "and a mode"), ({"modes": ("l2",)}, "l2"),
-    ({"iterations": 0}, "iterations"), ({"norm": "L3"}, "norm"), ({"batch_size": 0}, "batch_size"),
+    ({"radii": [0]}, "expected a radius above 0"), ({"modes": ("l2",)}, "l2"), ({"iterations": 0}, "iterations"),
     ({"labels": torch.full((4,), 99)}, "label 99 of image 0 is out of range"), ("unfitted", "fit_prototypes"),
     ("training", "eval"),
 ])
@@ -155,11 +154,3 @@ def test_the_command_writes_a_page_of_several_networks(tmp_path, capsys):
         main(["sensitivity", "--checkpoint", "x/a.pt", "x-a.pt", "--output", str(tmp_path / "other")])
     with pytest.raises(SystemExit, match="2"):  # it is in float32
         main(["sensitivity", "--amp"])
-
-
-def test_images_and_labels_of_other_types_give_the_same_study():
-    model = LinearFeatures().eval()
-    images, labels = images_of(model, "fc")
-    rows = [measure_sensitivity(model, x, y, "Linf", [0.02], ["fc"], iterations=3).rows
-            for x, y in ((images, labels), (images.double(), labels.int()), (images, labels.to(torch.uint8)))]
-    assert rows[0] == rows[1] == rows[2]

@@ -78,29 +78,18 @@ FASHION, FOLDER = "fashion_mnist", "folder"
 @pytest.mark.parametrize(("name", "split", "options", "message"), [
     *((name, "train", {}, message) for name, message in (
         ("cifar10", r"unknown data set 'cifar10'; expected one of digits, .*hfds/NAME; did you mean torch/cifar10"),
-        ("mnist", "did you mean torch/mnist"), ("fashionmnist", "did you mean fashion_mnist"),
-        ("torch/cifar11", "did you mean torch/cifar10"), ("hfds/", "unknown data set 'hfds/'"),
-        ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"),
-        ("HFIDS/some/thing", "is streamed"))),
+        ("wds/imagenet", "the data set 'wds/imagenet' is streamed: .* use a folder of images"))),
     ("digits", "valid", {}, "unknown split 'valid'; expected one of train, val, test"),
     *(("digits", "train", {"val_fraction": fraction}, r"val_fraction is .*; expected a number above 0 and below 1")
-      for fraction in (0.0, 1.0, -0.1, float("nan"))),
-    *(("digits", split, {"val_fraction": 0.2}, "has a validation split of its own; leave out val_fraction")
-      for split in ("train", "val")),
+      for fraction in (0.0, float("nan"))),
+    ("digits", "val", {"val_fraction": 0.2}, "has a validation split of its own; leave out val_fraction"),
     # A split in memory must fit the model.
     (FASHION, "train", {"input_size": (3, 28, 28)},
      r"\(1, 28, 28\), the model takes \(3, 28, 28\).*--in-chans 1, or another --dataset$"),
-    (FASHION, "train", {"input_size": [1, 32, 32]}, "not converted: give --img-size 28, or another --dataset$"),
-    (FASHION, "train", {"input_size": (3, 32, 32)}, "in-chans 1 and --img-size 28"),
     (FASHION, "train", {"num_classes": 3}, r"labels up to 3, the model the classes 0 to 2; .*\(--num-classes 4\)"),
     (FASHION, "test", {"data_dir": "empty"}, r"the split test of fashion_mnist has no image; give another --data-dir$"),
-    ("torch/cifar10", "test", {}, "no undamaged torch/cifar10 in .*--dataset-download --data-dir "),
-    ("torch/imagenet", "test", {}, "no undamaged torch/imagenet in .*image-net.org"),
-    (FOLDER, "test", {"data_dir": None}, "a folder of images needs --data-dir"),
     (FOLDER, "test", {"data_dir": "nowhere"}, r"there is no folder .*nowhere; choose another --data-dir"),
-    (FOLDER, "test", {"data_dir": "empty"}, r"there is no image in .*; it needs one subfolder a class"),
     (FOLDER, "test", {"data_dir": "odd"}, r"val has the class 'bee' \(1 such\), which .*train has not"),
-    (FOLDER, "train", {"data_dir": "mine", "num_classes": 1}, "labels up to 1, the model the classes 0 to 0"),
     (FOLDER, "train", {"data_dir": "mine", "input_size": (4, 32, 32)}, "images of 4 channels; files can be read as 1"),
     (FOLDER, "train", {"data_dir": "mine", "input_size": None}, r"of any size; give input_size=\(channels, height, wi"),
 ])
@@ -110,7 +99,6 @@ def test_a_data_set_that_cannot_be_opened_says_how_to_mend_it(tmp_path, name, sp
         write_idx(tmp_path / "empty" / "t10k-images-idx3-ubyte", grey_levels(0, 28, 28))
         write_idx(tmp_path / "empty" / "t10k-labels-idx1-ubyte", np.arange(0, dtype=np.uint8))
     if name == FOLDER:
-        (tmp_path / "empty").mkdir()
         write_folder(tmp_path / "mine" / "train", {"ant": 4, "bee": 4}, (20, 20))
         write_folder(tmp_path / "odd" / "train", {"ant": 1}, (20, 20))
         write_folder(tmp_path / "odd" / "val", {"ant": 1, "bee": 1}, (20, 20))
@@ -134,17 +122,6 @@ def test_the_digits_as_a_split_are_those_in_memory():
     for n in (-1, 361):
         with pytest.raises(ValueError, match=rf"first {n} images; the split val of digits has 360"):
             first_images(split, n)
-
-
-@pytest.mark.parametrize(("classes", "message"), [
-    (5, r"train of fashion_mnist has no image of 1 of .* 5 classes \(4 Coat\)"),
-    (10, r"no image of 6 of .* 10 classes \(4 Coat, 5 Sandal, .*, 8 Bag, \.\.\.\)")])
-def test_a_class_without_an_image_is_named(tmp_path, classes, message):
-    write_fashion_mnist(tmp_path)
-    split = open_split("fashion_mnist", "train", data_dir=tmp_path, num_classes=4)
-    check_every_class(split, 4)
-    with pytest.raises(ValueError, match=message):
-        check_every_class(split, classes)
 
 
 # The validation split that is held out
@@ -230,34 +207,27 @@ def _cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 100)
 
 
+def bomb(header: bytes) -> bytes:
+    """A file that unfolds to a gigabyte."""
+    return gzip.compress(header) + 64 * gzip.compress(bytes(1 << 24))
+
+
 @pytest.mark.parametrize(("suffix", "damage", "message"), [
     ("", _cut, r"t10k-images-idx3-ubyte has 9308 bytes of data, 9408 by its header; remove it, then fetch it"),
     (".gz", _cut, r"t10k-images-idx3-ubyte\.gz is damaged .*; remove it, then fetch it with: apt-get"),
     (".gz", lambda file: file.write_bytes(b"<html>404</html>"), r"ubyte\.gz is damaged \(Not a gzipped file"),
     ("", lambda file: write_idx(file, grey_levels(12, 28, 28), magic=13), "not begin as an idx file of bytes in 3"),
-    ("", lambda file: write_idx(file, grey_levels(12, 784)), "does not begin as an idx file of bytes in 3"),
-    ("", lambda file: file.write_bytes(b"\0\0\x08\x03\0"), "does not begin as an idx file"),
-    ("", lambda file: file.write_bytes(b""), "does not begin as an idx file"),
     ("", lambda file: write_idx(file, grey_levels(11, 28, 28)), "labels-idx1-ubyte has 12 labels for 11 images"),
+    (".gz", lambda file: file.write_bytes(bomb(b"\0\0\x08\x03" + np.array([12, 28, 28], ">u4").tobytes())),
+     "has more bytes of data, 9408 by its header"),
+    (".gz", lambda file: file.write_bytes(bomb(b"\0\0\x08\x03" + b"\xff" * 12)),
+     r"has 792281624\d* bytes of data by its header; expected at most 268435456"),
 ])
-def test_a_damaged_idx_file_is_named_with_what_to_do(tmp_path, suffix, damage, message):
+def test_a_damaged_idx_file_is_named_before_it_fills_the_memory(tmp_path, suffix, damage, message):
     write_fashion_mnist(tmp_path, suffix)
     damage(tmp_path / f"t10k-images-idx3-ubyte{suffix}")
-    with pytest.raises(ValueError, match=message):
-        open_split("fashion_mnist", "test", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize(("header", "message"), [
-    (b"\0\0\x08\x03" + np.array([12, 28, 28], ">u4").tobytes(), "has more bytes of data, 9408 by its header"),
-    (b"\0\0\x08\x03" + b"\xff" * 12, r"has 792281624\d* bytes of data by its header; expected at most 268435456"),
-    (b"", "does not begin as an idx file"),
-])
-def test_a_file_that_unfolds_to_a_gigabyte_is_refused_before_it_fills_the_memory(tmp_path, header, message):
-    write_fashion_mnist(tmp_path, ".gz")
-    bomb = gzip.compress(header) + 64 * gzip.compress(bytes(1 << 24))
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(bomb)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=rf"t10k-images-idx3-ubyte\.gz {message}"):
+    with pytest.raises(ValueError, match=message):
         open_split("fashion_mnist", "test", data_dir=tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
@@ -315,17 +285,6 @@ def test_the_first_images_of_a_folder_are_of_all_classes_and_always_the_same(fol
     assert first[1].unique().tolist() == [0, 1, 2]
 
 
-def test_images_of_a_folder_are_resized_and_cropped_at_the_centre(folder):
-    # 40/32 is the resized image's size, 40×60, which the images have already: only the crop is left.
-    split = open_split("folder", "test", data_dir=folder, input_size=(3, 32, 32), crop_pct=0.8)
-    files = sorted((folder / "val").rglob("*.png"))
-    crops = [np.asarray(Image.open(file))[4:36, 14:46].transpose(2, 0, 1) for file in files]
-    expected = [(torch.from_numpy(crop.copy()).float() / 255).numpy().tobytes() for crop in crops]
-    assert sorted(contents(split)) == sorted(expected)
-    small, _ = open_split("folder", "test", data_dir=folder, input_size=(3, 8, 12))[0]
-    assert small.shape == (3, 8, 12)
-
-
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 def test_images_are_cropped_as_timm_does_for_the_model(crop_mode, folder):
     model = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay={
@@ -375,7 +334,7 @@ def test_random_crops_are_a_function_of_seed_epoch_and_index(folder):
     check_pixels(*first_images(opened(5)), 3)
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "original", "augmix-m3"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "augmix-m3"])
 def test_policies_are_a_function_of_seed_epoch_and_index(folder, policy):
     for options in ({"dataset": "digits"}, {"dataset": "folder", "data_dir": folder, "input_size": (3, 16, 16)}):
         plain, *drawn = (open_split(split="train", auto_augment=policy, augmentation_seed=seed, **options)
@@ -386,9 +345,8 @@ def test_policies_are_a_function_of_seed_epoch_and_index(folder, policy):
         assert all(map(torch.equal, one, same)) and not all(map(torch.equal, one, other))
         assert not all(torch.equal(image, plain[i][0]) for i, image in enumerate(one))
         check_pixels(torch.stack(one), drawn[0].labels[:12])
-    for name, text in (("random", "AssertionError"), ("rand-magnitude", "its part 'magnitude' has no number")):
-        with pytest.raises(ValueError, match=rf"--aa\) is .{name}., which timm does not know .*{text}.*expected such"):
-            open_split("digits", "train", auto_augment=name, augmentation_seed=0)
+    with pytest.raises(ValueError, match=r"is .rand-magnitude., .*its part 'magnitude' has no number.*expected such"):
+        open_split("digits", "train", auto_augment="rand-magnitude", augmentation_seed=0)
 
 
 def test_the_crop_of_an_option_is_the_model_s_from_then_on_and_workers_read_the_same_images(folder):

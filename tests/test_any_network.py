@@ -129,6 +129,8 @@ def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
     (Net, {"in_chans": 3}, "in_chans is 3, and the model has 1"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), {}, "Sequential has 7 classes and digits 10"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), {}, "Sequential does not take digits's images"),
+    (lambda: nn.Sequential(timm_hpm.add_hpm_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), nn.Softmax(dim=1)),
+     {}, r"logits are not those of its HPM head \(model.0.1\): another layer follows"),
     (nn.Flatten, {}, "Flatten does not say its number of classes"),
     (nn.Flatten, {"num_classes": 10}, "it returns 64 logits for 10 classes"),
     (Net, {"freeze_backbone": True}, "neither an HPM head nor timm's get_classifier"),

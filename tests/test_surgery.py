@@ -230,6 +230,7 @@ def test_other_heads_are_refused_and_left_alone(name, arguments, message):
 @pytest.mark.parametrize(("classifier", "message"), [
     (nn.Linear(100, 1000), r"takes 100 features and has 1000 classes; expected the model's \d+ \(head_hidden_size\)"),
     (nn.utils.parametrizations.weight_norm(nn.Linear(96, 1000)), "is a ParametrizedLinear"),
+    (nn.utils.spectral_norm(nn.Linear(96, 1000)), "the classifier fc of ResNet has hooks, which a head would not have"),
 ])
 def test_a_classifier_that_does_not_fit_is_refused(classifier, message):
     model = timm.create_model("test_resnet")

@@ -294,6 +294,10 @@ def _put_head(model: nn.Module, path: str | None, config: dict[str, Any]) -> Non
     """Replaces the classifier by an HPM head with the arguments `config` and the classifier's parameters."""
     name = find_classifier(model, path)
     classifier: Any = model.get_submodule(name)
+    if classifier._forward_hooks or classifier._forward_pre_hooks:
+        raise UnsupportedHeadError(f"the classifier {name} of {type(model).__name__} has hooks, which a head would not "
+                                   "have; remove them first, such as by nn.utils.remove_weight_norm or "
+                                   "remove_spectral_norm")
     kind = HPMConvHead if isinstance(classifier, nn.Conv2d) else HPMHead
     weight, bias = classifier.weight, classifier.bias
     head = kind(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype, **config)

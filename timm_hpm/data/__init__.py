@@ -12,6 +12,7 @@ from .pixels import (
     checked_integer,
     class_indices,
     for_gradients,
+    head_logits,
     in_eval_mode,
     normalisation_of,
     random_flip,
@@ -24,6 +25,6 @@ from .splits import SPLITS, ImageSplit, check_every_class, first_images, hold_ou
 __all__ = [
     "DATASETS", "SPLITS", "DataSource", "ImageSplit", "PixelModel", "as_pixel_model", "ask", "check_eval_mode",
     "check_every_class", "check_logits", "check_pixels", "check_range", "check_weights", "checked_integer",
-    "class_indices", "data_source", "first_images", "for_gradients", "hold_out", "in_eval_mode", "load_split",
-    "normalisation_of", "open_split", "random_flip", "random_shift", "unwrapped",
+    "class_indices", "data_source", "first_images", "for_gradients", "head_logits", "hold_out", "in_eval_mode",
+    "load_split", "normalisation_of", "open_split", "random_flip", "random_shift", "unwrapped",
 ]

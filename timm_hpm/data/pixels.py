@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..head import WholeLoading, check_module
+from ..head import WholeLoading, check_module, head_name
 
 #: The source of a mean and std that the caller names.
 GIVEN: Final = "given as mean and std"
@@ -184,6 +184,26 @@ def check_logits(output: Any, rows: int) -> Tensor:
         raise ValueError(f"the model returns for {rows} images the shape {tuple(output.shape)} and dtype "
                          f"{output.dtype}, {output.layout}; expected logits (B, C) in floating point, dense, C above 1")
     return output
+
+
+def head_logits(pixel_model: nn.Module, pixels: Tensor) -> Tensor:
+    """Returns the logits (B, C) of a model for `pixels` (B, channels, H, W).
+
+    Raises:
+        ValueError: if the model does not return logits or, with an HPM head, others than the head's.
+    """
+    outputs: list[Tensor] = []
+    name = head_name(pixel_model)
+    head = nn.Identity() if name is None else pixel_model.get_submodule(name)
+    with head.register_forward_hook(lambda module, inputs, output: outputs.append(output.flatten(1).clone())):
+        logits = check_logits(ask(pixel_model, pixels), len(pixels))
+    # Those of the last draws: a randomised model may be called several times.
+    own = outputs[-getattr(pixel_model, "draws", 1):]
+    if name is not None and not (own and torch.stack(own).float().mean(dim=0).allclose(
+            logits.float(), rtol=0, atol=0, equal_nan=True)):
+        raise ValueError(f"the model's logits are not those of its HPM head ({name}): another layer follows the head, "
+                         "which surrogates and training would not see. Use the model without its HPM head")
+    return logits
 
 
 def check_weights(model: nn.Module) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attacks import margin_loss
 from ..checkpoints import NormalisationWarning
-from ..data import PixelModel, ask, check_logits, check_pixels, normalisation_of, unwrapped
+from ..data import PixelModel, ask, check_logits, check_pixels, head_logits, normalisation_of, unwrapped
 from ..functional import in_autocast
-from ..head import find_head, head_name
+from ..head import find_head
 from ..models.constructors import UNNORMALISED
 from ..report import Flag, data_digest, weights_digest
 from ..report.metrics import right_in_all
@@ -163,17 +163,8 @@ def _warn_of_torchvision(pixel_model: nn.Module) -> None:
 @torch.no_grad()
 def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
     """Returns the logits (B, C); raises unless they are finite, the HPM head's if there is one, and one image's too."""
-    outputs: list[Tensor] = []
-    name = head_name(pixel_model)
-    head = nn.Identity() if name is None else pixel_model.get_submodule(name)
-    with head.register_forward_hook(lambda module, inputs, output: outputs.append(output.flatten(1).clone())):
-        logits = check_logits(ask(pixel_model, images), len(images))
+    logits = head_logits(pixel_model, images)
     check_finite(own_logits(pixel_model, images, logits))
-    # Those of the last draws: a randomised model may be called several times.
-    own = outputs[-getattr(pixel_model, "draws", 1):]
-    if name is not None and not (own and torch.equal(torch.stack(own).float().mean(dim=0), logits.float())):
-        raise ValueError(f"the model's logits are not those of its HPM head ({name}): another layer follows the head, "
-                         "which the surrogates would not see. Attack it without its HPM head")
     try:
         check_logits(ask(pixel_model, images[:1]), 1)
     except (RuntimeError, IndexError, ValueError) as error:

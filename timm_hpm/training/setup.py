@@ -17,7 +17,16 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..attacks.pgd import default_step_size
-from ..data import ImageSplit, PixelModel, check_every_class, check_logits, data_source, first_images, in_eval_mode
+from ..data import (
+    ImageSplit,
+    PixelModel,
+    check_every_class,
+    check_logits,
+    data_source,
+    first_images,
+    head_logits,
+    in_eval_mode,
+)
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, mode_if_any, own_mode
@@ -257,6 +266,8 @@ def _check_forward(config: TrainConfig, model: Any, pixels: torch.Tensor) -> Non
         size = "×".join(map(str, pixels.shape[1:]))
         raise ValueError(f"{config.model} does not take {config.dataset}'s images of {size} (channels, height, width): "
                          f"{error}. Give --in-chans, --img-size, --mean and --std, or another model") from error
+    with torch.no_grad(), mode_if_any(model, "fc"), in_eval_mode(model):
+        head_logits(PixelModel(model), pixels)
     if narrow and config.amp and PartialState().device.type == "cpu":
         raise ValueError(f"the strided convolution {narrow[0]} of {config.model} meets maps narrower than its stride. "
                          "Of its weight's gradient in bfloat16, torch leaves a part uninitialised on CPUs, and the "

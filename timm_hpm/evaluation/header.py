@@ -1,5 +1,6 @@
 """What an evaluation says before it begins: the model, the data, the attack, and how long it may take."""
 
+from functools import cache
 from typing import Any
 
 from accelerate import Accelerator
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from ..console import device_text, duration, facts
 from ..data import as_pixel_model, normalisation_of
-from ..head import find_head, head_mode, head_name
+from ..head import find_head, head_name, mode_if_any
 from ..report.metrics import attack_of
 from ..report.tables import pixels_note
 from ..seeding import seeded
@@ -38,8 +39,9 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     pixel_model = as_pixel_model(model)
     device = device_of(pixel_model, images)
     batch = images[:batch_size].to(device)
-    with seeded(device, 0, "header"), without_autocast(batch):
-        attacked = _attacked(pixel_model, batch, modes)
+    mode = "batch" if "batch" in modes else next(iter(modes), None)
+    with seeded(device, 0, "header"), without_autocast(batch), mode_if_any(pixel_model, mode):
+        attacked = AttackedModel(pixel_model, batch)
     plan = make_plan(protocol, attacked, 10**6, ())
     budgets = "; ".join(f"{name} {budget}" for name, budget in plan.protocol.attacks.items())
     times = len([eps for eps in radii or [threat.eps] if eps]) * len(modes or [""])
@@ -60,13 +62,6 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
     })
 
 
-def _attacked(pixel_model: nn.Module, batch: Tensor, modes: tuple[str, ...]) -> AttackedModel:
-    if not modes:
-        return AttackedModel(pixel_model, batch)
-    with head_mode(pixel_model, "batch" if "batch" in modes else modes[0]):
-        return AttackedModel(pixel_model, batch)
-
-
 def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float,
              time_limit: str | None = None) -> dict[str, str]:
     """Returns how long a plan's attacks and verdicts on so many images may take, from the time of one pass.
@@ -75,11 +70,13 @@ def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: flo
     """
     steps = [(len(group), ATTACKS[attack_of(row)].needs_gradient, plan.budget(row).queries())
              for group, row in plan.steps]
-    kinds = {(size, gradient) for size, needs_gradient, _ in steps for gradient in (needs_gradient, False)}
-    # Surrogates side by side share a pass, which costs less than one for each.
-    seconds = {(size, gradient): size * _seconds_per_image(
-        attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient) for size, gradient in sorted(kinds)}
-    costs = [number * seconds[size, gradient] + seconds[size, False] for size, gradient, number in steps]
+
+    @cache
+    def seconds(size: int, gradient: bool) -> float:
+        # Surrogates side by side share a pass, which costs less than one for each.
+        return size * _seconds_per_image(attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient)
+
+    costs = [number * seconds(size, gradient) + seconds(size, False) for size, gradient, number in steps]
     passes = sum(size * (number + 1) for size, _, number in steps)  # with the verdicts
     most = "at most about" if plan.cascade else "about"
     text = (f"{most} {duration(num_images * sum(costs))} for the attacks and verdicts: {passes:,} passes an image, "

@@ -21,7 +21,7 @@ NUM_DIGITS = 12
 
 THREAT = ThreatModel("Linf", 0.15)
 TINY = {"apgd-ce": 5, "apgd-pm": 5, "apgd-t": "3x2", "fab-t": "2x2", "square": 20, "apgd-chain": 2, "joint": 3,
-        "joint-subset": "3r2", "search": 3, "search-on": 3}
+        "joint-subset": "3r2", "search": 3, "search-on": 3, "square-on": 20}
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from protocols import run_attack
+from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
@@ -108,17 +110,35 @@ def test_a_plain_classifier_is_searched(name):
     # Within so large a ball little is left for the long searches.
     threat = ThreatModel("Linf", 0.01 if name == "fast" else 0.5)
     report = timm_hpm.mixed_surrogate_attack(model, images, labels, threat, protocol=name)
-    expected = {"fast": {"apgd-ce", "search", "square"}, "standard": {"apgd-ce", "apgd-t", "search", "square"},
-                "thorough": {"apgd-ce", "apgd-t", "search", "search-on", "square"}}[name]
-    assert report.by_surrogate["model"].keys() == expected | {"worst"}
+    further = {"fast": set(), "standard": {"apgd-t", "square-on"}, "thorough": {"apgd-t", "square-on", "search-on"}}
+    assert report.by_surrogate["model"].keys() == {"apgd-ce", "search", "square", "worst"} | further[name]
     assert report.protocol["protocol"] == name and not report.protocol["full_grid"]
     found = timm_hpm.attack(model, images, labels, "Linf:0.01", "search-on", budget=200)
     assert ThreatModel("Linf", 0.01).contains(found, images).all()
 
 
+def test_square_goes_on_with_the_images_nearest_to_an_error_only(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+    images = torch.rand(60, 3, 4, 4)
+    labels = model(images).argmax(dim=1)
+    before, after = (run_attack(model, images, labels, "Linf:0.02", attacks=["apgd-ce", *more], folder=tmp_path / name,
+                                budgets={"apgd-ce": 1, "square-on": 30}, batch_size=60, save_adversarial=True)
+                     for name, more in (("before", []), ("after", ["square-on"])))
+    left = [number for number, robust in enumerate(before.robust) if robust]
+    nearest = sorted(left, key=before.convergence.margins.__getitem__)[:math.ceil(len(left) / 16)]
+    found = load_file(tmp_path / "after" / "adversarial.safetensors")["model/square-on"]
+    moved = (found != images).flatten(1).any(dim=1)
+    assert len(left) > 32 and [number for number in left if moved[number]] == sorted(nearest)
+    assert after.cost["square-on"]["forward_passes"] <= len(nearest) * 31
+    # The passes count over all images that were left.
+    spent = after.convergence.spent - before.convergence.spent
+    assert spent == pytest.approx(after.cost["square-on"]["forward_passes"] / len(left))
+
+
 def test_attacks_that_are_given_hold_for_every_classifier_and_those_of_plain_ones_for_them_only():
     standard = timm_hpm.PROTOCOLS["standard"]
-    assert standard.changed().for_classifier(plain=True).attacks.keys() == {"apgd-ce", "search", "apgd-t", "square"}
+    assert standard.changed().for_classifier(plain=True).attacks.keys() == {
+        "apgd-ce", "search", "apgd-t", "square", "square-on"}
     assert standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks["apgd-ce"].iterations == 3
     assert "fab-t" in standard.changed(budgets={"apgd-ce": 3}).for_classifier(plain=True).attacks
     fast = timm_hpm.PROTOCOLS["fast"]

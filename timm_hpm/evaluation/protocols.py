@@ -132,12 +132,12 @@ def _summary(attacks: Mapping[str, Budget]) -> dict[str, dict[str, int]]:
 
 
 _AUTOATTACK: Final = ("apgd-ce", "apgd-t", "fab-t", "square")
-_STANDARD: Final = {name: attack.budget for name, attack in ATTACKS.items()
-                    if not name.startswith(("search", "apgd-pm"))}
+_STANDARD: Final = {name: ATTACKS[name].budget
+                    for name in (*_AUTOATTACK, "apgd-chain", "joint", "joint-subset")}
 _FAST: Final = {"apgd-ce": Budget(100), "apgd-t": Budget(100, targets=3), "square": Budget(1_000),
                 "apgd-chain": Budget(50), "joint": Budget(100), "joint-subset": Budget(25, restarts=30)}
 _STANDARD_PLAIN: Final = {"apgd-ce": Budget(20), "search": Budget(600), "apgd-t": Budget(50, targets=2),
-                          "square": Budget(1_000)}
+                          "square": Budget(1_000), "square-on": Budget(5_000)}
 
 #: `standard`: each attack at its standard budget through every surrogate, black-box attacks on the true model as well.
 #: `fast`: the same without FAB, with fewer targets and fewer queries of Square. A classifier whose own logits are

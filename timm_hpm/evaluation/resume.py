@@ -52,7 +52,7 @@ class Step:
     not_finite: dict[str, list[int]] = field(default_factory=dict)  # images by place: the search or the verdicts
     predicted: list[int] = field(default_factory=list)  # classes of the clean images, which no folder keeps
     margins: list[float] = field(default_factory=list)  # (B,), smallest lead of the right logit; 0 if misclassified
-    attacked: int = 0  # number of images
+    attacked: int = 0  # number of images that were left, over which the passes count
 
     def without_pixels(self) -> "Step":
         """Returns the step without its tensors, of which a mere slice would keep the memory."""

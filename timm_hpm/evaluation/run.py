@@ -1,6 +1,7 @@
 """`Run`: the steps of a plan on each batch: attack, judge, keep."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -115,6 +116,8 @@ class Run:
         model, attack = self.subject.attacked, ATTACKS[attack_of(row)]
         surrogates = [model.exact_surrogate() if name == TRUE_MODEL else name for name in group]
         active = torch.stack([self._active(f"{name}/{row}", state) for name in group])
+        left = int(active.any(dim=0).sum())
+        active &= state.nearest(attack.nearest)
         rows = active.any(dim=0).nonzero().squeeze(1)
         found = state.standing.repeat(len(group), 1, 1, 1, 1)
         not_finite: dict[str, list[int]] = {}
@@ -139,7 +142,7 @@ class Run:
                 "backward_passes": model.backward_passes - before[2]}
         step = self._judged(row, dict(zip(named(group, row), found, strict=True)), state)
         return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost,
-                       attacked=len(rows))
+                       attacked=left)
 
     def _active(self, name: str, state: "_State") -> Tensor:
         """Returns the images (B,) that a step attacks: all, or in a cascade those that are left."""
@@ -216,13 +219,23 @@ class _State:
         self.standing = self.images.clone()  # or the first successful candidate of each image
         self.broken = torch.zeros_like(self.labels, dtype=torch.bool)  # by the true model's verdicts
         self.fc_broken = self.broken.clone()  # by the FC classifier's on the candidates of the attacks on it
+        self.leads = torch.full_like(self.labels, torch.inf, dtype=torch.float32)  # the right logit's smallest so far
 
     def add(self, step: Step) -> None:
         """Takes the verdicts of a step."""
         self.standing[step.broken] = step.points.to(self.images.device)
         self.broken[step.broken] = True
+        self.leads = self.leads.minimum(torch.tensor(step.margins, device=self.leads.device))
         for row in step.baseline_correct.values():
             self.fc_broken |= torch.tensor([verdict == "0" for verdict in row], device=self.labels.device)
+
+    def nearest(self, part: float) -> Tensor:
+        """Returns whether each image (B,) is in the `part` of smallest leads of those that are not broken."""
+        if part == 1:
+            return torch.ones_like(self.broken)
+        left = (~self.broken).nonzero().squeeze(1)
+        served = left[self.leads[left].argsort(stable=True)[:math.ceil(part * len(left))]]
+        return torch.zeros_like(self.broken).index_fill(0, served, True)
 
 
 def first_examples(examples: Iterable[Example]) -> list[Example]:

@@ -30,6 +30,7 @@ class Attack:
         whole_batch: whether it moves all images of a batch for a common loss, through batch-dependent surrogates, from
             the batch that earlier attacks have left.
         chained: whether it goes from one surrogate to the next; it needs two or more.
+        nearest: of the images of a batch that are not broken, the part that it attacks: those nearest to an error.
         seeded_as: the name that seeds its random numbers; None means its own.
     """
 
@@ -39,6 +40,7 @@ class Attack:
     needs_gradient: bool = True
     whole_batch: bool = False
     chained: bool = False
+    nearest: float = 1.0
     seeded_as: str | None = None
 
     @property
@@ -77,6 +79,7 @@ ATTACKS: Final = {
         Attack("search", search, Budget(1_000)),
         Attack("search-on", partial(search, repeated=True), Budget(10_000)),
         Attack("square", square, Budget(5_000), needs_gradient=False),
+        Attack("square-on", square, Budget(5_000), needs_gradient=False, nearest=1 / 16),
         Attack("apgd-chain", apgd_chain, Budget(50), chained=True),
         Attack("joint", joint, Budget(100), whole_batch=True),
         Attack("joint-subset", joint_subset, Budget(25, restarts=30), whole_batch=True, seeded_as="joint-rest"),

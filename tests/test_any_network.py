@@ -14,8 +14,7 @@ from timm_hpm import PixelModel
 from timm_hpm.models.saving import saved_config
 from timm_hpm.training import TrainConfig, train
 
-CONFIG = TrainConfig(device="cpu", epochs=3, lr=0.1, attack_steps=1, val_attack_steps=1, batch_size=64,
-                     model_ema_decay=0.5)
+CONFIG = TrainConfig(device="cpu", epochs=3, lr=0.1, attack_steps=1, val_attack_steps=1, batch_size=64)
 
 
 class Net(nn.Module):

@@ -44,9 +44,9 @@ def test_mart_in_closed_form():
         divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
         return -2 * math.log(q) + 3 * divergence * (1 - p)
 
-    options = TrainConfig(fc_loss_weight=0.0, mart_lambda=3.0)
+    options = TrainConfig(objective="mart", fc_loss_weight=0.0, mart_lambda=3.0)
     assert mart([clean, adversarial], label, options).item() == pytest.approx(expected(0.8, 0.4), rel=1e-5)
-    both = mart([clean, adversarial], label, TrainConfig(fc_loss_weight=0.5, mart_lambda=3.0)).item()
+    both = mart([clean, adversarial], label, dataclasses.replace(options, fc_loss_weight=0.5)).item()
     assert both == pytest.approx((expected(0.8, 0.4) + 0.5 * expected(0.2, 0.6)) / 1.5, rel=1e-5)
     # Clean images that the model is sure of, or alike answers, leave the boosted cross-entropy.
     for first in (answers(1 - 1e-7, 1e-7), adversarial):
@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_the_perturbed_weights_and_an_error_takes_them_b
 @pytest.mark.parametrize("objective", ["mart", "clean"])
 def test_without_perturbation_a_run_is_the_plain_one_and_with_it_another(objective, tmp_path):
     plain = run(tmp_path / "plain", objective=objective)
-    run(tmp_path / "zero", objective=objective, awp_gamma=0.0, awp_warmup=0.5)
+    run(tmp_path / "zero", objective=objective, awp_gamma=0.0)
     run(tmp_path / "late", objective=objective, awp_gamma=0.01, awp_warmup=1)
     kept = run(tmp_path / "awp", objective=objective, awp_gamma=0.01)
     state = weights(tmp_path / "plain")

@@ -114,6 +114,9 @@ class RunOptions(CommonOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seconds()
+        if self.amp_dtype != AMP_DTYPES[0] and not self.amp:
+            raise ValueError(f"amp_dtype is {self.amp_dtype}, and has no effect without amp; give --amp, too, or leave "
+                             "it out")
 
     def seconds(self) -> float | None:
         """Returns the time limit in seconds."""

@@ -1,7 +1,7 @@
 """`TrainConfig`: every option of a training run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from ..options import RunOptions, as_dict, free_names, option
@@ -18,6 +18,11 @@ _ATTACK: Final = "attack"
 _PROTOTYPES: Final = "prototypes"
 _OPTIMISATION: Final = "optimisation"
 _MACHINE: Final = "machine and output"
+
+# Options without an effect if another one is off, or with any of our objectives but one; a caller's may use them all.
+_NEEDS: Final = {"extra_fraction": "extra_data", "model_ema_decay": "model_ema", "awp_warmup": "awp_gamma"}
+_OF_OBJECTIVE: Final = {"trades_beta": "trades", "mart_lambda": "mart"}
+_OURS: Final = frozenset(OBJECTIVES)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class TrainConfig(RunOptions):
         if self.extra_per_batch == self.batch_size:
             raise ValueError(f"extra_fraction is {self.extra_fraction} of batch_size {self.batch_size}, which leaves "
                              "no image of the data set; expected a smaller fraction or a larger batch")
+        self._check_effects()
         rates = {name: getattr(self, name) for name in ("drop", "drop_path")} | (self.model_kwargs or {})
         lost = [name for name in ("drop", "drop_path", "drop_rate", "drop_path_rate") if rates.get(name)]
         if self.freeze_backbone and lost:
@@ -126,6 +132,16 @@ class TrainConfig(RunOptions):
                              "(freeze_backbone), and would have no effect; leave out one or the other")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
+
+    def _check_effects(self) -> None:
+        """Raises a ValueError for an option that has no effect without another one."""
+        for one in fields(self):
+            value, needs, owner = getattr(self, one.name), _NEEDS.get(one.name), _OF_OBJECTIVE.get(one.name)
+            if value != one.default and needs and not getattr(self, needs):
+                raise ValueError(f"{one.name} is {value:g}, and has no effect without {needs}; give both or neither")
+            if value != one.default and owner and self.objective in _OURS - {owner}:
+                raise ValueError(f"{one.name} is {value:g}, and has no effect on the objective {self.objective}; give "
+                                 f"--objective {owner}, or leave it out")
 
     @property
     def extra_per_batch(self) -> int:

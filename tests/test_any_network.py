@@ -89,11 +89,6 @@ def test_a_wrapped_model_is_trained_and_saved_as_the_one_inside(wrap, tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_normalisation_beside_that_of_a_pixel_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"mean is \(0.1,\), and the PixelModel normalises by \(0.5,\); leave it out"):
-        train(PixelModel(Net(), (0.5,), (1.0,)), CONFIG, tmp_path, mean=(0.1,), log=quiet)
-
-
 def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
     model = timm_hpm.add_hpm_head(Net())
     whole = PixelModel(model, (0.3,), (0.4,)).train()
@@ -122,15 +117,14 @@ def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize(("model", "options", "message"), [
     (Net, {"pretrained": True}, "pretrained makes a model, and the run is given one"),
+    (lambda: PixelModel(Net(), (0.5,), (1.0,)), {"mean": (0.1,)},
+     r"mean is \(0.1,\), and the PixelModel normalises by \(0.5,\); leave it out"),
     (Net, {"batch_size": 1}, "has BatchNorm, which learns nothing from the statistics of one image"),
-    (Net, {"model_kwargs": {"mix": 0.5}}, "model_kwargs makes a model"),
     (Net, {"num_classes": 5}, "Net has 5 classes and digits 10. To train, give --num-classes 10"),
     (Net, {"in_chans": 3}, "in_chans is 3, and the model has 1"),
-    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), {}, "Sequential has 7 classes and digits 10"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), {}, "Sequential does not take digits's images"),
     (lambda: nn.Sequential(timm_hpm.add_hpm_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), nn.Softmax(dim=1)),
      {}, r"logits are not those of its HPM head \(model.0.1\): another layer follows"),
-    (nn.Flatten, {}, "Flatten does not say its number of classes"),
     (nn.Flatten, {"num_classes": 10}, "it returns 64 logits for 10 classes"),
     (Net, {"freeze_backbone": True}, "neither an HPM head nor timm's get_classifier"),
     (Net, {"grad_checkpointing": True}, "Net has no gradient checkpointing"),

@@ -42,10 +42,10 @@ def digits_model(**kwargs) -> nn.Module:
     return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, **kwargs).eval()
 
 
-def forged_report(model: nn.Module, inference: str = "batch") -> AttackReport:
+def forged_report(model: nn.Module) -> AttackReport:
     """A report of 8 digits in two batches, all robust, though the ball is so large that each can be broken."""
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
-    with timm_hpm.head_mode(model, inference):
+    with timm_hpm.head_mode(model, "batch"):
         report = run_attack(model, images, labels, THREAT, batch_size=4, surrogates=["fc"],
                             attacks=["apgd-ce"], budgets={"apgd-ce": Budget(1)})
     assert report.correct["clean"] == "1" * 8
@@ -76,11 +76,10 @@ def test_every_attacker_breaks_a_linear_classifier_where_that_is_possible(indepe
         assert torch.equal(broken[clear], best[clear] > 0), name
 
 
-@pytest.mark.parametrize("inference", ["batch", "sample"])
-def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(independent, inference):
+def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(independent):
     model = digits_model()
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
-    report = forged_report(model, inference)
+    report = forged_report(model)
     report.correct["fc/apgd-ce"] = "10111101"
     budgets = independent.Budgets(pgd_steps=5, pgd_restarts=1, apgd_steps=5, apgd_restarts=2, apgd_t_steps=3,
                                   fab_t_steps=2, square_queries=20)
@@ -117,15 +116,6 @@ def test_results_of_autoattack_on_other_images_are_refused(benchmark, tmp_path):
         public_nets.reference(path, "11")
 
 
-def test_a_pair_of_digits_is_of_the_class_of_both(benchmark):
-    many_classes = benchmark("many_classes")
-    digits = {image.numpy().tobytes(): int(label) for image, label in timm_hpm.load_split("digits", "val")}
-    images, labels = many_classes.pairs("val", 20)
-    for image, label in zip(images, labels, strict=True):
-        left, right = (digits[half.contiguous().numpy().tobytes()] for half in image.split(8, dim=2))
-        assert 10 * left + right == label
-
-
 # docs/results.md: the committed reports make it, and its verdicts follow from known accuracies
 
 
@@ -136,11 +126,6 @@ def table(benchmark):
 
 def report(correct: dict[str, str], assembled: str = "") -> AttackReport:
     return AttackReport(protocol={"batch_size": 2}, correct=correct, assembled=assembled)
-
-
-def test_the_committed_page_is_what_the_committed_reports_make(table):
-    committed = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert table.page() == committed, "python benchmarks/heads.py table > docs/results.md"
 
 
 def test_a_verdict_is_given_only_at_two_standard_errors(table):
@@ -174,23 +159,6 @@ def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks
     assert table.realised(batch) == [False, True, False, False, False]
     assert table.claimed(batch) == [False, True, True, True, True]
     assert table.realised(report(rows)) == table.worst(report(rows))
-
-
-def test_the_text_names_each_table_once(table):
-    text = "# T\n\n{a}\n\nb: {not a place}\n\n{b}\n"
-    assert table.filled(text, {"a": ["1", "2"], "b": ["3"]}) == "# T\n\n1\n2\n\nb: {not a place}\n\n3\n"
-    for tables in ({"a": []}, {"a": [], "b": [], "c": []}):
-        with pytest.raises(ValueError, match=r"the places a, b; expected one line \{NAME\} for each of a"):
-            table.filled(text, tables)
-
-
-def test_a_base_that_lacks_modes_and_attacks_has_a_row_for_the_others(table):
-    digits, alone = ({"digits": heads["digits"]} for heads in table.read_heads())
-    fc = {"digits": {key: digits["digits"][key] for key in (table.FC, table.L2)}}
-    rows = table.accuracies(fc, {})
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| digits, FC", "| digits, ℓ2"]
-    assert rows[2] in table.accuracies(digits, alone) and rows[3].endswith(" |  |  |")
-    assert len({row.count("|") for row in rows}) == 1
 
 
 # The trials of other forms of the head: the forms compute what they say

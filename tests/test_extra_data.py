@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import LAUNCHER, ROOT, python
+from processes import python
 from training_runs import run, weights
 
 import timm_hpm
@@ -97,15 +97,6 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
     run(tmp_path / "part", resume=True, **given, extra_fraction=0.5)
     for name in ("metrics.csv", "model.safetensors"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_two_processes_share_one_unpacked_file(tmp_path):
-    np.savez_compressed(tmp_path / "more.npz", **digits())
-    python(*LAUNCHER, ROOT / "train.py", "--device=cpu", "--pretrained", "--epochs=1", "--lr=0.01", "--attack-steps=1",
-           "--val-attack-steps=1", "--batch-size=100", "--extra-data=more.npz", "--output=run", folder=tmp_path)
-    assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "extra-data.npy").exists()
-    # 70 of each 100 are extra: 1,077 digits make 17 updates of 2 · 30, a tenth of them in the last two checkpoints.
-    assert "epoch-00001-batch-00000000" in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
-from protocols import run_attack, unfinished
+from protocols import SMALL, run_attack, unfinished
 from torch import nn
 from training_runs import run
 
@@ -23,8 +23,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NUM_DIGITS = 24
 DEVICE = "cuda"
 THREAT = ThreatModel("Linf", 0.15)
-BUDGETS = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(30),
-           "apgd-chain": Budget(3), "joint": Budget(5), "joint-subset": Budget(5, restarts=2)}
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def test_fab_finds_the_points_of_the_cpu(norm):
 def test_a_whole_evaluation_agrees_with_the_cpu_and_its_candidates_with_the_judge(inference, tmp_path):
     options = ["--num-images", "24", "--batch-size", "12", "--threat", "Linf:0.15", "--inference", inference,
                "--neighbours", "4" if inference == "batch" else "none", "--save-adversarial"]
-    budgets = {name: budget for name, budget in BUDGETS.items() if inference == "batch" or "joint" not in name}
+    budgets = {name: budget for name, budget in SMALL.items() if inference == "batch" or "joint" not in name}
     options += ["--attacks", ",".join(budgets), "--budget", *(f"{name}={budget}" for name, budget in budgets.items())]
     for name, device in (("here", "cpu"), ("there", DEVICE)):
         assert evaluate.main([*options, "--device", device, "--output", str(tmp_path / name)]) == 0
@@ -84,7 +82,7 @@ def test_a_whole_evaluation_agrees_with_the_cpu_and_its_candidates_with_the_judg
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_report(on_device, tmp_path):
-    options = {"budgets": BUDGETS, "batch_size": 12, "folder": tmp_path}
+    options = {"budgets": SMALL, "batch_size": 12, "folder": tmp_path}
     state = torch.cuda.get_rng_state()
     first = unfinished(*on_device, THREAT, **options)
     assert run_attack(*on_device, THREAT, **options).same_results(first)

@@ -1,12 +1,10 @@
 """Memory of evaluations: files written part by part, and the peaks of real processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, python
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -102,9 +100,7 @@ def peaks(side: int, *calls: str) -> list[tuple[int, int, float]]:
     """Returns peak in MiB, number of candidate sets and robust accuracy after each call of the script's `evaluate`."""
     code = "\n".join([f"SIDE = {side}", SCRIPT, *calls])
     # The threshold above which glibc gives memory back moves, and the peak with it, unless it is set.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=1800)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", code, folder=ROOT, MALLOC_MMAP_THRESHOLD_="65536")
     return [(int(peak), int(sets), float(robust)) for peak, sets, robust in map(str.split, done.stdout.splitlines())]
 
 

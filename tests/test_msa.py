@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from protocols import run_attack
+from protocols import SMALL, run_attack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
@@ -20,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import timm_hpm
-from timm_hpm import AttackReport, HPMHead, PixelModel, ThreatModel, report_markdown
+from timm_hpm import HPMHead, PixelModel, ThreatModel
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch
@@ -30,9 +28,6 @@ from timm_hpm.surrogates import SURROGATES
 NUM_DIGITS = 24
 
 SHAPE = (1, 6, 6)
-# Enough for small problems; the standard budgets are the slow tests'.
-SMALL = {"apgd-ce": Budget(10), "apgd-t": Budget(10, targets=2), "fab-t": Budget(5, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=4)}
 
 
 def prototype_problem(mode: str, num_classes: int = 5) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -137,9 +132,9 @@ def test_components_find_the_points_of_autoattack(digits_model):
 # What the protocol "standard" runs on a head in batch mode, beside Square on the true model.
 COMPONENTS = tuple(PROTOCOLS["autoattack"].attacks)
 ROWS = {f"{s}/{a}" for s in SURROGATES for a in (*COMPONENTS, "apgd-chain")} | {
-    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(4))}
+    f"{s}/{a}" for s in ("soft", "ste") for a in ("joint", *ATTACKS["joint-subset"].rows(2))}
 MIDDLE = {"apgd-ce": Budget(10), "apgd-t": Budget(20, 4), "fab-t": Budget(10, 4), "square": Budget(60),
-          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, restarts=4)}
+          "apgd-chain": Budget(10), "joint": Budget(20), "joint-subset": Budget(20, restarts=2)}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +191,7 @@ def test_the_assembled_batch_holds_the_first_candidate_that_broke_each_image(att
     report, names = attacked.report, list(SURROGATES)
     order = [f"{surrogate}/{attack}" for some in (names[:3], names[3:]) for attack in COMPONENTS for surrogate in some]
     order += [f"{surrogate}/apgd-chain" for surrogate in names]
-    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(4))
+    order += [f"{surrogate}/{attack}" for attack in ("joint", *ATTACKS["joint-subset"].rows(2))
               for surrogate in ("soft", "ste")]
     standing = attacked.images.clone()
     for i in range(60):
@@ -301,36 +296,21 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"images": "bright"}, r"image 2 has values .*expected pixels in \[0, 1\]"),
-    ({"images": "flat"}, r"expected \(N, channels, height, width\)"),
-    ({"labels": "short"}, r"labels have the shape \(23,\).*expected \(24,\)"),
-    ({"labels": "float"}, r"class indices"),
-    ({"batch_size": 0}, r"batch_size is 0; expected at least 1"),
     ({"surrogates": ["fc", "hard"]}, r"unknown surrogate 'hard'; expected some of fc, dataset, soft, ste, mixed"),
     ({"budgets": {"apgd_ce": Budget(1)}}, r"unknown attack 'apgd_ce'; expected some of apgd-ce, "),
     ({"budgets": {"fab-t": Budget(5)}}, r"the budget of fab-t has no targets.*Budget\(5, targets=9\)"),
     ({"budgets": {"apgd-ce": Budget(3, targets=2)}}, r"budget of apgd-ce has 2 targets; only apgd-t, fab-t"),
     ({"folder": Path("/dev/null/x")}, r"cannot write into the output folder /dev/null"),
-    ({"batch_size": True}, r"batch_size is True, of the type bool; expected an integer"),
     ({"batch_size": 2.5}, r"batch_size is 2.5, of the type float"),
     ({"seed": -1}, r"seed is -1; expected at least 0"),
     ({"protocol": None}, r"unknown protocol None; expected some of standard, fast"),
-    ({"surrogates": "fc"}, r"surrogates is 'fc'; expected a list of names, such as"),
     ({"neighbours": 10}, r"the batch sizes are 10; expected a list"),
-    ({"save_adversarial": True}, r"save_adversarial needs a folder"),
-    ({"about": 5}, "about cannot be written as JSON"),
     ({"about": {"x": {1}}}, "about cannot be written as JSON"),
     ({"threat": 0.3}, "cannot read the threat model 0.3; expected NORM:EPS .*or a ThreatModel"),
 ])
 def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, message):
-    images, labels = digits[0].clone(), digits[1].clone()
-    wrong = {"bright": lambda: images.index_fill(0, torch.tensor(2), 1.5),
-             "flat": lambda: images.flatten(1), "short": lambda: labels[:23],
-             "float": lambda: labels.float()}
-    arguments = {"images": images, "labels": labels, "threat": THREAT}
-    arguments |= {name: wrong[value]() if str(value) in wrong else value for name, value in change.items()}
     with pytest.raises((ValueError, OSError), match=message):
-        run_attack(digits_model, **arguments)
+        run_attack(digits_model, *digits, **{"threat": THREAT} | change)
 
 
 def made_in_inference_mode() -> nn.Module:
@@ -340,18 +320,14 @@ def made_in_inference_mode() -> nn.Module:
 
 @pytest.mark.parametrize(("model", "message"), [
     (lambda x: x.flatten(1), r"model is a function; expected an nn.Module: wrap a function in a module"),
-    (F.softmax, r"model is a function; expected an nn.Module"),
     (nn.Flatten, r"model is the class Flatten; expected an nn.Module: make one of it"),
-    (None, r"model is a NoneType; expected an nn.Module"),
     (made_in_inference_mode(), r"1.weight was made inside torch.inference_mode\(\)"),
     (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="meta")).eval(), r"1.weight is on the device meta"),
-], ids=["lambda", "function", "class", "None", "inference", "meta"])
+], ids=["lambda", "class", "inference", "meta"])
 def test_an_object_that_cannot_be_attacked_is_refused(digits, model, message):
     calls = [lambda: run_attack(model, *digits, THREAT), lambda: timm_hpm.judge(model, *digits, 8)]
     if isinstance(model, nn.Module):
         calls += [lambda: timm_hpm.pgd(model, *digits, THREAT)]
-        if isinstance(model[-1], HPMHead):
-            calls += [lambda: timm_hpm.fit_prototypes(model, [digits])]
     else:
         calls += [lambda: timm_hpm.find_head(model), lambda: timm_hpm.add_hpm_head(model),
                   lambda: timm_hpm.PixelModel(model), lambda: timm_hpm.fit_prototypes(model, [digits])]
@@ -360,19 +336,18 @@ def test_an_object_that_cannot_be_attacked_is_refused(digits, model, message):
             call()
 
 
-@pytest.mark.parametrize("colours", [1, 3])
-def test_images_with_the_channels_last_are_named(digits, digits_model, colours):
-    convolutions = nn.Sequential(nn.Conv2d(colours, 3, 3), nn.Flatten(), nn.Linear(108, 10)).eval()
-    images, labels = digits[0].expand(-1, colours, -1, -1).permute(0, 2, 3, 1), digits[1]
-    for model in (convolutions, PixelModel(convolutions, [0.5] * colours, [0.5] * colours), digits_model):
+def test_images_with_the_channels_last_are_named(digits):
+    convolutions = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(108, 10)).eval()
+    images, labels = digits[0].expand(-1, 3, -1, -1).permute(0, 2, 3, 1), digits[1]
+    for model in (convolutions, PixelModel(convolutions, [0.5] * 3, [0.5] * 3)):
         for call in (lambda m: run_attack(m, images, labels, THREAT),
                      lambda m: timm_hpm.judge(m, images, labels, 8),
                      lambda m: timm_hpm.pgd(m, images, labels, THREAT)):
             with pytest.raises(ValueError, match=r"the shape .*8, 8, .*give images.permute\(0, 3, 1, 2\)"):
-                call(model if model is not digits_model else PixelModel(model))
+                call(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint64])
 def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(digits, digits_model, dtype):
     images, labels = digits
     for call in (lambda labels: timm_hpm.judge(digits_model, images, labels, 8),
@@ -404,23 +379,6 @@ def test_a_head_that_is_not_last_is_refused(digits):
     head.set_prototypes(torch.rand(10, 64))
     with pytest.raises(ValueError, match="another layer follows the head"):
         run_attack(nn.Sequential(nn.Flatten(), head, nn.Linear(10, 10)).eval(), *digits, THREAT)
-
-
-def test_the_report_names_its_whole_protocol(digits_model, digits, tmp_path):
-    budgets = {"apgd-t": Budget(10, targets=2), "joint-subset": Budget(3, restarts=2)}
-    report = run_attack(digits_model, *digits, THREAT, batch_size=7, budgets=budgets, seed=5,
-                        attacks=list(budgets), surrogates=["ste"], about={"dataset": "digits"})
-    report.save(tmp_path / "report.json")
-    protocol = json.loads((tmp_path / "report.json").read_text())["protocol"]
-    assert protocol.items() >= {
-        "dataset": "digits", "architecture": "hpm_wrn10_2", "threat": "Linf:0.2", "seed": 5, "batch_size": 7,
-        "num_images": 24, "num_classes": 10, "inference": "batch",
-        "attacks": {"apgd-t": {"iterations": 10, "targets": 2},
-                    "joint-subset": {"iterations": 3, "restarts": 2}}}.items()
-    assert set(protocol["versions"]) == {"torch", "timm", "timm-hpm", "python"}
-    assert "joint-subset iterations 3, restarts 2" in report_markdown(report)
-    assert AttackReport.load(tmp_path / "report.json").same_results(report)
-    assert report.cost["all"]["forward_passes"] > report.cost["apgd-t"]["forward_passes"] > 0
 
 
 def test_a_restart_begins_at_other_points_and_the_first_one_is_that_of_a_single_start(tmp_path):

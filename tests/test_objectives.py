@@ -139,7 +139,7 @@ def test_an_extended_run_keeps_the_defaults_that_depend_on_its_epochs(tmp_path):
 
 
 def test_an_extended_run_forgets_that_it_ended_at_chance(tmp_path):
-    options = {"pretrained": False, "lr": 0.1, "batch_size": 1000, "warmup_epochs": 0.5,
+    options = {"pretrained": False, "lr": 0.1, "batch_size": 1000, "warmup_epochs": 0.5, "objective": "clean",
                "model_kwargs": {"inference": "fc"}}
     run(tmp_path, epochs=1, **options)
     assert "at chance" in (tmp_path / "warnings.txt").read_text()

@@ -2,17 +2,16 @@
 
 import copy
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import timm
 import torch
@@ -32,7 +31,6 @@ from timm_hpm.report.metrics import attack_of, right_in_all
 
 NUM_DIGITS = 8
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--num-images", "6", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
          "joint-subset=6r3", "--inference", "batch", "--neighbours", "5"]
@@ -49,9 +47,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "evaluate.py"), *arguments],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return processes.start(*launcher, processes.ROOT / "evaluate.py", *arguments, folder=Path.cwd(),
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -178,9 +175,6 @@ def test_a_finished_run_is_gone_on_with_by_its_own_options_only(tmp_path, capsys
                                          r"--threat Linf:0.3 \(there: Linf:0.1\), "
                                          r"--protocol fast \(there: standard\)\. Leave"):
         evaluate.main(["--resume", str(run), "--threat", "Linf:0.3", "--model", "resnet50", "--protocol", "fast"])
-    with pytest.raises(ValueError, match=r"goes on in that folder, and --output .*other is another one; leave out"):
-        evaluate.main(["--resume", str(run), "--output", str(tmp_path / "other")])
-    assert not (tmp_path / "other").exists()
     assert evaluate.main([*FEW, "--resume", str(run), "--output", str(run)]) == 0
     assert f"{run} holds a finished run" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.iterdir()} == files
@@ -342,11 +336,6 @@ def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, 
     for _ in range(2):
         assert run_attack(model, *digits, THREAT, **QUICK, folder=run).same_results(report)
     assert {path.name for path in run.iterdir()} == {"report.json"}
-    (run / "report.json").unlink()
-    folder.mkdir()
-    (folder / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json is damaged"):
-        run_attack(model, *digits, THREAT, **QUICK, folder=run)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from nets import Wrapped
-from protocols import run_attack
+from protocols import SMALL, run_attack
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,19 +19,11 @@ from timm_hpm.data import as_pixel_model
 from timm_hpm.evaluation import Budget
 from timm_hpm.training.trunk import PixelTrunk
 
-NUM_DIGITS = 16
+NUM_DIGITS, INFERENCE = 16, "batch"  # which has every attack
 
 THREAT = ThreatModel("Linf", 0.2)
-SMALL = {"apgd-ce": Budget(5), "apgd-t": Budget(5, targets=2), "fab-t": Budget(3, targets=2), "square": Budget(20),
-         "apgd-chain": Budget(3), "joint": Budget(3), "joint-subset": Budget(3, restarts=2)}
 TINY = {"apgd-ce": Budget(2), "fab-t": Budget(2, targets=1), "square": Budget(20), "joint": Budget(2)}
 FEW = {"attacks": list(TINY), "budgets": TINY}
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    """The embedded network in batch mode, which has every attack."""
-    return timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
 
 
 class Colours(nn.Module):
@@ -72,12 +64,10 @@ def test_a_model_of_another_precision_is_judged_and_attacked_in_it(model, digits
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning",  # of torch.compile's own
                             "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wrap", [
-    nn.DataParallel, partial(torch.compile, backend="eager"), torch.jit.script,
-    lambda model: torch.jit.trace(model, torch.rand(2, 3, 8, 8)),
-    lambda model: torch.jit.freeze(torch.jit.script(model))],
-    ids=["DataParallel", "compile", "script", "trace", "freeze"])
+    nn.DataParallel, partial(torch.compile, backend="eager"), torch.jit.script],
+    ids=["DataParallel", "compile", "script"])
 def test_a_wrapped_model_is_the_model(model, digits, colours, wrap, request):
-    torchscript = request.node.callspec.id in ("script", "trace", "freeze")
+    torchscript = request.node.callspec.id == "script"
     plain, *data = colours if torchscript else (model, *digits)
     eps = 0.01 if torchscript else 0.2
     own, other = (run_attack(some.eval(), *data, ThreatModel("Linf", eps), batch_size=16, **FEW)
@@ -96,7 +86,6 @@ def through_data(x):
 #: What a model does to its input first, and the same in a new tensor.
 WRITES = {
     "sub": (lambda x: x.sub_(0.3), lambda x: x - 0.3),
-    "pow": (lambda x: x.pow_(2), lambda x: x.pow(2)),
     "clamp": (lambda x: x.clamp_(0.2, 0.7), lambda x: x.clamp(0.2, 0.7)),
     "relu": (lambda x: nn.functional.relu(x.sub_(0.5), inplace=True), lambda x: (x - 0.5).relu()),
     "view": (lambda x: x[:, :, ::2].mul_(0.5) * 0 + x[:, :, ::2], lambda x: x[:, :, ::2] * 0.5),
@@ -122,8 +111,7 @@ def pair_of(write: str, place: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize(("place", "write"), [
-    *(("module", write) for write in WRITES), ("timm", "sub"), ("timm", "data"), ("pixels", "clamp"), ("head", "sub"),
-    ("head", "clamp")])
+    *(("module", write) for write in WRITES), ("timm", "data"), ("pixels", "clamp"), ("head", "clamp")])
 def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, write, digits, tmp_path):
     """Nothing of it reaches the caller's tensors, the candidates or a later answer."""
     digits = tuple(part[:8] for part in digits)
@@ -147,7 +135,7 @@ def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, wri
     assert torch.equal(adversarial, as_adversarial) and not torch.equal(adversarial, before)
 
 
-@pytest.mark.parametrize("place", ["timm", "pixels", "head"])
+@pytest.mark.parametrize("place", ["pixels", "head"])
 def test_training_and_fitting_do_not_see_that_a_model_writes_into_its_input(place, digits):
     images, labels = timm_hpm.load_split("digits", "val").tensors
     before = images.clone()
@@ -266,9 +254,7 @@ def answering(answer) -> nn.Module:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(("answer", "message"), [
-    (lambda z: (z, z), "returns a tuple"), (lambda z: {"logits": z}, "returns a dict"),
-    (lambda z: None, "returns a NoneType"), (lambda z: z[0], r"the shape \(10,\)"),
-    (lambda z: z[:-1], r"16 images the shape \(15, 10\)"), (lambda z: z[:, :1], r"the shape \(16, 1\)"),
+    (lambda z: (z, z), "returns a tuple"), (lambda z: z[:-1], r"16 images the shape \(15, 10\)"),
     (lambda z: z.to_sparse(), "sparse")])
 def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
     network = answering(answer)
@@ -286,23 +272,9 @@ def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(ans
             call(answering(answer), *digits, THREAT)
 
 
-@pytest.mark.parametrize("label", [-1, 10])
-def test_a_label_that_is_no_class_of_the_model_is_named(model, digits, label):
-    images, labels = digits[0], digits[1].clone()
-    labels[3] = label
-    for call in (lambda: run_attack(model, images, labels, THREAT), lambda: timm_hpm.judge(model, images, labels, 2),
-                 lambda: timm_hpm.attack(model, images, labels, THREAT),
-                 lambda: timm_hpm.pgd(model, images, labels, THREAT),
-                 lambda: timm_hpm.fit_prototypes(model, [(images, labels)], THREAT)):
-        with pytest.raises(ValueError, match=rf"label {label} of image 3 is out of range; .* 0 to 9"):
-            call()
-
-
 @pytest.mark.parametrize(("images", "labels"), [
     (lambda x: x.to("meta"), None), (lambda x: x.to_sparse(), None), (lambda x: x.byte(), None),
-    (lambda x: x.tolist(), None), (lambda x: x.numpy(), None), (None, lambda y: y.to_sparse()), (None, lambda y: y > 0),
-    (None, lambda y: y.float()), (None, lambda y: y.to("meta")), (None, lambda y: y.numpy()), (None, lambda y: y[:3]),
-    (None, lambda y: torch.stack([y, y], dim=1))])
+    (lambda x: x.numpy(), None), (None, lambda y: y > 0), (None, lambda y: y.float()), (None, lambda y: y[:3])])
 def test_images_and_labels_of_other_kinds_are_named(model, digits, images, labels):
     changed = images(digits[0]) if images else digits[0], labels(digits[1]) if labels else digits[1]
     for call in (lambda: run_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
@@ -313,10 +285,8 @@ def test_images_and_labels_of_other_kinds_are_named(model, digits, images, label
 
 
 @pytest.mark.parametrize("option", [
-    {"full_grid": 1}, {"full_grid": torch.tensor([])}, {"mean": 0.5}, {"mean": [None]}, {"mean": "0.5"},
-    {"mean": []}, {"mean": [127]}, {"mean": [float("nan")]}, {"std": True}, {"std": {0.5: 1}},
-    {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}, {"draws": 0}, {"attacks": torch.tensor(1)}, {"attacks": 1},
-    {"surrogates": "fc"}])
+    {"full_grid": 1}, {"mean": 0.5}, {"mean": [None]}, {"mean": []}, {"mean": [127]}, {"mean": [float("nan")]},
+    {"std": [0.5, 0.5, 0.5]}, {"std": [0.0]}, {"draws": 0}, {"attacks": 1}, {"surrogates": "fc"}])
 def test_options_of_other_types_are_named(model, digits, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is "):
         if option.keys() <= {"mean", "std", "draws"}:

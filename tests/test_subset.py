@@ -89,8 +89,6 @@ def test_the_labels_of_a_data_set_by_name_are_those_of_a_reordered_subset(kind):
 def test_bad_subsets_are_named(tmp_path):
     model = timm.create_model(EMBEDDED, pretrained=True)
     for classes, message in ((["3", "cat"], "the class 'cat', which the model has not; expected numbers from 0 to 9"),
-                             ([3, 10], "has the class 10, which the model has not"),
-                             ([3], "the subset has 1 classes, none twice; expected two or more"),
                              ([3, 5, "3"], "the subset has 3 classes, '3' twice")):
         with pytest.raises(ValueError, match=re.escape(message)):
             keep_classes(model, classes)
@@ -101,8 +99,6 @@ def test_bad_subsets_are_named(tmp_path):
     del model.pretrained_cfg["label_names"]
     with pytest.raises(ValueError, match=r"cannot read the class subset .*none\.txt.*Expected a text file"):
         read_subset(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="Linear has no num_classes, by which a subset is chosen"):
-        keep_classes(torch.nn.Linear(3, 3), [0, 1])
     for name in ("0", "cat"):
         (tmp_path / "test" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "test" / name / "a.png")

@@ -86,14 +86,10 @@ def test_a_measurement_leaves_the_model_the_images_and_the_random_state_alone(di
     assert model.layer.weight.grad is None
 
 
-def test_a_model_of_another_device_has_no_threads(digits):
-    assert use_threads(3, nn.Linear(2, 2, device="meta"), digits[0]) is None
-
-
 @pytest.mark.parametrize(("name", "options"), [
     ("evaluate.py", ["--num-images", "4", "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=1"]),
-    ("train.py", ["--pretrained", "--epochs", "1", "--batch-size", "500", "--attack-steps", "1",
-                  "--val-attack-steps", "1"])])
+    ("train.py", ["--pretrained", "--epochs", "1", "--batch-size", "500", "--attack-steps", "1", "--val-attack-steps",
+                  "1"])])
 def test_a_run_says_and_keeps_its_number_of_threads(name, options, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, str(ROOT / name), *options, "--device", "cpu", "--output", str(tmp_path)],

@@ -71,6 +71,7 @@ def test_a_model_without_an_hpm_head_has_one_curve(digits):
 @pytest.mark.parametrize(("arguments", "options", "message"), [
     (([0],), {}, r"radii are \[0\]; expected at least one above 0"), (([0.1, 2],), {}, r"eps is 2\.0 for Linf"),
     (([0.1],), {"save_adversarial": True}, "save_adversarial needs a folder"),
+    (([0.1, 0.10000001],), {"folder": "nosuch"}, "2 reports would share 1 folders, named by six digits of the radius"),
     (([0.1], ["batch", "hard"]), {}, "unknown inference mode 'hard'")])
 def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits, arguments, options, message):
     with pytest.raises(ValueError, match=message):

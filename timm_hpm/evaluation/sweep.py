@@ -102,6 +102,10 @@ def sweep(
     places = {} if folder is None else {
         entry: Path(folder) / (report_folder(*entry) if len(plan) > 1 else "") for entry in plan}
 
+    if len(set(places.values())) < len(places):
+        raise ValueError(f"{len(plan)} reports would share {len(set(places.values()))} folders, named by six digits of "
+                         "the radius; expected radii that differ in these: take a larger step")
+
     def one(mode: str, threat: ThreatModel) -> AttackReport:
         place = places.get((mode, threat))
         with mode_if_any(model, mode):

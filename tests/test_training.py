@@ -451,10 +451,12 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 2, "prototype_epoch": 2.5}, "prototype_epoch is 2.5, of 2 epochs"),
     ({"drop": 0.1, "model_kwargs": {"drop_rate": 0.2}}, "drop_rate is in the options and in model_kwargs"),
-    *((changes, f"{name} is {value}, and has no effect without {needs}; give both or neither")
-      for name, value, needs in (("model_ema_decay", 0.9, "model_ema"), ("extra_fraction", 0.5, "extra_data"),
-                                 ("awp_warmup", 0.5, "awp_gamma")) for changes in ({name: value},)),
-    ({"trades_beta": 3}, "trades_beta is 3, and has no effect on the objective pgd-at; give --objective trades"),
+    *(({name: value}, f"{name} is {value}, and has no effect without {needs}; give that, too, or leave {name} out")
+      for name, value, needs in (
+          ("model_ema_decay", 0.9, "--model-ema"), ("extra_fraction", 0.5, "--extra-data"),
+          ("awp_warmup", 0.5, "--awp-gamma"), ("trades_beta", 3.0, "--objective trades"),
+          ("decay_milestones", (5.0,), "--sched multistep"),
+          ("decay_rate", 0.5, "--sched step or multistep or poly"))),
     ({"amp_dtype": "float16"}, "amp_dtype is float16, and has no effect without amp"),
     ({"drop": 0.1, "model_kwargs": {"drop_path_rate": 0.2}, "freeze_backbone": True},
      "drop and drop_path_rate act in the backbone, which is in eval mode if it is frozen"),

@@ -19,9 +19,14 @@ _PROTOTYPES: Final = "prototypes"
 _OPTIMISATION: Final = "optimisation"
 _MACHINE: Final = "machine and output"
 
-# Options without an effect if another one is off, or with any of our objectives but one; a caller's may use them all.
-_NEEDS: Final = {"extra_fraction": "extra_data", "model_ema_decay": "model_ema", "awp_warmup": "awp_gamma"}
-_OF_OBJECTIVE: Final = {"trades_beta": "trades", "mart_lambda": "mart"}
+# Options with an effect if another one is on, or has one of some values.
+_NEEDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    "extra_fraction": ("extra_data", ()), "model_ema_decay": ("model_ema", ()), "awp_warmup": ("awp_gamma", ()),
+    "trades_beta": ("objective", ("trades",)), "mart_lambda": ("objective", ("mart",)),
+    "decay_epochs": ("sched", ("step",)), "decay_milestones": ("sched", ("multistep",)),
+    "decay_rate": ("sched", ("step", "multistep", "poly")), "min_lr": ("sched", ("onecycle", "cosine", "tanh", "poly")),
+}
+# A caller's objective may use any option.
 _OURS: Final = frozenset(OBJECTIVES)
 
 
@@ -135,13 +140,14 @@ class TrainConfig(RunOptions):
 
     def _check_effects(self) -> None:
         """Raises a ValueError for an option that has no effect without another one."""
-        for one in fields(self):
-            value, needs, owner = getattr(self, one.name), _NEEDS.get(one.name), _OF_OBJECTIVE.get(one.name)
-            if value != one.default and needs and not getattr(self, needs):
-                raise ValueError(f"{one.name} is {value:g}, and has no effect without {needs}; give both or neither")
-            if value != one.default and owner and self.objective in _OURS - {owner}:
-                raise ValueError(f"{one.name} is {value:g}, and has no effect on the objective {self.objective}; give "
-                                 f"--objective {owner}, or leave it out")
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, (other, values) in _NEEDS.items():
+            value, there = getattr(self, name), getattr(self, other)
+            has_effect = there in values if values else bool(there)
+            of_a_caller = other == "objective" and there not in _OURS
+            if value != defaults[name] and not has_effect and not of_a_caller:
+                raise ValueError(f"{name} is {value}, and has no effect without --{other.replace('_', '-')}"
+                                 f"{' ' * bool(values)}{' or '.join(values)}; give that, too, or leave {name} out")
 
     @property
     def extra_per_batch(self) -> int:

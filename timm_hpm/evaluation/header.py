@@ -68,7 +68,7 @@ def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: flo
 
     If there is a limit, also how long the longest attack on a batch may overrun it.
     """
-    steps = [(len(group), ATTACKS[attack_of(row)].needs_gradient, plan.budget(row).queries())
+    steps = [(len(group), ATTACKS[attack_of(row)].needs_gradient, plan.queries(row))
              for group, row in plan.steps]
 
     @cache

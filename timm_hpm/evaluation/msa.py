@@ -155,7 +155,7 @@ def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
     After a `time_limit` they are the batches before the first one that is missing.
     """
     size, mine = run.subject.batch_size, _own_batches(run, images, accelerator)
-    with tqdm(total=len(mine) * run.plan.queries(), disable=not (progress and is_first(accelerator)), unit="query",
+    with tqdm(total=len(mine) * run.plan.all_queries(), disable=not (progress and is_first(accelerator)), unit="query",
               smoothing=0) as bar:
         batches: list[tuple[int, list[Step]]] = []
         for first in mine:

@@ -1,5 +1,6 @@
 """`Plan`: the attacks that are run on each batch, in order, through which surrogates."""
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -31,9 +32,13 @@ class Plan:
         """Returns the budget of a row's attack."""
         return self.protocol.attacks[attack_of(row)]
 
-    def queries(self) -> int:
-        """Returns about how many queries a batch takes, for a progress bar."""
-        return sum(self.budget(row).queries() for _, row in self.steps)
+    def queries(self, row: str) -> int:
+        """Returns at most about how many queries of a whole batch a row takes."""
+        return math.ceil(ATTACKS[attack_of(row)].nearest * self.budget(row).queries())
+
+    def all_queries(self) -> int:
+        """Returns the queries of all steps, for a progress bar."""
+        return sum(self.queries(row) for _, row in self.steps)
 
 
 def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags: Collection[str]) -> Plan:

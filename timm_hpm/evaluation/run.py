@@ -66,7 +66,7 @@ class Run:
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
             bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
-            done = bar.n + self.plan.budget(attack).queries()
+            done = bar.n + self.plan.queries(attack)
             step = self.folder.load(place, number, named(group, attack)) if self.folder else None
             if step is None:
                 if self.has_progress and is_over():

@@ -61,6 +61,8 @@ def test_mean_and_std_of_a_module_of_its_own(model, digits):
     assert given.correct == run_attack(model, *digits, THREAT, **QUICK).correct
     with pytest.raises(ValueError, match="no pretrained_cfg that says its std"):
         PixelModel(module, mean)
+    with pytest.raises(ValueError, match="would do so twice; leave out mean and std"):
+        PixelModel(PixelModel(module, mean, std), mean, std)
     with pytest.raises(ValueError, match="images have 1 channels, the model's mean and std 3"):
         run_attack(PixelModel(model, [0.5] * 3, [0.5] * 3), *digits, THREAT, **QUICK)
 

@@ -32,12 +32,16 @@ class PixelModel(WholeLoading):
         source: the origin of mean and std, in words.
 
     Raises:
-        ValueError: if there is no mean or std, the std is not positive, or `draws` is below 1.
+        ValueError: if there is no mean or std, the std is not positive, `draws` is below 1, or the model is a
+            `PixelModel` that gets another mean or std.
     """
 
     def __init__(self, model: nn.Module, mean: Iterable[float] | None = None, std: Iterable[float] | None = None,
                  draws: int = 1):
         check_module(model)
+        if isinstance(unwrapped(model), PixelModel) and (mean is not None or std is not None):
+            raise ValueError("the model normalises pixels itself (PixelModel), and would do so twice; leave out mean "
+                             "and std, or give its .model")
         super().__init__()
         self.draws = checked_integer("draws", draws, 1)
         cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}

@@ -240,6 +240,8 @@ def test_each_mode_attacks_its_own_surrogates_and_is_rejudged_alike(tmp_path, mo
                                         budgets=SMALL, surrogates_at_once=5, folder=path.parent, save_adversarial=True)
     assert list(report.by_surrogate) == [*surrogates, "true"]
     assert report.protocol["inference"] == mode
+    assert set(report.protocol["versions"]) == {"torch", "timm", "timm-hpm", "python"}
+    assert report.cost["all"]["forward_passes"] > report.cost["apgd-t"]["forward_passes"] > 0
     judged = timm_hpm.rejudge(model, path)
     assert judged == {name: row for name, row in report.verdicts.items() if not name.startswith("true/")}
     assert all(set(row) == {"0", "1"} for row in judged.values())

@@ -18,7 +18,8 @@ from timm_hpm.report.sweep_page import curves, sweep_markdown, sweep_page
 
 @pytest.mark.parametrize(("text", "radii"), [
     ("0:0.2:0.05", [0, 0.05, 0.1, 0.15, 0.2]), ("2/255:8/255:3/255", [2 / 255, 5 / 255, 8 / 255]),
-    ("0.5:0.5:1", [0.5]), ("0:1:0.4", [0, 0.4, 0.8]), ("0.00:1e-1:.05", [0, 0.05, 0.1])])
+    ("0:1.5/255:0.5/255", [0, 0.5 / 255, 1 / 255, 1.5 / 255]), ("0.5:0.5:1", [0.5]), ("0:1:0.4", [0, 0.4, 0.8]),
+    ("0.00:1e-1:.05", [0, 0.05, 0.1])])
 def test_radii_end_where_they_should(text, radii):
     assert parse_radii(text) == radii
 

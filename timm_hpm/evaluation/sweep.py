@@ -38,8 +38,9 @@ def parse_radii(text: str) -> list[float]:
     """Returns the radii of a text `"first:last:step"` such as `"0:0.2:0.02"` or `"0:8/255:2/255"`, `last` included."""
     try:
         # Of an exponent only one digit: a large one would take for ever.
-        first, last, step = (Fraction(part if re.fullmatch(r"-?[\d./]{1,20}(e-?\d)?", part) else "")
-                             for part in text.split(":"))
+        parts = [part if re.fullmatch(r"-?[\d./]{1,20}(e-?\d)?", part) else "" for part in text.split(":")]
+        first, last, step = (Fraction(top) / Fraction(bottom if slash else 1)
+                             for top, slash, bottom in (part.partition("/") for part in parts))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"cannot read the radii {reprlib.repr(text)}; expected FIRST:LAST:STEP such as 0:0.2:0.02 or "
                          "0:8/255:2/255") from None

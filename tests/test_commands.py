@@ -100,6 +100,10 @@ def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch,
     own = ["--inference", "sample", "--model-kwargs", "mix=0.25"]
     assert main(["evaluate", *QUICK, *own, "--save-adversarial", "--output", "one"]) == 0
     assert main(["rejudge", "one"]) == 0, "by the model of the run"
+    # Rows of the true model are second names of candidates through its exact surrogate.
+    assert main(["evaluate", *QUICK[:6], "--inference", "dataset", "--surrogates", "dataset", "--attacks", "square",
+                 "square-on", "--budget", "square=2r2", "square-on=2", "--save-adversarial", "--output", "true"]) == 0
+    assert main(["rejudge", "true"]) == 0
     assert "every verdict as in the report" in capsys.readouterr().out
 
 

@@ -117,22 +117,26 @@ def test_a_plain_classifier_is_searched(name):
     assert ThreatModel("Linf", 0.01).contains(found, images).all()
 
 
-def test_square_goes_on_with_the_images_nearest_to_an_error_only(tmp_path):
+@pytest.mark.parametrize("full_grid", [False, True])
+def test_square_goes_on_with_the_images_nearest_to_an_error_only(tmp_path, full_grid):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
     images = torch.rand(60, 3, 4, 4)
     labels = model(images).argmax(dim=1)
     before, after = (run_attack(model, images, labels, "Linf:0.02", attacks=["apgd-ce", *more], folder=tmp_path / name,
-                                budgets={"apgd-ce": 1, "square-on": 30}, batch_size=60, save_adversarial=True)
+                                budgets={"apgd-ce": 1, "square-on": 30}, batch_size=60, save_adversarial=True,
+                                full_grid=full_grid)
                      for name, more in (("before", []), ("after", ["square-on"])))
     left = [number for number, robust in enumerate(before.robust) if robust]
     nearest = sorted(left, key=before.convergence.margins.__getitem__)[:math.ceil(len(left) / 16)]
     found = load_file(tmp_path / "after" / "adversarial.safetensors")["model/square-on"]
     moved = (found != images).flatten(1).any(dim=1)
-    assert len(left) > 32 and [number for number in left if moved[number]] == sorted(nearest)
-    assert after.cost["square-on"]["forward_passes"] <= len(nearest) * 31
+    # In a full grid the candidates of other attacks are no part of the set.
+    broken = [] if full_grid else sorted({*range(60)} - {*left})
+    assert len(left) > 32 and moved.nonzero().squeeze(1).tolist() == sorted(nearest + broken)
+    assert after.cost["square-on"]["forward_passes"] <= len(nearest) * 31 + 60 * full_grid
     # The passes count over all images that were left.
     spent = after.convergence.spent - before.convergence.spent
-    assert spent == pytest.approx(after.cost["square-on"]["forward_passes"] / len(left))
+    assert spent == pytest.approx(after.cost["square-on"]["forward_passes"] / (60 if full_grid else len(left)))
 
 
 def test_attacks_that_are_given_hold_for_every_classifier_and_those_of_plain_ones_for_them_only():

@@ -118,12 +118,14 @@ class Run:
         active = torch.stack([self._active(f"{name}/{row}", state) for name in group])
         left = int(active.any(dim=0).sum())
         active &= state.nearest(attack.nearest)
-        rows = active.any(dim=0).nonzero().squeeze(1)
-        found = state.standing.repeat(len(group), 1, 1, 1, 1)
+        # In a full grid each set of candidates is of that attack alone, in the whole batch, which logits may depend on.
+        cascade = self.plan.cascade
+        rows = (active.any(dim=0) if cascade else torch.ones_like(state.broken)).nonzero().squeeze(1)
+        found = (state.standing if cascade else state.images).repeat(len(group), 1, 1, 1, 1)
         not_finite: dict[str, list[int]] = {}
         flags: list[tuple[str, str, int, int]] = []
         before = time.perf_counter(), model.forward_passes, model.backward_passes
-        if len(rows):
+        if active.any():
             with seeded(self.subject.device, self.subject.seed, attack.seed_name(row), group, state.first), \
                     without_autocast(state.images):
                 batch = AttackBatch(
@@ -219,7 +221,7 @@ class _State:
         self.standing = self.images.clone()  # or the first successful candidate of each image
         self.broken = torch.zeros_like(self.labels, dtype=torch.bool)  # by the true model's verdicts
         self.fc_broken = self.broken.clone()  # by the FC classifier's on the candidates of the attacks on it
-        self.leads = torch.full_like(self.labels, torch.inf, dtype=torch.float32)  # the right logit's smallest so far
+        self.leads = torch.full_like(self.labels, torch.inf, dtype=torch.float32)  # smallest so far of the right logit
 
     def add(self, step: Step) -> None:
         """Takes the verdicts of a step."""
@@ -230,12 +232,12 @@ class _State:
             self.fc_broken |= torch.tensor([verdict == "0" for verdict in row], device=self.labels.device)
 
     def nearest(self, part: float) -> Tensor:
-        """Returns whether each image (B,) is in the `part` of smallest leads of those that are not broken."""
+        """Returns whether each image (B,) is among the `part` of the unbroken images with the smallest leads."""
         if part == 1:
             return torch.ones_like(self.broken)
         left = (~self.broken).nonzero().squeeze(1)
-        served = left[self.leads[left].argsort(stable=True)[:math.ceil(part * len(left))]]
-        return torch.zeros_like(self.broken).index_fill(0, served, True)
+        chosen = left[self.leads[left].argsort(stable=True)[:math.ceil(part * len(left))]]
+        return torch.zeros_like(self.broken).index_fill(0, chosen, True)
 
 
 def first_examples(examples: Iterable[Example]) -> list[Example]:

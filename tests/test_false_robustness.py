@@ -402,6 +402,7 @@ def test_images_that_only_square_broke_are_counted():
     flag = verdict_flag(rows)
     assert flag.name == "black-box-stronger"
     assert "(on fc) broke 3 of the 86 images that the attacks with gradients left" in flag.text
+    assert verdict_flag(rows | {"fc/square-on": rows["fc/square"]}) == flag
     assert verdict_flag(rows | {"ste/apgd-t": "1" * 12 + "0" + "1" * 87}) is None
     # In these rows an image may stand where Square has brought it.
     for ours in ("ste/joint", "ste/joint-subset#2"):

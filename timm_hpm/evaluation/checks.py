@@ -202,11 +202,11 @@ def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None
 
 
 def copy_flag(copy: nn.Module, before: Tensor, after: Tensor) -> Flag | None:
-    """Returns `changes-state` if the outputs (B, ...) of the copy that attacks search are others `after` them."""
+    """Returns `changes-state` if the outputs (B, ...) of the copy that attacks search differ `before` and `after`."""
     if not _difference(copy, before, after):
         return None
-    return Flag("changes-state", "the copy of the model that the attacks search has changed under them: its outputs "
-                                 f"for {len(before)} clean images are others than before")
+    return Flag("changes-state", "the attacks have changed the copy of the model that they search: its outputs for "
+                                 f"{len(before)} clean images differ from those before")
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:
@@ -225,7 +225,8 @@ def verdict_flag(correct: dict[str, str]) -> Flag | None:
     broken = sum(survives and any(row[i] == "0" for row in without.values()) for i, survives in enumerate(survive))
     if broken < 3 or broken <= 0.02 * len(survive):
         return None
-    where = ", ".join(name.rpartition("/")[0] for name in without if not name.startswith(f"{TRUE_MODEL}/"))
+    where = ", ".join(dict.fromkeys(name.rpartition("/")[0] for name in without
+                                    if not name.startswith(f"{TRUE_MODEL}/")))
     return Flag("black-box-stronger", f"Square (on {where or 'the true model'}) broke {broken} of the {sum(survive)} "
                                       "images that the attacks with gradients left")
 

@@ -124,7 +124,7 @@ def mixed_surrogate_attack(
             _tidy(folder, accelerator)
             return report
         run = Run(subject, threat, plan, save_adversarial)
-        with images_bar(model, "clean images", shown):  # an error of the last image is none of the last hour
+        with images_bar(model, "clean images", shown):  # so that a NaN in the last image stops the run at once
             run.judge_clean(images, labels, _own_batches(run, images, accelerator))
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as run.folder:
             steps, done, earlier = _all_steps(run, images, labels, progress, accelerator)

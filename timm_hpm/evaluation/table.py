@@ -30,7 +30,7 @@ class Attack:
         whole_batch: whether it moves all images of a batch for a common loss, through batch-dependent surrogates, from
             the batch that earlier attacks have left.
         chained: whether it goes from one surrogate to the next; it needs two or more.
-        nearest: of the images of a batch that are not broken, the part that it attacks: those nearest to an error.
+        nearest: fraction of a batch's unbroken images that it attacks in a run: those nearest to an error.
         seeded_as: the name that seeds its random numbers; None means its own.
     """
 

@@ -19,7 +19,7 @@ _PROTOTYPES: Final = "prototypes"
 _OPTIMISATION: Final = "optimisation"
 _MACHINE: Final = "machine and output"
 
-# Options with an effect if another one is on, or has one of some values.
+# Options without an effect unless another one is on, or has one of these values.
 _NEEDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "extra_fraction": ("extra_data", ()), "model_ema_decay": ("model_ema", ()), "awp_warmup": ("awp_gamma", ()),
     "trades_beta": ("objective", ("trades",)), "mart_lambda": ("objective", ("mart",)),

@@ -78,6 +78,14 @@ def test_a_wrapped_model_is_the_model(model, digits, colours, wrap, request):
         assert own.same_results(other) and timm_hpm.find_head(wrap(model)) is timm_hpm.find_head(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile's own
+def test_a_compiled_pixel_model_in_double_precision_is_judged_as_it_is():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    model, images = timm_hpm.PixelModel(network, [0.3] * 3, [0.5] * 3).eval(), torch.rand(8, 3, 4, 4)
+    labels = model(images).argmax(dim=1)
+    assert timm_hpm.judge(torch.compile(model, backend="eager"), images, labels, 8).all()
+
+
 def through_data(x):
     x.data.mul_(0.5)
     return x

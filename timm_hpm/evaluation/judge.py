@@ -20,6 +20,7 @@ from ..data import (
     check_range,
     checked_integer,
     normalisation_of,
+    unwrapped,
 )
 from ..head import find_head, head_mode, mode_if_any, own_mode
 from ..report import data_digest
@@ -225,7 +226,7 @@ def as_row(correct: Tensor) -> str:
 def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
     """Returns `model` as a classifier of float32 pixels in [0, 1] with float32 logits."""
     pixel_model = as_pixel_model(model)
-    if isinstance(pixel_model, PixelModel) or (not isinstance(pixel_model, torch.jit.ScriptModule) and all(
+    if isinstance(unwrapped(pixel_model), PixelModel) or (not isinstance(pixel_model, torch.jit.ScriptModule) and all(
             p.dtype == torch.float32 for p in model.parameters())):
         return pixel_model
     # A module of pixels in another precision needs a cast, not a normalisation; a ScriptModule takes no hooks.

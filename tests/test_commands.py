@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_the_estimate_counts_the_passes_of_all_steps():
     protocol = PROTOCOLS["autoattack"].changed(budgets={"square": 400})
     plan = make_plan(protocol, attacked, 10, ())
     assert f"{101 + 2 * 9 * 101 + 401 + 4:,} passes an image" in estimate(plan, attacked, images, 8)["time"]
+
+
+def test_the_estimate_knows_that_a_pass_of_a_part_of_a_batch_may_take_as_long_as_one_of_the_batch():
+    class Slow(nn.Module):
+        def forward(self, pixels):
+            time.sleep(0.002)
+            return pixels.flatten(1)[:, :3]
+
+    images = torch.rand(32, 1, 2, 2)
+    attacked = AttackedModel(Slow().eval(), images)
+    protocol = PROTOCOLS["standard"].changed(attacks=["square-on"], budgets={"square-on": 1_000})
+    plan = make_plan(protocol, attacked, 3, ())
+    assert float(re.search(r"most about ([\d.]+) s", estimate(plan, attacked, images, 32)["time"])[1]) >= 2
 
 
 @pytest.mark.parametrize(("options", "passes"), [

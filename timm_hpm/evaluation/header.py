@@ -1,5 +1,6 @@
 """What an evaluation says before it begins: the model, the data, the attack, and how long it may take."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -68,15 +69,16 @@ def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: flo
 
     If there is a limit, also how long the longest attack on a batch may overrun it.
     """
-    steps = [(len(group), ATTACKS[attack_of(row)].needs_gradient, plan.queries(row))
-             for group, row in plan.steps]
+    steps = [(len(group), ATTACKS[attack_of(row)], plan.queries(row)) for group, row in plan.steps]
 
     @cache
-    def seconds(size: int, gradient: bool) -> float:
-        # Surrogates side by side share a pass, which costs less than one for each.
-        return size * _seconds_per_image(attacked, plan.surrogates[0], batch.repeat(size, 1, 1, 1), gradient)
+    def seconds(size: int, gradient: bool, part: float) -> float:
+        # Surrogates side by side share a pass, which costs less than one for each; a part of a batch costs more.
+        images = batch[:math.ceil(part * len(batch))].repeat(size, 1, 1, 1)
+        return size * _seconds_per_image(attacked, plan.surrogates[0], images, gradient)
 
-    costs = [number * seconds(size, gradient) + seconds(size, False) for size, gradient, number in steps]
+    costs = [number * seconds(size, attack.needs_gradient, attack.nearest) + seconds(size, False, 1.0)
+             for size, attack, number in steps]
     passes = sum(size * (number + 1) for size, _, number in steps)  # with the verdicts
     most = "at most about" if plan.cascade else "about"
     text = (f"{most} {duration(num_images * sum(costs))} for the attacks and verdicts: {passes:,} passes an image, "

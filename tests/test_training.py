@@ -459,7 +459,7 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
           ("decay_rate", 0.5, "--sched step or multistep or poly"))),
     ({"amp_dtype": "float16"}, "amp_dtype is float16, and has no effect without amp"),
     ({"drop": 0.1, "model_kwargs": {"drop_path_rate": 0.2}, "freeze_backbone": True},
-     "drop and drop_path_rate act in the backbone, which is in eval mode if it is frozen"),
+     "drop and drop_path_rate would have no effect in the backbone, which is in eval mode if it is frozen"),
     ({"initial_checkpoint": "nosuch.pt", "pretrained": False}, "nosuch.pt: there is no such file"),
     ({"initial_checkpoint": "nosuch.pt"}, "both say where the weights come from"),
     ({"batch_size": 2000}, "batch_size is 2000 on 1 processes; expected no more than the 1077 training images"),

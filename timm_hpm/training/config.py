@@ -133,8 +133,8 @@ class TrainConfig(RunOptions):
         rates = {name: getattr(self, name) for name in ("drop", "drop_path")} | (self.model_kwargs or {})
         lost = [name for name in ("drop", "drop_path", "drop_rate", "drop_path_rate") if rates.get(name)]
         if self.freeze_backbone and lost:
-            raise ValueError(f"{' and '.join(lost)} act in the backbone, which is in eval mode if it is frozen "
-                             "(freeze_backbone), and would have no effect; leave out one or the other")
+            raise ValueError(f"{' and '.join(lost)} would have no effect in the backbone, which is in eval mode if it "
+                             "is frozen (freeze_backbone); leave out one or the other")
         if self.pretrained and self.initial_checkpoint:
             raise ValueError("pretrained and initial_checkpoint both say where the weights come from; give one")
 

@@ -166,6 +166,13 @@ for model, x, logits in torch.load(sys.argv[1], weights_only=False):
     python("-c", code, tmp_path / "cases.pt", folder=tmp_path)
 
 
+def test_a_network_without_a_reset_classifier_says_how_to_change_its_classes():
+    model = add_hpm_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    with pytest.raises(AttributeError, match=r"Sequential has no reset_classifier .*remove_hpm_head"):
+        model.reset_classifier(5)
+    assert model(torch.rand(2, 4)).shape == (2, 3)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_device_dtype_and_training_mode_stay(training):
     model = add_hpm_head(timm.create_model("test_convnext").to(torch.bfloat16).train(training))

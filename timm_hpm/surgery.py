@@ -51,7 +51,11 @@ class HPMMixin(WholeLoading):
         """
         base: Any = super()
         path: Any = self.head_path
-        reset = base.reset_classifier
+        reset = getattr(base, "reset_classifier", None)
+        if reset is None:
+            raise AttributeError(f"{_base_class(type(self)).__name__} has no reset_classifier of its own, which makes "
+                                 "the new classifier; for other classes call remove_hpm_head(model), replace its "
+                                 "classifier, and call add_hpm_head again")
         if head_name(self) is not None:
             self.head_config = _take_head(self)
         reset(num_classes, *args, **kwargs)

@@ -91,8 +91,10 @@ def loader(server, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_faults(server):
-    server.faults = hub_server.Faults()
     server.requests.clear()
+    yield
+    # At once, as the fixtures of the module push before the next test's.
+    server.faults = hub_server.Faults()
 
 
 def push(client: Client, repo_id: str, **arguments: Any) -> dict[str, Any]:

@@ -77,12 +77,13 @@ def test_a_registered_objective_trains_by_its_own_attack_and_loss(prototype_feat
         answered.append(len(answers))
         return sum(F.mse_loss(hpm.softmax(dim=1), F.one_hot(labels, hpm.shape[1]).float()) for _, hpm, _ in answers)
 
-    monkeypatch.setitem(OBJECTIVES, "corner", Objective("corner", squared_error, corner, uses_clean=True))
+    monkeypatch.setitem(OBJECTIVES, "corner", Objective(
+        "corner", squared_error, corner, uses_clean=True, options=("trades_beta",)))
     parser = argparse.ArgumentParser()
     add_arguments(parser, TrainConfig)
     config = TrainConfig(**vars(parser.parse_args(
         ["--objective", "corner", "--device", "cpu", "--pretrained", "--epochs", "1", "--val-attack-steps", "1",
-         "--batch-size", "350", "--lr", "0.01", "--prototype-features", prototype_features])))
+         "--batch-size", "350", "--lr", "0.01", "--trades-beta", "2", "--prototype-features", prototype_features])))
     kept = train(None, config, tmp_path / "run", log=lambda line: None)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert answered == [2] * len(crafted) == [2] * 3 and 0 < kept["loss"] < 0.2

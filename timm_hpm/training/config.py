@@ -22,12 +22,9 @@ _MACHINE: Final = "machine and output"
 # Options without an effect unless another one is on, or has one of these values.
 _NEEDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "extra_fraction": ("extra_data", ()), "model_ema_decay": ("model_ema", ()), "awp_warmup": ("awp_gamma", ()),
-    "trades_beta": ("objective", ("trades",)), "mart_lambda": ("objective", ("mart",)),
     "decay_epochs": ("sched", ("step",)), "decay_milestones": ("sched", ("multistep",)),
     "decay_rate": ("sched", ("step", "multistep", "poly")), "min_lr": ("sched", ("onecycle", "cosine", "tanh", "poly")),
 }
-# A caller's objective may use any option.
-_OURS: Final = frozenset(OBJECTIVES)
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,12 @@ class TrainConfig(RunOptions):
     def _check_effects(self) -> None:
         """Raises a ValueError for an option that has no effect without another one."""
         defaults = {one.name: one.default for one in fields(self)}
-        for name, (other, values) in _NEEDS.items():
+        of_objectives = {name: ("objective", tuple(one.name for one in OBJECTIVES.values() if name in one.options))
+                         for objective in OBJECTIVES.values() for name in objective.options}
+        for name, (other, values) in (_NEEDS | of_objectives).items():
             value, there = getattr(self, name), getattr(self, other)
             has_effect = there in values if values else bool(there)
-            of_a_caller = other == "objective" and there not in _OURS
-            if value != defaults[name] and not has_effect and not of_a_caller:
+            if value != defaults[name] and not has_effect:
                 raise ValueError(f"{name} is {value}, and has no effect without --{other.replace('_', '-')}"
                                  f"{' ' * bool(values)}{' or '.join(values)}; give that, too, or leave {name} out")
 

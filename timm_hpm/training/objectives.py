@@ -50,12 +50,14 @@ class Objective:
             images, if there is an attack), the labels (B,) and the run's `TrainConfig` to the scalar to minimise.
         craft: an attack, clean images (B, ...) and labels (B,) to adversarial images; None trains on clean ones alone.
         uses_clean: whether the loss uses the outputs for the clean images.
+        options: the options of `TrainConfig` that its loss uses and most others do not; elsewhere they are refused.
     """
 
     name: str
     loss: Callable[[Sequence[Outputs], Tensor, Any], Tensor]
     craft: Callable[[TrainingAttack, Tensor, Tensor], Tensor] | None = TrainingAttack.pgd
     uses_clean: bool = False
+    options: tuple[str, ...] = ()
 
 
 def cross_entropy(outputs: Sequence[Outputs], labels: Tensor, options: Any) -> Tensor:
@@ -131,8 +133,8 @@ OBJECTIVES: Final = {
     objective.name: objective
     for objective in (
         Objective("pgd-at", cross_entropy),
-        Objective("trades", trades, craft_trades, uses_clean=True),
-        Objective("mart", mart, uses_clean=True),
+        Objective("trades", trades, craft_trades, uses_clean=True, options=("trades_beta",)),
+        Objective("mart", mart, uses_clean=True, options=("mart_lambda",)),
         Objective("clean", cross_entropy, craft=None),
     )
 }

@@ -20,6 +20,7 @@ STUDIES: Final = HERE / "reports" / "sensitivity"
 TEXT: Final = HERE / "heads_text.md"
 CONFIGS: Final = HERE / "heads.yaml"
 NAMES: Final = {"fc": "FC", "dataset": "ℓ2", "sample": "sample", "batch": "HPM"}
+MARKS: Final = {"confirmed": " ✓", "refuted": " ✗", "undecided": ""}
 # Points that a head may lose and still count as no worse.
 MARGIN: Final = 0.4
 
@@ -218,7 +219,7 @@ def claims(bases: Mapping[str, Heads], studies: Mapping[str, Sequence[Sensitivit
     for text, found in [("FC is more sensitive than ℓ2 (% of the margin)", {
             name: (sensitivity_gap(some[-1]), "above") for name, some in studies.items()}), *measured]:
         verdicts = {name: gap.verdict(expected) for name, (gap, expected) in found.items()}
-        rows.append([text, *(f"{found[name][0]}: {verdicts[name]}" if name in found else "" for name in bases),
+        rows.append([text, *(f"{found[name][0]}{MARKS[verdicts[name]]}" if name in found else "" for name in bases),
                      f"**{total_verdict(list(verdicts.values()))}**"])
     return _table(rows)
 

@@ -182,13 +182,14 @@ def open_images(config: EvaluateConfig, model: Any) -> ImageSplit:
 
 
 def _warn_of_seen(model: Any, config: EvaluateConfig) -> None:
-    """Warns if the weights' training had a smaller validation split of the same data set."""
+    """Warns if the weights' training may have had a smaller validation split of the same data set."""
     file = Path(config.checkpoint) if config.checkpoint else weights_path(model)
     options = (saved_training(file) or {}).get("options") or {}
     theirs, ours = options.get("val_fraction"), config.val_fraction
-    if options.get("dataset") == config.dataset and theirs != ours and (theirs or 0.1) <= (ours or 0.1):
+    # None holds out a tenth at most.
+    if options.get("dataset") == config.dataset and theirs != ours and (theirs is None or theirs < (ours or 0.1)):
         warnings.warn(f"{file} was trained with {f'--val-fraction {theirs:g}' if theirs else 'no --val-fraction'}, and "
-                      "the validation split of this run has images of that training; give the same", stacklevel=3)
+                      "the validation split of this run may have images of that training; give the same", stacklevel=3)
 
 
 def weights_of(model: Any, config: EvaluateConfig) -> str:

@@ -1,9 +1,12 @@
-"""A network that answers by a function."""
+"""Networks that answer by a function, that hide no mistake behind first values, and that run code if they are loaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from timm_hpm import find_head
 
 
 class Wrapped(nn.Module):
@@ -15,3 +18,38 @@ class Wrapped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.answer(self.net, x)
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Gives every BatchNorm random statistics and weights: at their first values they hide mistakes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+def with_prototypes(model: nn.Module, log_scale: float = -0.5) -> nn.Module:
+    """Gives the HPM head random prototypes."""
+    head = find_head(model)
+    head.set_prototypes(torch.randn_like(head.prototypes))
+    nn.init.constant_(head.log_scale, log_scale)
+    return model
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Returns whether two state dicts have the same names and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Trap:
+    """Makes a file if its pickle is run."""
+
+    def __init__(self, file: Path):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")

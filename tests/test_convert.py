@@ -4,10 +4,12 @@ None of the public files can be had here: their formats are made with random wei
 (RobustBench's, torchvision's, timm's) compute the expected logits with.
 """
 
+import csv
 import gc
 import os
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hub_server
@@ -15,6 +17,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from nets import Trap, same_tensors
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
@@ -208,7 +211,6 @@ def test_checkpoints_of_others_networks_answer_as_they_do(tmp_path, name, kwargs
             assert torch.equal(found["layer4.1.conv2.weight"], original.layer4[1].conv2.weight)
 
 
-# Networks of the ARES tags' architectures, made small.
 # Tags
 
 
@@ -224,6 +226,21 @@ def test_a_public_tag_has_threat_model_licence_and_paper(name):
     assert model.num_classes == cfg.num_classes
     assert f"{cfg.first_conv}.weight" in model.state_dict() and f"{cfg.classifier}.weight" in model.state_dict()
     assert model.pretrained_cfg["tag"] == name.partition(".")[2]
+
+
+TABLE = Path(__file__).parents[1] / "docs" / "robustbench_ids.csv"
+IDS = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.mark.parametrize("options", sorted({row["convert"] for row in IDS if row["convert"]}))
+def test_the_options_of_a_robustbench_id_make_a_network_and_its_tag_exists(options, monkeypatch):
+    def on_meta(checkpoint, name, output, cfg, **arguments):
+        assert len(cfg["mean"]) == len(cfg["std"]) == 3
+        return timm.create_model(name, device="meta", num_classes=cfg.get("num_classes"), **arguments)
+
+    monkeypatch.setattr("timm_hpm.commands.hub.convert_checkpoint", on_meta)
+    assert main(["convert", "theirs.pt", "--output", "ours", *options.split()]) == 0
+    assert {row["tag"] for row in IDS if not row["convert"]} <= {*timm.list_pretrained("hpm_*")}
 
 
 # What is refused. The formats are written by hand: these tests need no RobustBench.
@@ -352,16 +369,6 @@ def test_weights_that_are_not_of_the_network_are_refused_whatever_its_classes(tm
         assert str(path) in str(error.value)
 
 
-class Malicious:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 class TypeErrorUnlessUnpickled:
     """A tensor with a state that pickle sets, and that loading weights only cannot."""
 
@@ -371,13 +378,13 @@ class TypeErrorUnlessUnpickled:
 
 @pytest.mark.parametrize("name", ["hpm_wrn10_2.untrained", "hpm_test_resnet.untrained"])
 @pytest.mark.parametrize(("first", "message"), [
-    (ONE, r"refused posix\.mkdir\. .*nothing was loaded.*torch\.save"),
+    (ONE, r"refused _?io\.open\. .*nothing was loaded.*torch\.save"),
     # timm loads a checkpoint from a URL once more, unsafely, where the safe attempt ends in a TypeError.
     (TypeErrorUnlessUnpickled(), "cannot read the (weights|checkpoint) "),
 ], ids=["zip", "second attempt"])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, name, first, message, monkeypatch):
     file = tmp_path / "theirs.ckpt"
-    torch.save({"a": first, "b": Malicious(tmp_path / "ran")}, file)
+    torch.save({"a": first, "b": Trap(tmp_path / "ran")}, file)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for call in (
             *(lambda overlay=overlay: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay,
@@ -460,44 +467,37 @@ def test_the_average_of_the_weights_is_taken():
 SMALL = [("hpm_wrn10_2.untrained", {}), ("hpm_cifar_resnet18", {"layers": (1, 1, 1, 1)})]
 
 
-@pytest.mark.parametrize("average", [
-    lambda good: {"ema_state_dict": {}}, lambda good: {"model_ema": None},
-    lambda good: {"ema": {"decay": 0.999, "num_updates": 3, "shadow_params": [*good.values()]}},
-    lambda good: {"ema_state_dict": {key: value + 1 for key, value in good.items() if "running" not in key}}])
+@pytest.mark.parametrize("wrap", [
+    # The average of the weights is no state dict.
+    lambda good: {"state_dict": good, "ema_state_dict": {}}, lambda good: {"state_dict": good, "model_ema": None},
+    lambda good: {"state_dict": good, "ema": {"decay": 0.999, "num_updates": 3, "shadow_params": [*good.values()]}},
+    lambda good: {"state_dict": good, "ema_state_dict": {key: value + 1 for key, value in good.items()
+                                                         if "running" not in key}},
+    # Without the counts of batches, of PyTorch before 0.4.1, and with that of torch's AveragedModel.
+    lambda good: {"model": {}, "ema_state_dict": without(good, "num_batches_tracked")},
+    lambda good: {"n_averaged": torch.tensor(5), **prefixed(without(good, "num_batches_tracked"), "module.")},
+    *(partial(prefixed, prefix=prefix) for prefix in ("_orig_mod.module.", "module.1.", "0.")),
+])
 @pytest.mark.parametrize(("name", "kwargs"), SMALL)
-def test_the_weights_are_loaded_if_their_average_is_no_state_dict(tmp_path, average, name, kwargs):
-    weights = timm.create_model(name, **kwargs)
-    good = {key: value for key, value in weights.state_dict().items() if key not in OURS}
-    torch.save({"state_dict": good, **average(good)}, tmp_path / "theirs.pt")
-    model = load(name, tmp_path / "theirs.pt", NONE, **kwargs)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in good.items())
+def test_weights_are_found_however_they_are_wrapped(tmp_path, wrap, name, kwargs):
+    good = without(timm.create_model(name, **kwargs).state_dict(), *OURS)
+    torch.save(wrap(good), tmp_path / "theirs.pt")
+    state = load(name, tmp_path / "theirs.pt", NONE, **kwargs).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in good.items())
 
 
 @pytest.mark.parametrize(("name", "kwargs"), SMALL)
-def test_counts_of_batches_and_of_averages_are_not_needed(tmp_path, name, kwargs):
-    """Of PyTorch before 0.4.1, and of torch's AveragedModel."""
-    weights = timm.create_model(name, **kwargs)
-    theirs = {key: value for key, value in weights.state_dict().items()
-              if key not in OURS and not key.endswith("num_batches_tracked")}
-    averaged = {"n_averaged": torch.tensor(5), **prefixed(theirs, "module.")}
-    for number, checkpoint in enumerate((theirs, averaged)):
-        torch.save({"model": {}, "ema_state_dict": checkpoint}, tmp_path / f"{number}.pt")
-        model = load(name, tmp_path / f"{number}.pt", NONE, **kwargs)
-        assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.items())
-    own = {key: value for key, value in weights.state_dict().items() if not key.endswith("num_batches_tracked")}
-    torch.save({"n_averaged": torch.tensor(5), **prefixed(own, "module.")}, tmp_path / "own.pt")
-    model = timm.create_model(name, **kwargs)
+def test_an_averaged_model_of_ours_needs_no_counts_of_batches(tmp_path, name, kwargs):
+    own, model = (timm.create_model(name, **kwargs) for _ in range(2))
+    torch.save({"n_averaged": torch.tensor(5), **prefixed(without(own.state_dict(), "num_batches_tracked"), "module.")},
+               tmp_path / "own.pt")
     load_checkpoint(model, str(tmp_path / "own.pt"))
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
+    assert same_tensors(model.state_dict(), own.state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module.1.", "0."])
-def test_prefixes_go(prefix):
-    for known in FORMATS:  # formats exclude each other
+def test_formats_exclude_each_other_and_a_prefix_of_some_keys_is_a_name():
+    for known in FORMATS:
         assert [other for other in FORMATS if other.fits(set(known.marks))] == [known]
-    weights = {"a.weight": torch.ones(1), "b.0.bias": torch.ones(1)}
-    assert plain_state_dict(prefixed(weights, prefix), CIFAR_MEAN, CIFAR_STD).keys() == weights.keys()
-    # A prefix of some keys is a name.
     mixed = {"model.weight": torch.ones(1), "fc.weight": torch.ones(1)}
     assert plain_state_dict(mixed, CIFAR_MEAN, CIFAR_STD).keys() == mixed.keys()
 

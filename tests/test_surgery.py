@@ -2,11 +2,13 @@
 
 import pickle
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torchvision
+from nets import with_prototypes, with_statistics
 from processes import python
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -42,17 +44,11 @@ def create(kind: str, num_classes: int = 7) -> tuple[nn.Module, Tensor]:
     """Returns a plain timm model with that kind of head, and images for it."""
     name, arguments, size = KINDS[kind]
     model = timm.create_model(name, num_classes=num_classes, **arguments).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return model, torch.randn(3, 3, size, size)
+    return with_statistics(model), torch.randn(3, 3, size, size)
 
 
 def fit(model: nn.Module) -> nn.Module:
-    head = find_head(model)
-    head.set_prototypes(torch.randn_like(head.prototypes))
-    nn.init.constant_(head.log_scale, -3.0)
-    return model
+    return with_prototypes(model, -3.0)
 
 
 # Each kind of head
@@ -166,11 +162,11 @@ for model, x, logits in torch.load(sys.argv[1], weights_only=False):
     python("-c", code, tmp_path / "cases.pt", folder=tmp_path)
 
 
-def test_a_network_without_a_reset_classifier_says_how_to_change_its_classes():
+def test_a_network_without_a_reset_classifier_keeps_its_head_and_says_how_to_change_its_classes():
     model = add_hpm_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
     with pytest.raises(AttributeError, match=r"Sequential has no reset_classifier .*remove_hpm_head"):
         model.reset_classifier(5)
-    assert model(torch.rand(2, 4)).shape == (2, 3)
+    assert model(torch.rand(2, 4)).shape == (2, 3) and find_head(model).out_features == 3
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -211,71 +207,6 @@ def test_a_model_without_classes_gets_its_head_by_reset_classifier(name, size):
         assert head_name(model) is None
         model.eval().reset_classifier(6)
         assert find_head(model).mix == mix and model(torch.randn(1, 3, size, size)).shape == (1, 6)
-
-
-# Bad input
-
-
-def state_of(model: nn.Module) -> list:
-    return [(name, type(module), id(module)) for name, module in model.named_modules()]
-
-
-@pytest.mark.parametrize(("name", "arguments", "message"), [
-    ("deit_tiny_distilled_patch16_224", {}, r"2 classifiers: head \(Linear\), head_dist \(Linear\)"),
-    ("test_vit", {"global_pool": ""}, r"sees features without pooling \(global_pool is ''\).*such as 'avg'"),
-    ("resnetv2_18", {"global_pool": ""}, "without pooling"),
-    ("resnet18", {"features_only": True}, "the classifier layer4.1.conv2 of FeatureListNet is a Conv2d; expected"),
-])
-def test_other_heads_are_refused_and_left_alone(name, arguments, message):
-    model = timm.create_model(name, device="meta", **arguments)
-    before = state_of(model)
-    with pytest.raises(UnsupportedHeadError, match=message):
-        add_hpm_head(model)
-    assert state_of(model) == before and not hasattr(model, "head_config")
-
-
-@pytest.mark.parametrize(("classifier", "message"), [
-    (nn.Linear(100, 1000), r"takes 100 features and has 1000 classes; expected the model's \d+ \(head_hidden_size\)"),
-    (nn.utils.parametrizations.weight_norm(nn.Linear(96, 1000)), "is a ParametrizedLinear"),
-    (nn.utils.spectral_norm(nn.Linear(96, 1000)), "the classifier fc of ResNet has hooks, which a head would not have"),
-])
-def test_a_classifier_that_does_not_fit_is_refused(classifier, message):
-    model = timm.create_model("test_resnet")
-    assert model.num_features == 96
-    # timm's pooling flattens here, so that a convolution would not even run.
-    model.global_pool, model.fc = nn.AdaptiveAvgPool2d(1), classifier
-    with pytest.raises(UnsupportedHeadError, match=message):
-        add_hpm_head(model)
-    assert model.fc is classifier
-
-
-@pytest.mark.parametrize("classes", [10, 0])
-def test_an_equipped_model_is_refused(classes):
-    model = add_hpm_head(timm.create_model("test_resnet", num_classes=classes))
-    before = state_of(model)
-    with pytest.raises(ValueError, match=r"has an HPM head already.*remove_hpm_head first"):
-        add_hpm_head(model)
-    assert state_of(model) == before
-
-
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: add_hpm_head(nn.DataParallel(timm.create_model("test_resnet"))), "is compiled, or wrapped for several"),
-    (lambda: remove_hpm_head(nn.Sequential(nn.Linear(4, 3))), "Sequential has no HPM head to remove: it has none"),
-    (lambda: remove_hpm_head(nn.Sequential(nn.Flatten(), HPMHead(4, 3))), "to remove: it is built around one"),
-    (lambda: add_hpm_head(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Linear(4, 5)))(torch.rand(2, 3, 2, 2)),
-     r"features have the shape \(2, 6, 4\); expected \(B, 4\), the pooled input"),
-])
-def test_a_network_that_a_head_does_not_go_into_or_out_of_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_bad_arguments_are_refused_and_the_model_is_left_alone():
-    model = timm.create_model("test_resnet")
-    for name, value in (("mix", 2), ("ema_decay", -1), ("inference", "oracle")):
-        with pytest.raises(ValueError, match=f"{value}"):
-            add_hpm_head(model, **{name: value})
-    assert type(model) is timm.models.ResNet and head_name(model) is None
 
 
 def test_a_reset_without_pooling_is_refused():
@@ -343,15 +274,48 @@ def test_any_network_takes_a_head_and_gives_it_back(kind):
     assert type(model) is base and list(model.state_dict()) == keys and torch.equal(model(images), before)
 
 
-def test_a_network_without_reset_classifier_keeps_its_head():
-    model = add_hpm_head(nn.Sequential(body(), nn.Linear(6, 5)))
-    with pytest.raises(AttributeError, match="reset_classifier"):
-        model.reset_classifier(7)
-    assert find_head(model).out_features == 5
+def of_torchvision(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, weights=None).eval()
 
+
+@pytest.mark.parametrize(("name", "path"), [("alexnet", "classifier.6"), ("vit_b_16", "heads.head")])
+def test_torchvision_s_networks_take_a_head(name, path):
+    model = of_torchvision(name)
+    keys = list(model.state_dict())
+    assert head_name(add_hpm_head(model, inference="fc")) == path
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    assert list(remove_hpm_head(model).state_dict()) == keys
+
+
+# Bad input
+
+
+def of_timm(name: str, **arguments) -> nn.Module:
+    return timm.create_model(name, device="meta", **arguments)
+
+
+def resnet_with(classifier: nn.Module) -> nn.Module:
+    model = timm.create_model("test_resnet")
+    # timm's pooling flattens here, so that a convolution would not even run.
+    model.global_pool, model.fc = nn.AdaptiveAvgPool2d(1), classifier
+    return model
 
 
 @pytest.mark.parametrize(("make", "classifier", "message"), [
+    (lambda: of_timm("deit_tiny_distilled_patch16_224"), None, r"2 classifiers: head \(Linear\), head_dist \(Linear\)"),
+    (lambda: of_timm("test_vit", global_pool=""), None,
+     r"sees features without pooling \(global_pool is ''\).*such as 'avg'"),
+    (lambda: of_timm("resnetv2_18", global_pool=""), None, "without pooling"),
+    (lambda: of_timm("resnet18", features_only=True), None,
+     "the classifier layer4.1.conv2 of FeatureListNet is a Conv2d; expected"),
+    (lambda: resnet_with(nn.Linear(100, 1000)), None,
+     r"takes 100 features and has 1000 classes; expected the model's 96 \(head_hidden_size\)"),
+    (lambda: resnet_with(nn.utils.parametrizations.weight_norm(nn.Linear(96, 1000))), None, "is a ParametrizedLinear"),
+    (lambda: resnet_with(nn.utils.spectral_norm(nn.Linear(96, 1000))), None,
+     "the classifier fc of ResNet has hooks, which a head would not have"),
+    (lambda: nn.DataParallel(timm.create_model("test_resnet")), None, "is compiled, or wrapped for several"),
+    (lambda: of_torchvision("squeezenet1_0"), None, r"features without pooling \(classifier.3 comes after it\)"),
     (lambda: Net(body(), fc=nn.Linear(6, 5)), "head", "Net has no layer 'head'; expected .* one of layer0.1, fc"),
     (lambda: nn.Flatten(), None, r"Flatten has 0 classifiers: none\. .*By hand: put timm_hpm\.HPMHead"),
     (lambda: nn.Linear(3, 2), None, "classifier itself of Linear is a Linear; expected .* inside the model"),
@@ -360,24 +324,34 @@ def test_a_network_without_reset_classifier_keeps_its_head():
     (lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), None,
      r"classifier 0 of Sequential sees features without pooling \(1 comes after it\)"),
 ])
-def test_a_network_without_an_obvious_classifier_is_refused(make, classifier, message):
+def test_a_network_without_an_obvious_classifier_is_refused_and_left_alone(make, classifier, message):
     model = make()
     before = state_of(model)
     with pytest.raises(UnsupportedHeadError, match=message):
         add_hpm_head(model, classifier)
+    assert state_of(model) == before and not hasattr(model, "head_config")
+
+
+def state_of(model: nn.Module) -> list:
+    return [(name, type(module), id(module)) for name, module in model.named_modules()]
+
+
+EQUIPPED = r"has an HPM head already.*remove_hpm_head first"
+
+
+@pytest.mark.parametrize(("make", "call", "message"), [
+    *((lambda classes=classes: add_hpm_head(timm.create_model("test_resnet", num_classes=classes)), add_hpm_head,
+       EQUIPPED) for classes in (10, 0)),
+    *((lambda: timm.create_model("test_resnet"), partial(add_hpm_head, **{name: value}), f"{value}")
+      for name, value in (("mix", 2), ("ema_decay", -1), ("inference", "oracle"))),
+    (lambda: nn.Sequential(nn.Linear(4, 3)), remove_hpm_head, "Sequential has no HPM head to remove: it has none"),
+    (lambda: nn.Sequential(nn.Flatten(), HPMHead(4, 3)), remove_hpm_head, "to remove: it is built around one"),
+    (lambda: add_hpm_head(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Linear(4, 5))),
+     lambda model: model(torch.rand(2, 3, 2, 2)), r"have the shape \(2, 6, 4\); expected \(B, 4\), the pooled input"),
+])
+def test_a_head_is_neither_added_twice_nor_removed_where_none_was_added(make, call, message):
+    model = make()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        call(model)
     assert state_of(model) == before
-
-
-@pytest.mark.parametrize(("name", "path"), [
-    ("alexnet", "classifier.6"), ("vit_b_16", "heads.head"), ("squeezenet1_0", None)])
-def test_torchvision_s_networks_take_a_head(name, path):
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None)
-    keys = list(model.state_dict())
-    if path is None:
-        with pytest.raises(UnsupportedHeadError, match=r"features without pooling \(classifier.3 comes after it\)"):
-            add_hpm_head(model)
-        return
-    assert head_name(add_hpm_head(model.eval(), inference="fc")) == path
-    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
-    assert list(remove_hpm_head(model).state_dict()) == keys

@@ -1,15 +1,10 @@
-"""A process of its own for the Hub's real client, which reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported.
-
-Runs the functions below by name: a line of JSON in, a line of JSON out, with all that was logged and printed meanwhile.
-"""
+"""What a process of its own does with the Hub's real client, which reads HF_ENDPOINT when it is imported."""
 
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import os
-import sys
 import tempfile
 import traceback
 import warnings
@@ -18,11 +13,10 @@ from typing import Any
 
 import timm
 import torch
+from nets import with_prototypes, with_statistics
 
 import timm_hpm
 from timm_hpm.__main__ import main
-
-torch.set_num_threads(1)
 
 
 def made(name: str = "hpm_wrn10_2", *, seed: int = 0, add: bool = False, fitted: bool = True, **kwargs: Any) -> Any:
@@ -31,14 +25,9 @@ def made(name: str = "hpm_wrn10_2", *, seed: int = 0, add: bool = False, fitted:
     model = timm.create_model(name, **kwargs)
     if add:
         timm_hpm.add_hpm_head(model, mix=0.25, ema_decay=0.5, inference="sample")
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and not kwargs.get("pretrained"):
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-    head = timm_hpm.find_head(model)
-    if fitted:
-        head.set_prototypes(torch.randn_like(head.prototypes))
-        torch.nn.init.constant_(head.log_scale, -1.5)
-    return model.eval()
+    if not kwargs.get("pretrained"):
+        with_statistics(model)
+    return (with_prototypes(model, -1.5) if fitted else model).eval()
 
 
 def facts(model: Any) -> dict[str, Any]:
@@ -94,36 +83,32 @@ def run(code: str) -> None:
     exec(compile(code, "card", "exec"), {})
 
 
-def answered(line: str) -> dict[str, Any]:
-    """Runs one request and returns its result or error, and what it wrote."""
-    request = json.loads(line)
+def begin(folder: Path) -> None:
+    """Prepares the process: all is logged but the wire, with whatever a server answers."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.DEBUG)
+    for name in ("huggingface_hub", "timm", "httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+        logging.getLogger(name).propagate = True
+    for name in ("httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def answered(function: str, arguments: dict[str, Any], environ: dict[str, str]) -> dict[str, Any]:
+    """Calls a function of this module by its name; returns its result or error, and what it wrote."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     os.environ.pop("HF_TOKEN", None)
-    os.environ.update(request["environ"])
+    os.environ.update(environ)
     answer: dict[str, Any] = {"result": None, "error": None, "traceback": "", "warnings": []}
     logging.getLogger().addHandler(handler)
     with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written), \
             warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            answer["result"] = globals()[request["function"]](**request["arguments"])
+            answer["result"] = globals()[function](**arguments)
         except Exception as error:
             answer |= {"error": str(error), "type": type(error).__name__, "traceback": traceback.format_exc()}
     logging.getLogger().removeHandler(handler)
     return answer | {"written": written.getvalue(), "warnings": [str(warning.message) for warning in caught]}
-
-
-if __name__ == "__main__":
-    logging.getLogger().setLevel(logging.DEBUG)
-    for name in ("huggingface_hub", "timm", "httpx", "httpx2"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).propagate = True
-    for name in ("httpcore", "httpcore2"):
-        # Below it lies the wire, with whatever a server answers.
-        logging.getLogger(name).setLevel(logging.INFO)
-    os.chdir(Path(sys.argv[1]))
-    out, sys.stdout = sys.stdout, sys.stderr
-    print(json.dumps("ready"), file=out, flush=True)
-    for request_line in sys.stdin:
-        print(json.dumps(answered(request_line)), file=out, flush=True)

@@ -213,7 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "Forbidden: the namespace needs write access")
         exists = repo_id in self.server.repos
         if not exists:
-            self.server.repos[repo_id] = repo = Repo(is_private(data))
+            # Older clients send the second form.
+            private = data.get("visibility") == "private" or bool(data.get("private"))
+            self.server.repos[repo_id] = repo = Repo(private)
             repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
 
@@ -285,11 +287,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self.send(content, 200, headers)
         self.send(content[:self.server.faults.shorten_to.get(path)], 200, headers)
-
-
-def is_private(data: dict[str, Any]) -> bool:
-    """Returns whether a request asks for a private repository; older clients send the second form."""
-    return data.get("visibility") == "private" or bool(data.get("private"))
 
 
 def is_lfs(path: str) -> bool:

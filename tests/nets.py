@@ -1,4 +1,4 @@
-"""Networks that answer by a function, that hide no mistake behind first values, and that run code if they are loaded."""
+"""Networks that answer by a function or hide no mistake behind first values, and a file that runs code."""
 
 from collections.abc import Callable
 from pathlib import Path

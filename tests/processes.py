@@ -19,6 +19,11 @@ def python(*words: str | Path, folder: Path, code: int = 0, **environ: str) -> s
     return done
 
 
+def snapshot(folder: Path) -> dict[Path, tuple[int, bool | bytes]]:
+    """Returns the times and contents of everything in a folder."""
+    return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in folder.rglob("*")}
+
+
 def start(*words: str | Path, folder: Path, **options: Any) -> subprocess.Popen:
     """Starts Python with these words in a folder."""
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=ENVIRON, text=True,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import timm
 import torch
+from nets import same_tensors
 from safetensors.torch import load_file
 from torch import nn
 from training_runs import forget_accelerator
@@ -56,8 +57,7 @@ def test_a_module_of_one_s_own_is_trained_in_place_and_saved(options, digits, tm
     pixels = PixelModel(model, options.get("mean", (0,)), options.get("std", (1,)))
     assert timm_hpm.judge(pixels, images, labels, 64).float().mean().item() == pytest.approx(kept["val_clean"])
     saved = load_file(tmp_path / "run" / "model.safetensors")
-    assert saved.keys() == Net().state_dict().keys()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert same_tensors(model.state_dict(), saved)
     config = saved_config(tmp_path / "run" / "model.safetensors")
     assert config["constructor"] == f"{__name__}:Net" and config["num_classes"] == 10
     assert config["pretrained_cfg"]["mean"] == list(options.get("mean", (0,)))
@@ -86,7 +86,7 @@ def test_a_wrapped_model_is_trained_and_saved_as_the_one_inside(wrap, tmp_path):
     train(wrap(model), CONFIG, tmp_path, epochs=1, lr=1e-4, batch_size=350, log=quiet)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert again.pretrained_cfg["architecture"] == "hpm_wrn10_2" and again.pretrained_cfg["mean"] == [0.3053]
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert same_tensors(model.state_dict(), again.state_dict())
 
 
 def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
@@ -109,7 +109,7 @@ def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
     timm_hpm.train(Net(), CONFIG, tmp_path / "part", sched="constant", resume=True, log=quiet)
     newest = [load_file(tmp_path / name / "checkpoints" / "epoch-00003-batch-00000000" / "model.safetensors")
               for name in ("whole", "part")]
-    assert all(torch.equal(tensor, newest[1][name]) for name, tensor in newest[0].items())
+    assert same_tensors(*newest)
     with pytest.raises(ValueError, match=r"model \('test_any_network:Net' there, 'torch.nn.*Sequential' given\)"):
         timm_hpm.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), CONFIG, tmp_path / "part", sched="constant",
                        resume=True, log=quiet)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from nets import with_statistics
 from protocols import SMALL, run_attack
 from torch import Tensor, nn
 
@@ -120,16 +121,8 @@ def test_answers_without_a_gradient_are_counted_in_a_warning(digits):
                for flag in flags[1])
 
 
-def with_statistics(model: nn.Module) -> nn.Module:
-    """Returns the network with BatchNorms that do something."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-            if module.affine:
-                module.weight.data.uniform_(0.5, 1.5)
-                module.bias.data.normal_()
-    return model.eval().requires_grad_(False)
+def frozen(model: nn.Module) -> nn.Module:
+    return with_statistics(model).eval().requires_grad_(False)
 
 
 def answer(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +137,7 @@ def answer(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.
     ("test_vit", (3, 160, 160), 0),
 ])
 def test_a_folded_network_answers_as_before(name, size, folded):
-    model = with_statistics(timm.create_model(name, pretrained=False))
+    model = frozen(timm.create_model(name, pretrained=False))
     images = torch.rand(3, *size)
     expected = answer(model, images)
     assert fold_batch_norms(model, images[:2]) == folded
@@ -169,7 +162,7 @@ class Odd(nn.Module):
 
 
 def test_a_batchnorm_with_another_use_is_not_folded():
-    model, images = with_statistics(Odd()), torch.rand(3, 2, 4, 4)
+    model, images = frozen(Odd()), torch.rand(3, 2, 4, 4)
     expected = model(images)
     assert fold_batch_norms(model, images) == 1
     assert [isinstance(norm, nn.BatchNorm2d) for norm in model.norms] == [True, True, True, False]
@@ -181,7 +174,7 @@ def test_a_batchnorm_with_another_use_is_not_folded():
 def test_a_convolution_whose_weight_is_made_anew_at_each_call_is_left_as_it_is(norm):
     model = nn.Sequential(norm(nn.Conv2d(2, 3, 3)), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3),
                           nn.Flatten())
-    model, images = with_statistics(model), torch.rand(3, 2, 6, 6)
+    model, images = frozen(model), torch.rand(3, 2, 6, 6)
     expected = model(images)
     assert fold_batch_norms(model, images) == 1
     torch.testing.assert_close(model(images), expected)

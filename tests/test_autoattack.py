@@ -118,25 +118,19 @@ def test_steps_to_planes_are_autoattack_s(norm, size):
     assert 100 < reached.sum() < 190, "the problem tests nothing"
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_a_step_without_bounds_in_the_way(scale):
-    points, normals = torch.full((2, 3), 0.5), torch.tensor([[1.0, -2.0, 1.0]]).expand(2, 3) * scale
-    offsets = torch.tensor([0.4, -0.6]) * scale
-    expected = {"Linf": [[-0.1, 0.1, -0.1], [0.15, -0.15, 0.15]],
-                "L2": [[-0.4 / 6, 0.8 / 6, -0.4 / 6], [0.1, -0.2, 0.1]]}
-    for norm, steps in expected.items():
-        torch.testing.assert_close(step_to_plane(points, normals, offsets, norm), torch.tensor(steps))
-
-
-@norms
-@pytest.mark.parametrize(("point", "normal", "offset", "step"), [
-    ([0.0, 0.75], [1.0, 1.0], 0.25, [0.0, -0.25]),  # the first pixel cannot fall: the second goes all the way
-    ([0.5, 0.5], [1.0, 1e-40], 9.0, [-0.5, -0.5]),
-    ([0.5, 1.0], [0.0, 0.0], 1.0, [0.0, 0.0]),  # no plane
+@pytest.mark.parametrize(("point", "normal", "offset", "linf", "l2"), [
+    *(([0.5] * 3, [scale, -2 * scale, scale], offset * scale, linf, l2) for scale in (1.0, 1e-30, 1e30)
+      for offset, linf, l2 in ((0.4, [-0.1, 0.1, -0.1], [-0.4 / 6, 0.8 / 6, -0.4 / 6]),
+                               (-0.6, [0.15, -0.15, 0.15], [0.1, -0.2, 0.1]))),
+    # At the end of the range the first pixel cannot fall: the second goes all the way.
+    ([0.0, 0.75], [1.0, 1.0], 0.25, *[[0.0, -0.25]] * 2),
+    ([0.5, 0.5], [1.0, 1e-40], 9.0, *[[-0.5, -0.5]] * 2),
+    ([0.5, 1.0], [0.0, 0.0], 1.0, *[[0.0, 0.0]] * 2),  # no plane
 ])
-def test_steps_at_the_end_of_the_range(norm, point, normal, offset, step):
-    found = step_to_plane(torch.tensor([point]), torch.tensor([normal]), torch.tensor([offset]), norm)
-    assert found[0].tolist() == step
+def test_a_step_goes_to_the_plane_or_to_the_end_of_the_range(point, normal, offset, linf, l2):
+    for norm, step in (("Linf", linf), ("L2", l2)):
+        found = step_to_plane(torch.tensor([point]), torch.tensor([normal]), torch.tensor([offset]), norm)
+        torch.testing.assert_close(found[0], torch.tensor(step))
 
 
 @norms

@@ -116,9 +116,6 @@ def test_results_of_autoattack_on_other_images_are_refused(benchmark, tmp_path):
         public_nets.reference(path, "11")
 
 
-# docs/results.md: the committed reports make it, and its verdicts follow from known accuracies
-
-
 @pytest.fixture(scope="module")
 def table(benchmark):
     return benchmark("heads_table")
@@ -159,9 +156,6 @@ def test_realised_takes_each_batch_in_its_worst_version_and_a_claim_only_attacks
     assert table.realised(batch) == [False, True, False, False, False]
     assert table.claimed(batch) == [False, True, True, True, True]
     assert table.realised(report(rows)) == table.worst(report(rows))
-
-
-# The trials of other forms of the head: the forms compute what they say
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from PIL import Image
+from pictures import write_pictures
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,17 +78,6 @@ def evaluated(text: str) -> timm_hpm.AttackReport:
     return timm_hpm.AttackReport.load("again/report.json")
 
 
-def images_in(folder: Path, classes: int = 4) -> None:
-    """Writes a folder of images in the layout of `--dataset folder`."""
-    generator = torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        for label in range(classes):
-            (folder / split / f"class {label}").mkdir(parents=True)
-            for i in range(4):
-                pixels = (torch.rand(8, 8, generator=generator) * 40 + 50 * label).byte().numpy()
-                Image.fromarray(pixels).save(folder / split / f"class {label}" / f"{i}.png")
-
-
 # Names, budgets, a folder, a checkpoint, L2, modes, seeds and batches: nothing of it is evaluate.py's default.
 RUNS = {
     "train": ["--split", "train", "--num-images", "8", "--attacks", "square,apgd-ce", "--budget", "square=20",
@@ -104,7 +93,8 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    images_in(tmp_path / "my 'data' $x")
+    classes = {f"{split}/class {i}": 4 for split in ("train", "test") for i in range(4)}
+    write_pictures(tmp_path / "my 'data' $x", classes, mode="L")
     torch.manual_seed(0)
     model = timm.create_model("hpm_wrn10_2", num_classes=4)
     timm_hpm.find_head(model).update_prototypes(torch.rand(8, model.num_features), torch.arange(8) % 4)

@@ -108,9 +108,6 @@ def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch,
     assert "every verdict as in the report" in capsys.readouterr().out
 
 
-# What a command says in a terminal
-
-
 TABLE = r"""# A *title*
 
 | attack | % | a\|b |
@@ -190,9 +187,6 @@ def test_a_bar_of_images_changes_no_answer_and_leaves_no_hook():
             output = model(torch.zeros(7, 2))
             assert len(model._forward_pre_hooks) == shown
         assert torch.equal(output, model.bias.expand(7, 2)) and not model._forward_pre_hooks
-
-
-# One dataclass makes a script's command line, reads its files and checks the values
 
 
 @dataclass(frozen=True)

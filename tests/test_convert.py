@@ -78,9 +78,6 @@ def assert_same_logits(model, original, size=32):
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
-# Parity with RobustBench's architectures
-
-
 def trades_wrn(depth=10, **kwargs):
     return randomised(robustbench("wide_resnet").WideResNet(depth, widen_factor=2, **kwargs))
 
@@ -211,9 +208,6 @@ def test_checkpoints_of_others_networks_answer_as_they_do(tmp_path, name, kwargs
             assert torch.equal(found["layer4.1.conv2.weight"], original.layer4[1].conv2.weight)
 
 
-# Tags
-
-
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_tag_has_threat_model_licence_and_paper(name):
     cfg = get_pretrained_cfg(name)
@@ -244,8 +238,6 @@ def test_the_options_of_a_robustbench_id_make_a_network_and_its_tag_exists(optio
 
 
 # What is refused. The formats are written by hand: these tests need no RobustBench.
-
-
 # What only our own state dicts hold.
 OURS = ("function", "fc.prototypes", "fc.num_updates", "fc.log_scale")
 
@@ -431,9 +423,6 @@ def test_a_server_that_refuses_is_answered_by_its_status_and_never_in_a_tracebac
     gc.collect()
 
 
-# Whose the weights are
-
-
 def test_random_weights_and_own_files_carry_no_licence_of_the_tag(tmp_path):
     tag = "hpm_wrn28_10.wang2023_cifar10_linf"
     scratch = timm.create_model(tag, **SMALL_WRN)
@@ -446,9 +435,6 @@ def test_random_weights_and_own_files_carry_no_licence_of_the_tag(tmp_path):
     # The tag's own weights are their authors'.
     theirs = get_pretrained_cfg(tag)
     assert theirs.license == "mit" and theirs.origin_url.endswith("wzekai99/DM-Improves-AT") and theirs.notes
-
-
-# The functions
 
 
 def test_the_average_of_the_weights_is_taken():
@@ -500,9 +486,6 @@ def test_formats_exclude_each_other_and_a_prefix_of_some_keys_is_a_name():
         assert [other for other in FORMATS if other.fits(set(known.marks))] == [known]
     mixed = {"model.weight": torch.ones(1), "fc.weight": torch.ones(1)}
     assert plain_state_dict(mixed, CIFAR_MEAN, CIFAR_STD).keys() == mixed.keys()
-
-
-# The command
 
 
 @pytest.fixture

@@ -89,11 +89,8 @@ def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, c
     assert main(last.split("timm_hpm ")[1].split()[:3]) == 0, "without a limit"
     assert AttackReport.load(tmp_path / "run" / "report.json").num_images == 10
     assert not (tmp_path / "run" / "partial").exists()
-
-
-def test_the_command_says_that_the_first_batch_is_not_finished(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", *QUICK, "--attacks", "apgd-ce,apgd-t", "--output", "run", "--time-limit", "0.001s"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", *QUICK, "--attacks", "apgd-ce,apgd-t", "--output", "b", "--time-limit", "0.001s"]) == 0
     assert capsys.readouterr().out.startswith("stopped by a time limit, before the first 4 of 10 images were attacked")
 
 

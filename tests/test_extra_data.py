@@ -1,14 +1,14 @@
 """Extra training images of an npz file: read as they are drawn, mixed into every batch, resumable, across processes."""
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nets import same_tensors
 from processes import python
-from training_runs import run, weights
+from training_runs import run, stopped, weights
 
 import timm_hpm
 from timm_hpm.training import TrainConfig
@@ -82,21 +82,18 @@ def test_a_fraction_of_0_is_the_plain_run_and_a_resumed_one_ends_with_the_same_b
     given = {"extra_data": str(tmp_path / "more.npz"), "recovery_interval": 2, "checkpoint_hist": 9}
     run(tmp_path / "plain")
     run(tmp_path / "zero", **given | {"extra_fraction": 0.0})
-    state = weights(tmp_path / "plain")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in weights(tmp_path / "zero").items())
+    assert same_tensors(weights(tmp_path / "plain"), weights(tmp_path / "zero"))
     run(tmp_path / "whole", **given, extra_fraction=0.5)
-    folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert len(folders) == 4  # 6 batches of 175 digits, and the end of the epoch
-    (tmp_path / "part" / "checkpoints").mkdir(parents=True)
-    shutil.copy(tmp_path / "whole" / "args.yaml", tmp_path / "part")
-    shutil.copytree(folders[0], tmp_path / "part" / "checkpoints" / folders[0].name)
+    part = stopped(tmp_path / "whole", tmp_path / "part")
+    # 6 batches of 175 digits, and the end of the epoch.
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 4
     np.savez(tmp_path / "more.npz", image=255 - digits()["image"], label=digits()["label"])
     with pytest.raises(ValueError, match="begun with other extra data"):
-        run(tmp_path / "part", resume=True, **given, extra_fraction=0.5)
+        run(part, resume=True, **given, extra_fraction=0.5)
     np.savez(tmp_path / "more.npz", **digits())
-    run(tmp_path / "part", resume=True, **given, extra_fraction=0.5)
+    run(part, resume=True, **given, extra_fraction=0.5)
     for name in ("metrics.csv", "model.safetensors"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -71,19 +71,6 @@ def test_batch_prototypes_of_hardly_any_mass_have_finite_gradients(mass):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(mixed.square().sum(), [z, assignment]))
 
 
-def test_squared_distances_have_the_closed_form_gradient_also_where_they_are_zero():
-    z = torch.randn(3, 5, dtype=torch.float64)
-    q = torch.cat([z[:1], torch.randn(2, 5, dtype=torch.float64)])
-    z, q = z.requires_grad_(), q.requires_grad_()
-    distances = functional.squared_distances(z, q)
-    assert distances[0, 0].abs() < 1e-12
-    upstream = torch.randn(3, 3, dtype=torch.float64)
-    to_z, to_q = torch.autograd.grad(distances, [z, q], upstream)
-    pull = 2 * upstream[:, :, None] * (z[:, None] - q[None])
-    torch.testing.assert_close(to_z, pull.sum(dim=1))
-    torch.testing.assert_close(to_q, -pull.sum(dim=0))
-
-
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 7])

@@ -1,7 +1,5 @@
 """Evaluation and training on a GPU; `pytest -m gpu`, which skips them on a machine without CUDA."""
 
-import csv
-import shutil
 import warnings
 
 import pytest
@@ -9,7 +7,7 @@ import timm
 import torch
 from protocols import SMALL, run_attack, unfinished
 from torch import nn
-from training_runs import run
+from training_runs import rows, run, stopped
 
 import evaluate
 from timm_hpm import AttackReport, PixelModel, ThreatModel, find_head, fit_prototypes
@@ -103,14 +101,9 @@ def test_prototypes_are_those_of_the_cpu(on_device, digits):
 ], ids=lambda changes: " ".join(changes))
 def test_training_is_resumed_and_ends_as_well(changes, tmp_path):
     changes |= {"device": DEVICE, "epochs": 2, "checkpoint_hist": 9}
-    whole, part = run(tmp_path / "whole", **changes), tmp_path / "part"
-    (part / "checkpoints").mkdir(parents=True)
-    shutil.copy(tmp_path / "whole" / "args.yaml", part)
-    first = min((tmp_path / "whole" / "checkpoints").iterdir())
-    shutil.copytree(first, part / "checkpoints" / first.name)
-    resumed = run(part, resume=True, **changes)
+    whole = run(tmp_path / "whole", **changes)
+    resumed = run(stopped(tmp_path / "whole", tmp_path / "part"), resume=True, **changes)
     assert whole["val_clean"] > 0.5 and abs(whole["val_robust"] - resumed["val_robust"]) < 0.02
-    rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-            for folder in (tmp_path / "whole", part)]
-    assert [row["epoch"] for row in rows[0]] == [row["epoch"] for row in rows[1]] == ["0", "1"]
-    assert rows[0][0]["loss"] == rows[1][0]["loss"]
+    epochs = [rows(tmp_path / name) for name in ("whole", "part")]
+    assert [row["epoch"] for row in epochs[0]] == [row["epoch"] for row in epochs[1]] == ["0", "1"]
+    assert epochs[0][0]["loss"] == epochs[1][0]["loss"]

@@ -1,5 +1,6 @@
 """Strangers' folders, files and servers: what they may not do, and the one error that says so."""
 
+import copy
 import json
 import os
 import threading
@@ -8,6 +9,7 @@ from itertools import product
 import pytest
 import timm
 import torch
+from nets import Trap, same_tensors
 from safetensors.torch import load_file, save_file
 
 import timm_hpm
@@ -75,16 +77,6 @@ def test_old_torch_reads_no_pickled_file_and_any_safetensors(monkeypatch, tmp_pa
             else:
                 with pytest.raises(ValueError, match=r"torch 2\.5\.1 can run the code in a pickled file"):
                     make()
-
-
-class Trap:
-    """Writes a file if its pickle is run."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "hpm_test_resnet", "hpm_wrn10_2"])
@@ -185,7 +177,7 @@ def test_a_damaged_config_is_one_named_error(saved, change):
 ])
 def test_an_entry_function_of_another_form_is_one_named_error(tmp_path, entry):
     model = timm.create_model("hpm_wrn10_2.untrained")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     state_dict = {**model.state_dict(), "function": entry}
     save_file(state_dict, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"function.*expected|the weights are of a network"):
@@ -195,7 +187,7 @@ def test_an_entry_function_of_another_form_is_one_named_error(tmp_path, entry):
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         create_model("hpm_wrn10_2.untrained", pretrained=True,
                      pretrained_cfg_overlay={"file": str(tmp_path / "model.safetensors")})
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same_tensors(model.state_dict(), before)
 
 
 EXPANDED = torch.zeros(1)

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,9 @@ from torch import nn
 import timm_hpm
 from timm_hpm import AttackReport
 
-TESTS = Path(__file__).parent
 TOKEN = "hf_Secret0123456789abcdefghijklmnopqr"
 #: Of the embedded weights, measured by evaluate.py.
-REPORT = TESTS.parent / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json"
+REPORT = Path(__file__).parents[1] / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json"
 EMBEDDED = {"name": "hpm_wrn10_2.digits_linf", "pretrained": True, "fitted": False}
 
 
@@ -30,41 +31,27 @@ class Failed(Exception):
 
 
 class Client:
-    """A process of the Hub's client; see hub_client.py."""
+    """A process of its own for the Hub's client, which reads its environment when it is imported; see hub_client.py."""
 
     def __init__(self, folder: Path, **environ: str):
         folder.mkdir(parents=True, exist_ok=True)
-        environ = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **environ}
-        environ.pop("HF_TOKEN", None)
-        environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-        self.folder = folder
-        self.process = subprocess.Popen([sys.executable, str(TESTS / "hub_client.py"), str(folder)], env=environ,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environ |= {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), hub_client.begin, (folder,))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("HF_TOKEN", raising=False)
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            self.pool.submit(int)  # which starts the process
         self.answer: dict[str, Any] = {}
-        self.ready = False
 
     def __call__(self, function: str, *, environ: dict[str, str] | None = None, **arguments: Any) -> Any:
         """Returns what a function of hub_client.py returns; raises `Failed` with its error."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        if not self.ready:
-            self.ready = json.loads(self.process.stdout.readline()) == "ready"
-        request = {"function": function, "arguments": arguments, "environ": environ or {}}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        self.answer = json.loads(self.process.stdout.readline())
+        self.answer = self.pool.submit(hub_client.answered, function, arguments, environ or {}).result(600)
         # Whatever happened: nobody has said the token.
-        assert TOKEN not in json.dumps(self.answer), "the token leaked"
+        assert TOKEN not in repr(self.answer), "the token leaked"
         if self.answer["error"] is not None:
             raise Failed(f"{self.answer['type']}: {self.answer['error']}")
         return self.answer["result"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +65,7 @@ def server():
 def client(server, tmp_path_factory):
     client = Client(tmp_path_factory.mktemp("client"), HF_ENDPOINT=server.url)
     yield client
-    client.close()
+    client.pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +73,7 @@ def loader(server, tmp_path_factory):
     """Another process, as of another user, with a cache of its own."""
     loader = Client(tmp_path_factory.mktemp("loader"), HF_ENDPOINT=server.url)
     yield loader
-    loader.close()
+    loader.pool.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +96,6 @@ def good(server, client):
     """The files of a pushed model, and its facts."""
     pushed = push(client, "org/good")
     return server.files("org/good"), pushed
-
-
-# Up and down
 
 
 def test_a_pushed_model_is_pulled_equal(server, loader, good):
@@ -206,9 +190,6 @@ assert timm_hpm.find_head(model).inference == "sample" and pixel_model(torch.ran
 """)
 
 
-# Private, revisions
-
-
 def test_a_private_repository_needs_a_token(server, client, loader):
     pushed = push(client, "org/private", private=True, token=None, environ={"HF_TOKEN": TOKEN})
     assert server.repos["org/private"].private
@@ -237,9 +218,6 @@ def test_revisions(server, client, loader):
     assert '"hf-hub:org/revisions@v1"' in card and 'pull("org/revisions", revision="v1")' in card
 
 
-# Folders, cache, offline
-
-
 def test_the_cache_serves_without_a_network(server, loader, good, tmp_path):
     assert loader("pull", repo_id="org/good", cache_dir=str(tmp_path)) == good[1]
     before = len(server.requests)
@@ -252,7 +230,7 @@ def test_the_cache_serves_without_a_network(server, loader, good, tmp_path):
         with pytest.raises(Failed, match=r"HubError: cannot push to org/good: HF_HUB_OFFLINE is set"):
             offline("push", repo_id="org/good", token=TOKEN)
     finally:
-        offline.close()
+        offline.pool.shutdown()
     assert len(server.requests) == before
 
 
@@ -261,9 +239,6 @@ def test_a_connection_that_fails_is_named(server, client):
     for function, doing in (("pull", "pull"), ("push", "push to")):
         with pytest.raises(Failed, match=rf"HubError: cannot {doing} org/x: check the connection to {server.url}"):
             client(function, repo_id="org/x", token=TOKEN)
-
-
-# Faults
 
 
 WRONG = "hf_wrongwrongwrong"
@@ -374,9 +349,6 @@ def test_a_full_disk(server, client, loader, good, small_disk):
     with pytest.raises(Failed, match=r"HubError: .*disk is full.*TMPDIR"):
         client("push", repo_id="org/full", token=TOKEN, temporary=str(small_disk))
     assert "org/full" not in server.repos and not list((small_disk).glob("timm_hpm-*"))
-
-
-# Public checkpoints
 
 
 def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cause(server, loader, tmp_path):

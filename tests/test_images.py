@@ -61,8 +61,6 @@ def test_grey_of_more_than_8_bits_is_refused_by_file_and_mode(tmp_path, name, wr
         read(tmp_path)
 
 
-# Transparency
-
 RGBA = np.random.default_rng(1).integers(0, 256, (8, 8, 4), dtype=np.uint8)
 
 

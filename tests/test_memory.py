@@ -36,19 +36,6 @@ def test_a_file_that_was_written_part_by_part_is_read_equal(tmp_path, size):
         assert file.metadata() == metadata
 
 
-def stopped():
-    yield TENSORS["images"][:2]
-    raise KeyboardInterrupt("stopped")
-
-
-def test_a_writing_that_is_stopped_leaves_the_folder_as_it_was(tmp_path):
-    (tmp_path / "older.safetensors").write_bytes(b"an older file")
-    for name in ("older", "new"):
-        with pytest.raises(KeyboardInterrupt, match="stopped"):
-            save_parts({"images": Parts(TENSORS["images"], stopped())}, tmp_path / f"{name}.safetensors", {})
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"older.safetensors": b"an older file"}
-
-
 # Prints the most memory in MiB that this process had, after each evaluation of so many images.
 SCRIPT = """
 import sys

@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 import timm
 import torch
+from nets import with_prototypes, with_statistics
 from safetensors.torch import save_file
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from timm_hpm.head import head_name
 from timm_hpm.models import hpm_timm
 from timm_hpm.models._builder import _HEAD_ENTRIES
 from timm_hpm.models.create import load_checkpoint
-from timm_hpm.models.preact import PreActBlock, PreActNet, conv3x3
 
 # WideResNets and PreActResNet, both layouts, and the default tag of hpm_wrn10_2 with its small images of one channel.
 NAMES = (
@@ -56,15 +56,7 @@ def images(model, batch: int = 2) -> Tensor:
 
 
 def fit(model):
-    """Gives the model random prototypes and BatchNorm statistics: at their first values they hide mistakes."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-        if isinstance(module, HPMHead):
-            module.set_prototypes(torch.randn_like(module.prototypes))
-            nn.init.constant_(module.log_scale, -0.5)
-    return model
+    return with_prototypes(with_statistics(model))
 
 
 def fx_model(model):
@@ -72,9 +64,6 @@ def fx_model(model):
     train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
     return create_feature_extractor(
         model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=options)
-
-
-# Registration and cfgs
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -111,9 +100,6 @@ def test_parameter_count_is_the_known_one_and_the_scale(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters + 1
 
 
-# Tags
-
-
 def test_a_tag_sets_model_arguments():
     assert timm.create_model("hpm_wrn10_2").conv1.stride == (2, 2)
     assert timm.create_model("hpm_wrn10_2.untrained").conv1.stride == (1, 1)
@@ -124,38 +110,6 @@ def test_a_tag_sets_model_arguments():
         assert isinstance(timm.create_model("hpm_wrn10_2", **given).act, nn.SiLU)
     model = timm.create_model("hpm_wrn10_2.untrained_deepmind", layout="trades", depths=(2, 1, 1))  # these win
     assert isinstance(model.act, nn.ReLU) and len(model.stages[0]) == 2
-
-
-# The network
-
-
-def test_padding_of_the_layouts():
-    x = torch.randn(1, 1, 6, 6)
-    # A kernel whose only tap is its top left picks the even pixels where nothing is padded above and to the left.
-    deepmind = conv3x3(1, 1, 2, "deepmind")
-    nn.init.dirac_(deepmind.weight)
-    with torch.no_grad():
-        deepmind.weight.copy_(deepmind.weight.roll((-1, -1), dims=(2, 3)))
-    assert torch.equal(deepmind(x), x[..., ::2, ::2])
-    # With padding 1 it is the central tap that does.
-    trades = conv3x3(1, 1, 2, "trades")
-    nn.init.dirac_(trades.weight)
-    assert torch.equal(trades(x), x[..., ::2, ::2])
-
-
-@pytest.mark.parametrize("shortcut", ["activated", "raw", "raw3x3"])
-@pytest.mark.parametrize(("in_chs", "out_chs", "stride"), [(4, 4, 1), (4, 8, 1), (4, 4, 2)])
-def test_a_shortcut_projects_where_the_shape_changes(in_chs, out_chs, stride, shortcut):
-    block = fit(PreActBlock(in_chs, out_chs, stride, "trades", shortcut=shortcut)).eval()
-    nn.init.zeros_(block.conv2.weight)
-    x = torch.randn(2, in_chs, 6, 6)
-    if (in_chs, stride) == (out_chs, 1):
-        assert isinstance(block.shortcut, nn.Identity)
-        assert torch.equal(block(x), x)
-    else:
-        assert block.shortcut.kernel_size == ((3, 3) if shortcut == "raw3x3" else (1, 1))
-        assert block.shortcut.bias is None
-        assert torch.equal(block(x), block.shortcut(block.bn1(x).relu() if shortcut == "activated" else x))
 
 
 @pytest.mark.parametrize("arguments", [{"layout": "deepmind"}, {"shortcut": "raw", "stem_stride": 2}])
@@ -173,19 +127,6 @@ def test_own_weights_that_fit_another_function_are_refused_on_every_way(argument
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnfittedHeadWarning)
             load(**arguments)
-
-
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"layout": "keras"}, "unknown layout 'keras'; expected one of trades, deepmind"),
-    ({"depths": (1, 1)}, r"depths \(1, 1\) and channels \(32, 64, 128\) differ in length"),
-])
-def test_wrong_arguments_are_refused(wrong, message):
-    arguments = {"depths": (1, 1, 1), "channels": (32, 64, 128), "stem_chs": 16}
-    with pytest.raises(ValueError, match=message):
-        PreActNet(**{**arguments, **wrong})
-
-
-# timm's interfaces
 
 
 @pytest.mark.parametrize("feature_cls", [None, "fx"])
@@ -236,9 +177,6 @@ def test_script_and_fx(name):
     assert torch.allclose(*torch.jit.script(traced)(x).values(), expected, rtol=1e-4, atol=1e-5)
 
 
-# The variants of timm's architectures: the table, what their entrypoints pass on, loading of weights
-
-
 VARIANTS = [f"hpm_{base}" for base in hpm_timm.BASES]
 # timm's own small networks: one with a plain classifier, one with a norm in front, one with positions that are
 # resized while loading, and one with a 1x1 convolution.
@@ -281,14 +219,6 @@ def test_a_base_without_classes_takes_them():
     headless.reset_classifier(4)
     model = timm.create_model(name, num_classes=4, device="meta", mix=0.2)
     assert find_head(headless).mix == 0.2 and headless.state_dict().keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize(("base", "advice"), [
-    ("hpm_resnet18", r"; did you mean .*\bresnet18\b"), ("resnet50.a1_in1k", r"; did you mean .*\bresnet50\b")])
-def test_an_unknown_base_is_refused_with_the_nearest(base, advice):
-    with pytest.raises(ValueError, match=rf"unknown base '{base}'.*{advice}"):
-        register_hpm(base)
-    assert not timm.list_models(f"hpm_{base}")
 
 
 # A native network of one channel beside timm's of three.
@@ -368,25 +298,25 @@ def test_plain_weights_of_the_base_load_with_the_head_s_entries_new(base, source
         assert torch.equal(model(x), source(x))
     keys = model.load_state_dict(plain, strict=False)
     assert set(keys.missing_keys) == own and not keys.unexpected_keys
-    damaged = {key: value for key, value in source.state_dict().items() if not key.endswith("num_updates")}
-    save_file(damaged, tmp_path / "damaged.safetensors")
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"(fc\.)?num_updates\""):
-        load({"file": str(tmp_path / "damaged.safetensors")})
-    # A missing classifier is no silent random one, even in DLA, which timm loads loosely.
-    headless = {key: value for key, value in plain.items() if not key.startswith(source.default_cfg["classifier"])}
-    save_file(headless, tmp_path / "headless.safetensors")
-    with pytest.raises((RuntimeError, CheckpointError), match=r"Missing key\(s\)|lacks: "):
-        load({"file": str(tmp_path / "headless.safetensors")})
-    # Nor is a missing layer, also if the classifier is new.
-    *_, last = (key for key, value in headless.items() if value.dim() > 1)
-    save_file({key: value for key, value in plain.items() if key != last}, tmp_path / "holed.safetensors")
-    for options in ({}, {"num_classes": 3}):
+    # A missing entry, classifier or layer is no silent random one, even in DLA, which timm loads loosely.
+    headless = [key for key in plain if not key.startswith(source.default_cfg["classifier"])]
+    *_, last = (key for key in headless if plain[key].dim() > 1)
+    for kept, options in (([key for key in source.state_dict() if not key.endswith("num_updates")], {}), (headless, {}),
+                          (plain.keys() - {last}, {}), (plain.keys() - {last}, {"num_classes": 3})):
+        save_file({key: source.state_dict()[key] for key in kept}, tmp_path / "damaged.safetensors")
         with pytest.raises((RuntimeError, CheckpointError), match=r"Missing key\(s\)|lacks: "):
-            load({"file": str(tmp_path / "holed.safetensors")}, **options)
+            load({"file": str(tmp_path / "damaged.safetensors")}, **options)
 
 
-@pytest.mark.parametrize(("name", "pretrained", "message"), [
-    ("hpm_resnet34", True, "No pretrained weights exist"), ("hpm_wrn10_2.l7", False, "Invalid pretrained")])
-def test_a_tag_without_weights_and_an_unknown_one_are_refused(name, pretrained, message):
-    with pytest.raises(RuntimeError, match=message):
-        timm.create_model(name, pretrained=pretrained)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: timm.create_model("hpm_resnet34", pretrained=True), "No pretrained weights exist"),
+    (lambda: timm.create_model("hpm_wrn10_2.l7"), "Invalid pretrained"),
+    (lambda: register_hpm("hpm_resnet18"), r"unknown base 'hpm_resnet18'.*; did you mean .*\bresnet18\b"),
+    (lambda: register_hpm("resnet50.a1_in1k"), r"unknown base 'resnet50\.a1_in1k'.*; did you mean .*\bresnet50\b"),
+    (lambda: timm.create_model(BODY, layout="keras"), "unknown layout 'keras'; expected one of trades, deepmind"),
+    (lambda: timm.create_model(BODY, depths=(1, 1)), r"depths \(1, 1\) and channels \(32, 64, 128\) differ in length"),
+])
+def test_a_name_or_an_argument_of_no_network_is_refused(make, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        make()
+    assert not timm.list_models("hpm_hpm_*") and not timm.list_models("hpm_resnet50.a1_in1k")

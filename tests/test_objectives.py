@@ -1,17 +1,17 @@
 """MART and adversarial weight perturbation: closed forms, invariants, whole runs; extended runs; learning rates."""
 
-import csv
 import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from nets import same_tensors
+from pictures import write_pictures
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import nn
-from training_runs import TINY, forget_accelerator, run, weights
+from training_runs import TINY, forget_accelerator, rows, run, weights
 
 from timm_hpm.training import Run, TrainConfig
 from timm_hpm.training.awp import perturbed_weights
@@ -70,7 +70,7 @@ def test_each_weight_moves_by_gamma_of_its_norm_up_the_loss_and_back_exactly():
     model.load_state_dict(before)
     with perturbed_weights(model, loss, gamma):
         inside = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same_tensors(model.state_dict(), before)
     for name, tensor in inside.items():
         moved = tensor.double() - before[name].double()
         if tensor.ndim < 2:  # biases, BatchNorm and its statistics
@@ -109,7 +109,7 @@ def test_without_perturbation_a_run_is_the_plain_one_and_with_it_another(objecti
     kept = run(tmp_path / "awp", objective=objective, awp_gamma=0.01)
     state = weights(tmp_path / "plain")
     for name in ("zero", "late"):
-        assert all(torch.equal(tensor, state[key]) for key, tensor in weights(tmp_path / name).items())
+        assert same_tensors(weights(tmp_path / name), state)
     found = weights(tmp_path / "awp")
     assert not torch.equal(found["conv1.weight"], state["conv1.weight"])
     assert kept["loss"] > plain["loss"] and kept["val_clean"] > 0.9
@@ -119,12 +119,11 @@ def test_a_finished_run_is_extended_by_more_epochs(tmp_path):
     run(tmp_path / "run", epochs=1, sched="constant", checkpoint_hist=9)
     run(tmp_path / "whole", epochs=3, sched="constant", checkpoint_hist=9)
     kept = run(tmp_path / "run", resume=True, epochs=3, sched="constant", checkpoint_hist=9)
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and kept["epoch"] in (0, 1, 2)
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1", "2"] and kept["epoch"] in (0, 1, 2)
     # A constant rate is the same in both; only the options in the files' metadata tell them apart.
     found, whole = (load_file(tmp_path / name / "checkpoints" / "epoch-00003-batch-00000000" / "model.safetensors")
                     for name in ("run", "whole"))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+    assert same_tensors(found, whole)
     assert saved_options(tmp_path / "run").epochs == 3
     with pytest.raises(ValueError, match=r"epochs \(3 there, 2 given\)"):
         run(tmp_path / "run", resume=True, epochs=2, sched="constant")
@@ -149,11 +148,7 @@ def test_an_extended_run_forgets_that_it_ended_at_chance(tmp_path):
 
 
 def test_the_validation_fraction_is_held_out(tmp_path):
-    for part, number in (("train", 20), ("test", 2)):
-        for i in range(number):
-            place = tmp_path / "images" / part / f"{i % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (8, 8), 8 * i).save(place / f"{i}.png")
+    write_pictures(tmp_path / "images", {"train/0": 10, "train/1": 10, "test/0": 1, "test/1": 1}, mode="L")
     config = dataclasses.replace(
         TINY, dataset="folder", data_dir=str(tmp_path / "images"), img_size=8, batch_size=4, num_classes=2,
         threat="Linf:0.1", pretrained=False, mean=(0.5,), std=(0.5,))

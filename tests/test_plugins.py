@@ -6,17 +6,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from protocols import run_attack
 from safetensors.torch import load_file
 from torch import Tensor
+from training_runs import run, weights
 
 import timm_hpm
 from timm_hpm.evaluation import ATTACKS, Attack, Budget
 from timm_hpm.functional import l2_logits
 from timm_hpm.options import add_arguments
 from timm_hpm.surrogates import SURROGATES, Surrogate, soft_logits
-from timm_hpm.training import OBJECTIVES, Objective, TrainConfig, train
+from timm_hpm.training import OBJECTIVES, Objective, TrainConfig
 
 NUM_DIGITS = 16
 
@@ -81,26 +81,19 @@ def test_a_registered_objective_trains_by_its_own_attack_and_loss(prototype_feat
         "corner", squared_error, corner, uses_clean=True, options=("trades_beta",)))
     parser = argparse.ArgumentParser()
     add_arguments(parser, TrainConfig)
-    config = TrainConfig(**vars(parser.parse_args(
-        ["--objective", "corner", "--device", "cpu", "--pretrained", "--epochs", "1", "--val-attack-steps", "1",
-         "--batch-size", "350", "--lr", "0.01", "--trades-beta", "2", "--prototype-features", prototype_features])))
-    kept = train(None, config, tmp_path / "run", log=lambda line: None)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--objective", "corner", "--trades-beta", "2", "--prototype-features", prototype_features]
+    kept = run(tmp_path / "run", attack_steps=10, **vars(parser.parse_args(words)))
     assert answered == [2] * len(crafted) == [2] * 3 and 0 < kept["loss"] < 0.2
     for clean, adversarial, step_size in crafted:
         assert step_size == 2.5 * 0.1 / 10 and torch.equal(adversarial, (clean + 0.1).clamp(max=1))
-    trained = load_file(tmp_path / "run" / "model.safetensors")["conv1.weight"]
+    trained = weights(tmp_path / "run")["conv1.weight"]
     assert not torch.equal(trained, timm.create_model("hpm_wrn10_2", pretrained=True).conv1.weight)
 
 
 def test_a_registered_objective_without_an_attack_trains_and_fits_on_clean_images(tmp_path, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "error", Objective(
         "error", lambda answers, labels, options: F.multi_margin_loss(answers[0][2], labels), craft=None))
-    options = {"device": "cpu", "epochs": 1, "val_attack_steps": 1, "batch_size": 350, "prototype_epoch": 0}
-    kept = {}
     for name in ("error", "clean"):
-        config = TrainConfig(objective=name, lr=1e-9, **options)
-        kept[name] = train(None, config, tmp_path / name, log=lambda line: None)
-        AcceleratorState._reset_state(reset_partial_state=True)
-    heads = [load_file(tmp_path / name / "model.safetensors")["fc.prototypes"] for name in kept]
+        run(tmp_path / name, objective=name, lr=1e-9, pretrained=False, prototype_epoch=0)
+    heads = [weights(tmp_path / name)["fc.prototypes"] for name in ("error", "clean")]
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-3)

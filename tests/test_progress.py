@@ -147,21 +147,18 @@ def test_a_second_evaluation_in_a_folder_touches_nothing(tmp_path):
         first.send_signal(signal.SIGSTOP)
         time.sleep(0.2)  # a call to the system is finished first
         (run / ".report.json.99.tmp").touch()  # as if it were being written
-        before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in run.rglob("*")}
+        before = processes.snapshot(run)
         for arguments in (["--resume", str(run)], [*SMALL, "--output", str(run)],
                           ["--resume", str(run), "--robustbench-json", str(run / "info" / "info.json")]):
             with pytest.raises(ValueError, match=r"another process works on the run in .*run; wait for it, stop it"):
                 evaluate.main(arguments)
-        assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
-                for path in run.rglob("*")} == before
+        assert processes.snapshot(run) == before
         first.send_signal(signal.SIGCONT)
         finish(first)
         assert not list(run.glob(".*"))
     finally:
         first.kill()
 
-
-# A finished run, and folders of something else
 
 FEW = ["--num-images", "6", "--batch-size", "3", "--attacks", "apgd-ce", "--surrogates", "fc", "--budget", "apgd-ce=2",
        "--threat", "Linf:0.1"]
@@ -270,9 +267,6 @@ def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
         assert resumed(tmp_path, evaluate.parse_args(same)[1]) == config
     (tmp_path / "options.json").write_text(json.dumps(config.to_saved() | {"dataset_download": True}))
     assert not resumed(tmp_path, {}).dataset_download and resumed(tmp_path, {"dataset_download": True}).dataset_download
-
-
-# The folder, from Python
 
 
 THREAT = ThreatModel("Linf", 0.15)
@@ -396,9 +390,6 @@ def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path
     shutil.copy((tmp_path if "/" in source else kept_run) / (source + ".safetensors"), file)
     with pytest.raises(ValueError, match=rf"{file.name} is damaged .*it is of another place: {what}"):
         read_all(tmp_path / "kept", unsealed((kept_run / "run.json").read_text()))
-
-
-# Protocols
 
 
 def test_a_resumed_run_measures_only_the_neighbours_that_it_lacks(model, digits, tmp_path):

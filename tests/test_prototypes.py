@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from nets import same_tensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,10 +43,6 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 def class_means(z: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([z[labels == c].double().mean(dim=0) for c in range(10)])
-
-
-def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize(("batch_size", "dtype"), [(1, torch.uint8), (64, torch.int32)])

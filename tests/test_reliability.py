@@ -1,5 +1,6 @@
 """What the Mixed Surrogate Attack makes of odd precisions, layouts and models, and what it leaves as it was."""
 
+import copy
 import random
 import threading
 from functools import partial
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from nets import Wrapped
+from nets import Wrapped, same_tensors
 from protocols import SMALL, run_attack
 from safetensors.torch import load_file
 from torch import nn
@@ -260,36 +261,75 @@ def answering(answer) -> nn.Module:
     return Wrapped(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), lambda net, x: answer(net(x))).eval()
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize(("answer", "message"), [
-    (lambda z: (z, z), "returns a tuple"), (lambda z: z[:-1], r"16 images the shape \(15, 10\)"),
-    (lambda z: z.to_sparse(), "sparse")])
-def test_an_answer_that_is_no_logits_is_named(answer, message, wrapped, digits):
-    network = answering(answer)
-    model = timm_hpm.PixelModel(network, [0.5], [0.5]) if wrapped else network
-    for call in (lambda: run_attack(model, *digits, THREAT, budgets=SMALL),
-                 lambda: timm_hpm.judge(model, *digits, 16)):
+def ended_by(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *layers).eval()
+
+
+def made_in_inference_mode(model: nn.Module) -> nn.Module:
+    with torch.inference_mode():
+        return ended_by(timm_hpm.HPMHead(64, 10))
+
+
+def partly_training(model: nn.Module) -> nn.Module:
+    model.stages[0][0].bn1.train()
+    return model
+
+
+def of_colours(model: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(108, 10)).eval()
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+
+ODD_ANSWERS = ((lambda z: (z, z), "returns a tuple"), (lambda z: z[:-1], r"16 images the shape \(15, 10\)"),
+               (lambda z: z.to_sparse(), "sparse"))
+# The model, images and labels made of the embedded model and digits, the functions that refuse them, and the message.
+REFUSED = [
+    *((None, images, None, "evaluate judge pgd fit", "^images (is|have)") for images in (
+        lambda x: x.to("meta"), lambda x: x.to_sparse(), lambda x: x.byte(), lambda x: x.numpy())),
+    *((None, None, labels, "evaluate judge pgd fit", "^labels (is|have)") for labels in (
+        lambda y: y > 0, lambda y: y.float(), lambda y: y[:3])),
+    (None, None, lambda y: torch.full_like(y.byte(), 200), "evaluate", "label 200 of image 0 is out of range"),
+    *((model, channels_last, None, "evaluate judge pgd", r"the shape .*8, 8, .*give images.permute\(0, 3, 1, 2\)")
+      for model in (of_colours, lambda model: timm_hpm.PixelModel(of_colours(model), [0.5] * 3, [0.5] * 3))),
+    *((lambda model, answer=answer: answering(answer), None, None, "evaluate judge", message)
+      for answer, message in ODD_ANSWERS),
+    *((lambda model, answer=answer: timm_hpm.PixelModel(answering(answer), [0.5], [0.5]), None, None, "evaluate judge",
+       message) for answer, message in ODD_ANSWERS),
+    *((lambda model, answer=answer: answering(answer), None, None, "evaluate attack", "fails on a batch of one image")
+      for answer in (lambda z: z.squeeze(), lambda z: z - z[:2].reshape(2, -1).mean(dim=0))),
+    (lambda model: lambda x: x.flatten(1), None, None, "evaluate judge fit find add wrap",
+     r"model is a function; expected an nn.Module: wrap a function in a module"),
+    (lambda model: nn.Flatten, None, None, "evaluate judge fit find add wrap",
+     r"model is the class Flatten; expected an nn.Module: make one of it"),
+    (made_in_inference_mode, None, None, "evaluate judge pgd", r"1.weight was made inside torch.inference_mode\(\)"),
+    (lambda model: ended_by(nn.Linear(64, 10, device="meta")), None, None, "evaluate judge pgd",
+     r"1.weight is on the device meta"),
+    (lambda model: ended_by(timm_hpm.HPMHead(64, 10), nn.Linear(10, 10)), None, None, "evaluate",
+     "another layer follows the head"),
+    *((change, None, None, "evaluate judge", rf"train mode \(at {place}\).*call model.eval\(\)")
+      for change, place in ((nn.Module.train, "its top"), (partly_training, "stages.0.0.bn1"))),
+]
+
+
+@pytest.mark.parametrize(("change", "images", "labels", "functions", "message"), REFUSED)
+def test_what_cannot_be_measured_is_named_by_every_function_and_left_alone(
+        model, digits, change, images, labels, functions, message):
+    given = change(model) if change else model
+    x, y = images(digits[0]) if images else digits[0], labels(digits[1]) if labels else digits[1]
+    before = copy.deepcopy(model.state_dict())
+    calls = {name: partial(function, given, x, y, THREAT) for name, function in (
+        ("evaluate", run_attack), ("attack", timm_hpm.attack), ("pgd", timm_hpm.pgd))}
+    calls |= {name: partial(function, given) for name, function in (
+        ("find", timm_hpm.find_head), ("add", timm_hpm.add_hpm_head), ("wrap", timm_hpm.PixelModel))}
+    calls |= {"judge": partial(timm_hpm.judge, given, x, y, 16),
+              "fit": partial(timm_hpm.fit_prototypes, given, [(x, y)], THREAT)}
+    for name in functions.split():
         with pytest.raises(ValueError, match=message):
-            call()
-
-
-@pytest.mark.parametrize("answer", [lambda z: z.squeeze(), lambda z: z - z[:2].reshape(2, -1).mean(dim=0)])
-def test_a_network_that_fails_on_a_batch_of_one_is_refused_before_the_attack(answer, digits):
-    for call in (run_attack, timm_hpm.attack):
-        with pytest.raises(ValueError, match="fails on a batch of one image"):
-            call(answering(answer), *digits, THREAT)
-
-
-@pytest.mark.parametrize(("images", "labels"), [
-    (lambda x: x.to("meta"), None), (lambda x: x.to_sparse(), None), (lambda x: x.byte(), None),
-    (lambda x: x.numpy(), None), (None, lambda y: y > 0), (None, lambda y: y.float()), (None, lambda y: y[:3])])
-def test_images_and_labels_of_other_kinds_are_named(model, digits, images, labels):
-    changed = images(digits[0]) if images else digits[0], labels(digits[1]) if labels else digits[1]
-    for call in (lambda: run_attack(model, *changed, THREAT), lambda: timm_hpm.judge(model, *changed, 4),
-                 lambda: timm_hpm.pgd(model, *changed, THREAT),
-                 lambda: timm_hpm.fit_prototypes(model, [changed], THREAT)):
-        with pytest.raises(ValueError, match=r"^(images|labels) (is|have)"):
-            call()
+            calls[name]()
+    assert same_tensors(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("option", [

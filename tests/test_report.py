@@ -54,9 +54,6 @@ def plain(correct: dict[str, str]) -> AttackReport:
     return AttackReport({"architecture": "Linear"}, correct)
 
 
-# Accuracies
-
-
 def test_accuracies_are_counted_point_by_point(report):
     assert report.num_images == 10 and report.clean_accuracy == 0.8
     # Right in all rows: images 1, 2, 4, 7, 8.
@@ -99,9 +96,6 @@ def test_the_interval_is_wilson_s(right, n):
     assert 0 <= ends[0] <= p <= ends[1] <= 1 and ends[1] - ends[0] > 0.9 / (n + 4)
     text = f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
     assert f"| clean | {100 * p:.1f} | {text} |" in report_markdown(report) and text in report_page(report)
-
-
-# Files
 
 
 def test_a_saved_report_is_loaded_equal_and_makes_its_folder(report, tmp_path):
@@ -175,9 +169,6 @@ def test_the_data_digest_tells_images_labels_and_their_order_apart():
     assert len({digest, *(data_digest(*other) for other in others)}) == 5
 
 
-# Markdown
-
-
 def table_row(markdown: str, name: str) -> list[str]:
     """Returns the cells of the first table row that begins with `name`."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in markdown.splitlines()
@@ -241,9 +232,6 @@ def test_no_text_from_elsewhere_is_markup_in_the_markdown(report, text):
     assert not re.search(r"[`*]|\]\(", next(line for line in outside.splitlines() if line.startswith("| weights |")))
 
 
-# Files that appear whole or not at all
-
-
 @pytest.mark.parametrize("written", [True, False])
 def test_replacing_leaves_the_old_file_and_no_other_if_the_block_raises(tmp_path, written):
     path = tmp_path / "report.json"
@@ -300,9 +288,6 @@ def test_a_file_beyond_the_limit_of_the_system_is_named_and_leaves_nothing(write
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [found for found in tmp_path.rglob("*") if found != path] and not path.is_file()
-
-
-# Whether a robust accuracy has converged
 
 
 def step(attack: str, margins: list[float], passes: int = 0, attacked: int = 0) -> Step:

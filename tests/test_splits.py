@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pictures import write_pictures
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
@@ -56,20 +57,8 @@ def write_fashion_mnist(folder: Path, suffix: str = "", labels: int = 4) -> dict
     return arrays
 
 
-def write_folder(folder: Path, classes: dict[str, int], size: tuple[int, int] = (40, 60), seed: int = 0) -> None:
-    """Writes so many PNGs of each class, of noise."""
-    for number, (name, count) in enumerate(classes.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            image = grey_levels(*size, 3, seed=10_000 * seed + 100 * number + i)
-            Image.fromarray(image).save(folder / name / f"{i}.png")
-
-
 def contents(split) -> list[bytes]:
     return [image.numpy().tobytes() for image, _ in split]
-
-
-# What every data set has
 
 
 FASHION, FOLDER = "fashion_mnist", "folder"
@@ -99,9 +88,8 @@ def test_a_data_set_that_cannot_be_opened_says_how_to_mend_it(tmp_path, name, sp
         write_idx(tmp_path / "empty" / "t10k-images-idx3-ubyte", grey_levels(0, 28, 28))
         write_idx(tmp_path / "empty" / "t10k-labels-idx1-ubyte", np.arange(0, dtype=np.uint8))
     if name == FOLDER:
-        write_folder(tmp_path / "mine" / "train", {"ant": 4, "bee": 4}, (20, 20))
-        write_folder(tmp_path / "odd" / "train", {"ant": 1}, (20, 20))
-        write_folder(tmp_path / "odd" / "val", {"ant": 1, "bee": 1}, (20, 20))
+        write_pictures(tmp_path, {"mine/train/ant": 4, "mine/train/bee": 4, "odd/train/ant": 1, "odd/val/ant": 1,
+                                  "odd/val/bee": 1})
         options = {"input_size": (3, 16, 16)} | options
     if name != "digits":
         place = options.get("data_dir", ".")
@@ -122,9 +110,6 @@ def test_the_digits_as_a_split_are_those_in_memory():
     for n in (-1, 361):
         with pytest.raises(ValueError, match=rf"first {n} images; the split val of digits has 360"):
             first_images(split, n)
-
-
-# The validation split that is held out
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25])
@@ -149,8 +134,7 @@ def test_the_held_out_split_is_stratified_and_always_the_same(fraction):
 
 @pytest.mark.parametrize("numbers", [{"c": 0, "b": 1, "a": 2}, {"b": 0, "c": 1, "a": -1}])
 def test_a_class_map_makes_no_validation_image_of_a_training_image(numbers, tmp_path):
-    write_folder(tmp_path / "train", {"a": 40, "b": 20, "c": 30}, (8, 8))
-    write_folder(tmp_path / "test", {"a": 1, "b": 1, "c": 1}, (8, 8))
+    write_pictures(tmp_path, {"train/a": 40, "train/b": 20, "train/c": 30, "test/a": 1, "test/b": 1, "test/c": 1})
 
     def images(split, class_map):
         return set(contents(open_split(FOLDER, split, data_dir=tmp_path, input_size=(3, 8, 8), class_map=class_map)))
@@ -170,9 +154,6 @@ def test_a_validation_split_with_images_of_the_model_s_training_is_named(tmp_pat
                                 split="val", val_fraction=ours)
         with pytest.warns(UserWarning, match="may have images of that training") if seen else nullcontext():
             assert len(open_images(config, model)) == 40 * (ours or 0.1)
-
-
-# Fashion-MNIST's files
 
 
 @pytest.mark.parametrize(("where", "suffix"), [(".", ""), (".", ".gz"), ("FashionMNIST/raw", "")])
@@ -234,9 +215,6 @@ def test_a_damaged_idx_file_is_named_before_it_fills_the_memory(tmp_path, suffix
     tracemalloc.stop()
 
 
-# torchvision's data sets
-
-
 def test_torchvision_reads_its_own_layout(tmp_path):
     arrays = write_fashion_mnist(tmp_path / "FashionMNIST" / "raw")
     split = open_split("Torch/Fashion_MNIST", "test", data_dir=tmp_path, input_size=(1, 28, 28))
@@ -250,15 +228,11 @@ def test_torchvision_reads_its_own_layout(tmp_path):
         open_split("torch/fashion_mnist", "test", data_dir=tmp_path)
 
 
-# Folders of images
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Returns a folder with train/ (20 images of each of 3 classes) and val/ (5 of two of them)."""
     root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", {"ant": 20, "bee": 20, "cat": 20})
-    write_folder(root / "val", {"ant": 5, "cat": 5}, seed=1)
+    write_pictures(root, {"train/ant": 20, "train/bee": 20, "train/cat": 20, "val/ant": 5, "val/cat": 5}, (40, 60))
     return root
 
 
@@ -306,14 +280,11 @@ def test_images_of_a_folder_are_read_as_grey_where_the_model_takes_grey(folder):
 
 @pytest.mark.parametrize("damage", [_cut, lambda file: file.write_text("no image")])
 def test_a_damaged_image_is_named_and_no_other_taken_in_its_place(tmp_path, damage):
-    write_folder(tmp_path, {"a": 2}, (20, 20))
+    write_pictures(tmp_path, {"a": 2}, (20, 20))
     damage(tmp_path / "a" / "0.png")
     split = open_split("folder", "test", data_dir=tmp_path, input_size=(3, 20, 20))
     with pytest.raises(ValueError, match=r"cannot read the image .*a.0\.png: .*Mend it"):
         contents(split)
-
-
-# Random crops
 
 
 def test_random_crops_are_a_function_of_seed_epoch_and_index(folder):
@@ -378,9 +349,6 @@ def test_random_flip_mirrors_each_image_on_its_own():
     results = random_flip(images, 0.3)
     flipped, kept = ((results == other).flatten(1).all(dim=1) for other in (images.flip(-1), images))
     assert torch.equal(flipped, ~kept) and flipped.float().mean().item() == pytest.approx(0.3, abs=0.06)
-
-
-# The Hub's
 
 
 def test_a_data_set_of_the_hubs_format_is_read_by_its_splits(folder, tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from PIL import Image
+from pictures import write_pictures
 from protocols import run_attack
 from timm.data import ImageNetInfo
 
@@ -32,9 +32,7 @@ def test_the_logits_of_a_subset_are_the_model_s(name, mode):
 def test_a_thousand_class_model_is_measured_on_folders_of_synsets(tmp_path):
     torch.manual_seed(0)
     synsets = ImageNetInfo().label_names()
-    for number in (5, 700, 2):
-        (tmp_path / "val" / synsets[number]).mkdir(parents=True)
-        Image.new("RGB", (64, 64), (number % 256, 90, 0)).save(tmp_path / "val" / synsets[number] / "a.png")
+    write_pictures(tmp_path / "val", {synsets[number]: 1 for number in (5, 700, 2)}, (64, 64))
     (tmp_path / "subset.txt").write_text(f"# two of three\n{synsets[700]}\n\n2  # the great white shark\n")
     arguments = ["--model", "test_resnet", "--no-pretrained", "--device", "cpu", "--dataset", "folder", "--img-size",
                  "32", "--data-dir", str(tmp_path), "--num-images", "0",
@@ -99,9 +97,7 @@ def test_bad_subsets_are_named(tmp_path):
     del model.pretrained_cfg["label_names"]
     with pytest.raises(ValueError, match=r"cannot read the class subset .*none\.txt.*Expected a text file"):
         read_subset(tmp_path / "none.txt")
-    for name in ("0", "cat"):
-        (tmp_path / "test" / name).mkdir(parents=True)
-        Image.new("L", (8, 8)).save(tmp_path / "test" / name / "a.png")
+    write_pictures(tmp_path, {"test/0": 1, "test/cat": 1})
     keep_classes(model, [0, 3])
     with pytest.raises(ValueError, match=r"1 classes that the model has not \(cat\) and lacks 1 of the subset \(3\)"):
         timm_hpm.load_split("folder", "test", data_dir=tmp_path, input_size=(1, 8, 8), class_map=model.class_map)

@@ -51,9 +51,6 @@ def fit(model: nn.Module) -> nn.Module:
     return with_prototypes(model, -3.0)
 
 
-# Each kind of head
-
-
 @kinds
 def test_an_unfitted_head_answers_as_the_model_did_and_the_fc_mode_goes_on_to(kind):
     model, x = create(kind)
@@ -140,9 +137,6 @@ def test_the_trunk_of_training_answers_as_the_model(kind):
     assert torch.equal(PixelModel(model)(pixels), expected[0])
 
 
-# What stays and what travels
-
-
 def test_a_fresh_process_unpickles_the_models(tmp_path):
     cases = []
     for kind in ("linear", "1x1 convolution"):
@@ -218,9 +212,6 @@ def test_a_reset_without_pooling_is_refused():
         model.reset_classifier(5)
 
 
-# Networks that are no timm models
-
-
 class Net(nn.Module):
     """A network whose layers stand in the order of the calls, and images of 2x2 pixels."""
 
@@ -286,9 +277,6 @@ def test_torchvision_s_networks_take_a_head(name, path):
     assert head_name(add_hpm_head(model, inference="fc")) == path
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
     assert list(remove_hpm_head(model).state_dict()) == keys
-
-
-# Bad input
 
 
 def of_timm(name: str, **arguments) -> nn.Module:

@@ -101,14 +101,6 @@ def test_scaled_has_the_norm_asked_for_and_is_the_steepest(threat, size):
     torch.testing.assert_close(threat.scaled(tiny, size).flatten(), size * unit)
 
 
-def test_distance_is_the_norm_of_the_difference():
-    x = torch.zeros(2, 1, 2, 2)
-    y = torch.tensor([[0.3, -0.4, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]).view(2, 1, 2, 2)
-    torch.testing.assert_close(LINF.distance(x, y), torch.tensor([0.4, 0.1]))
-    torch.testing.assert_close(L2.distance(x, y), torch.tensor([0.5, 0.2]))
-    assert torch.equal(L2.distance(x, y), L2.distance(y, x))
-
-
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 1 / 255), ("Linf", 0.3), ("L2", 0.05), ("L2", 3.0)])
 @pytest.mark.parametrize("shape", [(4, 1, 2, 2), (4, 3, 128, 128)])
 def test_a_threat_model_contains_its_projections_and_nothing_farther(norm, eps, shape):

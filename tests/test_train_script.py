@@ -14,20 +14,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from processes import LAUNCHER, ROOT, python, start
+from pictures import write_pictures
+from processes import LAUNCHER, ROOT, python, snapshot, start
 from training_runs import forget_accelerator
+from two_processes import first_step
 
 import timm_hpm
 from timm_hpm import AttackReport
 from timm_hpm.__main__ import main
-from timm_hpm.attacks import pgd
 from timm_hpm.console import run_command
 from timm_hpm.files import locked
-from timm_hpm.training import TrainConfig
-from timm_hpm.training.objectives import cross_entropy
 from timm_hpm.training.recovery import newest_checkpoint
-from timm_hpm.training.trunk import PixelTrunk
 
 TINY = ["--device", "cpu", "--pretrained", "--epochs", "2", "--lr", "0.01", "--attack-steps", "1", "--val-attack-steps",
         "1"]
@@ -43,11 +40,8 @@ def newest(folder: Path) -> Path:
 
 def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_images_as_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for part, number in (("train", 24), ("test", 6)):
-        for i in range(number):
-            place = tmp_path / "my images" / part / ("bright" if i % 2 else "dark")
-            place.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16), (100 + 100 * (i % 2), 8 * i, 90)).save(place / f"{i}.png")
+    write_pictures(tmp_path / "my images", {"train/dark": 12, "train/light": 12, "test/dark": 3, "test/light": 3},
+                   (16, 16))
     (tmp_path / "run.yaml").write_text("epochs: 9\ndataset: folder\ndata_dir: my images\nimg_size: 16\n"
                                        "attack_steps: 1\n")
     done = python(*train("--config", "run.yaml", "--device", "cpu", "--epochs", "2", "--num-classes", "2", "--in-chans",
@@ -119,15 +113,12 @@ def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
         time.sleep(0.2)  # a call to the system is finished first
         (tmp_path / "run" / ".model.safetensors.99.tmp").touch()  # as if it were being written
 
-        def files():
-            return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
-                    for path in (tmp_path / "run").rglob("*")}
-        before = files()
+        before = snapshot(tmp_path / "run")
         done = python(*train(*TINY, "--output", "run", processes=2), folder=tmp_path, code=1)
         assert "train.py: another process works on the run in run; wait for it, stop it, or" in done.stderr
         with pytest.raises(ValueError, match="another process works on the run in "):
             main(["train", "--resume", str(tmp_path / "run")])
-        assert files() == before
+        assert snapshot(tmp_path / "run") == before
     finally:
         first.kill()
         first.wait()
@@ -135,82 +126,14 @@ def test_a_second_run_in_a_folder_touches_nothing(tmp_path):
         pass
 
 
-WORKER = '''
-import sys
-
-import timm, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-import timm_hpm
-from timm_hpm.attacks import pgd
-from timm_hpm.training import Run, TrainConfig
-from timm_hpm.training.distributed import reduced
-from timm_hpm.training.objectives import cross_entropy
-from timm_hpm.training.trunk import PixelTrunk, inputs_only
-
-folder = sys.argv[1]
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-images, labels = (part[:64] for part in timm_hpm.load_split("digits", "train").tensors)
-mine = slice(32 * rank, 32 * rank + 32)
-threat = timm_hpm.ThreatModel("Linf", 0.1)
-model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
-trunk = PixelTrunk(model)
-trained = DistributedDataParallel(trunk)
-with inputs_only(trunk):
-    found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[mine], labels[mine], threat, steps=2,
-                random_start=False)
-output, = trained(found)
-cross_entropy([output], labels[mine], TrainConfig()).backward()
-answers = {"found": found, "logits": output[1].detach(),
-           "gradients": [parameter.grad for parameter in model.parameters()]}
-model = timm.create_model("hpm_wrn10_2", pretrained=True)
-shard = [(images[row].unsqueeze(0), labels[row].unsqueeze(0)) for row in range(rank, 64, 2)]
-timm_hpm.fit_prototypes(timm_hpm.PixelModel(model), shard, reduce=reduced)
-answers["prototypes"] = timm_hpm.find_head(model).prototypes
-torch.save(answers, f"{folder}/rank{rank}.pt")
-del trained, output, trunk, model  # they hold the process group, whose threads would outlive it
-
-# Weights, prototypes and BatchNorm's statistics are equal, though each process sees its own images.
-run = Run(TrainConfig(device="cpu", pretrained=True, epochs=1, lr=0.05, attack_steps=1, val_attack_steps=1,
-                      batch_size=48, grad_accum_steps=2, prototype_features="both", model_ema=True,
-                      model_ema_decay=0.5, awp_gamma=0.01, extra_data=f"{folder}/more.npz"), f"{folder}/run",
-          log=lambda line: None)
-run.train()
-for name, tensor in [*run.model.state_dict().items(), *run.ema.module.state_dict().items()]:
-    parts = [torch.empty_like(tensor) for _ in range(2)]
-    dist.all_gather(parts, tensor)
-    assert torch.equal(*parts), name
-assert run.head.num_updates.max() > 6
-accelerator = run.accelerator
-del run
-accelerator.free_memory()
-accelerator.end_training()
-'''
-
-
 def test_prototypes_gradients_and_learned_state_are_those_of_one_process(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
     # Compressed, so that one process unpacks the images for both.
     np.savez_compressed(tmp_path / "more.npz", image=np.zeros((9, 8, 8, 1), np.uint8), label=np.arange(9))
-    python(*LAUNCHER, "worker.py", tmp_path, folder=tmp_path)
+    python(*LAUNCHER, Path(__file__).parent / "two_processes.py", tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     images, labels = (part[:64] for part in timm_hpm.load_split("digits", "train").tensors)
-    threat = timm_hpm.ThreatModel("Linf", 0.1)
-
-    def alone(rows: slice) -> dict:
-        model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
-        trunk = PixelTrunk(model)
-        found = pgd(lambda x: trunk.surrogate_logits("soft", x), images[rows], labels[rows], threat, steps=2,
-                    random_start=False)
-        output, = trunk(found)
-        cross_entropy([output], labels[rows], TrainConfig()).backward()
-        return {"found": found, "logits": output[1].detach(),
-                "gradients": [parameter.grad for parameter in model.parameters()]}
-
-    halves = [alone(slice(0, 32)), alone(slice(32, 64))]
+    halves = [first_step(images[rows], labels[rows], lambda trunk: trunk) for rows in (slice(0, 32), slice(32, 64))]
     for name in ("found", "logits"):
         for rank, half in zip(ranks, halves, strict=True):
             torch.testing.assert_close(rank[name], half[name], rtol=1e-4, atol=1e-4)

@@ -1,6 +1,5 @@
 """The parts of training: schedules, objectives, the trunk, options, checkpoints; and short runs in this process."""
 
-import csv
 import dataclasses
 import hashlib
 import importlib.util
@@ -18,13 +17,14 @@ import timm
 import torch
 import training_runs
 import yaml
-from PIL import Image
+from nets import same_tensors
+from pictures import write_pictures
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
-from training_runs import forget_accelerator, weights
+from training_runs import forget_accelerator, rows, stopped, weights
 
 import timm_hpm
 from timm_hpm import ThreatModel, find_head
@@ -44,15 +44,12 @@ from timm_hpm.training.trunk import PixelTrunk, inputs_only
 TINY = dataclasses.replace(training_runs.TINY, epochs=2, batch_size=128)
 
 
-def run(folder, resume=False, log=lambda line: None, **changes):
-    return training_runs.run(folder, resume, log, **{"epochs": 2, "batch_size": 128} | changes)
+def run(folder, **changes):
+    return training_runs.run(folder, **{"epochs": 2, "batch_size": 128} | changes)
 
 
 def embedded() -> dict[str, torch.Tensor]:
     return timm.create_model("hpm_wrn10_2", pretrained=True).state_dict()
-
-
-# Equations
 
 
 def test_the_objectives_in_closed_form():
@@ -92,9 +89,6 @@ def test_pgd_climbs_the_loss_that_it_is_given():
     assert torch.equal(x, torch.full((3, 2), 0.75))
 
 
-# The trunk
-
-
 def test_attacks_gather_no_parameter_gradients():
     model = timm_hpm.add_hpm_head(timm.create_model("test_vit", num_classes=10)).eval()
     trunk = PixelTrunk(model)
@@ -118,23 +112,19 @@ def test_each_objective_makes_its_number_of_passes(objective, gamma, passes, tmp
             output.register_hook(lambda gradient: counts.update(["backward"]))
 
     model.conv1.register_forward_hook(count)
-    forget_accelerator()
-    train(model, TINY, tmp_path, pretrained=False, epochs=1, attack_steps=3, objective=objective, awp_gamma=gamma,
-          batch_size=1000, log=lambda line: None)
+    run(tmp_path, network=model, pretrained=False, epochs=1, attack_steps=3, objective=objective, awp_gamma=gamma,
+        batch_size=1000)
     # One batch, and PGD-1 through fc and mixed on the validation batch.
     assert counts == {"forward": passes + 2, "backward": passes + 2}
-
-
-# Runs
 
 
 def test_a_run_leaves_a_model_its_options_its_numbers_and_their_curve(tmp_path):
     kept = run(tmp_path / "run", hflip=0.1)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         "model.safetensors", "config.json", "args.yaml", "metrics.csv", "checkpoints"}
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
-    assert float(max(rows, key=lambda row: float(row["val_robust"]))["val_robust"]) == kept["val_robust"]
+    epochs = rows(tmp_path / "run")
+    assert [row["epoch"] for row in epochs] == ["0", "1"]
+    assert max(float(row["val_robust"]) for row in epochs) == kept["val_robust"]
     options = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
     assert TrainConfig(**options) == dataclasses.replace(
         TINY, hflip=0.1, num_classes=10, in_chans=1, img_size=8, mean=(0.3053,), std=(0.376,), threat="Linf:0.1",
@@ -150,7 +140,7 @@ def test_a_run_leaves_a_model_its_options_its_numbers_and_their_curve(tmp_path):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
     picture = ElementTree.parse(tmp_path / "run" / "curve.svg").getroot()
     titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
-    for row in rows:
+    for row in epochs:
         for name, value in (("clean", row["val_clean"]), ("robust (PGD)", row["val_robust"])):
             assert any(title.startswith(f"{name}, validation at {row['epoch']}: {100 * float(value):.1f} %")
                        for title in titles)
@@ -298,11 +288,7 @@ def test_the_signs_of_a_run_that_does_not_learn():
 
 def test_of_epochs_that_are_as_good_the_last_is_kept(tmp_path):
     kept = run(tmp_path, batch_size=1000, freeze_backbone=True, model_kwargs={"inference": "fc"}, lr=1e-12)
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert len({row["val_robust"] for row in rows}) == 1 and kept["epoch"] == 1
-
-
-# Resuming
+    assert len({row["val_robust"] for row in rows(tmp_path)}) == 1 and kept["epoch"] == 1
 
 
 @pytest.mark.parametrize(("changes", "names", "indices"), [
@@ -316,11 +302,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(changes, name
     folders = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert [f"{folder.name[10]}-{folder.name[-1]}" for folder in folders] == names.split()
     for index in indices:
-        part = tmp_path / f"part{index}"
-        part.mkdir()
-        shutil.copy(tmp_path / "whole" / "args.yaml", part)
-        (part / "checkpoints").mkdir()
-        shutil.copytree(folders[index], part / "checkpoints" / folders[index].name)
+        part = stopped(tmp_path / "whole", tmp_path / f"part{index}", index)
         (part / "checkpoints" / ".epoch-00099-batch-00000000.99.tmp").mkdir()  # what a killed process leaves
         (part / ".best.99.tmp").mkdir()
         lines: list[str] = []
@@ -328,8 +310,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(changes, name
         epochs = [line for line in lines if line.startswith("epoch ")]
         assert sum("images/s" in line for line in epochs) == len(epochs) - (index == 4), "no image was left to train on"
         whole, resumed = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", part.name))
-        for state, other in ((whole.model, resumed.model), (whole.average, resumed.average)):
-            assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+        assert same_tensors(whole.model, resumed.model) and same_tensors(whole.average, resumed.average)
         assert whole.progress == resumed.progress
         for name in ("metrics.csv", "model.safetensors"):
             assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -345,17 +326,16 @@ def finished_run(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "damage"), [("model.safetensors", "removed"), ("model.safetensors", "flipped"),
-                                              ("config.json", "cut"), ("config.json", "another run's")])
+@pytest.mark.parametrize(("name", "damage"), [
+    ("model.safetensors", None), ("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    ("config.json", lambda data: data[:-9]), ("config.json", lambda data: b"{}")])
 def test_damaged_files_of_the_best_epoch_are_restored_on_resume(name, damage, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     file = tmp_path / "run" / name
     data = file.read_bytes()
-    flipped = bytearray(data)
-    flipped[len(data) // 2] ^= 1
-    file.write_bytes({"removed": b"", "cut": data[:-9], "flipped": flipped, "another run's": b"{}"}[damage])
-    if damage == "removed":
-        file.unlink()
+    file.unlink()
+    if damage:
+        file.write_bytes(damage(data))
     run(tmp_path / "run", resume=True, epochs=1, batch_size=500)
     assert file.read_bytes() == data
 
@@ -405,21 +385,19 @@ def trap(folder):
                  lambda state: state["digests"].update({"optimizer.safetensors": hashlib.sha256(code).hexdigest()}))
 
 
-@pytest.mark.parametrize(("damage", "named"), [
-    *((bytes_of("state.json", lambda _, text=text: text), "batch-00000002 is damaged")
-      for text in (b"", b'{"record": 1}', b"[" * 100_000)),
-    (bytes_of("state.json", lambda text: text.replace(b'"updates": 2', b'"updates": 7')), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.safetensors", lambda data: data[:-5]), "batch-00000002 is damaged"),
-    (bytes_of("optimizer.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])), "batch-00000002 is damaged"),
-    (lambda folder: (folder / "optimizer.safetensors").unlink(), "batch-00000002 is damaged"),
-    (trap, "batch-00000002 is damaged"),
+@pytest.mark.parametrize("damage", [
+    *(bytes_of("state.json", lambda _, text=text: text) for text in (b"", b'{"record": 1}', b"[" * 100_000)),
+    bytes_of("state.json", lambda text: text.replace(b'"updates": 2', b'"updates": 7')),
+    bytes_of("optimizer.safetensors", lambda data: data[:-5]),
+    bytes_of("optimizer.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    lambda folder: (folder / "optimizer.safetensors").unlink(), trap,
 ])
-def test_a_damaged_checkpoint_is_named_and_skipped(damage, named, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_skipped(damage, tmp_path):
     for updates in (1, 2):
         write_checkpoint(tmp_path, checkpoint(updates), keep=2)
     newest = tmp_path / "epoch-00000-batch-00000002"
     damage(newest)
-    with pytest.warns(DamagedCheckpointWarning, match=named):
+    with pytest.warns(DamagedCheckpointWarning, match="batch-00000002 is damaged"):
         found = newest_checkpoint(tmp_path)
     assert found.progress["updates"] == 1 and torch.equal(found.model["w"], torch.ones(2))
     # The run goes on from there, and what it writes stays, though the damaged one is of a later state.
@@ -443,9 +421,6 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
     assert structure == same and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves, others, strict=True))
     optimizer.load_state_dict(found)
-
-
-# Bad input
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -527,9 +502,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """A finite loss may have a gradient that is not."""
     model, backward = timm.create_model("hpm_wrn10_2", pretrained=True), itertools.count(1)
     model.fc.weight.register_hook(lambda gradient: gradient * (math.nan if next(backward) == 3 else 1))
-    forget_accelerator()
     with pytest.raises(FloatingPointError, match=r"update 3 \(batch 2 of epoch 0\) left weights that are not finite"):
-        train(model, TINY, tmp_path, pretrained=False, recovery_interval=1, checkpoint_hist=1, log=lambda line: None)
+        run(tmp_path, network=model, pretrained=False, recovery_interval=1, checkpoint_hist=1)
     kept = newest_checkpoint(tmp_path / "checkpoints")
     assert kept.progress["updates"] == 2 and all(tensor.isfinite().all() for tensor in kept.model.values())
 
@@ -542,10 +516,8 @@ def small_network(activation, mix) -> nn.Module:
 
 def test_a_run_of_another_network_or_other_images_is_not_resumed(tmp_path):
     data, output = tmp_path / "data", tmp_path / "run"
-    picture, other = Image.new("RGB", (8, 8), (100, 50, 200)), Image.new("RGB", (8, 8), (10, 50, 20))
-    for file in [f"{split}/{label}/{i}.png" for split in ("train", "val", "test") for label in "ab" for i in range(4)]:
-        (data / file).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(data / file)
+    write_pictures(data, {f"{split}/{label}": 4 for split in ("train", "val", "test") for label in "ab"})
+    first = (data / "val/b/0.png").read_bytes()
     options = {"dataset": "folder", "data_dir": str(data), "img_size": 8, "batch_size": 4, "attack_steps": 1,
                "val_attack_steps": 1, "sched": "constant", "prototype_epoch": 1.0, "device": "cpu",
                "log": lambda line: None, "output": output}
@@ -559,14 +531,14 @@ def test_a_run_of_another_network_or_other_images_is_not_resumed(tmp_path):
                              (small_network(nn.ReLU(), 0.25), "'mix': 0.5.*'mix': 0.25")):
         with pytest.raises(ValueError, match=message):
             go_on(network)
-    other.save(data / "val/b/0.png")
+    shutil.copy(data / "val/b/1.png", data / "val/b/0.png")
     with pytest.raises(ValueError, match="the images have changed"):
         go_on(small_network(nn.ReLU(), 0.5))
-    picture.save(data / "val/b/0.png")
-    picture.save(data / "train/a/more.png")
+    (data / "val/b/0.png").write_bytes(first)
+    (data / "train/a/more.png").write_bytes(first)
     with pytest.raises(ValueError, match="their labels"):
         go_on(small_network(nn.ReLU(), 0.5))
     assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     (data / "train/a/more.png").unlink()
-    other.save(data / "test/b/0.png")  # no image that the run learns from or is chosen by
+    (data / "test/b/0.png").write_bytes(first)  # no image that the run learns from or is chosen by
     go_on(small_network(nn.ReLU(), 0.5))

@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from nets import with_statistics
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -26,11 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 def build(name: str) -> nn.Module:
     """Returns a model in eval mode with prototypes and, where it has any, BatchNorm statistics that hide nothing."""
     model = timm.create_model(name, num_classes=10, inference=MODELS[name][1])
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    model.eval()
+    with_statistics(model).eval()
     head = find_head(model)
     features = model.forward_head(model.forward_features(images(name, 64)), pre_logits=True).detach()
     # Weights of the features' size, so that the classifier predicts all sorts of classes, and none by a hair.

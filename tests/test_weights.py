@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from nets import same_tensors, with_prototypes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from training_runs import run
@@ -38,11 +39,7 @@ SOURCES = ["file", "state_dict", "url"]
 
 def fitted(name="hpm_wrn10_2.untrained", **kwargs):
     """Returns a model of random weights with prototypes, in eval mode."""
-    model = timm.create_model(name, **kwargs).eval()
-    head = find_head(model)
-    head.set_prototypes(torch.randn_like(head.prototypes))
-    nn.init.constant_(head.log_scale, -3.0)
-    return model
+    return with_prototypes(timm.create_model(name, **kwargs).eval(), -3.0)
 
 
 def overlay(source, state_dict, folder):
@@ -54,16 +51,9 @@ def overlay(source, state_dict, folder):
     return {"url": f"file://{place}"} if source == "url" else {"file": place}
 
 
-def assert_same(model, source):
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
-# The number of classes
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -72,7 +62,7 @@ def test_the_classifier_of_the_classes_asked_for_is_kept(name, source, tmp_path)
     theirs = fitted(name, num_classes=7)
     options = {"pretrained": True, "pretrained_cfg_overlay": overlay(source, theirs.state_dict(), tmp_path)}
     model = timm.create_model(name, num_classes=7, **options)
-    assert_same(model, theirs)
+    assert same_tensors(model.state_dict(), theirs.state_dict())
     assert find_head(model).is_fitted() and model.pretrained_cfg["num_classes"] == 7
     with pytest.warns(DroppedClassifierWarning, match="have 7 classes, and num_classes is 5: their classifier"):
         other = timm.create_model(name, num_classes=5, **options)
@@ -89,8 +79,9 @@ def test_the_classifier_of_the_classes_asked_for_is_kept(name, source, tmp_path)
 def test_own_weights_go_before_the_repository_of_the_tag(source, tmp_path):
     shape = {"num_classes": 7, "depths": (1, 1, 1), "channels": (4, 4, 4)}
     theirs = fitted("hpm_wrn28_10.wang2023_cifar10_linf", **shape)
-    assert_same(timm.create_model("hpm_wrn28_10.wang2023_cifar10_linf", pretrained=True, **shape,
-                                  pretrained_cfg_overlay=overlay(source, theirs.state_dict(), tmp_path)), theirs)
+    model = timm.create_model("hpm_wrn28_10.wang2023_cifar10_linf", pretrained=True, **shape,
+                              pretrained_cfg_overlay=overlay(source, theirs.state_dict(), tmp_path))
+    assert same_tensors(model.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("place", ["root", "pretrained_cfg", "model_args"])
@@ -135,9 +126,6 @@ def test_weights_of_ones_own_have_no_tag_but_its_arguments(tmp_path):
     assert "liu2023" not in (tmp_path / "saved" / "config.json").read_text()
     assert type(again.act1) is type(model.act1) is timm.layers.GELU
     assert weights_of(model, EvaluateConfig(**arguments)) == str(tmp_path / "own.pt")
-
-
-# The config inside the weights
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +208,6 @@ def test_weights_and_config_of_two_saves_give_the_model_of_the_weights(saved, tm
     assert torch.equal(timm_hpm.PixelModel(model)(pixels), timm_hpm.PixelModel(source)(pixels))
 
 
-# Entries that are no tensors
-
-
 class Stateful(nn.Module):
     """Extra state of every kind."""
 
@@ -299,9 +284,6 @@ def test_weights_that_state_another_of_timm_s_own_networks_are_refused(tmp_path)
     for options in ({"checkpoint": file}, {"pretrained": True, "pretrained_cfg_overlay": {"file": file}}):
         with pytest.raises(ValueError, match="the weights are of test_vit, and the network is test_resnet"):
             create_model("test_resnet", **options)
-
-
-# The default inference mode: no answer depends on the other images
 
 
 NUM_DIGITS = 24

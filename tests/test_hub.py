@@ -365,7 +365,7 @@ def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cau
     assert "Entry Not Found" in error()
     trap = tmp_path / "ran"
     server.add(repo_id, {file: f"c__builtin__\neval\n(S'open(\"{trap}\", \"w\")'\ntR.".encode()})
-    assert re.search("weights_only|no checkpoint", error()) and not trap.exists()
+    assert re.search("weights_only|no checkpoint|CVE-2025-32434", error()) and not trap.exists()
     model = hub_client.made(f"{name}.untrained", fitted=False)
     head = ("fc.prototypes", "fc.num_updates", "fc.log_scale")
     torch.save({"epoch": 105, "model_state_dict": {  # as of a data-parallel model without an HPM head

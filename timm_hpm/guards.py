@@ -45,8 +45,8 @@ def refuse_pickles(version: str) -> None:
     if TorchVersion(version) < "2.6":
         raise OldTorchError(
             f"torch {version} can run the code in a pickled file (CVE-2025-32434), so it was not read. Update torch to "
-            "2.6 or newer, or make safetensors of the file on a machine that has it: timm-hpm convert FILE MODEL "
-            "--output FOLDER")
+            "2.6 or newer, or make safetensors of the file on a machine that has it: timm-hpm convert FILE "
+            "--model NAME --output FOLDER")
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:

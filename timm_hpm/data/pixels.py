@@ -244,8 +244,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_training(module: nn.Module) -> bool:
-    """Returns whether a module is in train mode; a frozen one of TorchScript, which has no mode, is not."""
-    return getattr(module, "training", False)
+    """Returns whether a module is in train mode; a frozen one of TorchScript, which has no mode, is not.
+
+    A compiled one is in the mode of its original: before torch 2.5 it says that it is in train mode.
+    """
+    return getattr(getattr(module, "_orig_mod", module), "training", False)
 
 
 def for_gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

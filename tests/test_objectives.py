@@ -14,10 +14,9 @@ from torch import nn
 from training_runs import TINY, forget_accelerator, rows, run, weights
 
 from timm_hpm.training import Run, TrainConfig
-from timm_hpm.training.awp import perturbed_weights
-from timm_hpm.training.objectives import boosted_cross_entropy, mart
+from timm_hpm.training.objectives import boosted_cross_entropy, mart, perturbed_weights
 from timm_hpm.training.run_folder import saved_options
-from timm_hpm.training.schedules import create_schedule
+from timm_hpm.training.setup import create_schedule
 
 # MART
 

@@ -34,7 +34,7 @@ from timm_hpm.evaluation.resume import sealed, unsealed
 from timm_hpm.files import remove_unfinished
 from timm_hpm.options import read_options
 from timm_hpm.training import Run, TrainConfig, train
-from timm_hpm.training.health import epoch_signs, kept_signs
+from timm_hpm.training.header import epoch_signs, kept_signs
 from timm_hpm.training.objectives import away_from, cross_entropy, kl_divergence, trades
 from timm_hpm.training.recovery import Checkpoint, DamagedCheckpointWarning, newest_checkpoint, write_checkpoint
 from timm_hpm.training.run_folder import saved_options

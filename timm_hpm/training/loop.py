@@ -17,36 +17,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ..attacks import pgd
 from ..data import as_pixel_model, random_flip, random_shift
+from ..evaluation.judge import judge
 from ..files import writable_folder
-from ..head import find_head
+from ..head import find_head, head_mode
 from ..models.constructors import is_constructor
+from ..models.saving import model_config, tensors_of, weights_metadata
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
-from .average import AveragedModel
-from .awp import perturbed_weights
-from .config import TrainConfig
+from .config import TrainConfig, differing
 from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .extra import ExtraImages
-from .header import row_text, training_header
-from .health import epoch_signs, kept_signs
-from .identity import check_identity, identity
-from .objectives import OBJECTIVES, Outputs, TrainingAttack
-from .recovery import Progress, RunState
+from .header import epoch_signs, kept_signs, row_text, training_header
+from .objectives import OBJECTIVES, Outputs, TrainingAttack, perturbed_weights
+from .recovery import Checkpoint, Progress, check_identity, identity
 from .run_folder import RunFolder, saved_options
-from .schedules import create_schedule
 from .setup import (
     Data,
     create_accelerator,
     create_optimizer,
+    create_schedule,
     create_trainable,
     in_effect,
     made_trainable,
     open_data,
 )
 from .signals import Stopped, StopRequest, obey_parent, shielded_batches
-from .trunk import PixelTrunk, inputs_only
-from .validation import Validation
+from .trunk import AveragedModel, PixelTrunk, inputs_only
 
 #: The file in a run's folder that compressed extra data are unpacked into.
 UNPACKED: Final = "extra-data.npy"
@@ -135,24 +133,43 @@ class Run:
         if not len(self.loader):
             raise ValueError(f"batch_size is {own} on {num_processes()} processes; expected no more than the "
                              f"{len(self.data.train)} training images in all")
-        self.updates_per_epoch = -(-len(self.loader) // config.grad_accum_steps)
         # Not prepared: Accelerate would step it once per process.
-        self.schedule = create_schedule(config, optimizer, self.updates_per_epoch)
-        self.state = RunState(self.model, self.ema, self.optimizer, self.schedule, accelerator.scaler, self.progress)
-        self.validation = Validation(self.data.val, config, self.threat, accelerator, self.stop)
+        self.schedule = create_schedule(config, optimizer, -(-len(self.loader) // config.grad_accum_steps))
 
     def _restore(self) -> None:
         """Takes up the newest undamaged checkpoint, if there is one."""
         checkpoint = self.folder.newest_checkpoint()
         if checkpoint is None:
             return
-        self.state.load(checkpoint, self.config)
+        self._load(checkpoint)
         check_identity(self.progress.identity, self._identity())
         self.folder.restore_best(checkpoint)
         if checkpoint.config["epochs"] < self.config.epochs:
             for sign in ("chance", "behind"):  # of an epoch that need not be the kept one now
                 self.progress.warnings.pop(sign, None)
             self.folder.write_warnings(self.progress.warnings.values())
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Takes up a checkpoint; raises a ValueError if its options, number of processes or version are others."""
+        progress, scaler = checkpoint.progress, self.accelerator.scaler
+        processes, place = progress["processes"], f"the checkpoint after update {progress['updates']}"
+        if differing(checkpoint.config, self.config.to_dict()):
+            raise ValueError(f"{place} is of another run than args.yaml beside it; take one of them away")
+        if processes != num_processes():
+            raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
+                             f"launch {processes}, or the batch and the schedule would be others")
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            if self.ema is not None and checkpoint.average is not None:
+                self.ema.load(checkpoint.average, checkpoint.optimizer["average"])
+            self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+            if scaler is not None:
+                scaler.load_state_dict(checkpoint.optimizer["scaler"])
+            self.progress = Progress(**progress)
+            self.schedule.step(self.progress.updates)  # perhaps of more epochs than the checkpoint's
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{place} does not fit this run ({error}); remove it if another version wrote it, or "
+                             "start another run") from error
 
     def train(self) -> dict[str, Any]:
         """Trains to the end; returns the row of the kept epoch."""
@@ -304,14 +321,14 @@ class Run:
 
     def _finish_epoch(self, images_per_second: float | None) -> None:
         state, config = self.progress, self.config
-        self.state.check_finite()
+        self._check_finite()
         self._fit_if_due(state.epoch + 1)
         row: dict[str, Any] = {"epoch": state.epoch, "lr": self.optimizer.param_groups[-1]["lr"],
                                "loss": state.loss / max(state.batches, 1)}
         kept, trunk = (self.model, self.trunk) if self.ema is None else (self.ema.module, self.ema.trunk)
         self._set_mode(training=False)
         try:
-            row |= self.validation(kept, trunk, tuple(dict.fromkeys(["fc", self._surrogate()])))
+            row |= self._validate(kept, trunk)
         except Stopped:
             self._save()
             raise
@@ -333,6 +350,39 @@ class Run:
         if self.stop.number and state.epoch < config.epochs:
             raise Stopped(self.stop.number)
 
+    def _validate(self, model: Any, trunk: PixelTrunk) -> dict[str, float]:
+        """Returns accuracies: clean, robust by a quick attack, not one to report, and the FC classifier's clean one.
+
+        `trunk` is one of the `model`, which ends in eval mode, and predicts in its own inference mode. The processes
+        share out the batches. A single one that is asked to stop does so between two batches, several after the last.
+        """
+        config, split, device, size = self.config, self.data.val, self.accelerator.device, self.config.batch_size
+        judged = as_pixel_model(model.eval())
+        counts = torch.zeros(3, device=device)
+        batches = torch.arange(len(split)).split(size)
+        own = range(process_index(), len(batches), num_processes())
+        loader = DataLoader(split, batch_sampler=[batches[number].tolist() for number in own],
+                            num_workers=config.workers, worker_init_fn=obey_parent)
+        pairs = self.stop.batches(loader) if num_processes() == 1 else shielded_batches(loader)
+        for number, (images, labels) in zip(own, pairs, strict=True):
+            images, labels = images.to(device), labels.to(device)
+            robust = clean = judge(judged, images, labels, size)
+            fc = clean
+            if trunk.uses_prototypes:
+                with head_mode(model, "fc"):
+                    fc = judge(judged, images, labels, size)
+            for name in dict.fromkeys(["fc", self._surrogate()]):
+                seed_at(config.seed, "validation", number, name)
+                with self.accelerator.autocast(), inputs_only(trunk):
+                    adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
+                                      steps=config.val_attack_steps)
+                robust = robust & judge(judged, adversarial, labels, size, allow_non_finite=True)
+            counts += torch.stack([clean.sum(), robust.sum(), fc.sum()]).to(counts)
+        clean_sum, robust_sum, fc_sum, *votes = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
+        self.stop.agree(votes)
+        return {"val_clean": clean_sum / len(split), "val_robust": robust_sum / len(split),
+                "val_fc_clean": fc_sum / len(split)}
+
     def _warn(self, row: dict[str, Any]) -> None:
         """Writes each new sign that the run does not learn into the log and into the run's folder."""
         state, config = self.progress, self.config
@@ -348,12 +398,28 @@ class Run:
                 self.folder.write_warnings(state.warnings.values())
 
     def _save(self) -> None:
-        self.state.check_finite()
+        self._check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.progress.identity = self._identity()
-            self.folder.write_checkpoint(self.state.checkpoint(self.config))
+            scaler, average = self.accelerator.scaler, None
+            optimizer = {"optimizer": self.optimizer.state_dict(),
+                         "scaler": {} if scaler is None else scaler.state_dict()}
+            if self.ema is not None:
+                average, optimizer["average"] = tensors_of(self.ema.module), self.ema.class_sums()
+            self.folder.write_checkpoint(Checkpoint(
+                tensors_of(self.model), average, optimizer, dict(vars(self.progress)), self.config.to_dict(),
+                weights_metadata(model_config(self.model))))
         self.accelerator.wait_for_everyone()
+
+    def _check_finite(self) -> None:
+        """Raises a FloatingPointError if an update has left a weight that is not finite."""
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            progress = self.progress
+            raise FloatingPointError(
+                f"update {progress.updates} (batch {progress.batches - 1} of epoch {progress.epoch}) "
+                "left weights that are not finite; lower the learning rate (--lr), or clip the gradient (--clip-grad). "
+                "The last checkpoint and the best epoch so far are in the output folder")
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.model, self.data, None if self.extra is None else self.extra.digest)

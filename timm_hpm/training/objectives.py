@@ -5,16 +5,18 @@ prototypes by the FC classifier's prediction, so that classifier must keep learn
 classifier alone, both parts are that classifier's loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks.pgd import ascend
 from ..threat import ThreatModel
+from .distributed import average_
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), FC logits (B, C)
 
@@ -126,6 +128,39 @@ def _over_both(loss: Callable[..., Tensor], outputs: Outputs, fc_weight: float, 
     if fc_weight:
         total = total + fc_weight * loss(outputs[2], *(reference[2] for reference in references))
     return total / (1 + fc_weight)
+
+
+@contextmanager
+def perturbed_weights(module: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
+    """Moves the weights of `module` up the gradient of a `loss` of them within the block, and back exactly at its end.
+
+    Each weight of two dimensions or more moves by `gamma` times its own norm; a `gamma` of 0 makes no pass. BatchNorm's
+    running statistics do not change. With several processes all move alike, by the mean of their gradients. Source: Wu
+    et al., adversarial weight perturbation, arXiv 2004.05884.
+    """
+    if not gamma:
+        yield
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    weights = [weight for weight in module.parameters() if weight.requires_grad and weight.ndim > 1]
+    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    used = [(weight, gradient.contiguous()) for weight, gradient in zip(weights, gradients, strict=True)
+            if gradient is not None]
+    average_([gradient for _, gradient in used])
+    before = [weight.detach().clone() for weight, _ in used]
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for weight, gradient in used:
+            length = gradient.norm()
+            # An overflow of float16, or a gradient of 0, moves nothing.
+            weight.add_(torch.where(length.isfinite() & (length > 0), gradient * (gamma * weight.norm() / length), 0.0))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), value in zip(used, before, strict=True):
+                weight.copy_(value)
 
 
 #: The objectives by name. An objective of one's own is one more entry.

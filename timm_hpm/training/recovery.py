@@ -1,10 +1,11 @@
-"""Everything that the updates of a training run change, and its checkpoints: folders that appear whole."""
+"""The checkpoints of a training run, folders that appear whole, and its identity, by which it must be resumed."""
 
 import hashlib
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data import PixelModel, first_images
 from ..evaluation.resume import sealed, unsealed
 from ..files import remove, writing
-from ..models.saving import model_config, tensors_of, weights_metadata
-from .average import AveragedModel
-from .config import TrainConfig, differing
-from .distributed import num_processes
+from ..head import find_head, head_name, mode_if_any
+from ..report import data_digest
+from ..seeding import seeded
+from .setup import Data
 
 _STATE: Final = "state.json"
 _MODEL: Final = "model.safetensors"
@@ -27,6 +29,9 @@ _AVERAGE: Final = "average.safetensors"
 _OPTIMIZER: Final = "optimizer.safetensors"
 BEST: Final = "best"
 _NAME: Final = re.compile(r"epoch-\d{5,}-batch-\d{8,}")
+# Images of each split that are kept by their numbers, and how far rounding takes these apart, relative to the largest.
+_IMAGES: Final = 8
+_ROUNDING: Final = 1e-2
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -63,59 +68,6 @@ class Checkpoint:
     config: dict[str, Any]  # the options of the run
     metadata: dict[str, str] = field(default_factory=dict)  # of the weights' files, by `weights_metadata`
     best: Path | None = None  # folder of the best epoch's files, which the checkpoint copies
-
-
-@dataclass
-class RunState:
-    """The model, its average, the optimizer, the schedule and the gradient scaler of a run, and its progress."""
-
-    model: Any
-    average: AveragedModel | None
-    optimizer: Any
-    schedule: Any
-    scaler: Any
-    progress: Progress
-
-    def checkpoint(self, config: TrainConfig) -> Checkpoint:
-        """Returns the state as a checkpoint."""
-        optimizer = {"optimizer": self.optimizer.state_dict(),
-                     "scaler": {} if self.scaler is None else self.scaler.state_dict()}
-        average = None
-        if self.average is not None:
-            average, optimizer["average"] = tensors_of(self.average.module), self.average.class_sums()
-        return Checkpoint(tensors_of(self.model), average, optimizer, dict(vars(self.progress)), config.to_dict(),
-                          weights_metadata(model_config(self.model)))
-
-    def load(self, checkpoint: Checkpoint, config: TrainConfig) -> None:
-        """Takes up a checkpoint; raises a ValueError if its options, number of processes or version are others."""
-        progress = checkpoint.progress
-        processes, place = progress["processes"], f"the checkpoint after update {progress['updates']}"
-        if differing(checkpoint.config, config.to_dict()):
-            raise ValueError(f"{place} is of another run than args.yaml beside it; take one of them away")
-        if processes != num_processes():
-            raise ValueError(f"the run was trained by {processes} processes and is to be resumed by {num_processes()}; "
-                             f"launch {processes}, or the batch and the schedule would be others")
-        try:
-            self.model.load_state_dict(checkpoint.model)
-            if self.average is not None and checkpoint.average is not None:
-                self.average.load(checkpoint.average, checkpoint.optimizer["average"])
-            self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-            if self.scaler is not None:
-                self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-            vars(self.progress).update(vars(Progress(**progress)))
-            self.schedule.step(self.progress.updates)  # perhaps of more epochs than the checkpoint's
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{place} does not fit this run ({error}); remove it if another version wrote it, or "
-                             "start another run") from error
-
-    def check_finite(self) -> None:
-        """Raises a FloatingPointError if an update has left a weight that is not finite."""
-        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            progress = self.progress
-            raise FloatingPointError(
-                f"update {progress.updates} (batch {progress.batches - 1} of epoch {progress.epoch}) "
-                "left weights that are not finite; lower the learning rate (--lr), or clip the gradient (--clip-grad). "
-                "The last checkpoint and the best epoch so far are in the output folder")
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -222,3 +174,45 @@ def _digest(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def identity(model: Any, data: Data, extra: str | None) -> dict[str, Any]:
+    """Returns what tells a run's network and images from others, in JSON's types.
+
+    That is a digest of all labels, that of the extra data, the head's arguments, and of the first training and
+    validation images the mean pixels and the FC logits of their labels. The model ends in eval mode.
+    """
+    labels = torch.cat([data.train.labels, data.val.labels])
+    pairs = [first_images(split, min(_IMAGES, len(split))) for split in (data.plain_train, data.val)]
+    images, truth = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    device = next(model.parameters()).device
+    with torch.no_grad(), seeded(device, 0, "identity"), mode_if_any(model, "fc"):
+        logits = PixelModel(model.eval())(images.to(device)).cpu()
+    return {"labels": data_digest(torch.empty(0), labels), "extra": extra,
+            "head": None if head_name(model) is None else find_head(model).config(),
+            "pixels": images.mean(dim=(1, 2, 3)).tolist(),
+            "logits": logits.gather(1, truth.unsqueeze(1)).squeeze(1).tolist()}
+
+
+def check_identity(found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a ValueError that says what differs if a checkpoint's `identity` is not the present one.
+
+    The weights must be the checkpoint's.
+    """
+    advice = "give the run what it had, or start another in another --output"
+    if found.keys() != now.keys():
+        raise ValueError(f"the checkpoint knows its network and images by {', '.join(found) or 'nothing'}; expected "
+                         f"{', '.join(now)}. Resume it with the version of timm_hpm that wrote it, or {advice}")
+    if found["labels"] != now["labels"]:
+        raise ValueError(f"the run was begun with other images: their labels, in order, are others now; {advice}")
+    if found["extra"] != now["extra"]:
+        raise ValueError("the run was begun with other extra data (--extra-data): their images or labels are others "
+                         f"now; {advice}")
+    if found["head"] != now["head"]:
+        raise ValueError(f"the run's HPM head has {found['head']}, and the model's {now['head']}; {advice}")
+    for name, cause in (("pixels", "the images"), ("logits", "the network's code or arguments")):
+        before, after = torch.tensor(found[name]), torch.tensor(now[name])
+        apart = (before - after).abs().max().item()
+        if apart > _ROUNDING * before.abs().max().item():
+            raise ValueError(f"{cause} have changed since the run began: {name} of the first images differ by up to "
+                             f"{apart:.2g}; {advice}")

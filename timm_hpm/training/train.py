@@ -1,8 +1,7 @@
 """`train`: a whole training run, of a model object or of the model that the options name."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,31 +73,25 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
     PartialState(cpu=config.device == "cpu")
     # The name may hold the time, and another one on each process.
     folder = Path(broadcast_object_list([str(output or default_folder(config.model, "train-"))])[0])
-    with noted_signals(config.seconds()) as asked, locked(folder, shared=True), _cleared_at_end(folder / UNPACKED):
-        run = Run(config, folder, model=model, resume=resume, log=log, progress=progress, asked_to_stop=asked)
-        accelerator = run.accelerator
+    with noted_signals(config.seconds()) as asked, locked(folder, shared=True):
         try:
-            kept = run.train()
+            run = Run(config, folder, model=model, resume=resume, log=log, progress=progress, asked_to_stop=asked)
+            accelerator = run.accelerator
+            try:
+                kept = run.train()
+            finally:
+                if accelerator.is_main_process:
+                    remove_unfinished(folder)
+                # A live reference to the process group keeps its threads alive. A thread that calls Python while the
+                # interpreter exits is aborted, and the process with it.
+                del run
+                accelerator.free_memory()
+                accelerator.end_training()
+            if model is not None and whole is not None:
+                model.load_state_dict(load_file(folder / WEIGHTS))
+                whole.eval()
+            return kept
         finally:
-            if accelerator.is_main_process:
-                remove_unfinished(folder)
-            # A live reference to the process group keeps its threads alive. A thread that calls Python while the
-            # interpreter exits is aborted, and the process with it.
-            del run
-            accelerator.free_memory()
-            accelerator.end_training()
-        if model is not None and whole is not None:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-            whole.eval()
-        return kept
-
-
-@contextmanager
-def _cleared_at_end(unpacked: Path) -> Iterator[None]:
-    """Removes unpacked images at the end, and the run's precision, which Accelerate would keep for the next one."""
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state()
-        if process_index() == 0:
-            remove(unpacked)
+            AcceleratorState._reset_state()  # Accelerate would keep the precision for the next run
+            if process_index() == 0:
+                remove(folder / UNPACKED)

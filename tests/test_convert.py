@@ -34,8 +34,7 @@ from timm_hpm import (
 )
 from timm_hpm.__main__ import main
 from timm_hpm.checkpoints import unwrap
-from timm_hpm.models.convert import convert
-from timm_hpm.models.create import load_checkpoint
+from timm_hpm.models.create import convert, load_checkpoint
 from timm_hpm.models.formats import FORMATS, plain_state_dict
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)

@@ -28,8 +28,7 @@ from .evaluation.evaluate import evaluate
 from .guards import TooLargeError
 from .head import INFERENCE_MODES, HPMHead, UnfittedHeadWarning, find_head, head_mode
 from .models import register_hpm
-from .models.create import create_model
-from .models.load import load_model
+from .models.create import create_model, load_model
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport, compare, merge_reports
 from .report.html import report_page

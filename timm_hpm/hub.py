@@ -28,7 +28,6 @@ from .data import PixelModel, in_eval_mode, normalisation_of
 from .files import filling, replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
 from .head import HPMHead, find_head, head_name
-from .models.configs import read_config
 from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import BASES
@@ -37,6 +36,7 @@ from .models.saving import (
     WEIGHTS,
     in_chans,
     in_float32,
+    read_config,
     saved_network,
     saved_training,
     weights_path,

@@ -9,7 +9,7 @@ from .. import hub
 from ..cards import tag_card
 from ..files import write_text
 from ..head import find_head, head_name
-from ..models.convert import convert as convert_checkpoint
+from ..models.create import convert as convert_checkpoint
 from ..models.create import create_model
 from ..models.saving import saved_config
 from .parser import Parser

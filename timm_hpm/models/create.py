@@ -1,5 +1,6 @@
 """`timm.create_model` and loading for scripts: every mistake of a command line is a ValueError that explains itself."""
 
+import re
 import reprlib
 import traceback
 import warnings
@@ -11,20 +12,33 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import split_model_name_tag
+from timm.models import get_pretrained_cfg, split_model_name_tag
 from timm.models._hub import download_from_hf
 
 from ..checkpoints import check_architecture, fitting, read_file, reading, unwrap
 from ..data import ImageSplit, data_source, open_split
+from ..files import filling, remove_unfinished
 from ..guards import check_size, shortened, weights_only, without_tokens
 from ..head import head_name
 from ..names import did_you_mean
+from ..threat import ThreatModel
 from ._builder import build_plain
-from .configs import read_config
 from .constructors import construct, is_constructor
 from .formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from .hpm_timm import register_saved
-from .saving import CONFIG, WEIGHTS, config_args, config_fields, in_chans, saved_config
+from .saving import (
+    CONFIG,
+    WEIGHTS,
+    config_args,
+    config_fields,
+    in_chans,
+    read_config,
+    saved_config,
+    write_model,
+)
+
+# Parts of the names of tags for data sets with other names elsewhere.
+_DATA_SETS = {"tiny-imagenet": "tiny", "tiny_imagenet": "tiny", "tinyimagenet": "tiny", "image_folder": "imagenet"}
 
 
 def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None = None, new_head: bool = False,
@@ -68,6 +82,89 @@ def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None 
         raise ValueError(f"the pretrained weights of {name} have {classes} classes, and num_classes is "
                          f"{model.num_classes}: the classifier would be random. Leave num_classes out, or give weights "
                          f"of {model.num_classes} classes (--checkpoint FILE)")
+    return model
+
+
+def load_model(
+        name: str | None = None,
+        *,
+        dataset: str | None = None,
+        threat: ThreatModel | str | None = None,
+        **model_args: Any,
+) -> Any:
+    """Returns a public robust network with its weights, in eval mode: the only one that fits.
+
+    Arguments:
+        name: a tag such as `"wang2023_cifar10_linf"`, a name such as `"hpm_wrn28_10.wang2023_cifar10_linf"`, an
+            architecture such as `"hpm_wrn28_10"` or a part of any of them; None takes all.
+        dataset: the training set, such as `"cifar10"`, `"imagenet"` or `"torch/cifar100"`.
+        threat: the threat model of the training, such as `"Linf:8/255"`.
+        model_args: arguments of `timm.create_model`, such as `inference`.
+
+    Raises:
+        ValueError: if no network or more than one fits; the message lists the candidates, or the nearest names.
+    """
+    threat = ThreatModel.of(threat) if threat else None
+    cfgs = {full: get_pretrained_cfg(full) for full in timm.list_pretrained("hpm_*")}
+    known = {full: cfg.notes for full, cfg in cfgs.items() if cfg and cfg.notes}
+    fitting = [full for full, notes in known.items() if _fits(full, notes, dataset, threat)]
+    if name is not None:
+        exact = [full for full in fitting if name in (full, full.partition(".")[2])]
+        fitting = exact or [full for full in fitting if name in full]
+    if len(fitting) != 1:
+        wanted = (("name", name), ("dataset", dataset), ("threat", threat))
+        asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted if value) or "nothing"
+        if not fitting:
+            near = did_you_mean(name, [*known, *(full.partition(".")[2] for full in known)])
+            raise ValueError(f"no network fits {asked}{near}; the known ones are in timm.list_pretrained('hpm_*') and "
+                             "docs/models.md")
+        lines = "".join(f"\n    {full}: {'; '.join(known[full])}" for full in fitting)
+        raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
+    return create_model(fitting[0], pretrained=True, **model_args).eval()
+
+
+def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
+    part = (dataset or "").lower().rpartition("/")[2].replace("cifar-", "cifar")
+    # A tag is the authors and the year, if any, the data set and the norm.
+    tag = re.sub(r"^[a-z]+\d{4}_|_(linf|l2)(_.*)?$", "", full.partition(".")[2])
+    return (not part or _DATA_SETS.get(part, part) == tag) and (
+        threat is None or ThreatModel.of(notes[0].partition(": ")[2]) == threat)
+
+
+def convert(
+        checkpoint: str | Path,
+        model_name: str,
+        output: str | Path,
+        *,
+        cfg: dict[str, Any] | None = None,
+        **model_args: Any,
+) -> Any:
+    """Converts a checkpoint of any format that `timm_hpm.models.formats` knows, and returns its model.
+
+    Arguments:
+        checkpoint: the file: safetensors, or a PyTorch file that holds only tensors and plain values.
+        model_name: the `hpm_*` model, with its tag unless the default one is meant.
+        output: the folder for `model.safetensors` and `config.json`, each of which appears whole or not at all.
+        cfg: fields of the pretrained cfg that are not the tag's, such as mean, std and num_classes.
+        model_args: arguments of `timm.create_model`; `num_classes` is that of the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read or is of another network, or the model is unknown.
+        OSError: if the folder holds a model, or cannot be written.
+    """
+    overlay = {**(cfg or {}), "file": str(checkpoint)}
+    if "num_classes" in model_args:
+        # As an argument it would make timm replace the checkpoint's classifier.
+        overlay["num_classes"] = model_args.pop("num_classes")
+    if overlay.get("num_classes", 1) < 1:
+        raise ValueError(f"num_classes is {overlay['num_classes']}; expected that of the checkpoint, whose classifier "
+                         "is converted with the rest")
+    remove_unfinished(output)
+    if any((Path(output) / name).exists() for name in (CONFIG, WEIGHTS)):
+        raise OSError(f"{output} holds a model; choose another --output, or remove it")
+    with filling(output, first=WEIGHTS) as folder:
+        model = create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
+        write_model(model, folder)
     return model
 
 

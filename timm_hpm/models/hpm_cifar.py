@@ -12,7 +12,7 @@ from torch import nn
 
 from ._builder import build_variant, creator, register_entrypoint
 from .formats import XCIT_FUNCTION, small_resnet_state_dict, xcit_state_dict
-from .function import StatedFunction
+from .preact import StatedFunction
 from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")

@@ -8,8 +8,7 @@ from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, get_pr
 
 from ..data import DATASETS
 from ..threat import ThreatModel
-from .configs import check_cfg
-from .saving import OF_TRAINING
+from .saving import OF_TRAINING, check_cfg
 
 #: Fields of a pretrained cfg that name the caller's own weights; `source` marks those of a folder or a repository.
 PLACES: Final = ("source", "state_dict", "file", "url", "hf_hub_id")

@@ -1,4 +1,4 @@
-"""WideResNets with an HPM head: `hpm_wrn{depth}_{width}`."""
+"""WideResNets and PreActResNet-18 with an HPM head: `hpm_wrn{depth}_{width}` and `hpm_preact_resnet18`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from .preact import PreActNet
 from .tags import cifar_cfg, pretrained_tags, weight_notes
 
 _PAPERS = ("arXiv:1605.07146", "arXiv:2606.01746")
+_RESNET_PAPERS = ("arXiv:1603.05027", "arXiv:2606.01746")
 _TRADES_URL = "https://github.com/yaodongyu/TRADES"
 _DEEPMIND_URL = "https://github.com/google-deepmind/deepmind-research"
 
@@ -91,10 +92,31 @@ default_cfgs = pretrained_tags({
     **{f"{name}.untrained": cifar_cfg(origin_url=_TRADES_URL, paper_ids=_PAPERS) for name in _VARIANTS},
     **{f"{name}.untrained_deepmind": cifar_cfg(origin_url=_DEEPMIND_URL, paper_ids=_PAPERS,
                                                model_args={"layout": "deepmind"}) for name in _VARIANTS},
+    "hpm_preact_resnet18.du2026_cifar10_linf": cifar_cfg(
+        hf_hub_id="KaiwenDu/robust-overfitting-checkpoints",
+        hf_hub_filename="epoch_105.pt",
+        pool_size=(4, 4),
+        license="mit",
+        origin_url="https://github.com/ItsKaiwenDu/Robust-Overfitting",
+        paper_ids=("arXiv:2002.11569", *_RESNET_PAPERS),
+        paper_name="Overfitting in adversarially robust deep learning",
+        notes=weight_notes("Linf:8/255"),
+    ),
+    "hpm_preact_resnet18.untrained": cifar_cfg(
+        pool_size=(4, 4),
+        origin_url="https://github.com/locuslab/robust_overfitting",
+        paper_ids=_RESNET_PAPERS,
+    ),
+    "hpm_preact_resnet18.untrained_deepmind": cifar_cfg(
+        pool_size=(4, 4),
+        origin_url=_DEEPMIND_URL,
+        paper_ids=_RESNET_PAPERS,
+        model_args={"layout": "deepmind", "shortcut": "raw3x3"},
+    ),
 })
 
 
-def _build(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
+def _build_wrn(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
     depth, width, _ = _VARIANTS[variant]
     # Two convolutions a block, three stages, and four other layers: the stem and the three projections.
     blocks = (depth - 4) // 6
@@ -102,5 +124,12 @@ def _build(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
                             channels=(16 * width, 32 * width, 64 * width), stem_chs=16)
 
 
+def _build_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> PreActNet:
+    return build_preact_net(variant, pretrained, kwargs, depths=(2, 2, 2, 2), channels=(64, 128, 256, 512), stem_chs=64)
+
+
 for _name, (_depth, _width, _about) in _VARIANTS.items():
-    register_entrypoint(__name__, _name, f"WideResNet-{_depth}-{_width}, {_about}.", _build)
+    register_entrypoint(__name__, _name, f"WideResNet-{_depth}-{_width}, {_about}.", _build_wrn)
+register_entrypoint(
+    __name__, "hpm_preact_resnet18",
+    "PreActResNet-18 for small images, 11.2M parameters, with a BatchNorm after the last stage.", _build_resnet)

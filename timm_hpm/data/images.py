@@ -97,7 +97,8 @@ def image_folder(folder: Path) -> Part:
 
     A warning names the classes without an image, and counts the files passed over.
     """
-    classes, suffixes = class_folders(folder), tuple(_suffixes())
+    classes = class_folders(folder)
+    suffixes = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
     files = make_dataset(str(folder), {name: number for number, name in enumerate(classes)},
                          is_valid_file=lambda path: True, allow_empty=True) if classes else []
     samples = [(path, label) for path, label in files if path.lower().endswith(suffixes)]
@@ -129,8 +130,3 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name not in _UNREADABLE and not (
         isinstance(factory := Image.OPEN[name][0], type) and issubclass(factory, ImageFile.StubImageFile)))
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())

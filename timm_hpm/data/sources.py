@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
+from torchvision.datasets import STL10, SVHN, FashionMNIST
 
 from ..names import did_you_mean
 from .images import EncodedImages, Part, class_folders, image_folder
-from .official import read_stl10, read_svhn, read_tiny_imagenet
 
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_HINT: Final = ("fetch it with: apt-get install dataset-fashion-mnist (Debian, Ubuntu); or put the four "
@@ -28,6 +27,7 @@ _MOST_IDX_BYTES: Final = 1 << 28
 # timm takes these names for folders, in this order.
 _FOLDER_NAMES: Final = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"),
                         "test": ("test", "testing")}
+_STL10_CLASSES: Final = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _STREAMED: Final = ("hfids/", "tfds/", "wds/")
 
 
@@ -161,6 +161,89 @@ def _torchvision_part(dataset: Any) -> Part:
     return Part(images, labels, len(names), names)
 
 
+class _SVHN(SVHN):
+    def _check_integrity(self) -> bool:  # digests of the whole files, at every start
+        return True
+
+
+class _STL10(STL10):
+    base_folder = ""
+
+    def _check_integrity(self) -> bool:
+        return True
+
+
+def _read_svhn(part: str, data_dir: Path | None, download: bool) -> Part:
+    """Reads SVHN's cropped digits, `{train,test}_32x32.mat`. Source: http://ufldl.stanford.edu/housenumbers"""
+    file = _found(data_dir, f"{part}_32x32.mat", ("", "svhn", "SVHN"), "http://ufldl.stanford.edu/housenumbers")
+    return _official_part(file, partial(_SVHN, file.parent, part), tuple("0123456789"))
+
+
+def _read_stl10(part: str, data_dir: Path | None, download: bool) -> Part:
+    """Reads STL-10's binary files, `{train,test}_{X,y}.bin`. Source: https://cs.stanford.edu/~acoates/stl10"""
+    file = _found(data_dir, f"{part}_X.bin", ("", "stl10_binary"), "https://cs.stanford.edu/~acoates/stl10")
+    return _official_part(file, partial(_STL10, file.parent, part), _STL10_CLASSES)
+
+
+def _official_part(file: Path, read: Callable[[], Any], classes: tuple[str, ...]) -> Part:
+    """Returns what torchvision `read` from a file of its authors, whose labels number its 10 classes."""
+    try:
+        dataset = read()
+        images, labels = torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels).long()
+        if not 0 < len(images) == len(labels) or not set(labels.tolist()) <= set(range(len(classes))):
+            raise ValueError(f"it has {len(labels)} labels for {len(images)} images; expected one of {len(classes)} "
+                             "classes for each image")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{file} is read by scipy, which is not installed; run: pip install scipy") from error
+    except Exception as error:  # the reader of damaged files raises almost anything
+        raise _damaged(file, error) from error
+    return Part(images, labels, len(classes), classes)
+
+
+def _read_tiny_imagenet(part: str, data_dir: Path | None, download: bool) -> Part:
+    """Reads Tiny ImageNet, whose classes are numbered by their sorted names, as torchvision's ImageFolder does.
+
+    Its validation images lie in one folder, with their classes in val_annotations.txt; its test images have no labels.
+    Source: http://cs231n.stanford.edu/tiny-imagenet-200.zip
+    """
+    root = _found(data_dir, "wnids.txt", ("", "tiny-imagenet-200"),
+                  "http://cs231n.stanford.edu/tiny-imagenet-200.zip").parent
+    classes = tuple(sorted((root / "wnids.txt").read_text(encoding="utf-8").split()))
+    numbers = {name: number for number, name in enumerate(classes)}
+    if part == "train":
+        pairs = [(path, name) for name in classes for path in sorted((root / "train" / name / "images").glob("*"))]
+    else:
+        annotations = root / "val" / "val_annotations.txt"
+        try:
+            rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+            pairs = [(root / "val" / "images" / row[0], row[1]) for row in rows]
+        except (OSError, ValueError, IndexError) as error:
+            raise _damaged(annotations, error) from error
+        unknown = sorted({name for _, name in pairs} - numbers.keys())
+        if unknown:
+            raise ValueError(f"{annotations} names the class {unknown[0]!r} ({len(unknown)} such), which wnids.txt "
+                             "does not; expected the files of one release")
+    if not pairs:
+        raise FileNotFoundError(f"there is no image of the part {part} in {root}; expected the unpacked "
+                                "tiny-imagenet-200.zip")
+    labels = torch.tensor([numbers[name] for _, name in pairs])
+    return Part(EncodedImages.of_files([str(path) for path, _ in pairs]), labels, len(classes), classes)
+
+
+def _found(data_dir: Path | None, name: str, folders: tuple[str, ...], source: str) -> Path:
+    """Returns the file `name` in `data_dir` (None: data/) or in one of its `folders`."""
+    root = data_dir or Path("data")
+    for folder in folders:
+        if (root / folder / name).is_file():
+            return root / folder / name
+    raise FileNotFoundError(f"there is no {name} in {root}; fetch it from {source}, or choose another --data-dir")
+
+
+def _damaged(file: Path, error: Exception) -> Exception:
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    return kind(f"cannot read {file}: {error}. Fetch it again")
+
+
 def _folders(data_dir: Path | None) -> dict[str, Path]:
     """Returns the folder of each part; one without such subfolders is itself the test part."""
     if data_dir is None:
@@ -228,11 +311,11 @@ DATASETS: Final = {
     "torch/mnist": _torch("mnist", 10, "Linf:0.3", (0.1307,), (0.3081,), (1, 28, 28)),
     "torch/kmnist": _torch("kmnist", 10, "Linf:0.1", image_size=(1, 28, 28)),
     "torch/fashion_mnist": _torch("fashion_mnist", 10, "Linf:0.1", (0.2860,), (0.3530,), (1, 28, 28)),
-    "svhn": DataSource(_has("train", "test"), read_svhn, "Linf:8/255", (0.4377, 0.4438, 0.4728),
+    "svhn": DataSource(_has("train", "test"), _read_svhn, "Linf:8/255", (0.4377, 0.4438, 0.4728),
                        (0.1980, 0.2010, 0.1970), 10, (3, 32, 32)),
-    "stl10": DataSource(_has("train", "test"), read_stl10, "Linf:8/255", (0.4467, 0.4398, 0.4066),
+    "stl10": DataSource(_has("train", "test"), _read_stl10, "Linf:8/255", (0.4467, 0.4398, 0.4066),
                         (0.2603, 0.2566, 0.2713), 10, (3, 96, 96)),
-    "tiny_imagenet": DataSource(_has("train", "val"), read_tiny_imagenet, "Linf:8/255", IMAGENET_DEFAULT_MEAN,
+    "tiny_imagenet": DataSource(_has("train", "val"), _read_tiny_imagenet, "Linf:8/255", IMAGENET_DEFAULT_MEAN,
                                 IMAGENET_DEFAULT_STD, 200),
     "torch/imagenet": _torch("imagenet", 1000, "Linf:4/255", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }

@@ -57,7 +57,7 @@ def build_preact_net(variant: str, pretrained: bool, kwargs: Mapping[str, Any], 
     """Returns `build_variant` of the `PreActNet` with the architecture's `arch_args`."""
     levels = tuple(range(len(arch_args["depths"]) + 1))
     create = creator(PreActNet, variant, {"out_indices": levels, "flatten_sequential": True},
-                     pretrained_filter_fn=_native_filter_fn, **arch_args)
+                     pretrained_filter_fn=native_state_dict, **arch_args)
     return build_variant(create, variant, pretrained, kwargs)
 
 
@@ -65,12 +65,6 @@ def creator(model_cls: type[nn.Module], variant: str, feature_cfg: Mapping[str, 
     """Returns timm's `build_model_with_cfg` with these arguments, of which others may replace the `fixed` ones."""
     # timm changes the dictionary that it gets.
     return lambda **kwargs: build_model_with_cfg(model_cls, variant, feature_cfg={**feature_cfg}, **{**fixed, **kwargs})
-
-
-def _native_filter_fn(state_dict: Mapping[str, Any], model: PreActNet) -> dict[str, Tensor]:
-    return native_state_dict(
-        state_dict, model.state_dict().keys(), layout=model.layout, shortcut=model.shortcut,
-        mean=_cfg(model)["mean"], std=_cfg(model)["std"])
 
 
 def build_variant(
@@ -140,7 +134,7 @@ def converter(base: str) -> Callable[..., dict[str, Tensor]]:
     return xcit_state_dict if base.startswith("xcit_") else plain_state_dict
 
 
-def _load_head(model: nn.Module, state_dict: Mapping[str, Tensor], cfg: PretrainedCfg, variant: str) -> None:
+def _load_head(model: Any, state_dict: Mapping[str, Tensor], cfg: PretrainedCfg, variant: str) -> None:
     """Loads the entries of the HPM head beside weight and bias, if there are any, of the model's number of classes."""
     name = head_name(model)
     entries = {key: state_dict[f"{name}.{key}"] for key in _HEAD_ENTRIES if f"{name}.{key}" in state_dict}
@@ -148,7 +142,7 @@ def _load_head(model: nn.Module, state_dict: Mapping[str, Tensor], cfg: Pretrain
         return
     head = find_head(model)
     # Stale prototypes are worse than none.
-    if _cfg(model).get("num_classes") == len(entries.get("prototypes", head.weight)) == head.out_features:
+    if model.pretrained_cfg.get("num_classes") == len(entries.get("prototypes", head.weight)) == head.out_features:
         with fitting(weights_place(cfg), variant):
             head.load_state_dict({**entries, **{key: value for key, value in head.state_dict().items()
                                                 if key not in _HEAD_ENTRIES}})
@@ -331,9 +325,3 @@ def read_checkpoint(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> 
     with reading(weights_place(cfg)) if anything else nullcontext():
         load_pretrained(nn.Module(), source, filter_fn=keep, cache_dir=cache_dir)
     return found
-
-
-def _cfg(model: Any) -> dict[str, Any]:
-    """Returns the pretrained cfg of a model, empty if it has none."""
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    return cfg or {}

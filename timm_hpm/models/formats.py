@@ -228,17 +228,10 @@ def _other_patches(state_dict: Mapping[str, Tensor], small: bool) -> str:
     return ""
 
 
-def native_state_dict(
-        checkpoint: Any,
-        expected: Collection[str],
-        *,
-        layout: str,
-        shortcut: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-) -> dict[str, Tensor]:
-    """Returns a checkpoint of any of the `FORMATS` under a `PreActNet`'s `expected` names; see `plain_state_dict`."""
-    state_dict = plain_state_dict(checkpoint, mean, std)
+def native_state_dict(checkpoint: Any, model: Any) -> dict[str, Tensor]:
+    """Returns a checkpoint of any of the `FORMATS` under the names of a `PreActNet`; see `plain_state_dict`."""
+    layout, shortcut, expected = model.layout, model.shortcut, model.state_dict().keys()
+    state_dict = plain_state_dict(checkpoint, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     found = next((known for known in FORMATS if known.fits(state_dict)), None)
     if found is None:
         known = ", ".join(known.name for known in FORMATS)

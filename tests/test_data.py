@@ -49,6 +49,9 @@ def test_pixel_model_normalises_by_the_pretrained_cfg():
     assert {key.removeprefix("model.") for key in PixelModel(model).state_dict()} == model.state_dict().keys()
     for training in (False, True):
         assert PixelModel(model.train(training)).training is training and model.training is training
+    *_, frozen = model.train().modules()
+    frozen.eval()
+    assert PixelModel(model).training and not frozen.training
     plain = PixelModel(model, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])  # which win over the cfg
     assert torch.equal(plain(pixels), model(pixels))
     with pytest.raises(ValueError, match=r"images have 1 channels, the model's mean and std 3; .*PixelModel"):

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Final
 
 import huggingface_hub as hf
@@ -27,17 +28,8 @@ class TooLargeError(ValueError):
     """A network beyond any network's size, or this machine's memory."""
 
 
-class _Blocks:
-    """The number of open `weights_only` blocks of all threads, and the environment before the first one."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.open = 0
-        self.before: dict[str, str] = {}
-        self.load: Any = None
-
-
-_BLOCKS: Final = _Blocks()
+# The number of open `weights_only` blocks of all threads, and the environment and torch.load before the first one.
+_BLOCKS: Final = SimpleNamespace(lock=threading.Lock(), open=0, before={}, load=None)
 
 
 def refuse_pickles(version: str) -> None:

@@ -247,7 +247,6 @@ class HPMHead(WholeLoading, nn.Linear):
         self.reset_prototypes()
 
     def extra_repr(self) -> str:
-        """Returns the arguments that `print(model)` shows."""
         return (f"{super().extra_repr()}, mix={self.mix}, ema_decay={self.ema_decay}, "
                 f"inference={self.inference!r}")
 
@@ -279,11 +278,9 @@ class HPMConvHead(HPMHead):
         self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
 
     def fc_logits(self, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of the FC classifier, for `features` (B, d)."""
         return F.conv2d(features[:, :, None, None], self.weight, self.bias).flatten(1)
 
     def float_fc_logits(self, features: Tensor) -> Tensor:
-        """Returns the logits (B, C) of the FC classifier in float32, also under autocast, for float32 `features`."""
         bias = None if self.bias is None else self.bias.float()
         return conv_without_autocast(features[:, :, None, None], self.weight.float(), bias).flatten(1)
 

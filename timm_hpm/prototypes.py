@@ -63,7 +63,10 @@ def fit_prototypes(
     head = find_head(model)
     threat = None if threat is None else ThreatModel.of(threat)
     with in_eval_mode(model):
-        features_of = partial(_labelled_features, as_pixel_model(model), head, threat, attack_steps, attack_step_size)
+        pixel_model = as_pixel_model(model)
+        attack = None if threat is None else partial(
+            pgd, pixel_model, threat=threat, steps=attack_steps, step_size=attack_step_size)
+        features_of = partial(_labelled_features, pixel_model, head, attack)
         sums = torch.zeros_like(head.prototypes, dtype=torch.float64)
         counts = torch.zeros_like(sums[:, 0])
         kept: list[tuple[Tensor, Tensor]] = []  # whole batches of features, that choose the scale
@@ -130,14 +133,8 @@ def _distances(head: HPMHead, batches: list[tuple[Tensor, Tensor]]) -> tuple[Ten
     return distances, torch.cat([labels for _, labels in batches])
 
 
-def _labelled_features(
-        pixel_model: nn.Module,
-        head: HPMHead,
-        threat: ThreatModel | None,
-        attack_steps: int,
-        attack_step_size: float | None,
-        loader: Iterable,
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _labelled_features(pixel_model: nn.Module, head: HPMHead, attack: Callable[[Tensor, Tensor], Tensor] | None,
+                       loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the head's input (B, d) and the labels (B,) of each batch of a loader, clean and then adversarial."""
     captured: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].detach().flatten(1).clone()))
@@ -146,10 +143,9 @@ def _labelled_features(
             images = check_pixels(images, labels, head.out_features)
             images, labels = images.to(head.weight.device), labels.to(head.weight.device).long()
             variants = [images]
-            if threat is not None:
+            if attack is not None:
                 with head_mode(head, "fc"):
-                    variants.append(pgd(pixel_model, images, labels, threat, steps=attack_steps,
-                                        step_size=attack_step_size))
+                    variants.append(attack(images, labels))
             for variant in variants:
                 captured.clear()
                 with torch.no_grad():

@@ -38,13 +38,11 @@ def soft_logits(head: HPMHead, features: Tensor, temperature: float = 1.0) -> Te
     """
     if head.inference in ("dataset", "fc"):
         return ste_logits(head, features)
-    fc = fc_logits(head, features) / temperature
+    z, prototypes, scale = features.float(), head.prototypes.float(), head.scale()
+    assignment = F.softmax(fc_logits(head, features) / temperature, dim=1)
     if head.inference == "sample":
-        return functional.sample_logits(features.float(), F.softmax(fc, dim=1), head.prototypes.float(), head.scale(),
-                                        head.mix)
-    assignment = F.softmax(fc, dim=1)
-    return functional.batch_logits(features.float(), assignment, functional.soft_presence(assignment),
-                                   head.prototypes.float(), head.scale(), head.mix)
+        return functional.sample_logits(z, assignment, prototypes, scale, head.mix)
+    return functional.batch_logits(z, assignment, functional.soft_presence(assignment), prototypes, scale, head.mix)
 
 
 def ste_logits(head: HPMHead, features: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class PixelModel(WholeLoading):
         both = {name: GIVEN if given is not None else named for name, given in (("mean", mean), ("std", std))}
         self.source = both["mean"] if both["mean"] == both["std"] else "; ".join(f"{k}: {v}" for k, v in both.items())
         self.model = model
-        self.train(is_training(model))
+        self.training = is_training(model)
         parameter = next(model.parameters(), None)
         device = None if parameter is None else parameter.device
         self.mean: Tensor

@@ -1,11 +1,10 @@
 """The data of a report. Its renderers are modules of their own, which import the data: markdown, html, write."""
 
 from .compare import Comparison, PairedRow, compare, mcnemar_p_value
-from .convergence import Convergence
 from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
 from .merge import merge_reports
-from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, data_digest, weights_digest
+from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, Convergence, data_digest, weights_digest
 
 __all__ = [
     "ASSEMBLED", "FLAGS", "NUM_EXAMPLES", "SCHEMA_VERSION", "TRUE_MODEL", "AttackReport", "Comparison", "Convergence",

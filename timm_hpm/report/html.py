@@ -9,28 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from . import svg
+from . import svg, tables
 from .flags import Flag, paragraph
-from .metrics import wilson_interval
 from .schema import AttackReport
 from .shell import evaluate_command, shell_lines
-from .tables import (
-    INTERVAL,
-    ROBUST,
-    UNRELIABLE,
-    WORDS,
-    Table,
-    accuracies,
-    attack_table,
-    convergence_note,
-    cost_table,
-    falls,
-    interval_text,
-    neighbours_table,
-    percent,
-    pixels_note,
-    protocol_table,
-)
+from .tables import INTERVAL, ROBUST, WORDS, Table, interval_text, percent
 
 _STYLE: Final = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
@@ -46,7 +29,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def report_page(report: AttackReport) -> str:
     """Returns a report as a whole HTML file."""
-    neighbours = neighbours_table(report)
+    neighbours = tables.neighbours_table(report)
     return page(f"Mixed Surrogate Attack: {report.name}", [
         *unreliable_banner(report.flags),
         *_head(report),
@@ -56,8 +39,8 @@ def report_page(report: AttackReport) -> str:
         *(_section(neighbours) if neighbours.rows else []),
         *_convergence(report),
         *_examples(report),
-        *_section(protocol_table(report)),
-        *_section(cost_table(report)),
+        *_section(tables.protocol_table(report)),
+        *_section(tables.cost_table(report)),
     ])
 
 
@@ -65,7 +48,7 @@ def unreliable_banner(flags: Iterable[Flag]) -> list[str]:
     """Returns the warning at the top of a page if a flag makes the numbers unreliable."""
     if not any(flag.unreliable for flag in flags):
         return []
-    return [f"<p class='unreliable'><b>Unreliable</b>: {UNRELIABLE}</p>"]
+    return [f"<p class='unreliable'><b>Unreliable</b>: {tables.UNRELIABLE}</p>"]
 
 
 def flag_section(flags: Sequence[Flag]) -> list[str]:
@@ -96,12 +79,12 @@ def _head(report: AttackReport) -> list[str]:
              "" if mode == "none" else f"inference mode {mode}", report.date]
     return [f"<p class='small'>{escape(' · '.join(filter(None, facts)))}</p>",
             *([f"<pre>{escape(shell_lines(command))}</pre>"] if command else []),
-            f"<p class='small'>{escape(pixels_note(protocol))}</p>"]
+            f"<p class='small'>{escape(tables.pixels_note(protocol))}</p>"]
 
 
 def _headline(report: AttackReport) -> list[str]:
     """Returns the number that a paper would quote, and the others, smaller, beneath it."""
-    found, total = accuracies(report), report.num_images
+    found, total = tables.accuracies(report), report.num_images
     robust = found.pop(ROBUST)
     under = f" under {report.protocol['threat']}" if "threat" in report.protocol else ""
     others = "".join(
@@ -113,18 +96,17 @@ def _headline(report: AttackReport) -> list[str]:
 
 
 def _by_surrogate(report: AttackReport) -> list[str]:
-    content = attack_table(report)
+    content, total = tables.attack_table(report), report.num_images
     if not content.rows:
         return ["<p>No attack was run.</p>"]
-    total = report.num_images
-    groups = {surrogate: {attack: svg.Point(0, value, *wilson_interval(value, total)) for attack, value in row.items()}
-              for surrogate, row in report.by_surrogate.items()}
+    rows = dict(report.by_surrogate)
     if report.baseline:
-        groups["FC classifier"] = {attack: svg.Point(0, value, *wilson_interval(value, total))
-                                   for attack, value in report.baseline.items() if attack != "clean"}
+        rows["FC classifier"] = {attack: value for attack, value in report.baseline.items() if attack != "clean"}
+    groups = {surrogate: {attack: svg.Point.measured(0, value, total) for attack, value in row.items()}
+              for surrogate, row in rows.items()}
     attacks = [*dict.fromkeys(attack for group in groups.values() for attack in group if attack != "worst"), "worst"]
-    content.rows.extend([surrogate, *(percent(row[attack].y) if attack in row else "" for attack in content.head[1:])]
-                        for surrogate, row in list(groups.items())[len(content.rows):])
+    content.rows.extend([surrogate, *(percent(row[attack]) if attack in row else "" for attack in content.head[1:])]
+                        for surrogate, row in list(rows.items())[len(content.rows):])
     lines = {"clean": report.clean_accuracy, "robust": report.robust_accuracy}
     return [f"<h2>{content.title}</h2>", f"<p>{content.note} Bars are {INTERVAL}s.</p>",
             svg.dots(groups, attacks, lines, content.note), _legend(attacks, groups), table(*content[2:])]
@@ -142,14 +124,15 @@ def _with_words(name: str) -> str:
 
 
 def _convergence(report: AttackReport) -> list[str]:
-    steps = falls(report)
+    steps = tables.falls(report)
     if not steps:
         return []
     return ["<h2>Has it converged?</h2>",
             svg.stairs(report.clean_accuracy, steps, "passes for each image (doubling has one width)",
                        "robust accuracy against the passes spent"),
-            f"<p>{convergence_note(report)} The curve is the accuracy in the worst case over all attacks so far, "
-            "against the forward and backward passes for each image. The last doubling of the passes is shaded.</p>"]
+            f"<p>{tables.convergence_note(report)} The curve is the accuracy in the worst case over all attacks so "
+            "far, against the forward and backward passes for each image. The last doubling of the passes is "
+            "shaded.</p>"]
 
 
 def _examples(report: AttackReport) -> list[str]:

@@ -4,26 +4,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from . import tables
 from .compare import Comparison
 from .flags import paragraph
 from .schema import AttackReport
 from .shell import evaluate_command, shell_lines
-from .tables import (
-    INTERVAL,
-    ROBUST,
-    UNRELIABLE,
-    Table,
-    accuracy_table,
-    attack_table,
-    cell,
-    convergence_note,
-    cost_table,
-    interval_text,
-    neighbours_table,
-    percent,
-    pixels_note,
-    protocol_table,
-)
+from .tables import INTERVAL, ROBUST, Table, cell, interval_text, percent
 
 # The character after a bracket makes it a link, and an underscore between letters begins no emphasis.
 _MARKUP: Final = re.compile(r"[&<>|`*\\~$]|\](?=[\[(:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -59,10 +45,10 @@ def section(content: Table) -> list[str]:
 
 def results(report: AttackReport) -> list[str]:
     """Returns the lines of the tables: accuracy by surrogate and attack, the worst cases, neighbours."""
-    attacks = attack_table(report)
-    accuracy = [line.replace(f"| {ROBUST} |", f"| **{ROBUST}** |") for line in table(*accuracy_table(report)[2:])]
-    neighbours = neighbours_table(report)
-    return [attacks.note, "", *table(*attacks[2:]), "", *accuracy, *(section(neighbours) if neighbours.rows else [])]
+    attacks = tables.attack_table(report)
+    accuracy = "\n".join(table(*tables.accuracy_table(report)[2:])).replace(f"| {ROBUST} |", f"| **{ROBUST}** |")
+    neighbours = tables.neighbours_table(report)
+    return [attacks.note, "", *table(*attacks[2:]), "", accuracy, *(section(neighbours) if neighbours.rows else [])]
 
 
 def report_markdown(report: AttackReport) -> str:
@@ -72,17 +58,17 @@ def report_markdown(report: AttackReport) -> str:
     """
     lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", ""]
     if report.flags:
-        lines += [f"**Unreliable**: {UNRELIABLE}", ""] if report.unreliable else []
+        lines += [f"**Unreliable**: {tables.UNRELIABLE}", ""] if report.unreliable else []
         lines += [*(f"- [{flag.name}](#{flag.name}): {escaped(flag.text)}" for flag in report.flags), ""]
-    if pixels_note(report.protocol):
-        lines += [escaped(pixels_note(report.protocol)), ""]
+    if tables.pixels_note(report.protocol):
+        lines += [escaped(tables.pixels_note(report.protocol)), ""]
     lines += results(report)
-    if convergence_note(report):
-        lines += ["", "## Has it converged?", "", convergence_note(report)]
+    if tables.convergence_note(report):
+        lines += ["", "## Has it converged?", "", tables.convergence_note(report)]
     command = evaluate_command(report.protocol)
     if command:
         lines += ["", "## Command", "", fenced(shell_lines(command), "sh")]
-    lines += [*section(protocol_table(report)), *section(cost_table(report))]
+    lines += [*section(tables.protocol_table(report)), *section(tables.cost_table(report))]
     if report.flags:
         lines += ["", "## Warnings"]
         for name in dict.fromkeys(flag.name for flag in report.flags):

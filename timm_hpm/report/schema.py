@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files import tensor_bytes, writable_folder, write_text
-from .convergence import Convergence
 from .examples import Example
 from .flags import Flag
 from .metrics import attack_of, most_errors_accuracy, right_in_all, wilson_interval, worst_accuracy
@@ -32,24 +31,40 @@ TRUE_MODEL: Final = "true"
 ASSEMBLED: Final = "assembled"
 
 
+@dataclass(frozen=True)
+class Convergence:
+    """When each image fell, and how near the others are to a boundary."""
+
+    # For each image the passes, forward and backward, until it fell: 0 if misclassified when clean, None if robust.
+    fell_after: list[float | None]
+    spent: float  # passes on an image that did not fall; the largest number of all batches
+    margins: list[float]  # for each image the smallest lead of the right logit under attack; 0 if it fell
+    clean_margin: float | None  # the median lead on clean images that are classified correctly
+
+    @property
+    def fell_lately(self) -> int:
+        """Number of images that fell in the last doubling of the passes."""
+        return sum(passes is not None and passes > self.spent / 2 for passes in self.fell_after)
+
+    @property
+    def survivors(self) -> list[float]:
+        """The margins of the robust images, in ascending order."""
+        return sorted(margin for margin, passes in zip(self.margins, self.fell_after, strict=True) if passes is None)
+
+
 def weights_digest(model: nn.Module) -> str:
     """Returns 16 hexadecimal digits that identify a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        _add(digest, value)
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            digest.update(f" {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(tensor_bytes(value))
+        else:  # such as a module's extra state, which can be any object
+            file = io.BytesIO()
+            torch.save(value, file)
+            digest.update(file.getvalue())
     return digest.hexdigest()[:16]
-
-
-def _add(digest: Any, value: Any) -> None:
-    """Adds an entry of a state dict to a digest: a tensor, or a module's extra state, which can be any object."""
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-        digest.update(f" {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(tensor_bytes(value))
-    else:
-        file = io.BytesIO()
-        torch.save(value, file)
-        digest.update(file.getvalue())
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:
@@ -183,18 +198,14 @@ class AttackReport:
     @property
     def by_surrogate(self) -> dict[str, dict[str, float]]:
         """Accuracy under each attack on each surrogate, and `"worst"`, point-wise over that surrogate's attacks."""
-        return _by_surrogate(self.correct)
+        surrogates = dict.fromkeys(name.partition("/")[0] for name in self.correct if "/" in name)
+        return {surrogate: _by_attack({name: row for name, row in self.correct.items()
+                                       if name.startswith(f"{surrogate}/")}) for surrogate in surrogates}
 
     @property
     def baseline(self) -> dict[str, float]:
         """Accuracy of the FC classifier: `"clean"`, each attack, and `"worst"`; empty without an HPM head."""
-        if not self.baseline_correct:
-            return {}
-        rows: dict[str, list[str]] = {}
-        for name, row in self.baseline_correct.items():
-            rows.setdefault(attack_of(name), []).append(row)
-        return {attack: worst_accuracy(some) for attack, some in rows.items()} | {
-            "worst": worst_accuracy(self.baseline_correct.values())}
+        return _by_attack(self.baseline_correct) if self.baseline_correct else {}
 
     @property
     def unreliable(self) -> bool:
@@ -250,17 +261,13 @@ class AttackReport:
                          "Evaluate again, or install the version that wrote it")
 
 
-def _by_surrogate(correct: dict[str, str]) -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, list[str]]] = {}
-    for name, row in correct.items():
-        surrogate, _, attack = name.partition("/")
-        if attack:
-            table.setdefault(surrogate, {}).setdefault(attack_of(name), []).append(row)
-    return {
-        surrogate: {attack: worst_accuracy(rows) for attack, rows in by_attack.items()} | {
-            "worst": worst_accuracy(row for rows in by_attack.values() for row in rows)}
-        for surrogate, by_attack in table.items()
-    }
+def _by_attack(rows: dict[str, str]) -> dict[str, float]:
+    """Returns the accuracy under each attack, and `"worst"`."""
+    by_attack: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        by_attack.setdefault(attack_of(name), []).append(row)
+    return {attack: worst_accuracy(some) for attack, some in by_attack.items()} | {
+        "worst": worst_accuracy(rows.values())}
 
 
 def _without_time(report: AttackReport) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from html import escape
 from ..sensitivity import Movement, Sensitivity
 from . import markdown, svg
 from .html import page, table
-from .metrics import wilson_interval
 
 _HEAD = {"fc": "FC", "dataset": "ℓ2", "sample": "sample", "batch": "batch"}
 _COLUMNS = ["accuracy, %", "naive, %", "feature shift", "margin", "margin lost", "part lost", "sensitivity"]
@@ -49,7 +48,7 @@ def _curves(study: Sensitivity) -> dict[str, list[svg.Point]]:
         for name, accuracies in ((_HEAD[mode], [row.overall.accuracy for row in rows]),
                                  (f"{_HEAD[mode]}, naive", [row.overall.naive_accuracy for row in rows])):
             points = zip([0.0, *(row.eps for row in rows)], [clean, *accuracies], strict=True)
-            curves[name] = [svg.Point(eps, y, *wilson_interval(y, study.protocol["images"])) for eps, y in points]
+            curves[name] = [svg.Point.measured(eps, y, study.protocol["images"]) for eps, y in points]
     return curves
 
 

@@ -5,6 +5,8 @@ from html import escape
 from math import ceil, floor, log2
 from typing import Final, NamedTuple
 
+from .metrics import wilson_interval
+
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a grey.
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#999999")
 # The same in every report: of attacks, and of inference modes.
@@ -24,6 +26,11 @@ class Point(NamedTuple):
     y: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def measured(cls, x: float, accuracy: float, num_images: int) -> "Point":
+        """Returns the point of an accuracy with its Wilson interval."""
+        return cls(x, accuracy, *wilson_interval(accuracy, num_images))
 
     @property
     def ends(self) -> tuple[float, float]:

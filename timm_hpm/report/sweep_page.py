@@ -7,7 +7,6 @@ from ..threat import ThreatModel
 from . import markdown, svg
 from .flags import Flag
 from .html import flag_section, page, table, unreliable_banner
-from .metrics import wilson_interval
 from .schema import AttackReport
 from .tables import INTERVAL, UNRELIABLE, pixels_note
 
@@ -22,11 +21,11 @@ def curves(reports: Sequence[AttackReport]) -> dict[str, list[svg.Point]]:
     baseline: dict[float, svg.Point] = {}
     for report in reports:
         eps, curve = ThreatModel.of(report.protocol["threat"]).eps, found.setdefault(_mode_name(report), {})
-        curve.setdefault(0.0, _point(0.0, report.clean_accuracy, report))
-        curve[eps] = _point(eps, report.robust_accuracy, report)
+        curve.setdefault(0.0, svg.Point.measured(0.0, report.clean_accuracy, report.num_images))
+        curve[eps] = svg.Point.measured(eps, report.robust_accuracy, report.num_images)
         if report.baseline:
-            baseline.setdefault(0.0, _point(0.0, report.baseline["clean"], report))
-            baseline.setdefault(eps, _point(eps, report.baseline["worst"], report))
+            for x, name in ((0.0, "clean"), (eps, "worst")):
+                baseline.setdefault(x, svg.Point.measured(x, report.baseline[name], report.num_images))
     if baseline and "fc" not in found:
         found["FC classifier"] = baseline
     return {name: [curve[eps] for eps in sorted(curve)] for name, curve in found.items()}
@@ -75,10 +74,6 @@ def _table(reports: Sequence[AttackReport]) -> tuple[list[str], list[list[str]]]
             by_name[_mode_name(report)][ThreatModel.of(report.protocol["threat"]).eps] += "†"
     radii = sorted({eps for cells in by_name.values() for eps in cells})
     return ["eps", *by_name], [[f"{eps:.4g}", *(cells.get(eps, "") for cells in by_name.values())] for eps in radii]
-
-
-def _point(eps: float, accuracy: float, report: AttackReport) -> svg.Point:
-    return svg.Point(eps, accuracy, *wilson_interval(accuracy, report.num_images))
 
 
 def _title(report: AttackReport) -> str:

@@ -1,7 +1,7 @@
 """`Plan`: the attacks that are run on each batch, in order, through which surrogates."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ..report import TRUE_MODEL
@@ -9,7 +9,7 @@ from ..report.metrics import attack_of
 from .attacked import AttackedModel
 from .budget import Budget
 from .protocols import Protocol
-from .table import ATTACKS, Attack
+from .table import ATTACKS
 
 #: Surrogates that are attacked side by side, and the row of an attack such as `"joint-subset#1"`.
 Stage = tuple[tuple[str, ...], str]
@@ -60,8 +60,8 @@ def make_plan(protocol: Protocol, model: AttackedModel, num_classes: int, flags:
     # Broken images can be left out if a prediction depends neither on the batch nor on earlier predictions.
     cascade = not (protocol.full_grid or model.batch_dependent(model.exact_surrogate())
                    or {"batch-dependent", "changes-state"} & set(flags))
-    fitted = replace(protocol, surrogates=surrogates, attacks=budgets, full_grid=not cascade)
-    return Plan(fitted, cascade, _cascade(fitted, model) if cascade else _full_grid(fitted, model))
+    protocol = replace(protocol, surrogates=surrogates, attacks=budgets, full_grid=not cascade)
+    return Plan(protocol, cascade, _steps(protocol, model, cascade))
 
 
 def named(group: tuple[str, ...], attack: str) -> list[str]:
@@ -69,39 +69,24 @@ def named(group: tuple[str, ...], attack: str) -> list[str]:
     return [f"{surrogate}/{attack}" for surrogate in group]
 
 
-def _full_grid(protocol: Protocol, model: AttackedModel) -> list[Stage]:
-    """Returns the steps, a group of surrogates after another, then the attacks on batches and chains."""
-    attacks = [ATTACKS[name] for name in protocol.attacks]
-    by_image = [attack for attack in attacks if attack.by_image]
-    steps = [(group, row) for group in _grouped(protocol.surrogates or (), protocol.surrogates_at_once)
-             for attack in by_image for row in _rows(attack, protocol)]
-    steps += _true_model(by_image, protocol, model)
-    return steps + [step for attack in attacks if not attack.by_image for step in _steps(attack, protocol, model)]
+def _steps(protocol: Protocol, model: AttackedModel, cascade: bool) -> list[Stage]:
+    """Returns the steps in order.
 
-
-def _cascade(protocol: Protocol, model: AttackedModel) -> list[Stage]:
-    """Returns the steps, the cheapest attack first, and attacks without gradients last: they check the others."""
-    attacks = sorted((ATTACKS[name] for name in protocol.attacks),
-                     key=lambda attack: (not attack.needs_gradient, protocol.attacks[attack.name].queries()))
-    steps = [step for attack in attacks for step in _steps(attack, protocol, model)]
-    return steps + _true_model(attacks, protocol, model)
-
-
-def _steps(attack: Attack, protocol: Protocol, model: AttackedModel) -> list[Stage]:
-    names = attack.surrogates(model, protocol.surrogates or ())
-    groups = [names] if attack.chained else _grouped(names, protocol.surrogates_at_once)
-    return [(group, row) for row in _rows(attack, protocol) for group in groups]
-
-
-def _true_model(attacks: Iterable[Attack], protocol: Protocol, model: AttackedModel) -> list[Stage]:
-    """Returns the steps on the true model itself, unless a surrogate computes its logits."""
-    return [] if model.exact_surrogate() in (protocol.surrogates or ()) else [
-        ((TRUE_MODEL,), row) for attack in attacks if not attack.needs_gradient for row in _rows(attack, protocol)]
-
-
-def _rows(attack: Attack, protocol: Protocol) -> list[str]:
-    return attack.rows(protocol.attacks[attack.name].restarts)
-
-
-def _grouped(names: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
-    return [names[i:i + size] for i in range(0, len(names), size)]
+    In a cascade the cheapest attack comes first, and attacks without gradients come last: they check the others. In a
+    full grid one group of surrogates comes after another, then the true model, the attacks on batches and the chains.
+    """
+    surrogates, size = protocol.surrogates or (), protocol.surrogates_at_once
+    ranked: list[tuple[tuple[int, ...], Stage]] = []
+    for attack in (ATTACKS[name] for name in protocol.attacks):
+        names = attack.surrogates(model, surrogates)
+        groups = [names] if attack.chained else [names[i:i + size] for i in range(0, len(names), size)]
+        if attack.by_image and not attack.needs_gradient and model.exact_surrogate() not in surrogates:
+            groups.append((TRUE_MODEL,))
+        budget = protocol.attacks[attack.name]
+        for row in attack.rows(budget.restarts):
+            for number, group in enumerate(groups):
+                rank: tuple[int, ...] = (0, number) if attack.by_image else (1,)
+                if cascade:
+                    rank = (group == (TRUE_MODEL,), not attack.needs_gradient, budget.queries())
+                ranked.append((rank, (group, row)))
+    return [step for _, step in sorted(ranked, key=lambda step: step[0])]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import timm_hpm
 from timm_hpm import HPMHead, ThreatModel
 from timm_hpm.evaluation import Budget
-from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.fold import fold_batch_norms
+from timm_hpm.evaluation.attacked import AttackedModel, fold_batch_norms
 from timm_hpm.training.trunk import PixelTrunk
 
 NUM_DIGITS = 40

@@ -21,8 +21,7 @@ import timm_hpm
 from timm_hpm import HPMHead, ThreatModel
 from timm_hpm.evaluation import ATTACKS, PROTOCOLS
 from timm_hpm.evaluation.attacked import AttackedModel
-from timm_hpm.evaluation.batch import AttackBatch
-from timm_hpm.evaluation.budget import Budget
+from timm_hpm.evaluation.batch import AttackBatch, Budget
 from timm_hpm.surrogates import SURROGATES
 
 NUM_DIGITS = 24

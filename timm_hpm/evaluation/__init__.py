@@ -3,8 +3,7 @@
 from ..surrogates import SURROGATES, Surrogate
 from .attack import attack
 from .attacked import AttackedModel
-from .batch import AttackBatch
-from .budget import Budget
+from .batch import AttackBatch, Budget
 from .judge import NonFiniteLogitsError, judge, rejudge
 from .msa import mixed_surrogate_attack
 from .neighbours import measure_neighbours

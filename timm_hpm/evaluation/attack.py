@@ -8,8 +8,7 @@ from ..data import check_eval_mode, checked_integer, for_gradients
 from ..seeding import seeded
 from ..surrogates import check_names
 from ..threat import ThreatModel
-from .batch import AttackBatch
-from .budget import Budget
+from .batch import AttackBatch, Budget
 from .checks import gradient_flag, restored
 from .plan import make_plan
 from .protocols import Protocol, as_budget

@@ -30,8 +30,7 @@ from ..attacks import (
 )
 from ..attacks.pgd import ascend
 from ..threat import ThreatModel
-from .batch import AttackBatch
-from .budget import Budget
+from .batch import AttackBatch, Budget
 
 #: Of labels (R,), a function of logits (R, C) to the loss (R,).
 Loss = Callable[[Tensor], Callable[[Tensor], Tensor]]

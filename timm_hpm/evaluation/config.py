@@ -13,7 +13,7 @@ from ..head import INFERENCE_MODES, check_inference
 from ..models.constructors import named_again
 from ..options import RunOptions, as_dict, free_names, option, read_options
 from ..surrogates import SURROGATES
-from .budget import Budget
+from .batch import Budget
 from .neighbours import BATCH_SIZES
 from .protocols import PROTOCOLS, as_budget
 from .sweep import parse_radii

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..attacks import margin_loss, predicted_classes
 from ..threat import ThreatModel
-from .batch import AttackBatch
-from .budget import Budget
+from .batch import AttackBatch, Budget
 from .components import apgd_points
 
 # Temperature of the soft assignment at the end, nearly the head's own; it begins at 1.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..report import TRUE_MODEL
 from ..report.metrics import attack_of
 from .attacked import AttackedModel
-from .budget import Budget
+from .batch import Budget
 from .protocols import Protocol
 from .table import ATTACKS
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from ..data import checked_integer
 from ..report.shell import NAMED_PROTOCOLS
 from ..surrogates import PLAIN, SURROGATES, check_names
-from .budget import Budget
+from .batch import Budget
 from .table import ATTACKS
 
 # Entries of a budget that a summary leaves out.

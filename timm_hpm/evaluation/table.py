@@ -12,8 +12,7 @@ from ..attacks import probability_margin
 from ..surrogates import SURROGATES
 from ..threat import ThreatModel
 from .attacked import AttackedModel
-from .batch import AttackBatch
-from .budget import Budget
+from .batch import AttackBatch, Budget
 from .components import apgd_t, apgd_untargeted, fab_t, search, square
 from .joint import apgd_chain, joint, joint_subset
 

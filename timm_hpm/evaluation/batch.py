@@ -143,10 +143,8 @@ class AttackBatch:
         return self.finite(rows, pixels, logits)
 
     def finite(self, rows: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
-        """Returns the `logits` (R, C) of `rows` at `pixels`, with substitutes for rows that are not finite.
-
-        A search calls it at each step, so it waits for no result of the device.
-        """
+        """Returns the `logits` (R, C) of `rows` at `pixels`, with substitutes for rows that are not finite."""
+        # A search calls it at each step: it must wait for no result of the device.
         lost = ~logits.isfinite().all(dim=1)
         self._lost = self._lost.index_copy(0, rows, self._lost.index_select(0, rows) | lost)
         if self._substitutes is None:

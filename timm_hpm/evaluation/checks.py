@@ -1,7 +1,6 @@
-"""Checks for false robustness: signs in a model or its verdicts that an attack's failure proves little.
+"""Checks for false robustness: signs that an attack's failure proves little. report/flags.md explains each flag.
 
-Source: Athalye et al., arXiv 1802.00420 (the symptoms of obfuscated gradients); Croce and Hein, arXiv 2003.01690 (the
-checks of AutoAttack). timm_hpm/report/flags.md has the meaning and the remedy of each.
+Source: Athalye et al., arXiv 1802.00420; Croce and Hein, arXiv 2003.01690 (the checks of AutoAttack).
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +35,6 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
     """Returns the flags of a model's outputs for some images (N, channels, H, W) with `labels` (N,).
 
     Costs two passes forward and one backward, and up to six more forward with one batch; one check doubles the batch.
-    The model, pixels to logits (B, C), is in eval mode; its parameters and buffers are as before.
     """
     batch = images[:batch_size]
     with restored(model) as before:
@@ -47,12 +45,12 @@ def check_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 @contextmanager
 def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yields copies of a model's parameters and buffers by name, and restores changed values afterwards."""
-    before = {name: tensor.clone() for name, tensor in _state(model)}
+    before = {name: tensor.clone() for name, tensor in _state(model).items()}
     try:
         yield before
     finally:
         with torch.no_grad():
-            for name, tensor in _state(model):
+            for name, tensor in _state(model).items():
                 # A buffer that was made anew in another shape is a cache.
                 if name in before and tensor.shape == before[name].shape and not _same(tensor, before[name]):
                     tensor.copy_(before[name])
@@ -104,10 +102,7 @@ def gradient_flag(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
 
 @torch.no_grad()
 def random_flag(model: nn.Module, images: Tensor) -> Flag | None:
-    """Returns `random-forward` if a second call gives the same images other logits.
-
-    A model that averages the logits of several draws gets the statement `averaged-draws` instead.
-    """
+    """Returns `random-forward` if a second call gives other logits, `averaged-draws` if the model averages draws."""
     difference = _difference(model, ask(model, images), ask(model, images))
     if (draws := getattr(model, "draws", 1)) > 1:
         return Flag("averaged-draws", f"predictions are by the mean logits of {draws} draws, and attacks follow the "
@@ -117,10 +112,7 @@ def random_flag(model: nn.Module, images: Tensor) -> Flag | None:
 
 @torch.no_grad()
 def batch_flag(model: nn.Module, images: Tensor) -> Flag | None:
-    """Returns `batch-dependent` if images among others get other logits than by themselves.
-
-    An HPM head's batch mode does so by design: the network below it is checked.
-    """
+    """Returns `batch-dependent` if images among others get other logits, in batch mode those of the FC classifier."""
     with mode_if_any(model, "fc"):
         alone = ask(model, images)
         if _difference(model, alone, ask(model, images)):
@@ -148,20 +140,13 @@ def head_flag(model: nn.Module) -> Flag | None:
                              "another layer") if lost else None
 
 
-def rough_flag(
-        logits_fn: Callable[[Tensor], Tensor],
-        images: Tensor,
-        labels: Tensor,
-        threat: ThreatModel,
-        batch_size: int,
-) -> Flag | None:
+def rough_flag(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, threat: ThreatModel,
+               batch_size: int) -> Flag | None:
     """Returns `rough-gradient` if small steps up the gradient of the margin do not change it as predicted.
 
-    Or `non-finite-logits`, if the logits before or after a step are NaN or infinite.
-
-    The ratio is the gain of a step of a fifth of eps from a random start (global random state) over the gradient's
-    prediction: for more than a fifth of at least 8 images below a half or above 2. Costs two passes forward and one
-    backward. Only images that no attack broke are of interest: `images` (N, ...) with `labels` (N,).
+    Or `non-finite-logits`. The gain of a step of a fifth of eps from a random start (global random state) over the
+    gradient's prediction is below a half or above 2 for more than a fifth of at least 8 `images` (N, ...), which no
+    attack broke. Costs two passes forward and one backward.
     """
     if len(images) < _FEWEST_SURVIVORS:
         return None
@@ -232,16 +217,15 @@ def verdict_flag(correct: dict[str, str]) -> Flag | None:
 
 
 def _state_flag(model: nn.Module, before: dict[str, Tensor]) -> Flag | None:
-    after = dict(_state(model))
+    after = _state(model)
     changed = sorted(name for name in before.keys() | after.keys()
                      if name not in before or name not in after or not _same(after[name], before[name]))
     return Flag("changes-state", f"a forward pass changed {', '.join(changed[:5])}") if changed else None
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields names and values of parameters and buffers, also of those that a state dict leaves out."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers by name, also those that a state dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -2,9 +2,7 @@
 
 AutoAttack keeps only points that fool its model, and regroups the other images into new batches. Here the batch stays
 whole, and each image gets a candidate under each surrogate: the point that fools the surrogate, or else the point of
-largest loss, never the clean image. Images that are not queried stay at their latest candidates; only features are
-kept, so this costs one more pass a candidate. Under a batch-dependent surrogate a point that succeeded among the
-neighbours of the search may fail among the final candidates: only the judge's verdict counts.
+largest loss, never the clean image. Images that are not queried stay at their latest candidates.
 
 Source: Croce and Hein, arXiv 2003.01690 (APGD), 1907.02044 (FAB); Andriushchenko et al., arXiv 1912.00049 (Square).
 """
@@ -17,18 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attacks import (
-    Ascent,
-    apgd,
-    cross_entropy,
-    fab,
-    margin_loss,
-    margin_search,
-    repeated_search,
-    square_search,
-    targeted_loss,
-)
+from ..attacks import Ascent, apgd, cross_entropy, fab, margin_loss, square_search, targeted_loss
 from ..attacks.pgd import ascend
+from ..attacks.search import margin_search, repeated_search
 from ..threat import ThreatModel
 from .batch import AttackBatch, Budget
 

@@ -22,52 +22,48 @@ from .table import ATTACKS
 #: The file in a run's folder that keeps its options.
 OPTIONS: Final = "options.json"
 
-_MODEL: Final = "model"
-_DATA: Final = "data"
-_ATTACK: Final = "attack"
-
 
 @dataclass(frozen=True)
 class EvaluateConfig(RunOptions):
     """The options of an evaluation; see `python evaluate.py --help`."""
 
-    pretrained: bool | None = option(None, _MODEL, "the model's pretrained weights (unless --checkpoint is given)")
-    checkpoint: str | None = option(None, _MODEL, "file of the weights instead, such as train.py's model.safetensors")
+    pretrained: bool | None = option(None, "model", "the model's pretrained weights (unless --checkpoint is given)")
+    checkpoint: str | None = option(None, "model", "file of the weights instead, such as train.py's model.safetensors")
     inference: tuple[str, ...] | None = option(
-        None, _MODEL, f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
+        None, "model", f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
                       "own (the model's mode)")
-    eot: int = option(1, _MODEL, "draws of a randomised model whose logits and gradients are averaged", least=1)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", _MODEL, "device of PyTorch")
+    eot: int = option(1, "model", "draws of a randomised model whose logits and gradients are averaged", least=1)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "model", "device of PyTorch")
 
-    split: str = option("test", _DATA, f"one of {', '.join(SPLITS)}")
+    split: str = option("test", "data", f"one of {', '.join(SPLITS)}")
     class_subset: str | None = option(
-        None, _DATA, "file of the classes that are kept, one a line, by name or number: the logits of the others take "
+        None, "data", "file of the classes that are kept, one a line, by name or number: the logits of the others take "
                      "part in no prediction and no attack, for a 1,000-class model on ImageNet-100, -A or -R (all)")
-    num_images: int = option(100, _DATA, "number of images, the first of the split; 0 for all", least=0)
+    num_images: int = option(100, "data", "number of images, the first of the split; 0 for all", least=0)
 
     eps_sweep: str | None = option(
-        None, _ATTACK, "radii FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.02 or 0:8/255:2/255, each with "
+        None, "attack", "radii FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.02 or 0:8/255:2/255, each with "
                        "a report of its own; at 0 the robust accuracy is the clean one")
     batch_size: int = option(
-        100, _ATTACK, "images per judged batch; in batch mode the predictions depend on it", "-b", least=1)
-    protocol: str = option("standard", _ATTACK, "attacks and budgets; the next four options make it a custom one",
+        100, "attack", "images per judged batch; in batch mode the predictions depend on it", "-b", least=1)
+    protocol: str = option("standard", "attack", "attacks and budgets; the next four options make it a custom one",
                            choices=PROTOCOLS)
     surrogates: tuple[str, ...] | None = option(
-        None, _ATTACK, f"surrogates to attack through, of {', '.join(SURROGATES)} (those that differ)")
+        None, "attack", f"surrogates to attack through, of {', '.join(SURROGATES)} (those that differ)")
     attacks: tuple[str, ...] | None = option(
-        None, _ATTACK, f"attacks to run, of {', '.join(ATTACKS)} (the protocol's)")
+        None, "attack", f"attacks to run, of {', '.join(ATTACKS)} (the protocol's)")
     budget: tuple[str, ...] = option(
-        (), _ATTACK, "ATTACK=N: iterations, after an x the number of targets, and after an r that of restarts: "
+        (), "attack", "ATTACK=N: iterations, after an x the number of targets, and after an r that of restarts: "
                      "apgd-ce=50 apgd-t=50x4r2 joint-subset=25r40 (the protocol's)")
     full_grid: bool = option(
-        False, _ATTACK, "attacks on every image through every surrogate, also after it is misclassified; slower. In "
+        False, "attack", "attacks on every image through every surrogate, also after it is misclassified; slower. In "
                         "batch mode that is always so")
     neighbours: tuple[int, ...] | None = option(
-        None, _ATTACK, "batch sizes at which to measure how often a clean image flips when an adversary controls the "
+        None, "attack", "batch sizes at which to measure how often a clean image flips when an adversary controls the "
                        "rest of its batch; none for no measurement (standard and fast: those of "
                        f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep: none)")
     surrogates_at_once: int | None = option(
-        None, _ATTACK, "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
+        None, "attack", "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
                        "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
     save_adversarial: bool = option(
         False, "output", "adversarial.safetensors, every candidate for --rejudge; by standard on an HPM head in batch "
@@ -88,8 +84,7 @@ class EvaluateConfig(RunOptions):
 
     def budgets(self) -> dict[str, Budget]:
         """Returns the budget of each attack that has one of its own."""
-        parts = (text.partition("=") for text in self.budget)
-        return {name: as_budget(name, value) for name, _, value in parts}
+        return {name: as_budget(name, value) for name, _, value in (text.partition("=") for text in self.budget)}
 
     def radii(self) -> list[float] | None:
         """Returns the radii of `eps_sweep`; None means the radius of the threat model."""
@@ -97,8 +92,7 @@ class EvaluateConfig(RunOptions):
 
     def to_saved(self) -> dict[str, Any]:
         """Returns the options that a run's folder keeps, in JSON's types."""
-        free = free_names(EvaluateConfig)
-        return {name: value for name, value in as_dict(self).items() if name not in free}
+        return {name: value for name, value in as_dict(self).items() if name not in free_names(EvaluateConfig)}
 
 
 def saved_options(folder: Path, without: Collection[str] = ()) -> dict[str, Any]:

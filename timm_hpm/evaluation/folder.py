@@ -176,8 +176,7 @@ def open_images(config: EvaluateConfig, model: Any) -> ImageSplit:
         _warn_of_seen(model, config)
     return open_split_for(model, config.dataset, config.split, img_size=config.img_size, crop_pct=config.crop_pct,
                           interpolation=config.interpolation, data_dir=config.data_dir,
-                          download=config.dataset_download,
-                          class_map=config.class_map,
+                          download=config.dataset_download, class_map=config.class_map,
                           val_fraction=None if config.split == "test" else config.val_fraction)
 
 

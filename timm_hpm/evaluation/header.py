@@ -32,8 +32,8 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
                       accelerator: Accelerator | None = None, time_limit: str | None = None) -> str:
     """Returns the facts of an evaluation, a line each; times the model on a few of the images (N, channels, H, W).
 
-    `about` has `model`, `weights`, `dataset` and `split`; `radii` are a sweep's, in place of the threat model's. Of
-    several modes the attacks and the time are those of the batch mode, which has the most, or else of the first.
+    `radii` are a sweep's, in place of the threat model's. Of several modes the attacks and the time are those of the
+    batch mode, which has the most, or else of the first.
     """
     modes = () if head_name(model) is None else modes or (find_head(model).inference,)
     head = f"HPM head, inference mode {', '.join(modes)}" if modes else "no HPM head"
@@ -65,10 +65,7 @@ def evaluation_header(about: dict[str, Any], model: nn.Module, images: Tensor, t
 
 def estimate(plan: Plan, attacked: AttackedModel, batch: Tensor, num_images: float,
              time_limit: str | None = None) -> dict[str, str]:
-    """Returns how long a plan's attacks and verdicts on so many images may take, from the time of one pass.
-
-    If there is a limit, also how long the longest attack on a batch may overrun it.
-    """
+    """Returns how long attacks and verdicts on so many images may take, and how long one may overrun the limit."""
     steps = [(len(group), ATTACKS[attack_of(row)], plan.queries(row)) for group, row in plan.steps]
 
     @cache

@@ -131,7 +131,7 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     protocol = saved_protocol(path)
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name != "labels"]  # noqa: SIM118  (it is no dict)
-    clean, labels = _saved_tensor(path, "clean"), _saved_tensor(path, "labels")
+        clean, labels = file.get_tensor("clean"), file.get_tensor("labels")
     digest = data_digest(clean, labels)
     if digest != protocol["data_digest"]:
         raise ValueError(f"{path} holds images or labels that are not those of its run: their data_digest is {digest}, "
@@ -149,27 +149,23 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
             raise ValueError(f"the model's {name} is {now}, that of {path} is {there}; give the same (evaluate.py "
                              f"{option})")
     del clean  # candidates are in memory one set at a time
-    mode = protocol["inference"]
-    with mode_if_any(model, mode):
-        verdicts = {}
+    size = protocol["batch_size"]
+    with mode_if_any(model, protocol["inference"]):
+        verdicts = dict.fromkeys(names, "")
         for name in names:
-            candidates = _saved_tensor(path, name)
+            with safe_open(path, "pt") as file:
+                candidates = file.get_tensor(name)
             _check_candidates(path, name, candidates, threat)
-            verdicts[name] = as_row(_judged_again(model, name, candidates, labels, protocol))
+            for first in range(0, len(candidates), size):
+                with seeded_verdict(device_of(model, candidates), protocol.get("seed", 0), name, first):
+                    verdicts[name] += as_row(judge(
+                        model, candidates[first:first + size], labels[first:first + size], size, first_image=first,
+                        allow_non_finite=name != "clean"))
         return verdicts
 
 
 def _mean_and_std(normalisation: dict[str, Any] | None) -> Any:
     return normalisation and (normalisation["mean"], normalisation["std"])
-
-
-def _judged_again(model: nn.Module, name: str, candidates: Tensor, labels: Tensor, protocol: dict[str, Any]) -> Tensor:
-    size, verdicts = protocol["batch_size"], []
-    for first in range(0, len(candidates), size):
-        with seeded_verdict(device_of(model, candidates), protocol.get("seed", 0), name, first):
-            verdicts.append(judge(model, candidates[first:first + size], labels[first:first + size], size,
-                                  first_image=first, allow_non_finite=name != "clean"))
-    return torch.cat(verdicts)
 
 
 def _check_candidates(path: str | os.PathLike, name: str, candidates: Tensor, threat: ThreatModel) -> None:
@@ -211,11 +207,6 @@ def saved_protocol(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the protocol in {path} is damaged ({type(error).__name__}: {error}); run the attack "
                          "again") from error
-
-
-def _saved_tensor(path: str | os.PathLike, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
 
 
 def as_row(correct: Tensor) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -58,23 +58,20 @@ def mixed_surrogate_attack(
 ) -> AttackReport:
     """Attacks a classifier through differentiable surrogates; the classifier itself judges every candidate.
 
-    Every surrogate is attacked with every component of AutoAttack; each (surrogate, attack, image) yields a candidate.
-    The true model, in its own inference mode, judges the candidates in the same whole batches in which they were
-    crafted: images 0 to batch_size − 1, and so on. An image counts as robust only if it is classified correctly clean
-    and under every candidate. A classifier without an HPM head is its own only surrogate.
-
-    Square needs no gradient, and the straight-through surrogate computes the true model's own logits: Square on it is
-    Square on the true model, reported under both.
+    Each (surrogate, attack, image) yields a candidate. The true model, in its own inference mode, judges the candidates
+    in the same whole batches in which they were crafted: images 0 to batch_size − 1, and so on. An image counts as
+    robust only if it is classified correctly clean and under every candidate. A classifier without an HPM head is its
+    own only surrogate. Square on the surrogate that computes the true model's logits is also reported as on that model.
 
     Arguments:
         model: a timm model, normalised by its `pretrained_cfg`, a `PixelModel` or another module of pixels in [0, 1];
-            in eval mode. It is judged in its own precision and in the caller's autocast, and does not change: attacks
-            search a frozen copy, and its parameters and buffers are restored if a forward pass changes them.
+            in eval mode. It is judged in its own precision and in the caller's autocast. Attacks search a frozen copy,
+            and the model's parameters and buffers are restored if a forward pass changes them.
         images: (N, channels, H, W), pixels in [0, 1].
         labels: (N,), class indices.
         threat: the threat model, or a text such as `"Linf:8/255"`.
-        protocol: `"standard"`, `"fast"`, `"thorough"`, `"autoattack"` or a `Protocol`, such as
-            `PROTOCOLS["standard"].changed(attacks=["apgd-ce"])`. Targets are capped at C − 1.
+        protocol: a name in `PROTOCOLS`, or a `Protocol` such as `PROTOCOLS["standard"].changed(attacks=["apgd-ce"])`.
+            Targets are capped at C − 1.
         batch_size: images in a judged batch, at least 1. In the `"batch"` mode the predictions depend on it.
         seed: of the attacks' random numbers; the caller's random state is restored.
         folder: the run's folder. It keeps the results of each attack on each batch, so that a stopped run resumes to
@@ -150,9 +147,9 @@ def mixed_surrogate_attack(
 
 def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
                accelerator: Accelerator | None) -> tuple[list[Step], int, float]:
-    """Returns the steps of all batches in order, how many images these are, and a process's mean seconds before.
+    """Returns the steps of the batches before the first one that a `time_limit` cut, in order.
 
-    After a `time_limit` they are the batches before the first one that is missing.
+    With the number of their images, and the mean seconds of a process before this run.
     """
     size, mine = run.subject.batch_size, _own_batches(run, images, accelerator)
     with tqdm(total=len(mine) * run.plan.all_queries(), disable=not (progress and is_first(accelerator)), unit="query",
@@ -190,13 +187,10 @@ def _progress_folder(folder: str | os.PathLike | None, run: dict[str, Any],
     if folder is None:
         yield None
         return
-    place, begins = Path(folder) / PROGRESS, is_first(accelerator)
-    with locked(place, shared=accelerator is not None):
-        if begins:
-            kept = ProgressFolder(place, run)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
-        yield kept if begins else ProgressFolder(place, run, begins=False)
+    with locked(Path(folder) / PROGRESS, shared=accelerator is not None):
+        with nullcontext() if accelerator is None else accelerator.main_process_first():
+            kept = ProgressFolder(Path(folder) / PROGRESS, run, begins=is_first(accelerator))
+        yield kept
 
 
 def _in_json(about: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def measure_neighbours(
 
     The kinds: `"chosen"`, clean images of the same set picked for each target by their features; `"adversarial"`, those
     also perturbed within `threat`, by 10 passes forward and backward of a batch a target; and `"reshuffled"`, without
-    an adversary: all images are targets, and `flipped` is the mean number of changed predictions over 5 random orders
-    of the set. The model itself judges, on whole batches of pixels; logits that are NaN or infinite count as a flip.
+    an adversary: all images are targets, and `flipped` is the mean number of changed predictions over 5 random orders.
+    The model itself judges whole batches; logits that are NaN or infinite count as a flip.
 
     Arguments:
         model: with an HPM head in batch mode, in eval mode; it does not change.

@@ -16,7 +16,7 @@ from ..attacks import margin_loss
 from ..checkpoints import NormalisationWarning
 from ..data import PixelModel, ask, check_logits, check_pixels, head_logits, normalisation_of, unwrapped
 from ..functional import in_autocast
-from ..head import find_head
+from ..head import own_mode
 from ..models.constructors import UNNORMALISED
 from ..report import Flag, data_digest, weights_digest
 from ..report.metrics import right_in_all
@@ -125,7 +125,7 @@ class Subject:
         inner = unwrapped(self.model)
         inner = unwrapped(inner.model) if isinstance(inner, PixelModel) else inner
         cfg = getattr(inner, "pretrained_cfg", None) or {}
-        head = None if self.attacked.head is None else find_head(self.model)
+        head = self.attacked.head
         return {
             "architecture": cfg.get("architecture") or type(inner).__name__,
             "weights_digest": weights_digest(inner),
@@ -134,12 +134,12 @@ class Subject:
             "num_images": len(images),
             "data_digest": data_digest(images, labels),
             "num_classes": self.num_classes,
-            "inference": "none" if head is None else head.inference,
+            "inference": own_mode(self.model),
             "mix": None if head is None else head.mix,
             "prototypes_fitted": None if head is None else head.is_fitted(),
             "clean_margin": margin,
             "precision": precision_of(self.model, self.device),
-            "attacked_scale": None if self.attacked.head is None else float(self.attacked.head.scale()),
+            "attacked_scale": None if head is None else float(head.scale()),
             "device": self.device.type,
             "versions": {"python": platform.python_version(), "timm-hpm": __version__} | {
                 package: version(package) for package in ("torch", "timm")},

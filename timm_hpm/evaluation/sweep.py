@@ -66,17 +66,15 @@ def sweep(
 ) -> Iterator[AttackReport]:
     """Yields the report of each inference mode at each radius above 0, as soon as it is there.
 
-    A report that a `time_limit` cut is the last one.
-
-    At radius 0 there is nothing to attack: the robust accuracy is the clean one, which every report holds.
+    At radius 0 the robust accuracy is the clean one, which every report holds. A report that a `time_limit` cut is the
+    last one.
 
     Arguments:
         model, images, labels: as in `mixed_surrogate_attack`. The model's mode is restored.
         norm: of the threat models.
         radii: in units of the pixel range.
         modes: inference modes of the HPM head; None means the model's own.
-        folder: keeps each report, and the results of a stopped sweep. A finished report is not made again, and refused
-            if it is of another run. A single report is in the folder itself, several in folders named by mode and
+        folder: as in `mixed_surrogate_attack`, for a single report. Several are in folders below, named by mode and
             radius (`report_folder`).
         accelerator: of several processes; the first one writes.
         neighbours: batch sizes for `measure_neighbours`, which is called for a fitted head in batch mode.
@@ -102,7 +100,6 @@ def sweep(
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]
     places = {} if folder is None else {
         entry: Path(folder) / (report_folder(*entry) if len(plan) > 1 else "") for entry in plan}
-
     if len(set(places.values())) < len(places):
         raise ValueError(f"{len(plan)} reports would share {len(set(places.values()))} folders, named by six digits of "
                          "the radius; expected radii that differ in these: take a larger step")
@@ -141,10 +138,9 @@ def sweep(
 
 def _with_neighbours(report: AttackReport, sizes: Sequence[int], measure: Callable[..., Any],
                      place: Path | None, accelerator: Accelerator | None, has_no_progress: bool) -> AttackReport:
-    """Returns the report with the rows of `measure_neighbours` for the batch sizes that it lacks.
+    """Returns the report with the rows of `measure_neighbours` for the batch sizes that it lacks, a size a process.
 
-    Each process measures one size at a time, and the report is saved after each round of them. A `time_limit` cuts the
-    rounds, which the returned report says; with `has_no_progress` not the first one.
+    It is saved after each round of them. A `time_limit` cuts the rounds, but with `has_no_progress` not the first one.
     """
     missing = [size for size in sizes if size not in {row["batch_size"] for row in report.neighbours}]
     rank, processes = rank_of(accelerator)

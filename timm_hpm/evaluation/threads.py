@@ -24,8 +24,7 @@ _LAUNCHED_BY: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE")
 def use_threads(threads: int | None, model: nn.Module, images: Tensor) -> int | None:
     """Sets the number of CPU threads of PyTorch, and returns it; None if the model is on another device.
 
-    If neither `threads` nor the environment (`OMP_NUM_THREADS`, or a launcher of several processes) gives it, some
-    passes of the model on `images` (N, channels, H, W) are timed, and a line on standard error names the fastest.
+    If neither `threads` nor the environment gives it, passes of the model on `images` (N, channels, H, W) are timed.
     """
     if not all(parameter.is_cpu for parameter in model.parameters()):
         return None

@@ -59,8 +59,8 @@ def model_card(
         title: its heading, such as "org/name" or a tag.
         name: the argument of `timm.create_model`.
         cfg: the pretrained cfg, with the `constructor` of a network that timm does not make.
-        model: with an HPM head or without; None for a public checkpoint, which has no prototypes.
-        report: the measurement; None for a card without one.
+        model: None for a public checkpoint, which has no prototypes.
+        report: the measurement.
         license: in place of the cfg's.
         base_model: Hub id of the model it was made from.
         notes: Markdown by hand: the text before the first `## ` opens the card, the rest follows the usage.
@@ -71,6 +71,8 @@ def model_card(
     plain = model is not None and head is None
     opening, _, sections = f"\n{notes.strip()}".partition("\n## ")
     fitted = head is not None and head.is_fitted()
+    others = "\n".join(f"- {note}" for note in cfg.get("notes") or ())
+    unmeasured = "timm_hpm has measured nothing of these weights."
     parts = {
         "title": escaped(title),
         "opening": opening.strip() or _opening(cfg, "" if plain else " with an HPM head" if fitted else
@@ -80,7 +82,8 @@ def model_card(
         "unfitted": "" if fitted or plain else _UNFITTED,
         "sections": sections and f"## {sections}",
         "training": _training(training),
-        "evaluation": _evaluation(cfg.get("constructor", name), report) if report else _not_measured(cfg),
+        "evaluation": _evaluation(cfg.get("constructor", name), report) if report else (
+            f"{unmeasured} Others say of them:\n\n{others}" if others else unmeasured),
         "mode": _mode_sentence(head),
         "figures": "so is every figure above, and none the paper's" if report else "no figure here is the paper's",
         "origin": _origin(cfg),
@@ -131,9 +134,8 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
                  f"model = timm_hpm.create_model({_literal(cfg['constructor'])}, checkpoint='{WEIGHTS}').eval()"]
     else:
         lines.append(f"model = timm.create_model({_literal(name)}, pretrained=True).eval()")
-    lines += [
-        f"pixel_model = timm_hpm.PixelModel(model)      # (B, {shape}), pixels in [0, 1], to logits (B, {classes})",
-    ]
+    lines.append(f"pixel_model = timm_hpm.PixelModel(model)      # (B, {shape}), pixels in [0, 1], to logits "
+                 f"(B, {classes})")
     text = fenced("\n".join(lines), "python")
     if name.startswith("hf-hub:") and "constructor" not in cfg:
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
@@ -144,11 +146,9 @@ def _usage(name: str, cfg: Mapping[str, Any], register: bool) -> str:
 
 def _classes(cfg: Mapping[str, Any], report: AttackReport | None) -> str:
     names = cfg.get("label_names") or (report.protocol.get("class_names") if report else None) or ()
-    shown = [f"{i} {escaped(name)}" for i, name in enumerate(names[:_MOST_CLASSES])]
-    if not shown:
-        return ""
-    rest = f", and {len(names) - len(shown)} more in `config.json`" if len(names) > len(shown) else ""
-    return f"## Classes\n\n{', '.join(shown)}{rest}"
+    shown = ", ".join(f"{i} {escaped(name)}" for i, name in enumerate(names[:_MOST_CLASSES]))
+    more = f", and {len(names) - _MOST_CLASSES} more in `config.json`" if len(names) > _MOST_CLASSES else ""
+    return f"## Classes\n\n{shown}{more}" if names else ""
 
 
 def _mode_sentence(head: HPMHead | None) -> str:
@@ -204,12 +204,6 @@ def _head_against_fc(report: AttackReport) -> str:
         f"classifier {len(report.baseline_correct) - 1}.")
 
 
-def _not_measured(cfg: Mapping[str, Any]) -> str:
-    text = "timm_hpm has measured nothing of these weights."
-    notes = "\n".join(f"- {note}" for note in cfg.get("notes") or ())
-    return f"{text} Others say of them:\n\n{notes}" if notes else text
-
-
 def _origin(cfg: Mapping[str, Any]) -> str:
     lines = []
     if cfg.get("hf_hub_id"):
@@ -228,15 +222,18 @@ def _origin(cfg: Mapping[str, Any]) -> str:
     return "\n".join(["## Origin", "", *lines]) if lines else ""
 
 
-def _data(
-        title: str,
-        cfg: Mapping[str, Any],
-        report: AttackReport | None,
-        license: str | None,
-        base_model: str | None,
-) -> ModelCardData:
-    dataset = None if report is None else report.protocol.get("dataset", "").removeprefix("torch/")
-    results = None if report is None else _results(report, dataset or "unknown")
+def _data(title: str, cfg: Mapping[str, Any], report: AttackReport | None, license: str | None,
+          base_model: str | None) -> ModelCardData:
+    dataset, results = "", []
+    if report is not None:
+        dataset = report.protocol.get("dataset", "").removeprefix("torch/") or "unknown"
+        under = f", Mixed Surrogate Attack, {report.protocol['threat']}, mode {report.protocol['inference']}"
+        accuracies = (("Clean", report.clean_accuracy, ""), ("Robust", report.robust_accuracy, under))
+        results = [EvalResult(
+            task_type="image-classification", dataset_type=_DATASETS.get(dataset, dataset), dataset_name=dataset,
+            dataset_split=report.protocol.get("split"), metric_type="accuracy", metric_value=round(100 * value, 2),
+            metric_name=f"{kind} accuracy of {report.num_images} images{under}")
+            for kind, value, under in accuracies]
     return ModelCardData(
         license=(license or cfg.get("license") or "unknown").lower(),
         library_name="timm",
@@ -246,22 +243,8 @@ def _data(
         base_model=base_model,
         metrics=["accuracy"],
         model_name=title if results else None,
-        eval_results=results,
+        eval_results=results or None,
     )
-
-
-def _results(report: AttackReport, dataset: str) -> list[EvalResult]:
-    protocol = report.protocol
-    common: dict[str, Any] = {
-        "task_type": "image-classification", "dataset_type": _DATASETS.get(dataset, dataset), "dataset_name": dataset,
-        "dataset_split": protocol.get("split"), "metric_type": "accuracy",
-    }
-    attacked = f"Mixed Surrogate Attack, {protocol['threat']}, mode {protocol['inference']}"
-    metrics = [
-        (f"Clean accuracy of {report.num_images} images", report.clean_accuracy),
-        (f"Robust accuracy of {report.num_images} images, {attacked}", report.robust_accuracy),
-    ]
-    return [EvalResult(metric_name=name, metric_value=round(100 * value, 2), **common) for name, value in metrics]
 
 
 def _literal(text: str) -> str:

@@ -27,7 +27,7 @@ from .cards import model_card
 from .data import PixelModel, in_eval_mode, normalisation_of
 from .files import filling, replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
-from .head import HPMHead, find_head, head_name
+from .head import find_head, head_name, own_mode
 from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import BASES
@@ -70,13 +70,11 @@ def push(
     made. A second push replaces all files; without `report` it removes the report of the first.
 
     Arguments:
-        model: see `save`.
+        model, **card: see `save`: report, license, base_model, notes and training.
         repo_id: "organisation/name", or "name" in the account of the token.
         private: whether a new repository is private; refused for a public one.
         revision: branch; None for `main`.
         token: None for that of `hf auth login` or HF_TOKEN.
-        commit_message: first line of the commit.
-        **card: further arguments of `save`: report, license, base_model, notes and training.
 
     Raises:
         ValueError: if the report is of another model, or the token is malformed.
@@ -112,7 +110,7 @@ def pull(
         revision: branch, tag or commit; None for `main`.
         token: None for that of `hf auth login` or HF_TOKEN.
         cache_dir: folder of the downloads; None for the Hub client's own.
-        output: folder that gets a copy of weights, config, card and report, once they load; None for no copy.
+        output: folder that gets a copy of weights, config, card and report, once they load.
 
     Raises:
         ValueError: if the token is malformed.
@@ -174,12 +172,12 @@ def save(
     model = saved_network(model)
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         describe(model)
-    head = None if head_name(model) is None else find_head(model)
-    if report is not None and not isinstance(report, AttackReport):
-        report = AttackReport.load(report)
     if report is not None:
-        _check_report(report, model, head)
-    training = training or _training_of(model)
+        report = report if isinstance(report, AttackReport) else AttackReport.load(report)
+        _check_report(report, model)
+    weights = weights_path(model)
+    if not training and (own := saved_training(weights)) and _holds_weights(weights, model):
+        training = own
     try:
         with filling(folder, first=WEIGHTS) as built:  # whose metadata hold the config
             config = write_model(model, built, training=training, license=license)
@@ -190,7 +188,7 @@ def save(
                 config["pretrained_cfg"] | {"label_names": class_names(model)} | {
                     name: config[name] for name in ("architecture", "constructor") if name in config},
                 model=model, report=report, license=license, base_model=base_model, notes=notes, training=training,
-                register=head is not None and timm.is_model(base) and base not in BASES))
+                register=head_name(model) is not None and timm.is_model(base) and base not in BASES))
             if report is not None:
                 report.save(built / REPORT)
             _check_restores(model, built, repo_id or str(folder))
@@ -202,13 +200,6 @@ def save(
         raise _explanation(error, f"cannot save {type(model).__name__} into {folder}", None) from error
 
 
-def _training_of(model: Any) -> dict[str, Any] | None:
-    """Returns the training in the file of a model's weights; None without one, or if the model has other weights."""
-    file = weights_path(model)
-    training = saved_training(file)
-    return training if training and _holds_weights(file, model) else None
-
-
 def _holds_weights(file: Path, model: nn.Module) -> bool:
     with safe_open(file, "pt") as weights:
         state = model.state_dict()
@@ -216,17 +207,17 @@ def _holds_weights(file: Path, model: nn.Module) -> bool:
             torch.equal(weights.get_tensor(name), tensor.cpu()) for name, tensor in state.items())
 
 
-def _check_report(report: AttackReport, model: Any, head: HPMHead | None) -> None:
+def _check_report(report: AttackReport, model: Any) -> None:
     """Raises a ValueError if a report is not of this model in its present state."""
+    head = None if head_name(model) is None else find_head(model)
     now: dict[str, Any] = {
         "architecture": model.pretrained_cfg.get("architecture"), "num_classes": model.num_classes,
-        "prototypes_fitted": head and head.is_fitted(), "inference": head.inference if head else "none",
+        "prototypes_fitted": head and head.is_fitted(), "inference": own_mode(model),
         "mix": head and head.mix,
         "weights_digest": weights_digest(model), "normalisation": in_float32(normalisation_of(PixelModel(model)))}
     measured = {**now, **report.protocol}
-    # None: of a caller's own module.
+    # A caller's own module was measured without a normalisation, and under the name of its class.
     measured["normalisation"] = in_float32(measured["normalisation"]) or now["normalisation"]
-    # A caller's own module was measured under the name of its class.
     if measured["architecture"] in (f"hpm_{now['architecture']}", type(model).__name__):
         measured["architecture"] = now["architecture"]
     for name, value in now.items():

@@ -1,7 +1,7 @@
 """Options of a script: a dataclass whose fields make the command line, read YAML and JSON files, and check the values.
 
-A field is made by `option`, and the dataclass calls `check` in its `__post_init__`. Its types are bool, int, float,
-str, `tuple[T, ...]` of the last three, `dict[str, Any]`, and unions of them with None.
+A field, made by `option`, is a bool, int, float, str, `tuple[T, ...]` of the last three, `dict[str, Any]`, or None. The
+dataclass calls `check` in its `__post_init__`.
 """
 
 import argparse
@@ -292,10 +292,9 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; expected a finite number")
-    choices = metadata.get("choices", ())
-    if choices and value not in choices:
+    if (choices := metadata["choices"]) and value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
-    for bound, limit in metadata.get("bounds", {}).items():
+    for bound, limit in metadata["bounds"].items():
         holds, text = _RANGES[bound]
         if not holds(value, limit):
             raise ValueError(f"{name} is {value}; expected {text} {limit}")

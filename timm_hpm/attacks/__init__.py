@@ -8,17 +8,6 @@ from .search import margin_search, repeated_search
 from .square import square_search
 
 __all__ = [
-    "Ascent",
-    "apgd",
-    "cross_entropy",
-    "fab",
-    "margin_loss",
-    "margin_search",
-    "pgd",
-    "predicted_classes",
-    "probability_margin",
-    "repeated_search",
-    "square_search",
-    "target_margin",
-    "targeted_loss",
+    "Ascent", "apgd", "cross_entropy", "fab", "margin_loss", "margin_search", "pgd", "predicted_classes",
+    "probability_margin", "repeated_search", "square_search", "target_margin", "targeted_loss",
 ]

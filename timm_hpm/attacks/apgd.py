@@ -1,7 +1,6 @@
-"""APGD, the gradient ascent with a step size that adapts itself, image by image the same as AutoAttack's.
+"""APGD, the gradient ascent with a step size that adapts itself, bit by bit the same as pyautoattack's.
 
-Source: Croce and Hein, arXiv 2003.01690, section 4; pyautoattack, whose points it gives bit by bit
-(tests/test_autoattack.py).
+Source: Croce and Hein, arXiv 2003.01690, section 4 (tests/test_autoattack.py).
 """
 
 from collections.abc import Callable

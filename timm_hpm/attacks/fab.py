@@ -1,10 +1,9 @@
 """FAB, which looks for the nearest point that is misclassified, in the ball or not.
 
-Each step goes to the nearest point of a hyperplane that approximates the decision boundary. AutoAttack finds that point
-by sorting the pixels; Newton's method, which needs no sort, finds the same one in a few passes over them.
+Each step goes to the nearest point of a hyperplane that approximates the decision boundary. AutoAttack finds it by
+sorting the pixels, ours by Newton's method in a few passes over them; both agree up to rounding.
 
-Source: Croce and Hein, arXiv 1907.02044; pyautoattack, with whose points ours agree up to rounding
-(tests/test_autoattack.py).
+Source: Croce and Hein, arXiv 1907.02044; pyautoattack (tests/test_autoattack.py).
 """
 
 import math
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..threat import ThreatModel, per_image
+from .losses import target_margin
 
 #: How far beyond the hyperplane a step goes: the boundary is not flat.
 _OVERSHOOT: Final = 1.05
@@ -128,9 +128,8 @@ def _shared_size(slopes: Tensor, ends: Tensor, needed: Tensor) -> Tensor:
 @torch.enable_grad()
 def _target_lead(logits_fn: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor,
                  targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns z_target − z_label (R,) and its gradient (R, ...), with zeros for values that are not finite."""
+    """Returns the `target_margin` (R,) and its gradient (R, ...), with zeros for values that are not finite."""
     x = x.detach().requires_grad_()
-    logits = logits_fn(x)
-    lead = (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+    lead = target_margin(labels, targets)(logits_fn(x))
     gradient, = torch.autograd.grad(lead.sum(), x)
     return lead.detach(), gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

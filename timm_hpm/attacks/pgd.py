@@ -26,8 +26,7 @@ def pgd(
 ) -> Tensor:
     """Returns adversarial images (B, ...) within `threat`, by steps up the gradient of a loss.
 
-    Each step costs one forward and one backward pass, for the inputs only: parameters gather no gradient. One step
-    from a random start is FGSM with random start.
+    Each step costs one forward and one backward pass, for the inputs only: parameters gather no gradient.
 
     Arguments:
         logits_fn: pixels (B, ...) in [0, 1] to logits (B, C).
@@ -61,7 +60,7 @@ def pgd(
 def ascend(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, threat: ThreatModel, steps: int = 1,
            step_size: float | None = None, random_start: bool = True,
            loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-    """Returns what `pgd` does, without checks, which wait for the device."""
+    """Returns as `pgd`, without checks, which wait for the device."""
     size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()

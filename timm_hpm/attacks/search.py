@@ -1,9 +1,8 @@
 """Margin search, a local search that spends its steps on the images and classes nearest to a decision boundary.
 
 Ten steps towards each target find the nearest one. From then on an ascent starts at the best point of its image with
-a fifth of the pixels at random again (L2: a few pixels, anywhere in [0, 1]), as in an iterated local search; the images
-that are far from a boundary leave the search one after another. Ascents from random points alone break fewer images
-at equal cost.
+a fifth of the pixels at random again (L2: a few pixels, anywhere in [0, 1]); the images that are far from a boundary
+leave the search one after another. Ascents from random points alone break fewer images at equal cost.
 """
 
 import math
@@ -70,10 +69,9 @@ def repeated_search(
         threat: ThreatModel | str,
         steps: int,
 ) -> Tensor:
-    """Returns what `margin_search` does, by searches of 400 steps, each from new random points for the images left.
+    """Returns as `margin_search`, by searches of 400 steps, each from new random points for the images left.
 
-    Ends if the later half of at least six searches broke no image. `steps` limits the steps per image; the other
-    arguments are those of `margin_search`.
+    Ends if the later half of at least six searches broke no image. `steps` limits the steps per image.
     """
     search = _Search(logits_fn, rows, clean, labels, targets, ThreatModel.of(threat))
     last_success = _FEWEST // _PATIENCE

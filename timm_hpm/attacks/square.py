@@ -1,8 +1,7 @@
-"""Square, the random search that needs no gradient, image by image the same as AutoAttack's.
+"""Square, the random search that needs no gradient, bit by bit the same as pyautoattack's.
 
 A query moves a window of all images at once. Under Linf only that window is computed, and written back if it was of no
-use. Source: Andriushchenko et al., arXiv 1912.00049; pyautoattack, whose points it gives bit by bit
-(tests/test_autoattack.py).
+use. Source: Andriushchenko et al., arXiv 1912.00049 (tests/test_autoattack.py).
 """
 
 import math

@@ -13,7 +13,7 @@ _COLUMNS = ["accuracy, %", "naive, %", "feature shift", "margin", "margin lost",
 
 def sensitivity_markdown(study: Sensitivity) -> str:
     """Returns a study as a table in Markdown, a row for each head and radius."""
-    return "\n".join(markdown.table(*_table(study), numbers_from=1)) + "\n"
+    return "\n".join(markdown.table(*_table(study))) + "\n"
 
 
 def sensitivity_page(studies: Sequence[Sensitivity], class_names: Sequence[str] = ()) -> str:
@@ -30,9 +30,9 @@ def sensitivity_page(studies: Sequence[Sensitivity], class_names: Sequence[str] 
         label = f"accuracy of {study.name} against eps, a curve for each head and attack"
         body += [f"<h2>{escape(study.name)}</h2>",
                  svg.curves(_curves(study), f"eps, {norm}, pixels in [0, 1]", label),
-                 table(*_table(study), numbers_from=1),
+                 table(*_table(study)),
                  f"<h3>By class, at eps {_largest(study):.4g}</h3>",
-                 table(*_by_class(study, class_names), numbers_from=1),
+                 table(*_by_class(study, class_names)),
                  f"<p>{escape(', '.join(f'{name} {value}' for name, value in study.protocol.items()))}</p>"]
     return page("Sensitivity of the heads", body)
 

@@ -14,13 +14,11 @@ from ..evaluation.folder import load_report, merged, rejudge_folder, run
 from ..evaluation.msa import PARTIAL, STOPPED
 from ..evaluation.sweep import PAGE, SWEEP
 from ..files import default_folder
-from ..models.constructors import named_again
 from ..options import given_options
 from ..report import compare as compare_reports
 from ..report.markdown import comparison_markdown, report_markdown
-from ..report.shell import DOOR, shell_line
 from ..report.sweep_page import sweep_markdown
-from .parser import Parser
+from .parser import Parser, resuming
 
 _ABOUT = """\
 Measures the robust accuracy of a classifier with the Mixed Surrogate Attack. Without options: the embedded
@@ -104,17 +102,19 @@ verdicts with those of its report. The other options are those of evaluate.""")
 
 def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     config, output = chosen(given, args.output, args.resume)
+    more = ["--robustbench-json", str(args.robustbench_json)] if args.robustbench_json else []
+    again = resuming("evaluate", config, output, *more)
     finished = any((output / name).exists() for name in (PAGE, SWEEP))
     try:
         reports = run(config, output, resume=args.resume is not None, robustbench_json=args.robustbench_json)
     except OutOfTime as stopped:
         if PartialState().is_main_process:
-            print(f"stopped {stopped}; to go on: {_resuming(config, output, args)}")
+            print(f"stopped {stopped}; to go on: {again}")
         return 0
     except KeyboardInterrupt:
         if not (output / OPTIONS).exists():
             raise
-        print(f"\nstopped; to go on: {_resuming(config, output, args)}", file=sys.stderr)
+        print(f"\nstopped; to go on: {again}", file=sys.stderr)
         return 130
     if not reports:
         return 0
@@ -123,20 +123,12 @@ def _evaluate(args: Any, given: Mapping[str, Any]) -> int:
     show(sweep_markdown(reports) if several else report_markdown(reports[-1]))
     if cut:
         pages = ", ".join(map(str, sorted(output.rglob(f"{PARTIAL}/report.html"))))
-        print(f"stopped {cut}; written: {pages}; to go on: {_resuming(config, output, args)}")
+        print(f"stopped {cut}; written: {pages}; to go on: {again}")
     elif finished:
         print(f"{output} holds a finished run")
     else:
         print(f"written: {output / (SWEEP if several else PAGE)}, and the files beside it")
     return 0
-
-
-def _resuming(config: EvaluateConfig, output: Path, args: Any) -> str:
-    """Returns the command that goes on with a stopped run, for as long again if it has a limit."""
-    again = [*DOOR, "evaluate", "--resume", str(output), *named_again(config.model, {"model": config.model}, output)]
-    if args.robustbench_json:
-        again += ["--robustbench-json", str(args.robustbench_json)]
-    return shell_line(again + (["--time-limit", config.time_limit] if config.time_limit else []))
 
 
 def _compare(a: Path, b: Path) -> int:

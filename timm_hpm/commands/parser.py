@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..models.constructors import named_again
 from ..names import did_you_mean
-from ..report.shell import DOOR
+from ..report.shell import DOOR, shell_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,3 +42,10 @@ class Parser(argparse.ArgumentParser):
             near = did_you_mean(unknown[0].partition("=")[0], known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}; see --help")
         return found
+
+
+def resuming(command: str, config: Any, output: Path, *more: str) -> str:
+    """Returns the call of a command that goes on with a stopped run, for as long again if it has a limit."""
+    limit = ["--time-limit", config.time_limit] if config.time_limit else []
+    named = named_again(config.model, {"model": config.model}, output)
+    return shell_line([*DOOR, command, "--resume", str(output), *named, *more, *limit])

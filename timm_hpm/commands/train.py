@@ -10,11 +10,10 @@ from accelerate import PartialState
 from ..files import default_folder
 from ..models.constructors import named_again
 from ..options import given_options
-from ..report.shell import DOOR, shell_line
 from ..training import Stopped, TrainConfig, train
 from ..training.header import row_text
 from ..training.run_folder import measuring_command, saved_options
-from .parser import Parser
+from .parser import Parser, resuming
 
 _ABOUT = """\
 Trains a robust model adversarially, with or without an HPM head, from scratch or from pretrained weights. Options come
@@ -55,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         kept = train(None, config, output, resume=resume is not None, progress=True)
     except Stopped as stopped:
         if PartialState().is_main_process:
-            named = named_again(config.model, {"model": config.model}, output)
-            limit = ["--time-limit", config.time_limit] if config.time_limit else []
-            again = shell_line([*DOOR, "train", "--resume", str(output), *named, *limit])
-            print(f"{stopped}; to go on: {again}", file=sys.stderr)
+            print(f"{stopped}; to go on: {resuming('train', config, output)}", file=sys.stderr)
         return 130 if stopped.signal == signal.SIGINT else 0
     if PartialState().is_main_process:
         print(f"kept: {row_text(kept, config.epochs)}")

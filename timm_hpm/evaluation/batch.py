@@ -79,18 +79,9 @@ class AttackBatch:
         on_query: called after each query, for a progress bar.
     """
 
-    def __init__(
-            self,
-            model: AttackedModel,
-            surrogates: Sequence[str],
-            images: Tensor,
-            labels: Tensor,
-            *,
-            start: Tensor | None = None,
-            active: Tensor | None = None,
-            victims: Tensor | None = None,
-            on_query: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, model: AttackedModel, surrogates: Sequence[str], images: Tensor, labels: Tensor, *,
+                 start: Tensor | None = None, active: Tensor | None = None, victims: Tensor | None = None,
+                 on_query: Callable[[], None] = lambda: None):
         self.model = model
         self.surrogates = tuple(surrogates)
         self.size = len(images)

@@ -132,8 +132,8 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> EvaluateConfig:
     named_again(saved.get("model", ""), given, folder)
     config = EvaluateConfig(**{**saved, **given})
     there, now = EvaluateConfig(**saved).to_saved() if saved else config.to_saved(), config.to_saved()
-    different = [f"--{name.replace('_', '-')} {now[name]} (there: {there[name]})" for name in now
-                 if now[name] != there[name]]
+    different = [f"--{name.replace('_', '-')} {value} (there: {there[name]})" for name, value in now.items()
+                 if value != there[name]]
     if different:
         raise ValueError(f"{folder} holds a run of other options: {', '.join(different)}. Leave them out, or choose "
                          "another folder")

@@ -70,15 +70,8 @@ def judge(
 
 
 @torch.no_grad()
-def predictions(
-        model: nn.Module,
-        images: Tensor,
-        batch_size: int,
-        labels: Tensor | None = None,
-        *,
-        first_image: int = 0,
-        allow_non_finite: bool = False,
-) -> tuple[Tensor, Tensor]:
+def predictions(model: nn.Module, images: Tensor, batch_size: int, labels: Tensor | None = None, *,
+                first_image: int = 0, allow_non_finite: bool = False) -> tuple[Tensor, Tensor]:
     """Returns the classes (N,) that a model predicts in whole batches, and how far their logits lead (N,).
 
     The `labels` (N,), int64 on the CPU, must be below the number of logits. `first_image` is the number of the first
@@ -104,10 +97,8 @@ def predictions(
 
 
 def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
-    """Returns the `logits` (B, C) of `images`, or, if some are not finite, those of each image by itself.
-
-    In batch mode one image with features that are not finite makes every logit of its batch NaN.
-    """
+    """Returns the `logits` (B, C) of `images`, or, if some are not finite, those of each image by itself."""
+    # In batch mode one image with features that are not finite makes every logit of its batch NaN.
     if logits.isfinite().all() or own_mode(model) != "batch":
         return logits
     with head_mode(model, "sample"):

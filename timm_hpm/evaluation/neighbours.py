@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..attacks import margin_loss
 from ..data import check_eval_mode, checked_integer, for_gradients
+from ..head import find_head, own_mode
 from ..seeding import seeded
 from ..surrogates import soft_logits
 from ..threat import ThreatModel
-from .attacked import AttackedModel
 from .checks import restored
-from .judge import device_of, pixel_model_for, predictions
-from .subject import without_autocast
+from .judge import predictions
+from .subject import Subject, without_autocast
 
 #: From a few strangers' images in a batch to many.
 BATCH_SIZES: Final = (10, 50, 250)
@@ -66,29 +66,24 @@ def measure_neighbours(
     """
     check_eval_mode(model)
     images, labels = for_gradients(images, labels)
-    check_neighbours(batch_sizes, len(images), num_targets)
+    check_neighbours(model, batch_sizes, len(images), num_targets)
     threat, seed = ThreatModel.of(threat), checked_integer("seed", seed, 0)
-    check_one_draw(model)
-    pixel_model = pixel_model_for(model, images)
-    device = device_of(pixel_model, images)
-    example = images[:max(batch_sizes)].to(device)
-    with seeded(device, seed, "split"), without_autocast(example):
-        split = AttackedModel(pixel_model, example)
-    if split.head is None or split.head.inference != "batch" or not split.head.is_fitted():
+    if own_mode(model) != "batch" or not find_head(model).is_fitted():
         raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
                          "batch mode")
-    with torch.no_grad(), seeded(device, seed, "features"), without_autocast(example):
-        features = torch.cat([split.features(part.to(device)) for part in images.split(max(batch_sizes))])
+    subject = Subject.of(model, images, labels, max(batch_sizes), seed)
+    device, mix = subject.device, find_head(model).mix
+    with torch.no_grad(), seeded(device, seed, "features"), without_autocast(subject.example):
+        features = torch.cat([subject.attacked.features(part.to(device)) for part in images.split(max(batch_sizes))])
     rows = []
     for size in batch_sizes:
-        with restored(model), seeded(device, seed, "neighbours", size, split.head.mix):
-            search = _Search(pixel_model, split, images, labels, features, size)
-            rows += [{"batch_size": size, "mix": split.head.mix} | row
-                     for row in search.rows(threat, num_targets, seed)]
+        with restored(model), seeded(device, seed, "neighbours", size, mix):
+            search = _Search(subject, images, labels, features, size)
+            rows += [{"batch_size": size, "mix": mix} | row for row in search.rows(threat, num_targets)]
     return rows
 
 
-def check_neighbours(batch_sizes: Sequence[int], num_images: int, num_targets: int = 0) -> None:
+def check_neighbours(model: nn.Module, batch_sizes: Sequence[int], num_images: int, num_targets: int = 0) -> None:
     """Raises a ValueError unless `measure_neighbours` takes these arguments for so many images."""
     if not isinstance(batch_sizes, Sequence) or not batch_sizes:
         raise ValueError(f"neighbours: the batch sizes are {batch_sizes!r}; expected a list of at least one")
@@ -96,10 +91,6 @@ def check_neighbours(batch_sizes: Sequence[int], num_images: int, num_targets: i
         if not 2 <= checked_integer("a batch size", size, 0) <= num_images:
             raise ValueError(f"a batch size is {size}; expected 2 to the number of images, {num_images}")
     checked_integer("num_targets", num_targets, 0)
-
-
-def check_one_draw(model: nn.Module) -> None:
-    """Raises a ValueError if a model averages several draws: the features of one choose the neighbours."""
     if (draws := getattr(model, "draws", 1)) > 1:
         raise ValueError(f"neighbours are chosen by the features of one draw, and the model averages {draws}; leave "
                          "out the neighbours (--neighbours), or the draws (--eot)")
@@ -108,18 +99,17 @@ def check_one_draw(model: nn.Module) -> None:
 class _Search:
     """Neighbours for targets, in batches of one size."""
 
-    def __init__(self, pixel_model: nn.Module, split: AttackedModel, images: Tensor, labels: Tensor, features: Tensor,
-                 size: int):
-        assert split.head is not None
-        self.pixel_model, self.split, self.head, self.size = pixel_model, split, split.head, size
+    def __init__(self, subject: Subject, images: Tensor, labels: Tensor, features: Tensor, size: int):
+        assert subject.attacked.head is not None
+        self.subject, self.split, self.head, self.size = subject, subject.attacked, subject.attacked.head, size
         self.images, self.labels, self.features = images, labels, features
-        self.classes, _ = predictions(pixel_model, images, size, labels.cpu())
+        self.classes, _ = predictions(subject.pixel_model, images, size, labels.cpu())
         with torch.no_grad():
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
-    def rows(self, threat: ThreatModel, num_targets: int, seed: int) -> Iterator[dict[str, Any]]:
+    def rows(self, threat: ThreatModel, num_targets: int) -> Iterator[dict[str, Any]]:
         """Yields the rows of `measure_neighbours` without batch size and mix."""
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        generator = torch.Generator().manual_seed(self.subject.seed % 2**63)
         changed = 0
         for _ in range(_SHUFFLES):
             order = torch.randperm(len(self.images), generator=generator)
@@ -139,7 +129,7 @@ class _Search:
 
     def predict(self, images: Tensor) -> Tensor:
         """Returns the classes (N,) that the true model predicts in batches of this size."""
-        return predictions(self.pixel_model, images, self.size, allow_non_finite=True)[0]
+        return predictions(self.subject.pixel_model, images, self.size, allow_non_finite=True)[0]
 
     def flips(self, target: int, neighbours: Tensor) -> bool:
         """Returns whether the target is misclassified at the head of a batch with these neighbours (B − 1, ...)."""

@@ -22,10 +22,7 @@ from .table import ATTACKS
 
 def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Flag], protocol: dict[str, Any],
                 images: Tensor, labels: Tensor) -> AttackReport:
-    """Returns the report of the steps of all batches, in order, after the checks that follow the attacks.
-
-    `flags` are those of the checks before the attacks.
-    """
+    """Returns the report of the steps of all batches, in order; `flags` are those of the checks before the attacks."""
     correct = _joined(step.correct for step in steps)
     assembled = correct.pop(ASSEMBLED, "")
     if subject.attacked.head is not None:

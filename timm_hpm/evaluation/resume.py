@@ -1,6 +1,6 @@
 """The results of an unfinished evaluation on disk: a file for each attack on each batch, whole or not there.
 
-Each file names its run, batch and step and has digests of its content: a damaged or displaced file is refused by name.
+Each names its run, batch and step and has digests of its content: a damaged or displaced file is refused by name.
 """
 
 import hashlib
@@ -101,11 +101,10 @@ class ProgressFolder:
 
     def save(self, batch: int, step: int, found: Step) -> None:
         """Writes a step, whole or not at all."""
-        result = asdict(found.without_pixels())
-        for name in ("broken", "points", "candidates"):
-            del result[name]
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in
-                   {"broken": found.broken, "points": found.points, **found.candidates}.items()}
+        pixels = {"broken": found.broken, "points": found.points, **found.candidates}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in pixels.items()}
+        result = {name: value for name, value in asdict(found.without_pixels()).items()
+                  if name not in ("broken", "points", "candidates")}
         record = {"run": self._run, "batch": batch, "step": step, "names": list(found.correct), "found": result,
                   "tensors": {name: _tensor_digest(tensor) for name, tensor in tensors.items()}}
         with replacing(self._path(batch, step)) as temporary:
@@ -148,15 +147,14 @@ def unsealed(text: str) -> Any:
     return found["record"]
 
 
-def _digest(*parts: bytes | memoryview) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode(), tensor_bytes(tensor))
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()[:16]
 
 
 def _tensor(file: safe_open, record: dict[str, Any], name: str) -> Tensor:
@@ -167,10 +165,7 @@ def _tensor(file: safe_open, record: dict[str, Any], name: str) -> Tensor:
 
 
 def check_same_run(subject: str, found: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raises a ValueError that says what differs if `found`, as read from JSON, is not of this `run`.
-
-    `subject` begins the message, such as `"FOLDER holds the progress"`.
-    """
+    """Raises a ValueError if `found`, as read from JSON, is not of this `run`; `subject` begins its message."""
     run = json.loads(json.dumps(run))
     different = [f"{name}: {found.get(name)} there, {run.get(name)} now" for name in {**found, **run}
                  if not _same(name, found.get(name), run.get(name))]
@@ -186,10 +181,7 @@ def _same(name: str, one: Any, other: Any) -> bool:
 
 
 def remove_progress(folder: Path) -> None:
-    """Removes a `ProgressFolder`, of a link only the link; any other folder stays as it is.
-
-    If the removal is stopped, `remove_unfinished` does the rest.
-    """
+    """Removes a `ProgressFolder`, of a link only the link; if that is stopped, `remove_unfinished` does the rest."""
     try:
         unsealed((folder / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -38,12 +38,9 @@ class Run:
     keeps_candidates: bool  # for `save_candidates`
     folder: ProgressFolder | None = None
     num_examples: int = 0
-    #: Seconds of the steps that an earlier process had finished.
-    earlier_seconds: float = 0.0
-    #: Whether this process has made something that stays: a step in the folder or, without one, a whole batch.
-    has_progress: bool = False
-    #: The clean steps so far, by the first image of the batch.
-    clean: dict[int, Step] = field(default_factory=dict)
+    earlier_seconds: float = 0.0  # of the steps that an earlier process had finished
+    has_progress: bool = False  # whether this process has made a step in the folder or, without one, a whole batch
+    clean: dict[int, Step] = field(default_factory=dict)  # the clean steps so far, by the first image of the batch
 
     def judge_clean(self, images: Tensor, labels: Tensor, batches: Iterable[int]) -> None:
         """Judges the clean images of the batches that begin with `batches`, until a `time_limit` is over."""
@@ -55,10 +52,7 @@ class Run:
             self._clean_step(_State(first, images[part].to(device), labels[part].to(device)))
 
     def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step] | None:
-        """Returns the steps of the batch that begins with the image `first`: the clean one, then the plan's.
-
-        None if this process has progress and the time of a `time_limit` is over before the last one.
-        """
+        """Returns the steps of the batch that begins with the image `first`, None if a `time_limit` cut them."""
         state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
         place = first // self.subject.batch_size
         clean = self._clean_step(state)

@@ -43,10 +43,8 @@ class Subject:
     logits: Tensor
     batch_size: int
     seed: int
-    #: Cost of the checks.
-    cost: dict[str, float] = field(default_factory=no_cost)
-    #: The outputs of the attacked copy for the first images before any attack.
-    copied: Tensor | None = None
+    cost: dict[str, float] = field(default_factory=no_cost)  # of the checks
+    copied: Tensor | None = None  # the outputs of the attacked copy for the first images before any attack
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
@@ -94,9 +92,9 @@ class Subject:
 
     def flags_after(self, images: Tensor, labels: Tensor, threat: ThreatModel, correct: dict[str, str],
                     raised: set[str]) -> list[Flag]:
-        """Returns the flags of the verdicts, and of the model's gradient and state after the attacks.
+        """Returns the flags after the attacks, of verdicts, gradient and state; `raised` are the flags so far.
 
-        If the model has an HPM head, the gradient is that of its FC classifier. `raised` are the flags so far.
+        The gradient of a model with an HPM head is that of its FC classifier.
         """
         flags = [verdict_flag(correct)]
         if not raised & {"no-gradient", "zero-gradient"}:

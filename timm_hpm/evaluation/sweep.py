@@ -22,7 +22,7 @@ from ..report.sweep_page import sweep_page
 from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import PARTIAL, REPORT, STOPPED, mixed_surrogate_attack
-from .neighbours import check_neighbours, check_one_draw, measure_neighbours
+from .neighbours import check_neighbours, measure_neighbours
 from .processes import gathered, is_first, rank_of
 
 #: The page of all reports.
@@ -93,8 +93,7 @@ def sweep(
         check_inference(mode)
         find_head(model)
     if neighbours:
-        check_neighbours(neighbours, len(images))
-        check_one_draw(model)
+        check_neighbours(model, neighbours, len(images))
     if options.get("save_adversarial") and folder is None:
         raise ValueError("save_adversarial needs a folder to write into")
     plan = [(mode, threat) for mode in dict.fromkeys(modes or [own_mode(model)]) for threat in threats]

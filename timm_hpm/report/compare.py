@@ -47,7 +47,7 @@ class PairedRow:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of McNemar's exact test, `mcnemar_p_value`."""
+        """`mcnemar_p_value`."""
         return mcnemar_p_value(self.only_a, self.only_b)
 
 
@@ -61,10 +61,7 @@ class Comparison:
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """Returns the two-sided p-value of McNemar's exact test: `only_a` is binomial(only_a + only_b, 1/2).
-
-    It is 1 if no image differs. Source: McNemar, Psychometrika 12 (1947).
-    """
+    """Returns the two-sided p-value of McNemar's exact test, 1 if no image differs; Psychometrika 12 (1947)."""
     total, term, tail = only_a + only_b, 1, 0
     for k in range(min(only_a, only_b) + 1):
         tail += term

@@ -18,8 +18,7 @@ _MARKUP: Final = re.compile(r"[&<>|`*\\~$]|\](?=[\[(:])|(?<![A-Za-z0-9])_|_(?![A
 def escaped(value: Any) -> str:
     """Returns a text on one line that Markdown renders as it is, in a table's cell, too.
 
-    Markup becomes character references, line breaks become spaces, and characters that cannot be printed (such as a
-    terminal's control characters) U+FFFD.
+    Markup becomes character references, line breaks spaces, and characters that cannot be printed U+FFFD.
     """
     text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(value).split()))
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", text)
@@ -52,10 +51,7 @@ def results(report: AttackReport) -> list[str]:
 
 
 def report_markdown(report: AttackReport) -> str:
-    """Returns a report as Markdown: accuracies, the command that repeats them, the protocol and cost.
-
-    Flags and normalisation come first: the numbers depend on them.
-    """
+    """Returns a report as Markdown: flags, accuracies, the command that repeats them, the protocol and cost."""
     lines = [f"# Mixed Surrogate Attack: {escaped(report.name)}", ""]
     if report.flags:
         lines += [f"**Unreliable**: {tables.UNRELIABLE}", ""] if report.unreliable else []

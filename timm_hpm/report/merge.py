@@ -19,12 +19,10 @@ _ROUNDING = 0.05
 def merge_reports(reports: Sequence[AttackReport]) -> AttackReport:
     """Returns one report of the worst case over several reports of one model, images, threat model and protocol.
 
-    An image is robust if it is robust in each. The candidate sets of the later reports are named by their seed, such as
-    `"fc/apgd-ce#seed1"`; costs are added.
+    The candidate sets of the later reports are named by their seed, such as `"fc/apgd-ce#seed1"`; costs are added.
 
     Raises:
-        ValueError: if there are fewer than two reports, or they differ in more than their seeds; the message says in
-            what.
+        ValueError: if there are fewer than two reports, or they differ in more than their seeds.
     """
     if len(reports) < 2:
         raise ValueError(f"{len(reports)} report is given; expected two or more, of different seeds")

@@ -29,10 +29,7 @@ def worst_accuracy(rows: Iterable[str]) -> float:
 
 
 def wilson_interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of an accuracy, fractions in [0, 1], also at accuracies of 0 and 1.
-
-    Source: Wilson, Journal of the American Statistical Association 22 (1927).
-    """
+    """Returns the 95 % score interval of an accuracy, fractions in [0, 1]; Wilson, JASA 22 (1927)."""
     z = 1.959963984540054
     scale = 1 + z * z / num_images
     centre = (accuracy + z * z / (2 * num_images)) / scale

@@ -90,8 +90,7 @@ class AttackReport:
         flags: named warnings, of the model and of the attacks.
         examples: the first few misclassified images, with small pictures.
         assembled: verdicts of the true model in batch mode on assembled batches: of each image the first successful
-            candidate, or the clean image if there is none; empty in other modes, whose predictions do not depend on
-            the batch.
+            candidate, or the clean image if there is none; empty in other modes.
         neighbours: the rows of `measure_neighbours`; they enter no accuracy.
         date: day of the measurement in UTC, such as "2026-11-28"; empty in older reports.
         convergence: when each image fell, and the margins of the others; None in older and in merged reports.
@@ -144,10 +143,7 @@ class AttackReport:
 
     @property
     def fell_to(self) -> list[str]:
-        """The candidate set that broke each image first, such as `"fc/apgd-ce"`.
-
-        `"clean"` for an image that is misclassified without an attack, `""` for a robust one.
-        """
+        """The candidate set that broke each image first, such as `"fc/apgd-ce"` or `"clean"`; `""` if it is robust."""
         rows = self.verdicts
         return [next((name for name, verdict in zip(rows, verdicts, strict=True) if verdict == "0"), "")
                 for verdicts in zip(*rows.values(), strict=True)]
@@ -182,13 +178,9 @@ class AttackReport:
 
     @property
     def realised_robust_accuracy(self) -> float:
-        """Accuracy if each batch is scored by its most damaging version.
-
-        One adversary realises this at once in batch mode; outside it is equal to `robust_accuracy`.
-        """
-        if not self.assembled:
-            return self.robust_accuracy
-        return most_errors_accuracy(self.verdicts.values(), self.protocol["batch_size"])
+        """Accuracy if each batch is scored by its most damaging version; outside batch mode `robust_accuracy`."""
+        return most_errors_accuracy(self.verdicts.values(), self.protocol["batch_size"]) if self.assembled else (
+            self.robust_accuracy)
 
     @property
     def robust_accuracy_interval(self) -> tuple[float, float]:

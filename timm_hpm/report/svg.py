@@ -54,10 +54,9 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 def dots(groups: Mapping[str, Mapping[str, Point]], names: Sequence[str], lines: Mapping[str, float],
          label: str) -> str:
-    """Returns a plot of accuracies: a band for each group, in it a dot with an error bar for each name.
+    """Returns a plot of accuracies: a band for each group, in it a dot with an error bar for each of the `names`.
 
-    `names` are all names, by which `colours` chooses; `lines` are accuracies drawn as vertical lines with their names;
-    `label` describes the plot for screen readers.
+    `lines` are accuracies drawn as vertical lines with their names; `label` is for screen readers.
     """
     values = [point for group in groups.values() for point in group.values()]
     low = _floor_tenth(min([*(point.ends[0] for point in values), *lines.values()]))

@@ -42,10 +42,7 @@ def sweep_markdown(reports: Sequence[AttackReport]) -> str:
 
 
 def sweep_page(reports: Sequence[AttackReport], links: Sequence[str] = ()) -> str:
-    """Returns the curves, the table and the flags of one model's reports as one HTML file that opens offline.
-
-    `links` are the addresses of the reports' own pages, relative to this one.
-    """
+    """Returns the curves, the table and the flags of one model's reports as HTML, with `links` to their own pages."""
     head, rows = _table(reports)
     threat = ThreatModel.of(reports[0].protocol["threat"])
     flags = list(dict.fromkeys(

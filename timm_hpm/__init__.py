@@ -31,9 +31,8 @@ from .models import register_hpm
 from .models.create import create_model, load_model
 from .prototypes import PrototypeFit, fit_prototypes
 from .report import AttackReport, compare, merge_reports
-from .report.html import report_page
+from .report.html import report_page, write_report
 from .report.markdown import comparison_markdown, report_markdown
-from .report.write import write_report
 from .sensitivity import Sensitivity, measure_sensitivity
 from .subset import keep_classes
 from .surgery import UnsupportedHeadError, add_hpm_head, remove_hpm_head

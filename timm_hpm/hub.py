@@ -28,20 +28,11 @@ from .data import PixelModel, in_eval_mode, normalisation_of
 from .files import filling, replacing, writable_folder, write_text
 from .guards import shortened, without_tokens
 from .head import find_head, head_name, own_mode
+from .models import saving
 from .models.constructors import describe
 from .models.create import class_names, create_model
 from .models.hpm_timm import BASES
-from .models.saving import (
-    CONFIG,
-    WEIGHTS,
-    in_chans,
-    in_float32,
-    read_config,
-    saved_network,
-    saved_training,
-    weights_path,
-    write_model,
-)
+from .models.saving import CONFIG, WEIGHTS
 from .report import AttackReport, weights_digest
 
 CARD: Final = "README.md"
@@ -169,18 +160,18 @@ def save(
         HubError: if the model cannot be saved, or the saved files give another model.
     """
     folder = Path(folder)
-    model = saved_network(model)
+    model = saving.saved_network(model)
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         describe(model)
     if report is not None:
         report = report if isinstance(report, AttackReport) else AttackReport.load(report)
         _check_report(report, model)
-    weights = weights_path(model)
-    if not training and (own := saved_training(weights)) and _holds_weights(weights, model):
+    weights = saving.weights_path(model)
+    if not training and (own := saving.saved_training(weights)) and _holds_weights(weights, model):
         training = own
     try:
         with filling(folder, first=WEIGHTS) as built:  # whose metadata hold the config
-            config = write_model(model, built, training=training, license=license)
+            config = saving.write_model(model, built, training=training, license=license)
             base = config["architecture"].removeprefix("hpm_")
             write_text(built / CARD, model_card(
                 (repo_id or folder.resolve().name).partition("@")[0],
@@ -212,12 +203,12 @@ def _check_report(report: AttackReport, model: Any) -> None:
     head = None if head_name(model) is None else find_head(model)
     now: dict[str, Any] = {
         "architecture": model.pretrained_cfg.get("architecture"), "num_classes": model.num_classes,
-        "prototypes_fitted": head and head.is_fitted(), "inference": own_mode(model),
-        "mix": head and head.mix,
-        "weights_digest": weights_digest(model), "normalisation": in_float32(normalisation_of(PixelModel(model)))}
+        "prototypes_fitted": head and head.is_fitted(), "inference": own_mode(model), "mix": head and head.mix,
+        "weights_digest": weights_digest(model),
+        "normalisation": saving.in_float32(normalisation_of(PixelModel(model)))}
     measured = {**now, **report.protocol}
     # A caller's own module was measured without a normalisation, and under the name of its class.
-    measured["normalisation"] = in_float32(measured["normalisation"]) or now["normalisation"]
+    measured["normalisation"] = saving.in_float32(measured["normalisation"]) or now["normalisation"]
     if measured["architecture"] in (f"hpm_{now['architecture']}", type(model).__name__):
         measured["architecture"] = now["architecture"]
     for name, value in now.items():
@@ -229,7 +220,7 @@ def _check_report(report: AttackReport, model: Any) -> None:
 
 def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
     """Raises a HubError if the model in the saved folder has other weights or logits."""
-    if "constructor" in read_config(folder / CONFIG):  # which only its caller may run
+    if "constructor" in saving.read_config(folder / CONFIG):  # which only its caller may run
         if not _holds_weights(folder / WEIGHTS, model):
             raise HubError(f"cannot save a model for {repo_id}: its {WEIGHTS} has other weights. Nothing was uploaded")
         return
@@ -239,7 +230,7 @@ def _check_restores(model: nn.Module, folder: Path, repo_id: str) -> None:
         warnings.simplefilter("ignore")
         back = _load(folder, repo_id).to(parameter.device, parameter.dtype).eval()
         size = timm.data.resolve_model_data_config(back)["input_size"][1:]
-        images = torch.randn(2, in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        images = torch.randn(2, saving.in_chans(model), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     with torch.no_grad(), in_eval_mode(model):
         expected, got = model(images), back(images)
     # timm resizes weights that were made for another image size, and the logits hardly change.

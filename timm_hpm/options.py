@@ -119,7 +119,6 @@ class RunOptions(CommonOptions):
                              "it out")
 
     def seconds(self) -> float | None:
-        """Returns the time limit in seconds."""
         return None if self.time_limit is None else parse_time(self.time_limit)
 
 
@@ -283,7 +282,6 @@ def _number(text: str) -> float:
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """Returns the types of a union, or the one type."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
@@ -301,7 +299,6 @@ def _check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as `kind`, or raises a ValueError."""
     for one in _parts(kind):
         if typing.get_origin(one) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(name, part, typing.get_args(one)[0]) for part in value)

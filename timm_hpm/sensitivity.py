@@ -79,7 +79,6 @@ class Sensitivity:
     rows: tuple[HeadSensitivity, ...]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes all of it as JSON."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod

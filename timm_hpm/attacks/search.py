@@ -121,7 +121,6 @@ class _Search:
         return left[self.best[left].argsort(descending=True, stable=True)[:served]].sort().values
 
     def random_start(self, images: Tensor) -> Tensor:
-        """Returns random starts (r, ...)."""
         return Ball(self.clean[images], self.threat).random_start().clamp_(0, 1)
 
     def near_best(self, images: Tensor) -> Tensor:

@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivity, tuple[str, ...]]:
-    """Returns the study of one network, and the names of its classes."""
     shared = {one.name: getattr(config, one.name) for one in fields(CommonOptions)}
     options = EvaluateConfig(**shared, checkpoint=checkpoint, device=config.device, split=config.split)
     model = load_model(options)

@@ -14,7 +14,7 @@ from ..attacks import margin_loss
 from ..data import ask
 from ..head import head_name, mode_if_any
 from ..report import TRUE_MODEL, Flag
-from ..report.metrics import attack_of
+from ..report.metrics import attack_of, right_in_all
 from ..surgery import HPMMixin
 from ..threat import ThreatModel
 from .attacked import differs
@@ -206,8 +206,8 @@ def verdict_flag(correct: dict[str, str]) -> Flag | None:
     without = {name: correct[name] for name, attack in attacked.items() if not attack.needs_gradient}
     if not with_gradients or not without:
         return None
-    survive = [all(row[i] == "1" for row in (correct["clean"], *with_gradients)) for i in range(len(correct["clean"]))]
-    broken = sum(survives and any(row[i] == "0" for row in without.values()) for i, survives in enumerate(survive))
+    survive = right_in_all([correct["clean"], *with_gradients])
+    broken = sum(left and not held for left, held in zip(survive, right_in_all(without.values()), strict=True))
     if broken < 3 or broken <= 0.02 * len(survive):
         return None
     where = ", ".join(dict.fromkeys(name.rpartition("/")[0] for name in without

@@ -83,7 +83,6 @@ class EvaluateConfig(RunOptions):
         self.radii()
 
     def budgets(self) -> dict[str, Budget]:
-        """Returns the budget of each attack that has one of its own."""
         return {name: as_budget(name, value) for name, _, value in (text.partition("=") for text in self.budget)}
 
     def radii(self) -> list[float] | None:

@@ -22,8 +22,8 @@ from ..models.constructors import is_constructor, named_again
 from ..models.create import class_names, create_model, open_split_for, usable_device
 from ..models.saving import saved_training, weights_path
 from ..report import TRUE_MODEL, AttackReport, merge_reports
+from ..report.html import write_report
 from ..report.shell import DATA_OPTIONS, DOOR, MODEL_OPTIONS
-from ..report.write import write_report
 from ..subset import keep_classes, read_subset
 from ..threat import ThreatModel
 from .config import OPTIONS, EvaluateConfig, saved_options
@@ -127,7 +127,6 @@ def _attack_options(config: EvaluateConfig, model: nn.Module, images: Tensor) ->
 
 
 def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, Any]:
-    """Returns the model and data of a report's protocol."""
     names = split.class_names or class_names(model)
     options = {name: value for name, value in config.to_saved().items()
                if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})
@@ -192,7 +191,6 @@ def _warn_of_seen(model: Any, config: EvaluateConfig) -> None:
 
 
 def weights_of(model: Any, config: EvaluateConfig) -> str:
-    """Returns the origin of the weights, for the report."""
     if config.checkpoint:
         return config.checkpoint
     if is_constructor(config.model):

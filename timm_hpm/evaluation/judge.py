@@ -8,20 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .. import rules
+from .. import data, rules
 from ..attacks import predicted_classes
-from ..data import (
-    PixelModel,
-    as_pixel_model,
-    ask,
-    check_eval_mode,
-    check_logits,
-    check_pixels,
-    check_range,
-    checked_integer,
-    normalisation_of,
-    unwrapped,
-)
 from ..head import find_head, head_mode, mode_if_any, own_mode
 from ..report import data_digest
 from ..report.shell import AUTOCAST
@@ -62,7 +50,7 @@ def judge(
 
     Takes `labels` (N,), class indices; the other arguments and the errors are those of `predictions`.
     """
-    images = check_pixels(images, labels)
+    images = data.check_pixels(images, labels)
     labels = labels.cpu().long()
     classes, _ = predictions(model, images, batch_size, labels, first_image=first_image,
                              allow_non_finite=allow_non_finite)
@@ -78,16 +66,16 @@ def predictions(model: nn.Module, images: Tensor, batch_size: int, labels: Tenso
     image in messages. With `allow_non_finite`, for images under attack, logits that are NaN or infinite get the class
     −1, which is never correct; without it they raise a NonFiniteLogitsError that names the image.
     """
-    batch_size = checked_integer("batch_size", batch_size, 1)
-    check_eval_mode(model)
+    batch_size = data.checked_integer("batch_size", batch_size, 1)
+    data.check_eval_mode(model)
     model = pixel_model_for(model, images)
     device = device_of(model, images)
     classes, ahead = [], []
     for first in range(0, len(images), batch_size):
         batch = images[first:first + batch_size].to(device, torch.float32)
-        logits = check_logits(ask(model, batch), len(batch))
+        logits = data.check_logits(data.ask(model, batch), len(batch))
         if labels is not None:
-            check_range(labels, logits.shape[1])
+            data.check_range(labels, logits.shape[1])
         if not allow_non_finite:
             check_finite(own_logits(model, batch, logits), first_image + first)
         classes.append(predicted_classes(logits).cpu())
@@ -102,7 +90,7 @@ def own_logits(model: nn.Module, images: Tensor, logits: Tensor) -> Tensor:
     if logits.isfinite().all() or own_mode(model) != "batch":
         return logits
     with head_mode(model, "sample"):
-        alone = ask(model, images)
+        alone = data.ask(model, images)
     return logits if alone.isfinite().all() else alone
 
 
@@ -118,7 +106,7 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
             protocol.
         OSError: if there is no such file.
     """
-    check_eval_mode(model)
+    data.check_eval_mode(model)
     protocol = saved_protocol(path)
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name != "labels"]  # noqa: SIM118  (it is no dict)
@@ -130,7 +118,7 @@ def rejudge(model: nn.Module, path: str | os.PathLike) -> dict[str, str]:
     threat = ThreatModel.of(protocol["threat"])
     precision = precision_of(model, device_of(model, clean))
     for name, now, there, option in (
-            ("mean and std", _mean_and_std(normalisation_of(pixel_model_for(model, clean))),
+            ("mean and std", _mean_and_std(data.normalisation_of(pixel_model_for(model, clean))),
              _mean_and_std(protocol["normalisation"]), "--mean, --std; timm_hpm.PixelModel"),
             ("draws", getattr(model, "draws", 1), protocol.get("eot", 1), "--eot; timm_hpm.PixelModel"),
             ("precision", precision, protocol.get("precision", precision), "--amp, --amp-dtype; torch.autocast"),
@@ -207,12 +195,13 @@ def as_row(correct: Tensor) -> str:
 
 def pixel_model_for(model: nn.Module, images: Tensor) -> nn.Module:
     """Returns `model` as a classifier of float32 pixels in [0, 1] with float32 logits."""
-    pixel_model = as_pixel_model(model)
-    if isinstance(unwrapped(pixel_model), PixelModel) or (not isinstance(pixel_model, torch.jit.ScriptModule) and all(
-            p.dtype == torch.float32 for p in model.parameters())):
+    pixel_model = data.as_pixel_model(model)
+    in_float32 = all(p.dtype == torch.float32 for p in model.parameters())
+    if isinstance(data.unwrapped(pixel_model), data.PixelModel) or (
+            in_float32 and not isinstance(pixel_model, torch.jit.ScriptModule)):
         return pixel_model
     # A module of pixels in another precision needs a cast, not a normalisation; a ScriptModule takes no hooks.
-    pixel_model = PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
+    pixel_model = data.PixelModel(model, mean=[0.0] * images.shape[1], std=[1.0] * images.shape[1])
     pixel_model.source = f"{type(model).__name__}, a module of pixels"
     return pixel_model
 

@@ -108,7 +108,6 @@ class _Search:
             self.assigned = self.head.float_fc_logits(features.float()).argmax(dim=1)
 
     def rows(self, threat: ThreatModel, num_targets: int) -> Iterator[dict[str, Any]]:
-        """Yields the rows of `measure_neighbours` without batch size and mix."""
         generator = torch.Generator().manual_seed(self.subject.seed % 2**63)
         changed = 0
         for _ in range(_SHUFFLES):

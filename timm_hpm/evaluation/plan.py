@@ -25,11 +25,9 @@ class Plan:
 
     @property
     def surrogates(self) -> tuple[str, ...]:
-        """The surrogates of the protocol."""
         return self.protocol.surrogates or ()
 
     def budget(self, row: str) -> Budget:
-        """Returns the budget of a row's attack."""
         return self.protocol.attacks[attack_of(row)]
 
     def queries(self, row: str) -> int:

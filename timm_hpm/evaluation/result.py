@@ -85,7 +85,6 @@ def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[s
 
 
 def measured_convergence(steps: Sequence[Step]) -> Convergence:
-    """Returns the `Convergence` of the steps of all batches, in order."""
     fell_after: list[float | None] = []
     margins: list[float] = []
     clean: list[float] = []

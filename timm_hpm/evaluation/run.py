@@ -218,7 +218,6 @@ class _State:
         self.leads = torch.full_like(self.labels, torch.inf, dtype=torch.float32)  # smallest so far of the right logit
 
     def add(self, step: Step) -> None:
-        """Takes the verdicts of a step."""
         self.standing[step.broken] = step.points.to(self.images.device)
         self.broken[step.broken] = True
         self.leads = self.leads.minimum(torch.tensor(step.margins, device=self.leads.device))

@@ -172,5 +172,4 @@ def _first_logits(pixel_model: nn.Module, images: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Returns a context without autocast on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else nullcontext()

@@ -18,8 +18,8 @@ from ..deadline import is_over
 from ..files import write_text
 from ..head import check_inference, find_head, mode_if_any, own_mode
 from ..report import AttackReport
+from ..report.html import write_report
 from ..report.sweep_page import sweep_page
-from ..report.write import write_report
 from ..threat import ThreatModel
 from .msa import PARTIAL, REPORT, STOPPED, mixed_surrogate_attack
 from .neighbours import check_neighbours, measure_neighbours

@@ -1,9 +1,8 @@
-"""The data of a report. Its renderers are modules of their own, which import the data: markdown, html, write."""
+"""The data of a report. Its renderers are modules of their own, which import the data: markdown and html."""
 
-from .compare import Comparison, PairedRow, compare, mcnemar_p_value
+from .compare import Comparison, PairedRow, compare, mcnemar_p_value, merge_reports
 from .examples import NUM_EXAMPLES, Example, make_example
 from .flags import FLAGS, Flag
-from .merge import merge_reports
 from .schema import ASSEMBLED, SCHEMA_VERSION, TRUE_MODEL, AttackReport, Convergence, data_digest, weights_digest
 
 __all__ = [

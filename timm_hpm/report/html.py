@@ -1,21 +1,32 @@
-"""A report as one HTML file that opens offline, without scripts. Each part of the page is one function of this file.
+"""The files of a report. The page opens offline, without scripts; each part of it is one function of this file.
 
 A new picture is a function that takes the report and returns parts of HTML, and a line in `report_page`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Final
 
+from ..files import writable_folder, write_text
 from . import svg, tables
 from .flags import Flag, paragraph
+from .markdown import report_markdown
 from .schema import AttackReport
 from .shell import evaluate_command, shell_lines
 from .tables import INTERVAL, ROBUST, WORDS, Table, interval_text, percent
 
 _STYLE: Final = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
+def write_report(report: AttackReport, folder: str | os.PathLike) -> None:
+    """Writes report.md, report.html and, last, report.json, each whole or not at all; makes the folder if needed."""
+    place = writable_folder(folder)
+    write_text(place / "report.md", report_markdown(report))
+    write_text(place / "report.html", report_page(report))
+    report.save(place / "report.json")
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -38,7 +38,6 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], numbers_from: int 
 
 
 def section(content: Table) -> list[str]:
-    """Returns the lines of a table under its title."""
     return ["", f"## {content.title}", "", *([content.note, ""] if content.note else []), *table(*content[2:])]
 
 

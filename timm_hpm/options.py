@@ -219,10 +219,7 @@ def given_options(parser: argparse.ArgumentParser, kind: type,
     add_arguments(parser, kind)
     args = parser.parse_args(argv)
     options = read_options(args.config, kind) if args.config else {}
-    for one in fields(kind):
-        if hasattr(args, one.name):
-            options[one.name] = getattr(args, one.name)
-            delattr(args, one.name)
+    options |= {one.name: vars(args).pop(one.name) for one in fields(kind) if hasattr(args, one.name)}
     return args, options
 
 

@@ -119,15 +119,11 @@ def measure_sensitivity(
     Each head is attacked by APGD on its own logits, with two losses: the margin, which no scale of the logits
     saturates, and the cross-entropy at the head's own scale, whose gradient vanishes if the scale is large. The
     difference of the two accuracies is the robustness that the naive attack would claim without cause. Costs
-    2·(iterations + 1) forward and backward passes of the backbone for each image, head and radius.
-
-    This is a study of heads, no evaluation: robust accuracy is measured by `mixed_surrogate_attack`, which is stronger.
+    2·(iterations + 1) forward and backward passes for each image, head and radius. `mixed_surrogate_attack`, which
+    measures robust accuracy, is stronger.
 
     Arguments:
-        model: a timm model (normalised by its `pretrained_cfg`) or a module of pixels in [0, 1] with a fitted HPM head,
-            in eval mode. It is not changed.
-        images: (N, channels, H, W), pixels in [0, 1].
-        labels: (N,), class indices.
+        model, images, labels: as in `mixed_surrogate_attack`; the model has a fitted HPM head.
         norm: `"Linf"` or `"L2"`.
         radii: in units of the pixel range; those of 0 are left out.
         modes: inference modes of the HPM head, each a head of its own.

@@ -34,15 +34,10 @@ def attack(
     `mixed_surrogate_attack`, which runs all attacks through all surrogates.
 
     Arguments:
-        model: a timm model, a `PixelModel` or another module of pixels in [0, 1], in eval mode. It does not change.
-        images: (N, channels, H, W), pixels in [0, 1].
-        labels: (N,), class indices.
-        threat: the threat model, or a text such as `"Linf:8/255"`.
+        model, images, labels, threat, batch_size, seed: as in `mixed_surrogate_attack`.
         name: of `timm_hpm.evaluation.ATTACKS`, such as `"apgd-ce"`, `"apgd-t"`, `"fab-t"` or `"square"`. It attacks the
             logits of the model itself; `"apgd-chain"` goes through all surrogates of an HPM head.
         budget: a `Budget`, iterations, or a text such as `"100x9r2"`; None means the standard one.
-        batch_size: images in a batch. In the mode `"batch"` of an HPM head the predictions depend on it.
-        seed: of the attack's random numbers; the caller's random state is restored.
 
     Raises:
         ValueError: if an argument is malformed, the attack does not apply to the model, or needs gradients that the

@@ -60,11 +60,10 @@ def run(config: EvaluateConfig, output: Path, *, resume: bool = False,
             reports = _evaluate(config, output, accelerator, resume)
             if not is_first(accelerator):
                 return []
-            if STOPPED in reports[-1].protocol:
-                return reports
-            if len(reports) > 1 or config.eps_sweep:
+            finished = STOPPED not in reports[-1].protocol
+            if finished and (len(reports) > 1 or config.eps_sweep):
                 save_sweep(reports, output)
-            if robustbench_json:
+            if finished and robustbench_json:
                 save_model_info(reports[0], robustbench_json)
             return reports
 
@@ -80,11 +79,11 @@ def _evaluate(config: EvaluateConfig, output: Path, accelerator: Accelerator | N
     config = replace(config, threads=use_threads(config.threads, pixel_model, images[:config.batch_size]))
     about = _about(config, model, split)
     with time_limit(config.seconds()), mixed_precision(config):
-        if is_first(accelerator) and not (output / REPORT).exists():
-            print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
-                                    modes=config.inference, batch_size=config.batch_size, accelerator=accelerator,
-                                    time_limit=config.time_limit), file=sys.stderr)
         if is_first(accelerator):
+            if not (output / REPORT).exists():
+                print(evaluation_header(about, pixel_model, images, threat, options["protocol"], radii=config.radii(),
+                                        modes=config.inference, batch_size=config.batch_size, accelerator=accelerator,
+                                        time_limit=config.time_limit), file=sys.stderr)
             begin(config, output, resume)
         try:
             return list(sweep(
@@ -239,11 +238,6 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
     model = as_pixel_model(load_model(config), config.mean, config.std, config.eot)
     if config.threads is not None:
         torch.set_num_threads(config.threads)  # others round differently
-    with mixed_precision(config):
-        return _compared_verdicts(model, folder)
-
-
-def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:
     report = load_report(folder)
     candidates = folder / "adversarial.safetensors"
     if not candidates.exists():
@@ -252,7 +246,8 @@ def _compared_verdicts(model: nn.Module, folder: Path) -> tuple[bool, str]:
     if saved_protocol(candidates) != report.protocol:
         raise ValueError(f"adversarial.safetensors and report.json in {folder} are of different runs; run the attack "
                          "again with --save-adversarial")
-    verdicts, expected = rejudge(model, candidates), report.verdicts
+    with mixed_precision(config):
+        verdicts, expected = rejudge(model, candidates), report.verdicts
     if {"random-forward", "averaged-draws"} & {flag.name for flag in report.flags} and not report.protocol["full_grid"]:
         verdicts, expected = (_of_unbroken(rows, report.verdicts) for rows in (verdicts, expected))
     # A row of the true model may be a second name of a set that is there.

@@ -21,6 +21,10 @@ from .well_formed import check_report
 #: Version of report.json that this package writes and reads.
 SCHEMA_VERSION: Final = 2
 
+# Entries of a file besides the fields of a report.
+_COMPUTED: Final = ("unreliable", "num_images", "clean_accuracy", "robust_accuracy", "robust_accuracy_interval",
+                    "assembled_robust_accuracy", "realised_robust_accuracy", "fell_to", "by_surrogate", "baseline")
+
 # Fields that older reports of this version lack.
 _NEW: Final = ("date", "convergence")
 
@@ -210,19 +214,10 @@ class AttackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields and the computed accuracies in JSON's types."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "unreliable": self.unreliable,
-            "num_images": self.num_images,
-            "clean_accuracy": self.clean_accuracy,
-            "robust_accuracy": self.robust_accuracy,
-            "robust_accuracy_interval": list(self.robust_accuracy_interval),
-            "assembled_robust_accuracy": self.assembled_robust_accuracy,
-            "realised_robust_accuracy": self.realised_robust_accuracy,
-            "fell_to": self.fell_to,
-            "by_surrogate": self.by_surrogate,
-            "baseline": self.baseline,
-        } | {name: value for name, value in asdict(self).items() if value or name not in _NEW}
+        computed = {name: getattr(self, name) for name in _COMPUTED}
+        computed["robust_accuracy_interval"] = list(self.robust_accuracy_interval)
+        return {"schema_version": SCHEMA_VERSION, **computed} | {
+            name: value for name, value in asdict(self).items() if value or name not in _NEW}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the report as JSON, whole or not at all; makes the folder if it is missing."""

@@ -25,10 +25,8 @@ _LARGEST_LEAD: Final = 12.0
 
 
 def moderate_scale(head: HPMHead, features: Tensor) -> None:
-    """Lowers a head's scale, in place, if its ℓ2 logits of `features` (B, d) leave the cross-entropy no gradient.
-
-    No prediction depends on the scale, but an attack does: a saturated softmax looks robust and is not.
-    """
+    """Lowers a head's scale, in place, if its ℓ2 logits of `features` (B, d) leave the cross-entropy no gradient."""
+    # No prediction depends on the scale, but an attack does: a saturated softmax looks robust and is not.
     best = dataset_logits(head, features.to(head.weight.dtype)).topk(2, dim=1).values
     lead = float((best[:, 0] - best[:, 1]).quantile(0.95))
     if lead > _LARGEST_LEAD:
@@ -60,8 +58,8 @@ def _all_unwrapped(module: nn.Module) -> nn.Module:
 def _private_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """Returns a frozen copy in eval mode, uncompiled and not wrapped for several devices.
 
-    It is in float32, or in the model's own precision if it fails in float32, as one that casts in its forward. State
-    in plain attributes, such as a counter of calls, goes its own way in the copy.
+    It is in float32, or in the model's own precision if it casts in its forward and fails in float32. State in plain
+    attributes, such as a counter of calls, goes its own way in the copy.
     """
     try:
         with torch.no_grad():  # the copies of a ScriptModule's parameters would be no leaves
@@ -100,10 +98,6 @@ class _HeadInput(nn.Module):
                                                              prepend=True):
             self.model(pixels)
         return torch.cat(inputs[-self.draws:], dim=1)
-
-
-def _cut(backbone: Any, _: Tensor) -> nn.Module:
-    return without_head(backbone.model)
 
 
 def _in_channels_last(backbone: nn.Module, _: Tensor) -> nn.Module:
@@ -205,11 +199,11 @@ class AttackedModel:
         #: Images that went forward and backward through the backbone so far, each draw of a randomised model by itself.
         self.forward_passes = 0
         self.backward_passes = 0
-        changes = [(_in_channels_last, _ROUNDING_IN_FORMAT), (_folded, _ROUNDING)]
+        changes: list[Any] = [(_in_channels_last, _ROUNDING_IN_FORMAT), (_folded, _ROUNDING)]
         if head_name(self.backbone) is not None:
             self.head, self.backbone = find_head(self.backbone), _HeadInput(self.backbone, self._draws)
             if self._draws == 1:  # without its head the model would average features
-                changes.insert(0, (_cut, _ROUNDING))
+                changes.insert(0, (lambda backbone, _: without_head(backbone.model), _ROUNDING))
         with torch.no_grad():
             for change, rounding in changes:
                 self.backbone = _if_alike(change, self.backbone, example[:_FEW_IMAGES], rounding)
@@ -217,20 +211,14 @@ class AttackedModel:
                 moderate_scale(self.head, torch.cat(ask(self.backbone, example).chunk(self._draws, dim=1)))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns the head's input (B, d), or the logits (B, C) of a classifier without one.
-
-        Of a model that averages N draws, (B, N·d): those of each draw, side by side.
-        """
+        """Returns the head's input (B, d), of N draws side by side (B, N·d); the logits (B, C) if there is no head."""
         self.forward_passes += self._draws * len(pixels)
         if torch.is_grad_enabled() and pixels.requires_grad:
             self.backward_passes += self._draws * len(pixels)
         return ask(self.backbone, pixels)
 
     def logits(self, surrogate: str, features: Tensor, temperature: float | None = None) -> Tensor:
-        """Returns the logits (B, C) of a surrogate for the `features` (B, d) of a whole batch, the mean over the draws.
-
-        With a `temperature` those of `Surrogate.at`.
-        """
+        """Returns a surrogate's logits (B, C) for the `features` (B, d) of a whole batch, the mean over the draws."""
         if self.head is None:
             return features.float()
         chosen, head = SURROGATES[surrogate], self.head

@@ -179,10 +179,6 @@ class AttackBatch:
         right = self.current_logits().argmax(dim=1) == self.labels
         return self.active[right[self.active]]
 
-    def batch_dependent(self) -> bool:
-        """Returns whether some surrogate's logits depend on the rest of the batch."""
-        return any(map(self.model.batch_dependent, self.surrogates))
-
     @torch.no_grad()
     def _logits_of(self, features: Sequence[Tensor]) -> Tensor:
         return self.finite(self.rows, self.points, torch.cat([

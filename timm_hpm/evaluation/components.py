@@ -120,7 +120,7 @@ def square(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
 
     # A fooled row is queried no more: from then on its batch holds this point, if its neighbours' logits depend on it.
     found = square_search(margin, active, batch.clean[active], threat, budget.iterations,
-                          on_fooled=batch.place if batch.batch_dependent() else None)
+                          on_fooled=batch.place if any(map(batch.model.batch_dependent, batch.surrogates)) else None)
     return batch.points.index_copy(0, active, found)
 
 

@@ -46,18 +46,17 @@ def joint(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
     """Returns the candidates (S·B, ...) of an ascent that moves all images of a batch at once, for one common loss.
 
     The loss is the number of errors in the batch, each softened by a steep sigmoid of its margin, so that a broken
-    image moves the batch-level prototypes in favour of those nearest to an error. The ascent begins at the batch's
-    start and returns the visited batch with the most errors of the head itself.
+    image moves the batch-level prototypes in favour of those nearest to an error. The result is the visited batch with
+    the most errors of the head itself.
     """
     return _ascend_together(batch, threat, budget.iterations, batch.points,
                             partial(torch.ones_like, dtype=torch.bool))
 
 
 def joint_subset(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
-    """Returns the candidates (S·B, ...) of one round of the same ascent for a few victims.
+    """Returns the candidates (S·B, ...) of one round of the same ascent, from a random start, for a few victims.
 
-    All other images are optimised to flip the victims, which are drawn from the images nearest to an error at a random
-    start. If every image is broken, none moves.
+    All other images are optimised to flip the victims, drawn from the images nearest to an error there.
     """
     if not batch.victims.any():
         return batch.points

@@ -91,10 +91,9 @@ class Protocol:
             full_grid: bool | None = None,
             surrogates_at_once: int | None = None,
     ) -> "Protocol":
-        """Returns the protocol with other surrogates, attacks or budgets, or with or without the full grid.
+        """Returns the protocol with other surrogates, attacks or budgets, named `"custom"` if one of these changes it.
 
-        It is named `"custom"` if one of these changes it. An attack without a budget gets the standard one. Attacks or
-        budgets that are given hold for every classifier.
+        An attack without a budget gets the standard one. Attacks or budgets that are given hold for every classifier.
 
         Raises:
             ValueError: if an attack is unknown, or its budget lacks targets.

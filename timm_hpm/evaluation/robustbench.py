@@ -18,13 +18,7 @@ def model_info(report: AttackReport, known: Mapping[str, Any] | None = None) -> 
 
     `autoattack_acc` is the accuracy under AutoAttack's four components at their standard budgets on the model itself,
     empty if the report has other attacks. `external` is the report's worst case if it has more surrogates or seeds than
-    that.
-
-    Arguments:
-        report: the measurement.
-        known: fields that only the authors know, such as `name`, `link`, `authors` and `venue`.
-
-    Source: the files of RobustBench's folder model_info.
+    that. The `known` fields are the authors', such as `name`, `link` and `venue`.
     """
     protocol = report.protocol
     # Attacks on the surrogate that computes the true model's logits are AutoAttack on the model.

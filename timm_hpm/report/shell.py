@@ -29,11 +29,9 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     """Returns the words of the command that repeats an evaluation; none unless evaluate.py made it, or can.
 
     Arguments:
-        protocol: a report's, or some of its entries: `model` (a name for timm.create_model), `dataset`, `split`,
-            `normalisation`, `threat`, `num_images`, `batch_size`, `inference`, `protocol` with its `surrogates` and
-            `attacks`, `seed`, `device`, ...; and `options`, a dict by the names in `MODEL_OPTIONS` and `DATA_OPTIONS`,
-            which evaluate.py writes. Without `model`, `dataset` and `options`, or after a merge of several `seeds`,
-            there is no command; other missing entries are left to the defaults of evaluate.py.
+        protocol: a report's, or some of its entries. Without `model`, `dataset` and `options`, a dict by the names in
+            `MODEL_OPTIONS` and `DATA_OPTIONS`, or after a merge of several `seeds`, there is no command; other missing
+            entries are left to the defaults of evaluate.py.
     """
     if not {"model", "dataset", "options"} <= protocol.keys() or "seeds" in protocol:
         return []
@@ -42,7 +40,8 @@ def evaluate_command(protocol: Mapping[str, Any]) -> list[str]:
     if given.get("pretrained") is False and "checkpoint" not in opened:
         return []  # random weights
     options: dict[str, Any] = {"model": protocol["model"], "dataset": protocol["dataset"]} | opened
-    options |= {name: [_shortest(number) for number in numbers]
+    # The shortest text of a float32: 0.3053 for 0.3052999973297119.
+    options |= {name: [str(np.float32(number)) for number in numbers]
                 for name, numbers in (protocol.get("normalisation") or {}).items() if name in ("mean", "std")}
     options |= {name: protocol[name] for name in ("split", "num_images", "threat", "batch_size") if name in protocol}
     if protocol.get("inference", "none") != "none":
@@ -75,11 +74,6 @@ def shell_lines(words: Sequence[str]) -> str:
             line = "   "
         line += f"{' ' if line else ''}{_quoted(word)}"
     return " \\\n".join([*lines, line])
-
-
-def _shortest(number: float) -> str:
-    """Returns the shortest text of a float32: 0.3053 for 0.3052999973297119."""
-    return str(np.float32(number))
 
 
 def _quoted(word: str) -> str:

@@ -109,11 +109,13 @@ class Run:
         """Returns the result of one attack on one batch through a group of surrogates."""
         model, attack = self.subject.attacked, ATTACKS[attack_of(row)]
         surrogates = [model.exact_surrogate() if name == TRUE_MODEL else name for name in group]
-        active = torch.stack([self._active(f"{name}/{row}", state) for name in group])
+        cascade = self.plan.cascade
+        gone = state.broken & cascade
+        active = torch.stack([~(gone & state.fc_broken if self._judges_fc(f"{name}/{row}") else gone)
+                              for name in group])
         left = int(active.any(dim=0).sum())
         active &= state.nearest(attack.nearest)
         # In a full grid each set of candidates is of that attack alone, in the whole batch, which logits may depend on.
-        cascade = self.plan.cascade
         rows = (active.any(dim=0) if cascade else torch.ones_like(state.broken)).nonzero().squeeze(1)
         found = (state.standing if cascade else state.images).repeat(len(group), 1, 1, 1, 1)
         not_finite: dict[str, list[int]] = {}
@@ -140,17 +142,11 @@ class Run:
         return replace(step, flags=flags + step.flags, not_finite=not_finite | step.not_finite, cost=cost,
                        attacked=left)
 
-    def _active(self, name: str, state: "_State") -> Tensor:
-        """Returns the images (B,) that a step attacks: all, or in a cascade those that are left."""
-        if not self.plan.cascade:
-            return torch.ones_like(state.broken)
-        return ~(state.broken & state.fc_broken) if self._judges_fc(name) else ~state.broken
-
     def _judged(self, row: str, candidates: dict[str, Tensor], state: "_State") -> Step:
         """Returns the verdicts: the true model's, and the FC classifier's on the candidates of that classifier."""
         model, batch_size, labels = self.subject.pixel_model, self.subject.batch_size, state.labels
         correct, baseline, examples, not_finite, flags, kept = {}, {}, [], {}, [], {}
-        newly, points = torch.zeros_like(state.broken), torch.zeros_like(state.images)
+        cascade, newly, points = self.plan.cascade, torch.zeros_like(state.broken), torch.zeros_like(state.images)
         margins = torch.full(labels.shape, torch.inf)
         # The assembled batch breaks no image for the first time.
         broken = torch.ones_like(newly) if row == ASSEMBLED else state.broken
@@ -159,8 +155,8 @@ class Run:
             if self._judges_fc(name):
                 with head_mode(self.subject.model, "fc"), drawing():
                     right = judge(model, found, labels, batch_size, first_image=state.first, allow_non_finite=True)
-                baseline[name] = as_row(right & ~state.fc_broken.cpu() if self.plan.cascade else right)
-            if self.plan.cascade:
+                baseline[name] = as_row(right & ~(state.fc_broken.cpu() & cascade))
+            if cascade:
                 found = torch.where(broken.view(-1, 1, 1, 1), state.standing, found)
             with drawing():
                 # A model that fails on clean images is broken; under attack that is the adversary's aim.
@@ -168,13 +164,13 @@ class Run:
                                              allow_non_finite=row != "clean")
             classes = classes.to(labels.device)
             margins = margins.minimum(torch.where(classes.cpu() == labels.cpu(), ahead, 0.0))
-            lost = (classes < 0) & ~broken if self.plan.cascade else classes < 0
+            lost = (classes < 0) & ~(broken & cascade)
             if lost.any():
                 not_finite[f"{name}: on the candidates, the true model's"] = [
                     state.first + i for i in lost.nonzero().squeeze(1).tolist()]
                 with drawing():
                     flags += self._spread(name, found, lost)
-            right = (classes == labels) & ~broken if self.plan.cascade else classes == labels
+            right = (classes == labels) & ~(broken & cascade)
             correct[name] = as_row(right)
             breaks = ~right & ~broken & ~newly
             points[breaks] = found[breaks]

@@ -23,10 +23,8 @@ _READER_GONE: Final = 128 + 13  # SIGPIPE, which Windows has not
 
 
 def run_command(name: str, main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error.
-
-    If the reader of the output has gone, such as `| head -1`, it ends without a word, as a process by SIGPIPE.
-    """
+    """Runs a command's `main` and exits with its code, or with one line on standard error that names the error."""
+    # If the reader of the output has gone, such as `| head -1`, it ends without a word, as a process by SIGPIPE.
     sys.stdout, sys.stderr = (_usable(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     for stream in (sys.stdout, sys.stderr):  # an encoding such as cp1252 lacks the "−"
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

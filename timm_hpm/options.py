@@ -123,10 +123,7 @@ class RunOptions(CommonOptions):
 
 
 def check(options: Any) -> None:
-    """Converts the fields of a dataclass to their types; raises a ValueError for other types, ranges and choices.
-
-    Numbers may be texts such as "2/255".
-    """
+    """Converts the fields to their types, numbers also from texts such as "2/255", or raises a ValueError."""
     kinds = typing.get_type_hints(type(options))
     for one in fields(options):
         value = _typed(one.name, getattr(options, one.name), kinds[one.name])

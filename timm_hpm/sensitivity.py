@@ -64,30 +64,19 @@ class HeadSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The sensitivity of a backbone's heads at several radii.
+    """The sensitivity of a backbone's heads at several radii."""
 
-    Arguments:
-        name: the network's name.
-        protocol: norm, images, iterations, batch size and seed, in JSON's types.
-        rows: one for each head and radius above 0.
-        clean: accuracy of each head on the clean images.
-    """
-
-    name: str
-    protocol: Mapping[str, Any]
-    clean: Mapping[str, float]
-    rows: tuple[HeadSensitivity, ...]
+    name: str  # the network's
+    protocol: Mapping[str, Any]  # norm, images, iterations, batch size and seed, in JSON's types
+    clean: Mapping[str, float]  # accuracy of each head on the clean images
+    rows: tuple[HeadSensitivity, ...]  # one for each head and radius above 0
 
     def save(self, path: str | os.PathLike) -> None:
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
-        """Returns what `save` wrote.
-
-        Raises:
-            ValueError: if the file holds something else.
-        """
+        """Returns the study that `save` wrote; raises a ValueError if the file holds something else."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(HeadSensitivity(row["head"], float(row["eps"]), Movement(**row["overall"]),

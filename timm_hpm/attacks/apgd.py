@@ -18,21 +18,13 @@ _RAISING = 0.75
 
 
 class Ascent(NamedTuple):
-    """The result of APGD for R images.
+    """The result of APGD for R images."""
 
-    Arguments:
-        largest: (R, ...), the points of largest loss on the way.
-        loss: (R,), that loss.
-        fooling: (R, ...), the last misclassified points on the way, or the start if there was none.
-        fooled: (R,), whether there was one.
-        without_gradient: images whose gradient was zero at the start.
-    """
-
-    largest: Tensor
-    loss: Tensor
-    fooling: Tensor
-    fooled: Tensor
-    without_gradient: int
+    largest: Tensor  # (R, ...), the points of largest loss on the way
+    loss: Tensor  # (R,), that loss
+    fooling: Tensor  # (R, ...), the last misclassified points on the way, or the start if there was none
+    fooled: Tensor  # (R,), whether there was one
+    without_gradient: int  # images whose gradient was zero at the start
 
 
 def apgd(

@@ -240,11 +240,7 @@ class AttackedModel:
         return exact == PLAIN or not SURROGATES[exact].batch_dependent
 
     def surrogates(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Returns `names` without repetitions, by default all surrogates that differ in the head's inference mode.
-
-        Raises:
-            ValueError: if this model lacks one of them; the message lists those it has.
-        """
+        """Returns `names` without repetitions, by default all surrogates that differ in the head's inference mode."""
         if names is not None:
             return check_names("surrogate", names, (PLAIN,) if self.head is None else tuple(SURROGATES))
         if self.head is None:

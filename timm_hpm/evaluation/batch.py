@@ -18,11 +18,7 @@ _BEYOND_DOUBT: Final = 1e4
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of an attack: iterations, target classes if it is targeted, and restarts, each judged by itself.
-
-    Raises:
-        ValueError: if iterations or restarts are below 1, targets negative, or a number is not whole.
-    """
+    """Limits of an attack: iterations, target classes if it is targeted, and restarts, each judged by itself."""
 
     iterations: int
     targets: int = 0

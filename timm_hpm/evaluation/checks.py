@@ -177,10 +177,7 @@ def rough_flag(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Te
 
 @torch.no_grad()
 def change_flag(model: nn.Module, images: Tensor, before: Tensor) -> Flag | None:
-    """Returns `changes-state` if the logits of images (B, ...) are no longer those `before` (B, C).
-
-    A random model must be called from the same random state as then.
-    """
+    """Returns `changes-state` if the logits of images, in the same random state, differ from `before` (B, C)."""
     difference = _difference(model, before, ask(model, images))
     return Flag("changes-state", f"after the evaluation the logits of {len(images)} images are others than before it: "
                                  f"{difference}") if difference else None
@@ -195,10 +192,7 @@ def copy_flag(copy: nn.Module, before: Tensor, after: Tensor) -> Flag | None:
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:
-    """Returns `black-box-stronger` if Square broke images that no attack with gradients broke by itself.
-
-    More than 2 % of the images, and at least 3. `correct` are the report's verdicts.
-    """
+    """Returns `black-box-stronger` if Square broke more than 2 %, at least 3, that no attack with gradients broke."""
     attacked = {name: ATTACKS[attack_of(name)] for name in correct if "/" in name}
     # Attacks on whole batches begin at images that Square may have broken.
     with_gradients = [correct[name] for name, attack in attacked.items() if attack.needs_gradient

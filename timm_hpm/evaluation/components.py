@@ -40,10 +40,7 @@ def apgd_untargeted(batch: AttackBatch, threat: ThreatModel, budget: Budget, los
 
 
 def apgd_t(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
-    """Returns the candidates (S·B, ...) of targeted APGD: on the targeted DLR loss, which needs 4 classes.
-
-    With fewer classes it is the cross-entropy of the target.
-    """
+    """Returns the candidates (S·B, ...) of targeted APGD, on the `targeted_loss`."""
     targets = _targets(batch, budget)
     best_loss = torch.full_like(batch.clean_logits[:, 0], -math.inf)
     rows = batch.active

@@ -225,10 +225,7 @@ def merged(paths: Sequence[Path], output: Path) -> AttackReport:
 
 
 def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
-    """Judges the saved candidates of a run again, by the run's own options and those `given`.
-
-    Returns whether every verdict is the report's, and a text that says so.
-    """
+    """Judges a run's saved candidates again; returns whether every verdict is the report's, and a text that says so."""
     if "inference" in given:
         raise ValueError("--rejudge judges in the inference mode of the saved report; leave out --inference")
     # The report says the inference mode, and it may be another machine.
@@ -262,10 +259,8 @@ def rejudge_folder(folder: Path, given: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def _of_unbroken(rows: Mapping[str, str], verdicts: Mapping[str, str]) -> dict[str, str]:
-    """Returns the rows with a 0 for each image that an earlier set of `verdicts` broke: a cascade draws no more for it.
-
-    Both are by the name of the set, `verdicts` in the order of the run.
-    """
+    """Returns the rows, by set, with a 0 for each image that an earlier set of `verdicts` broke."""
+    # A cascade draws no more for it.
     found, standing = {}, "1" * len(next(iter(verdicts.values())))
     for name, row in verdicts.items():
         if name in rows:

@@ -30,10 +30,7 @@ _SMALLEST: Final = 1e-6
 
 
 def apgd_chain(batch: AttackBatch, threat: ThreatModel, budget: Budget) -> Tensor:
-    """Returns the candidates (S·B, ...) of APGD on the cross-entropy of one surrogate after another.
-
-    Each starts at the candidates of the surrogate before, the first one at random.
-    """
+    """Returns the candidates (S·B, ...) of APGD on one surrogate's cross-entropy, from those of the one before."""
     found, start = batch.points.clone(), None
     for s in range(len(batch.surrogates)):
         rows = batch.active[batch.active // batch.size == s]
@@ -75,10 +72,8 @@ def choose_victims(victims: Tensor, margin: Tensor) -> Tensor:
 
 
 def softened_errors(margins: Tensor, victims: Tensor) -> Tensor:
-    """Returns the logarithm (S,) of the number of errors among `victims` (S, B), each a sigmoid of its margin (S, B).
-
-    The logarithm keeps a gradient if all are far from an error.
-    """
+    """Returns the logarithm (S,) of the errors among `victims` (S, B), each a sigmoid of its margin (S, B)."""
+    # The logarithm keeps a gradient if all are far from an error.
     return F.logsigmoid(margins).masked_fill(~victims, -math.inf).logsumexp(dim=1)
 
 

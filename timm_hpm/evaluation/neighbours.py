@@ -1,7 +1,4 @@
-"""`measure_neighbours`: flips of an untouched image by an adversary who chooses its neighbours in the batch.
-
-Only an HPM head in batch mode can flip so: a service that batches strangers' images together must not use that mode.
-"""
+"""`measure_neighbours`: flips of an untouched image by an adversary who chooses its neighbours in the batch."""
 
 import math
 from collections.abc import Iterator, Sequence

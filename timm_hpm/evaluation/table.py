@@ -19,28 +19,17 @@ from .joint import apgd_chain, joint, joint_subset
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack on a batch of B images, through S surrogates side by side.
+    """An attack on a batch of B images, through S surrogates side by side."""
 
-    Arguments:
-        name: the attack's name in protocols and reports.
-        run: the batch, the threat model and the budget to the candidates (S·B, channels, H, W).
-        budget: the standard budget. If it has targets, the attack is targeted.
-        needs_gradient: False for a black-box attack, which also attacks the true model's own logits.
-        whole_batch: whether it moves all images of a batch for a common loss, through batch-dependent surrogates, from
-            the batch that earlier attacks have left.
-        chained: whether it goes from one surrogate to the next; it needs two or more.
-        nearest: fraction of a batch's unbroken images that it attacks in a run: those nearest to an error.
-        seeded_as: the name that seeds its random numbers; None means its own.
-    """
-
-    name: str
-    run: Callable[[AttackBatch, ThreatModel, Budget], Tensor]
-    budget: Budget
-    needs_gradient: bool = True
+    name: str  # in protocols and reports
+    run: Callable[[AttackBatch, ThreatModel, Budget], Tensor]  # to the candidates (S·B, channels, H, W)
+    budget: Budget  # the standard one; if it has targets, the attack is targeted
+    needs_gradient: bool = True  # False for a black-box attack, which also attacks the true model's own logits
+    # Whether it moves all images for a common loss, through batch-dependent surrogates, from the points so far.
     whole_batch: bool = False
-    chained: bool = False
-    nearest: float = 1.0
-    seeded_as: str | None = None
+    chained: bool = False  # whether it goes from one surrogate to the next; it needs two or more
+    nearest: float = 1.0  # fraction of a batch's unbroken images that it attacks: those nearest to an error
+    seeded_as: str | None = None  # the name that seeds its random numbers; None means its own
 
     @property
     def by_image(self) -> bool:

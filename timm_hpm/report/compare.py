@@ -77,11 +77,7 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
 
 def compare(a: AttackReport, b: AttackReport) -> Comparison:
-    """Returns two reports on the same images side by side, with paired significance.
-
-    Raises:
-        ValueError: if the reports are of different images.
-    """
+    """Returns two reports side by side, with paired significance; raises a ValueError if their images differ."""
     if a.protocol["data_digest"] != b.protocol["data_digest"]:
         images = (f"{report.num_images} images of {report.protocol.get('dataset', 'an unnamed data set')} "
                   f"(data_digest {report.protocol['data_digest']})" for report in (a, b))

@@ -226,11 +226,7 @@ class AttackReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "AttackReport":
-        """Returns the report that `save` wrote.
-
-        Raises:
-            ValueError: if the file is no report, damaged, or of another schema version.
-        """
+        """Returns the report that `save` wrote; raises a ValueError for any other file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             version = data["schema_version"]

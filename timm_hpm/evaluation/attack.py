@@ -51,7 +51,7 @@ def attack(
     check_eval_mode(model)
     images, labels = for_gradients(images, labels)
     with restored(model):
-        subject = Subject.of(model, images, labels, batch_size, seed)
+        subject = Subject(model, images, labels, batch_size, seed)
         copy, exact = subject.attacked, subject.attacked.exact_surrogate()
         flag = gradient_flag(subject.pixel_model, subject.example[:2], labels[:2].to(subject.device), 2)
         surrogates = (exact,) if record.surrogates(copy, (exact,)) else record.surrogates(copy, copy.surrogates())

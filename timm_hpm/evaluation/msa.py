@@ -102,7 +102,7 @@ def mixed_surrogate_attack(
     start = time.perf_counter()
     images, labels = for_gradients(images, labels)
     with restored(model):
-        subject = Subject.of(model, images, labels, batch_size, seed)
+        subject = Subject(model, images, labels, batch_size, seed)
         protocol = protocol.for_classifier(plain=subject.attacked.is_plain())
         shown = progress and is_first(accelerator)
         with images_bar(model, "checks before the attacks", shown):

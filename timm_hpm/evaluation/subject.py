@@ -3,7 +3,6 @@
 import platform
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -31,40 +30,27 @@ from .resume import no_cost
 _NUM_CHECKED: Final = 32
 
 
-@dataclass
 class Subject:
-    """The model that is evaluated, its attacked copy, and its logits for the first batch before any attack."""
+    """The model that is evaluated, its attacked copy, and its logits for the first batch before any attack.
 
-    model: nn.Module
-    pixel_model: nn.Module
-    attacked: AttackedModel
-    device: torch.device
-    example: Tensor
-    logits: Tensor
-    batch_size: int
-    seed: int
-    cost: dict[str, float] = field(default_factory=no_cost)  # of the checks
-    copied: Tensor | None = None  # the outputs of the attacked copy for the first images before any attack
+    Raises an error unless these logits are a classifier's.
+    """
 
-    @classmethod
-    def of(cls, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> "Subject":
-        """Returns the subject; raises unless the model's logits of its first batch are a classifier's."""
-        pixel_model = pixel_model_for(model, images)
-        _warn_of_torchvision(pixel_model)
-        device = device_of(pixel_model, images)
-        example = images[:batch_size].to(device)
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, seed: int):
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.pixel_model = pixel_model_for(model, images)
+        _warn_of_torchvision(self.pixel_model)
+        self.device = device_of(self.pixel_model, images)
+        self.example = images[:batch_size].to(self.device)
         # A model may draw random numbers at each call.
-        with seeded(device, seed, "model"):
-            logits = _first_logits(pixel_model, example)
-        check_pixels(images, labels, logits.shape[1])
-        with seeded(device, seed, "split"), without_autocast(example):
-            attacked = AttackedModel(pixel_model, example)
-        return cls(model, pixel_model, attacked, device, example, logits, batch_size, seed)
-
-    @property
-    def num_classes(self) -> int:
-        """C, the number of logits."""
-        return self.logits.shape[1]
+        with seeded(self.device, seed, "model"):
+            self.logits = _first_logits(self.pixel_model, self.example)
+        self.num_classes = self.logits.shape[1]
+        check_pixels(images, labels, self.num_classes)
+        with seeded(self.device, seed, "split"), without_autocast(self.example):
+            self.attacked = AttackedModel(self.pixel_model, self.example)
+        self.cost = no_cost()  # of the checks
+        self.copied: Tensor | None = None  # the outputs of the attacked copy for the first images before any attack
 
     def judges_whole_batches(self) -> bool:
         """Returns whether a prediction of the true model depends on the other images of its batch."""

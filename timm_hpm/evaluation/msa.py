@@ -120,11 +120,11 @@ def mixed_surrogate_attack(
                                  "save_adversarial, or attack again in another folder")
             _tidy(folder, accelerator)
             return report
-        run = Run(subject, threat, plan, save_adversarial)
+        run = Run(subject, threat, plan, images, labels, save_adversarial)
         with images_bar(model, "clean images", shown):  # so that a NaN in the last image stops the run at once
-            run.judge_clean(images, labels, _own_batches(run, images, accelerator))
+            run.judge_clean(_own_batches(run, accelerator))
         with _progress_folder(folder, described | {"save_adversarial": save_adversarial}, accelerator) as run.folder:
-            steps, done, earlier = _all_steps(run, images, labels, progress, accelerator)
+            steps, done, earlier = _all_steps(run, progress, accelerator)
             if not done:
                 raise OutOfTime(f"by a time limit, before the first {min(batch_size, len(images))} of {len(images)} "
                                 f"images were attacked in full; {folder} keeps the attacks that are done")
@@ -133,7 +133,7 @@ def mixed_surrogate_attack(
                 images, labels = images[:done], labels[:done]
                 described |= subject.described(images, labels, raised)
             elif save_adversarial and folder is not None and is_first(accelerator):
-                run.save_candidates(Path(folder) / ADVERSARIAL, images, labels, about | described)
+                run.save_candidates(Path(folder) / ADVERSARIAL, about | described)
         with images_bar(model, "checks after the attacks", shown):
             report = make_report(subject, plan, steps, flags, about | described, images, labels)
     report.cost["all"]["seconds"] = time.perf_counter() - start + earlier
@@ -145,31 +145,30 @@ def mixed_surrogate_attack(
     return report
 
 
-def _all_steps(run: Run, images: Tensor, labels: Tensor, progress: bool,
-               accelerator: Accelerator | None) -> tuple[list[Step], int, float]:
+def _all_steps(run: Run, progress: bool, accelerator: Accelerator | None) -> tuple[list[Step], int, float]:
     """Returns the steps of the batches before the first one that a `time_limit` cut, in order.
 
     With the number of their images, and the mean seconds of a process before this run.
     """
-    size, mine = run.subject.batch_size, _own_batches(run, images, accelerator)
+    size, mine = run.subject.batch_size, _own_batches(run, accelerator)
     with tqdm(total=len(mine) * run.plan.all_queries(), disable=not (progress and is_first(accelerator)), unit="query",
               smoothing=0) as bar:
         batches: list[tuple[int, list[Step]]] = []
         for first in mine:
-            found = run.attack_batch(first, images[first:first + size], labels[first:first + size], bar)
+            found = run.attack_batch(first, bar)
             if found is None:
                 break
             batches.append((first, found))
     batches = sorted(gathered(accelerator, batches), key=lambda batch: batch[0])
     earlier = gathered(accelerator, [run.earlier_seconds])
     whole = [steps for number, (first, steps) in enumerate(batches) if first == number * size]
-    return list(chain.from_iterable(whole)), min(len(whole) * size, len(images)), sum(earlier) / len(earlier)
+    return list(chain.from_iterable(whole)), min(len(whole) * size, len(run.images)), sum(earlier) / len(earlier)
 
 
-def _own_batches(run: Run, images: Tensor, accelerator: Accelerator | None) -> range:
+def _own_batches(run: Run, accelerator: Accelerator | None) -> range:
     """Returns the first images of this process's batches."""
     rank, processes = rank_of(accelerator)
-    return range(rank * run.subject.batch_size, len(images), processes * run.subject.batch_size)
+    return range(rank * run.subject.batch_size, len(run.images), processes * run.subject.batch_size)
 
 
 def _tidy(folder: str | os.PathLike, accelerator: Accelerator | None) -> None:

@@ -35,6 +35,8 @@ class Run:
     subject: Subject
     threat: ThreatModel
     plan: Plan
+    images: Tensor
+    labels: Tensor
     keeps_candidates: bool  # for `save_candidates`
     folder: ProgressFolder | None = None
     num_examples: int = 0
@@ -42,24 +44,22 @@ class Run:
     has_progress: bool = False  # whether this process has made a step in the folder or, without one, a whole batch
     clean: dict[int, Step] = field(default_factory=dict)  # the clean steps so far, by the first image of the batch
 
-    def judge_clean(self, images: Tensor, labels: Tensor, batches: Iterable[int]) -> None:
+    def judge_clean(self, batches: Iterable[int]) -> None:
         """Judges the clean images of the batches that begin with `batches`, until a `time_limit` is over."""
-        size, device = self.subject.batch_size, self.subject.device
         for first in batches:
             if is_over():
                 return
-            part = slice(first, first + size)
-            self._clean_step(_State(first, images[part].to(device), labels[part].to(device)))
+            self._clean_step(self._batch(first))
 
-    def attack_batch(self, first: int, images: Tensor, labels: Tensor, bar: tqdm) -> list[Step] | None:
+    def attack_batch(self, first: int, bar: tqdm) -> list[Step] | None:
         """Returns the steps of the batch that begins with the image `first`, None if a `time_limit` cut them."""
-        state = _State(first, images.to(self.subject.device), labels.to(self.subject.device))
+        state = self._batch(first)
         place = first // self.subject.batch_size
         clean = self._clean_step(state)
         state.add(replace(clean, points=state.images[clean.broken]))
         steps = [clean.without_pixels()]
         for number, (group, attack) in enumerate(self.plan.steps):
-            bar.set_postfix_str(f"images {first}–{first + len(images) - 1}, {'+'.join(group)}: {attack}")
+            bar.set_postfix_str(f"images {first}–{first + len(state.images) - 1}, {'+'.join(group)}: {attack}")
             done = bar.n + self.plan.queries(attack)
             step = self.folder.load(place, number, named(group, attack)) if self.folder else None
             if step is None:
@@ -84,25 +84,28 @@ class Run:
         self.has_progress |= self.folder is None
         return steps
 
+    def _batch(self, first: int) -> "_State":
+        images, labels = (part[first:first + self.subject.batch_size] for part in (self.images, self.labels))
+        return _State(first, images.to(self.subject.device), labels.to(self.subject.device))
+
     def _clean_step(self, state: "_State") -> Step:
         if state.first not in self.clean:
             step = self._judged("clean", {"clean": state.images}, state)
             self.clean[state.first] = replace(step.without_pixels(), broken=step.broken)
         return self.clean[state.first]
 
-    def save_candidates(self, path: str | os.PathLike, images: Tensor, labels: Tensor,
-                        protocol: dict[str, Any]) -> None:
+    def save_candidates(self, path: str | os.PathLike, protocol: dict[str, Any]) -> None:
         """Writes images, labels and all candidates, each batch's fetched from the folder when it is due."""
         assert self.folder is not None
         tensors = {name: Parts(tensor, tensor.split(self.subject.batch_size))
-                   for name, tensor in (("clean", images), ("labels", labels))}
+                   for name, tensor in (("clean", self.images), ("labels", self.labels))}
         sets = [(number, named(group, attack)) for number, (group, attack) in enumerate(self.plan.steps)]
         if self.subject.judges_whole_batches():
             sets.append((len(sets), [ASSEMBLED]))
-        batches = range(-(-len(images) // self.subject.batch_size))
+        batches = range(-(-len(self.images) // self.subject.batch_size))
         for number, names in sets:
             for name in names:
-                tensors[name] = Parts(images, map(partial(self.folder.candidates, name, names, number), batches))
+                tensors[name] = Parts(self.images, map(partial(self.folder.candidates, name, names, number), batches))
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
     def _attacked(self, group: tuple[str, ...], row: str, state: "_State", on_query: Callable[[], None]) -> Step:

@@ -135,7 +135,7 @@ def mixed_surrogate_attack(
             elif save_adversarial and folder is not None and is_first(accelerator):
                 run.save_candidates(Path(folder) / ADVERSARIAL, about | described)
         with images_bar(model, "checks after the attacks", shown):
-            report = make_report(subject, plan, steps, flags, about | described, images, labels)
+            report = make_report(subject, steps, flags, about | described, images, labels)
     report.cost["all"]["seconds"] = time.perf_counter() - start + earlier
     if folder is not None:
         if is_first(accelerator):

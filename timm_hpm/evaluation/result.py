@@ -13,15 +13,14 @@ from ..report import ASSEMBLED, TRUE_MODEL, AttackReport, Convergence, Flag
 from ..report.metrics import attack_of, right_in_all
 from ..threat import ThreatModel
 from .checks import clean_flags
-from .plan import Plan
 from .resume import Step, no_cost
 from .run import first_examples
 from .subject import Subject
 from .table import ATTACKS
 
 
-def make_report(subject: Subject, plan: Plan, steps: list[Step], flags: list[Flag], protocol: dict[str, Any],
-                images: Tensor, labels: Tensor) -> AttackReport:
+def make_report(subject: Subject, steps: list[Step], flags: list[Flag], protocol: dict[str, Any], images: Tensor,
+                labels: Tensor) -> AttackReport:
     """Returns the report of the steps of all batches, in order; `flags` are those of the checks before the attacks."""
     correct = _joined(step.correct for step in steps)
     assembled = correct.pop(ASSEMBLED, "")
@@ -89,12 +88,9 @@ def measured_convergence(steps: Sequence[Step]) -> Convergence:
     margins: list[float] = []
     clean: list[float] = []
     spent = {True: 0.0, False: 0.0}  # by whether an image of the batch is left
-    batches: list[list[Step]] = []
-    for step in steps:
-        if step.attack == "clean":
-            batches.append([])
-        batches[-1].append(step)
-    for batch in batches:
+    starts = [i for i, step in enumerate(steps) if step.attack == "clean"]
+    for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+        batch = steps[start:end]
         passes = 0.0
         clean += [margin for margin in batch[0].margins if margin > 0]
         fallen: list[float | None] = [None] * len(batch[0].margins)

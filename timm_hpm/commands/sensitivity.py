@@ -1,5 +1,6 @@
 """`sensitivity`: how far an attack moves the features of networks, and how far each head's margin follows."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     args, given = given_options(parser, SensitivityConfig, argv)
     config = SensitivityConfig(**given)
     output = args.output or default_folder(config.model, "sensitivity-")
-    networks = {_file_name(checkpoint or config.model): checkpoint for checkpoint in config.checkpoint or (None,)}
+    networks = {re.sub(r"[^\w-]", "-", checkpoint or config.model).strip("-"): checkpoint
+                for checkpoint in config.checkpoint or (None,)}
     if len(networks) < len(config.checkpoint):
         raise ValueError(f"--checkpoint names {len(config.checkpoint)} files, whose studies would be {len(networks)} "
                          f"files in {output} ({some(f'{name}.json' for name in networks)}); expected names that differ "
@@ -90,7 +92,3 @@ def _study(config: SensitivityConfig, checkpoint: str | None) -> tuple[Sensitivi
                                 batch_size=config.batch_size, seed=config.seed, name=checkpoint or config.model,
                                 progress=True)
     return study, tuple(split.class_names or class_names(model) or ())
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-")

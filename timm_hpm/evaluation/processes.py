@@ -36,12 +36,10 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
     # One process may have a batch more than another, and a batch may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
-    out_of_time: OutOfTime | None = None
+    # Without end_training torchrun may abort a process; after an error the others would report a lost connection.
     try:
         yield accelerator
-    except OutOfTime as error:  # in all processes
-        out_of_time = error
-    # Without it, torchrun sometimes aborts a process; after an error the others would report a lost connection.
+    except OutOfTime:  # in all processes
+        accelerator.end_training()
+        raise
     accelerator.end_training()
-    if out_of_time is not None:
-        raise out_of_time

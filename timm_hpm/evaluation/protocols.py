@@ -158,6 +158,4 @@ NAMED_PROTOCOLS.update({name: {protocol.for_classifier(plain).digest() for plain
 
 def find_protocol(name: str | Protocol) -> Protocol:
     """Returns the protocol of that name, or the one that is given, or raises a ValueError that lists the names."""
-    if isinstance(name, Protocol):
-        return name
-    return PROTOCOLS[check_names("protocol", [name], tuple(PROTOCOLS))[0]]
+    return name if isinstance(name, Protocol) else PROTOCOLS[check_names("protocol", [name], tuple(PROTOCOLS))[0]]

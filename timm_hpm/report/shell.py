@@ -14,8 +14,7 @@ NAMED_PROTOCOLS: Final[dict[str, set[str]]] = {}
 DOOR: Final = ("python", "-m", "timm_hpm")
 
 #: Options of an evaluation that open the model, and those that open the images; a protocol keeps them as `options`.
-MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "in_chans", "model_kwargs",
-                        "channels_last")
+MODEL_OPTIONS: Final = ("checkpoint", "pretrained", "num_classes", "in_chans", "model_kwargs", "channels_last")
 DATA_OPTIONS: Final = ("data_dir", "dataset_download", "img_size", "crop_pct", "interpolation", "class_map",
                        "class_subset", "val_fraction")
 

@@ -183,8 +183,8 @@ class AttackReport:
     @property
     def realised_robust_accuracy(self) -> float:
         """Accuracy if each batch is scored by its most damaging version; outside batch mode `robust_accuracy`."""
-        return most_errors_accuracy(self.verdicts.values(), self.protocol["batch_size"]) if self.assembled else (
-            self.robust_accuracy)
+        rows = self.verdicts.values()
+        return most_errors_accuracy(rows, self.protocol["batch_size"]) if self.assembled else self.robust_accuracy
 
     @property
     def robust_accuracy_interval(self) -> tuple[float, float]:

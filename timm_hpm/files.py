@@ -49,8 +49,7 @@ def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            errors = [ValueError(f"another process works on the run in {folder}; wait for it, stop it, or choose "
-                                 "another folder")]
+            errors = [ValueError(f"another process works on the run in {folder}; wait for it, or choose another")]
         except OSError as error:
             errors = [_not_writable(folder, error)]
         except NotImplementedError:
@@ -85,17 +84,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place when the block ends without an error."""
+    """Yields a temporary path beside `path`, of a file or a folder, which takes its place unless the block raises."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         mode = _mode_of_new(temporary)
         with writing(path):
             yield temporary
-        temporary.chmod(mode)
+        if temporary.is_file():
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def refuse_pickles(version: str) -> None:
     if TorchVersion(version) < "2.6":
         raise OldTorchError(
             f"torch {version} can run the code in a pickled file (CVE-2025-32434), so it was not read. Update torch to "
-            "2.6 or newer, or make safetensors of the file on a machine that has it: timm-hpm convert FILE "
-            "--model NAME --output FOLDER")
+            "2.6 or newer, or convert the file on a machine that has it: timm-hpm convert FILE --model NAME "
+            "--output FOLDER")
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:
@@ -124,8 +124,7 @@ def _check_numbers(arguments: Any) -> None:
         for argument in arguments:
             _check_numbers(argument)
     elif isinstance(arguments, int) and abs(arguments) > _LARGEST_NUMBER:
-        raise TooLargeError(f"a number of {len(str(arguments))} digits among the network's arguments; expected at most "
-                         f"{_LARGEST_NUMBER}")
+        raise TooLargeError(f"an argument has {len(str(arguments))} digits; expected at most {_LARGEST_NUMBER}")
 
 
 def without_tokens(text: str, *tokens: str | None) -> str:

@@ -16,6 +16,11 @@ from .names import did_you_mean
 INFERENCE_MODES: Final = ("batch", "sample", "dataset", "fc")
 
 
+#: The meaning of an `UnfittedHeadWarning`.
+UNFITTED: Final = ("predicts as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
+                   "fine-tuning, gives it some")
+
+
 class UnfittedHeadWarning(UserWarning):
     """Weights without prototypes were loaded: the HPM head predicts as its FC classifier until it is fitted."""
 
@@ -220,8 +225,7 @@ class HPMHead(WholeLoading, nn.Linear):
             raise ValueError(f"labels span {int(labels.min())} to {int(labels.max())}; "
                              f"expected 0 to {self.out_features - 1}")
         if not features.isfinite().all():
-            raise ValueError("features are not finite; they would spoil the prototypes for good. Look at the loss and "
-                             "the learning rate")
+            raise ValueError("features are not finite and would spoil the prototypes; look at loss and learning rate")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         prototypes = self.prototypes
@@ -242,13 +246,11 @@ class HPMHead(WholeLoading, nn.Linear):
         if not self.num_updates.is_meta and self.num_updates.any():
             warnings.warn(
                 "the weights that were loaded hold no prototypes, and those of the HPM head were of other weights: it "
-                "is reset, and predicts as its FC classifier until timm_hpm.fit_prototypes(model, loader, threat), or "
-                "fine-tuning, gives it some", UnfittedHeadWarning, stacklevel=2)
+                f"is reset, and {UNFITTED}", UnfittedHeadWarning, stacklevel=2)
         self.reset_prototypes()
 
     def extra_repr(self) -> str:
-        return (f"{super().extra_repr()}, mix={self.mix}, ema_decay={self.ema_decay}, "
-                f"inference={self.inference!r}")
+        return f"{super().extra_repr()}, mix={self.mix}, ema_decay={self.ema_decay}, inference={self.inference!r}"
 
 
 @torch.fx.wrap

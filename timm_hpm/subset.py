@@ -65,8 +65,7 @@ def model_classes(model: Any) -> tuple[str, ...]:
     network: Any = unwrapped(model)
     number = getattr(network, "num_classes", None)
     if not isinstance(number, int):
-        raise ValueError(f"{type(network).__name__} has no num_classes, by which a subset is chosen; expected a timm "
-                         "model, or set that attribute")
+        raise ValueError(f"{type(network).__name__} has no num_classes; set that attribute, the number of classes")
     names = (getattr(network, "pretrained_cfg", None) or {}).get("label_names") or ()
     if len(names) != number or isinstance(names, Mapping):
         names = ImageNetInfo().label_names() if number == _IMAGENET_CLASSES else range(number)
@@ -78,16 +77,14 @@ def read_subset(file: str | os.PathLike) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the class subset {file}: {error}. Expected a text file with one class a line, "
-                         "by name or number") from error
+        raise ValueError(f"cannot read the class subset {file}: {error}; expected one class a line") from error
     return [name for line in lines if (name := line.partition("#")[0].strip())]
 
 
 def _number(one: str | int, names: Sequence[str]) -> int:
     if isinstance(one, str) and one in names:
         if names.count(one) > 1:
-            raise ValueError(f"the subset has the class {one!r}, and {names.count(one)} classes of the model have that "
-                             "name; give its number")
+            raise ValueError(f"{names.count(one)} classes of the model have the name {one!r}; give its number")
         return names.index(one)
     number = int(one) if isinstance(one, int) or one.isdecimal() else -1
     if not 0 <= number < len(names):

@@ -18,8 +18,7 @@ from .head import HPMConvHead, HPMHead, WholeLoading, check_module, head_name
 # Linear layers that only compute F.linear; any other subclass may compute more.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
 _WRAPPERS = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
-_BY_HAND = (". By hand: put timm_hpm.HPMHead(num_features, num_classes) in the classifier's place, behind features (B, "
-            "num_features)")
+_BY_HAND = ". By hand: put timm_hpm.HPMHead(num_features, num_classes) in its place, behind features (B, num_features)"
 
 
 class UnsupportedHeadError(ValueError):
@@ -155,8 +154,7 @@ def add_hpm_head(
         raise ValueError(f"{kind} has an HPM head already, or will have one after reset_classifier(num_classes); to "
                          "change it, set find_head(model).mix, .ema_decay or .inference, or call remove_hpm_head first")
     if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):  # the latter by torch.compile
-        raise UnsupportedHeadError(f"{kind} is compiled, or wrapped for several devices; give add_hpm_head the module "
-                                   "inside, before that")
+        raise UnsupportedHeadError(f"{kind} is compiled, or wrapped for several devices; give the module inside")
     config = HPMHead(1, 1, mix=mix, ema_decay=ema_decay, inference=inference).config()
     num_classes: Any = getattr(model, "num_classes", None)
     own_reset = classifier is None and hasattr(model, "reset_classifier") and isinstance(num_classes, int)
@@ -300,8 +298,7 @@ def _put_head(model: nn.Module, path: str | None, config: dict[str, Any]) -> Non
     classifier: Any = model.get_submodule(name)
     if classifier._forward_hooks or classifier._forward_pre_hooks:
         raise UnsupportedHeadError(f"the classifier {name} of {type(model).__name__} has hooks, which a head would not "
-                                   "have; remove them first, such as by nn.utils.remove_weight_norm or "
-                                   "remove_spectral_norm")
+                                   "have; remove them first, such as by nn.utils.remove_weight_norm")
     kind = HPMConvHead if isinstance(classifier, nn.Conv2d) else HPMHead
     weight, bias = classifier.weight, classifier.bias
     head = kind(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype, **config)

@@ -46,8 +46,7 @@ class ThreatModel:
             raise ValueError(f"eps is {self.eps} for Linf; pixels are in [0, 1], so at most 1. "
                              f"Did you mean {self.eps:g}/255?")
         if self.eps > _LARGEST:
-            raise ValueError(f"eps is {self.eps} for L2; pixels are in [0, 1], and no two images are farther apart "
-                             f"than {_LARGEST:g}")
+            raise ValueError(f"eps is {self.eps} for L2; expected at most {_LARGEST:g}, of pixels in [0, 1]")
         if self.eps > _UNUSUAL:
             warnings.warn(f"eps is {self.eps:g} for L2, and pixels are in [0, 1]: almost any image is that near. Did "
                           f"you mean {self.eps:g}/255?", stacklevel=3)

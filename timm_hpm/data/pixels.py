@@ -40,8 +40,7 @@ class PixelModel(WholeLoading):
                  draws: int = 1):
         check_module(model)
         if isinstance(unwrapped(model), PixelModel) and (mean is not None or std is not None):
-            raise ValueError("the model normalises pixels itself (PixelModel), and would do so twice; leave out mean "
-                             "and std, or give its .model")
+            raise ValueError("the model normalises pixels itself (PixelModel): leave out mean and std, or give .model")
         super().__init__()
         self.draws = checked_integer("draws", draws, 1)
         cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}
@@ -135,8 +134,7 @@ def as_pixel_model(model: nn.Module, mean: Iterable[float] | None = None, std: I
     given = mean is not None or std is not None or draws > 1
     if isinstance(unwrapped(model), PixelModel):
         if given:
-            raise ValueError("the model normalises pixels itself (PixelModel); leave out mean, std and draws, or give "
-                             "them to PixelModel")
+            raise ValueError("the model normalises pixels itself (PixelModel); give that the mean, std and draws")
         return model
     return PixelModel(model, mean, std, draws) if given or getattr(unwrapped(model), "pretrained_cfg", None) else model
 
@@ -215,11 +213,9 @@ def check_weights(model: nn.Module) -> None:
     check_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the device meta, which holds no values; load the model's weights onto "
-                             "another one")
+            raise ValueError(f"{name} is on the device meta, which holds no values; load the weights onto another")
         if tensor.is_inference():
-            raise ValueError(f"{name} was made inside torch.inference_mode(), and no gradient can pass through it; "
-                             "make the model outside")
+            raise ValueError(f"{name} was made in torch.inference_mode() and lets no gradient through; make it outside")
 
 
 def check_eval_mode(model: nn.Module) -> None:
@@ -262,8 +258,7 @@ def class_indices(labels: Tensor, images: Tensor) -> Tensor:
     """Returns `labels` (N,) as int64; raises a ValueError unless they are class indices of `images` (N, ...)."""
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor (torch.from_numpy makes "
-                             "one of an array)")
+            raise ValueError(f"{name} is of the type {type(value).__name__}; expected a tensor, as of torch.from_numpy")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise ValueError(f"{name} is a tensor of the layout {value.layout} and dtype {value.dtype} on "
                              f"{value.device}; expected a plain one that holds values")

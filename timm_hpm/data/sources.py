@@ -191,8 +191,8 @@ def _official_part(file: Path, read: Callable[[], Any], classes: tuple[str, ...]
         dataset = read()
         images, labels = torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels).long()
         if not 0 < len(images) == len(labels) or not set(labels.tolist()) <= set(range(len(classes))):
-            raise ValueError(f"it has {len(labels)} labels for {len(images)} images; expected one of {len(classes)} "
-                             "classes for each image")
+            raise ValueError(f"it has {len(labels)} labels for {len(images)} images; expected one of "
+                             f"{len(classes)} classes for each image")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{file} is read by scipy, which is not installed; run: pip install scipy") from error
     except Exception as error:  # the reader of damaged files raises almost anything
@@ -224,8 +224,7 @@ def _read_tiny_imagenet(part: str, data_dir: Path | None, download: bool) -> Par
             raise ValueError(f"{annotations} names the class {unknown[0]!r} ({len(unknown)} such), which wnids.txt "
                              "does not; expected the files of one release")
     if not pairs:
-        raise FileNotFoundError(f"there is no image of the part {part} in {root}; expected the unpacked "
-                                "tiny-imagenet-200.zip")
+        raise FileNotFoundError(f"no image of the part {part} in {root}; expected the unpacked tiny-imagenet-200.zip")
     labels = torch.tensor([numbers[name] for _, name in pairs])
     return Part(EncodedImages.of_files([str(path) for path, _ in pairs]), labels, len(classes), classes)
 

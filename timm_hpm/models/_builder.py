@@ -28,7 +28,7 @@ from ..checkpoints import (
     unwrap,
 )
 from ..guards import check_size, weights_only
-from ..head import UnfittedHeadWarning, find_head, head_name
+from ..head import UNFITTED, UnfittedHeadWarning, find_head, head_name
 from ..surgery import add_hpm_head
 from .constructors import HEAD_ARGS
 from .formats import native_state_dict, num_classes_of, plain_state_dict, warn_of_normalisation, xcit_state_dict
@@ -289,10 +289,8 @@ def loaded(model: Any, cfg: PretrainedCfg) -> Any:
             "classifier is left out, and the model has a random one"
             + ("" if head_name(model) is None else " without prototypes"), DroppedClassifierWarning, stacklevel=2)
     elif head_name(model) is not None and not find_head(model).is_fitted():
-        warnings.warn(
-            f"the weights of {name} hold no prototypes: its HPM head predicts as its FC classifier until "
-            "timm_hpm.fit_prototypes(model, loader, threat), or fine-tuning, gives it some",
-            UnfittedHeadWarning, stacklevel=2)
+        warnings.warn(f"the weights of {name} hold no prototypes: its HPM head {UNFITTED}", UnfittedHeadWarning,
+                      stacklevel=2)
     return model
 
 

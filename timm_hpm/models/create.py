@@ -26,16 +26,7 @@ from ._builder import build_plain
 from .constructors import construct, is_constructor
 from .formats import num_classes_of, plain_state_dict, warn_of_normalisation
 from .hpm_timm import register_saved
-from .saving import (
-    CONFIG,
-    WEIGHTS,
-    config_args,
-    config_fields,
-    in_chans,
-    read_config,
-    saved_config,
-    write_model,
-)
+from .saving import CONFIG, WEIGHTS, config_args, config_fields, in_chans, read_config, saved_config, write_model
 
 # Parts of the names of tags for data sets with other names elsewhere.
 _DATA_SETS = {"tiny-imagenet": "tiny", "tiny_imagenet": "tiny", "tinyimagenet": "tiny", "image_folder": "imagenet"}
@@ -116,8 +107,7 @@ def load_model(
         asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted if value) or "nothing"
         if not fitting:
             near = did_you_mean(name, [*known, *(full.partition(".")[2] for full in known)])
-            raise ValueError(f"no network fits {asked}{near}; the known ones are in timm.list_pretrained('hpm_*') and "
-                             "docs/models.md")
+            raise ValueError(f"no network fits {asked}{near}; see timm.list_pretrained('hpm_*') and docs/models.md")
         lines = "".join(f"\n    {full}: {'; '.join(known[full])}" for full in fitting)
         raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
     return create_model(fitting[0], pretrained=True, **model_args).eval()
@@ -157,8 +147,7 @@ def convert(
         # As an argument it would make timm replace the checkpoint's classifier.
         overlay["num_classes"] = model_args.pop("num_classes")
     if overlay.get("num_classes", 1) < 1:
-        raise ValueError(f"num_classes is {overlay['num_classes']}; expected that of the checkpoint, whose classifier "
-                         "is converted with the rest")
+        raise ValueError(f"num_classes is {overlay['num_classes']}; expected that of the checkpoint, above 0")
     remove_unfinished(output)
     if any((Path(output) / name).exists() for name in (CONFIG, WEIGHTS)):
         raise OSError(f"{output} holds a model; choose another --output, or remove it")
@@ -272,8 +261,7 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error}; the file is cut short, damaged, or no "
-                         "checkpoint") from error
+        raise ValueError(f"cannot read the checkpoint {path}: {error}; it is damaged, or no checkpoint") from error
     except RuntimeError as error:
         raise ValueError(shortened(str(error))) from error
 

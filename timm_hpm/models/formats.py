@@ -176,8 +176,7 @@ def _without_second_copy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     copies = {key: value for key, value in state_dict.items() if key.startswith("attacker.model.")}
     if not all(torch.equal(value, state_dict.get(key.removeprefix("attacker."), torch.empty(0)))
                for key, value in copies.items()):
-        raise CheckpointError("the checkpoint holds two networks, model.* and attacker.model.*, that differ; expected "
-                              "the same one twice")
+        raise CheckpointError("the checkpoint holds two networks, model.* and attacker.model.*, that differ")
     return {key: value for key, value in state_dict.items() if key not in copies}
 
 
@@ -235,8 +234,7 @@ def native_state_dict(checkpoint: Any, model: Any) -> dict[str, Tensor]:
     found = next((known for known in FORMATS if known.fits(state_dict)), None)
     if found is None:
         known = ", ".join(known.name for known in FORMATS)
-        raise CheckpointError(f"unknown format: no network that is known here has the keys {', '.join(state_dict)}. "
-                              f"Known: {known}")
+        raise CheckpointError(f"unknown format: no known network has the keys {', '.join(state_dict)}. Known: {known}")
     if not found.shortcuts:
         raise CheckpointError(f"the checkpoint is of {found.name}, with activations behind the blocks; a PreActNet has "
                               "them in front and cannot compute it. Take hpm_cifar_resnet18")

@@ -18,20 +18,14 @@ from .tags import XCIT_WEIGHTS, cifar_cfg, pretrained_tags, weight_notes
 _RESNET_PAPERS = ("arXiv:1512.03385", "arXiv:2606.01746")
 _XCIT_PAPERS = ("arXiv:2209.07399", "arXiv:2106.09681", "arXiv:2606.01746")
 
-# Width, number of heads, and a description.
-_XCITS = {
-    "hpm_cifar_xcit_small_12_p4_32": (384, 8, "26M parameters"),
-    "hpm_cifar_xcit_medium_12_p4_32": (512, 8, "46M parameters"),
-    "hpm_cifar_xcit_large_12_p4_32": (768, 16, "103M parameters"),
-}
-
-# Debenedetti et al. 2022, "A Light Recipe to Train Robust Vision Transformers": the letter in the file's name, and the
-# published accuracies in % (clean, AutoAttack) on CIFAR-10 and CIFAR-100, whose normalisation is the authors' own.
-_DEBENEDETTI2022 = {
-    "hpm_cifar_xcit_small_12_p4_32": ("s", (90.06, 56.14), (67.34, 32.19)),
-    "hpm_cifar_xcit_medium_12_p4_32": ("m", (91.30, 57.27), (69.21, 34.21)),
-    "hpm_cifar_xcit_large_12_p4_32": ("l", (91.73, 57.58), (70.76, 35.08)),
-}
+# Size, width, number of heads, and a description. Debenedetti et al. 2022, "A Light Recipe to Train Robust Vision
+# Transformers", published the accuracies in % (clean, AutoAttack) on CIFAR-10 and CIFAR-100, whose normalisation is
+# their own.
+_XCITS = (
+    ("small", 384, 8, "26M parameters", (90.06, 56.14), (67.34, 32.19)),
+    ("medium", 512, 8, "46M parameters", (91.30, 57.27), (69.21, 34.21)),
+    ("large", 768, 16, "103M parameters", (91.73, 57.58), (70.76, 35.08)),
+)
 _CIFAR100 = {"num_classes": 100, "mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 
 
@@ -48,18 +42,18 @@ default_cfgs = pretrained_tags({
         paper_ids=_RESNET_PAPERS,
     ),
     **{
-        f"{name}.debenedetti2022_{data}_linf": _xcit_cfg(
-            url=f"{XCIT_WEIGHTS}-{letter}-{data}-linf.pth.tar",
+        f"hpm_cifar_xcit_{size}_12_p4_32.debenedetti2022_{data}_linf": _xcit_cfg(
+            url=f"{XCIT_WEIGHTS}-{size[0]}-{data}-linf.pth.tar",
             license="mit",
             paper_name="A Light Recipe to Train Robust Vision Transformers",
             notes=weight_notes(
                 "Linf:8/255", f"{clean:.2f} % clean, {robust:.2f} % under AutoAttack (its authors' README)"),
             **fields,
         )
-        for name, (letter, *published) in _DEBENEDETTI2022.items()
+        for size, _, _, _, *published in _XCITS
         for (data, fields), (clean, robust) in zip((("cifar10", {}), ("cifar100", _CIFAR100)), published, strict=True)
     },
-    **{f"{name}.untrained": _xcit_cfg() for name in _XCITS},
+    **{f"hpm_cifar_xcit_{size}_12_p4_32.untrained": _xcit_cfg() for size, *_ in _XCITS},
 })
 
 
@@ -99,8 +93,7 @@ class CifarXcit(StatedFunction, Xcit):
         return f"patches of {numbers[0]} pixels a side"
 
 
-def _build_xcit(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    embed_dim, num_heads, _ = _XCITS[variant]
+def _build_xcit(embed_dim: int, num_heads: int, variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     create = creator(CifarXcit, variant, {"out_indices": 3, "feature_cls": "getter"},
                      pretrained_filter_fn=xcit_filter_fn)
     args = {"embed_dim": embed_dim, "depth": 12, "num_heads": num_heads, "eta": 1.0, "tokens_norm": True}
@@ -114,5 +107,6 @@ def _build_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.
 
 register_entrypoint(__name__, "hpm_cifar_resnet18",
                     "ResNet-18 for small images, 11.2M parameters, with activations after the blocks.", _build_resnet)
-for _name, (_, _, _about) in _XCITS.items():
-    register_entrypoint(__name__, _name, f"XCiT with patches of 4 pixels, {_about}.", _build_xcit)
+for _size, _width, _heads, _about, *_ in _XCITS:
+    register_entrypoint(__name__, f"hpm_cifar_xcit_{_size}_12_p4_32", f"XCiT with patches of 4 pixels, {_about}.",
+                        partial(_build_xcit, _width, _heads))

@@ -44,8 +44,7 @@ class StatedFunction(nn.Module):
                           "another version of timm_hpm: save the weights again")
         elif not given.is_meta and given.tolist() != own:
             errors.append(f"the weights are of a network with {self.describe_function(given.tolist())}; this one has "
-                          f"{self.describe_function(own)}. They would fit and give other logits; create the model with "
-                          "those arguments")
+                          f"{self.describe_function(own)}. They would fit and give other logits; pass those arguments")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -155,8 +154,7 @@ class PreActNet(StatedFunction):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
         if len(depths) != len(channels):
-            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} differ in length; "
-                             "expected one of each a stage")
+            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)}; expected one of each a stage")
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layout, self.shortcut, self.stem_stride = layout, shortcut, stem_stride

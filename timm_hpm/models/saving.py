@@ -91,8 +91,7 @@ def check_no_draws(model: PixelModel) -> None:
     """Raises a ValueError if a model averages several draws, which no saved file says."""
     if model.draws > 1:
         raise ValueError(f"the PixelModel averages {model.draws} draws, and a saved model is a network of one; give "
-                         "PixelModel(model, mean, std) without draws, and measure what was saved with --eot "
-                         f"{model.draws}")
+                         "PixelModel(model, mean, std) without draws, and evaluate with --eot {model.draws}")
 
 
 def in_float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:
@@ -145,8 +144,7 @@ def _constructor_config(cfg: dict[str, Any], args: dict[str, Any]) -> dict[str, 
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the arguments of {config['constructor']} cannot be saved ({error}); expected values that "
-                         "JSON can hold") from error
+        raise ValueError(f"the arguments of {config['constructor']} do not fit into JSON: {error}") from error
 
 
 def _network_origin(architecture: str) -> str | None:
@@ -186,8 +184,7 @@ def checked_config(text: str | bytes, place: str | Path) -> dict[str, Any]:
         rules.check("", config, _CONFIG)
         check_cfg(config["pretrained_cfg"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is damaged or not timm's ({str(error)[:300]}); expected what timm or timm_hpm "
-                         "saved") from None
+        raise ValueError(f"{place} is damaged or not timm's ({str(error)[:300]}); fetch or save it again") from None
     return config
 
 
@@ -244,8 +241,7 @@ def _checked(text: str | bytes, place: Path) -> dict[str, Any]:
     config = checked_config(text, place)
     cfg = config["pretrained_cfg"]
     if not (cfg.get("mean") and cfg.get("std") and len(cfg["mean"]) == len(cfg["std"])):
-        raise ValueError(f"{place} does not say how its weights expect pixels normalised; take it away, mend it, or "
-                         "save the model again")
+        raise ValueError(f"{place} does not say how its weights expect pixels normalised; save the model again")
     return config
 
 

@@ -23,19 +23,10 @@ _IN_DIGEST: Final = 256
 class ExtraImages:
     """The images of an npz file, memory-mapped, and their labels, in memory.
 
-    The member of an uncompressed file is mapped as it is, that of a compressed one from `unpacked`, which must remain.
     The layout is that of the generated images of Gowal et al. (arXiv 2110.09468) and Wang et al. (arXiv 2302.04638):
-    `image`, uint8 (N, H, W, channels), and `label` (N,).
-
-    Arguments:
-        path: the file.
-        shape: (channels, H, W) of the training images.
-        num_classes: number of classes, which all labels must be below.
-        unpacked: file to unpack a compressed member into.
-        unpack: whether to unpack; False takes the file that another process has unpacked.
-
-    Attributes:
-        digest: of the number of images, some of them and all labels.
+    `image`, uint8 (N, H, W, channels), and `label` (N,), below `num_classes`; `shape` is (channels, H, W). The member
+    of an uncompressed file is mapped as it is, that of a compressed one from the file `unpacked`, which must remain; if
+    not `unpack`, another process has unpacked it. `digest` is of the number of images, some of them and all labels.
     """
 
     def __init__(self, path: str | os.PathLike, shape: tuple[int, ...], num_classes: int, unpacked: Path, *,
@@ -51,8 +42,7 @@ class ExtraImages:
                     dtype, size, length = _header(file)
                 channels, height, width = shape
                 if dtype != np.uint8 or len(size) != 4 or size[1:] != (height, width, channels):
-                    raise ValueError(f"`image` is {dtype} {size}; expected uint8 (N, {height}, {width}, {channels}), "
-                                     "as the training images are")
+                    raise ValueError(f"`image` is {dtype} {size}; expected uint8 (N, {height}, {width}, {channels})")
                 self.labels = self._read_labels(size[0], num_classes)
                 start, source = _start(self.path, members["image"]), self.path
                 if members["image"].compress_type != zipfile.ZIP_STORED:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..console import device_text, duration, facts
 from ..data import as_pixel_model, first_images, in_eval_mode, normalisation_of
@@ -44,6 +44,9 @@ def training_header(config: TrainConfig, model: Any, data: Data, device: torch.d
     head = "HPM head" if head_name(model) is not None else "no HPM head"
     own = f"those that {config.model} gives it" if is_constructor(config.model) else "random"
     weights = config.initial_checkpoint or ("pretrained" if config.has_weights else own)
+    passes = num_passes(config, len(data.train), len(data.val))
+    with in_eval_mode(model):
+        seconds = min(seconds_of_pass(as_pixel_model(model), images.to(device)) for _ in range(3))
     steps = "" if config.objective == "clean" else f", {config.attack_steps} PGD steps of {config.attack_step_size:.3g}"
     return facts({
         "model": f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {head}",
@@ -56,7 +59,8 @@ def training_header(config: TrainConfig, model: Any, data: Data, device: torch.d
         "optimisation": f"{config.epochs} epochs, batches of {config.batch_size}, {config.opt}, learning rate up to "
                         f"{config.lr:.3g}",
         "device": device_text(device, num_processes()),
-        "time": _estimate(config, model, data, images.to(device)),
+        "time": f"about {duration(passes * seconds / len(images) / num_processes())}: {passes:.2g} passes of an image, "
+                f"timed on {len(images)} of them",
     })
 
 
@@ -68,14 +72,6 @@ def num_passes(config: TrainConfig, num_train: int, num_val: int) -> float:
     # The extra data fill batches up, and an epoch is one pass over the data set's own images.
     images_of_epoch = num_train * config.batch_size / (config.batch_size - config.extra_per_batch)
     return config.epochs * (images_of_epoch * per_image + num_val * config.val_attack_steps)
-
-
-def _estimate(config: TrainConfig, model: nn.Module, data: Data, images: Tensor) -> str:
-    passes = num_passes(config, len(data.train), len(data.val))
-    with in_eval_mode(model):
-        seconds = min(seconds_of_pass(as_pixel_model(model), images) for _ in range(3))
-    total = passes * seconds / len(images) / num_processes()
-    return f"about {duration(total)}: {passes:.2g} passes of an image, timed on {len(images)} of them"
 
 
 def epoch_signs(row: Mapping[str, Any], epochs: int, num_classes: int, scale_change: float) -> dict[str, str]:

@@ -26,29 +26,22 @@ from ..models.constructors import is_constructor
 from ..models.saving import model_config, tensors_of, weights_metadata
 from ..prototypes import fit_prototypes
 from ..threat import ThreatModel
+from . import setup
 from .config import TrainConfig, differing
 from .distributed import average_, num_processes, process_index, reduced, seed_at
 from .extra import ExtraImages
 from .header import epoch_signs, kept_signs, row_text, training_header
 from .objectives import OBJECTIVES, Outputs, TrainingAttack, perturbed_weights
-from .recovery import Checkpoint, Progress, check_identity, identity
-from .run_folder import RunFolder, saved_options
-from .setup import (
-    Data,
-    create_accelerator,
-    create_optimizer,
-    create_schedule,
-    create_trainable,
-    in_effect,
-    made_trainable,
-    open_data,
-)
+from .recovery import Checkpoint, Progress, check_identity, identity, newest_checkpoint
+from .run_folder import CHECKPOINTS, RunFolder, saved_options
 from .signals import Stopped, StopRequest, obey_parent, shielded_batches
 from .trunk import AveragedModel, PixelTrunk, inputs_only
 
 #: The file in a run's folder that compressed extra data are unpacked into.
 UNPACKED: Final = "extra-data.npy"
 
+_DIVERGED: Final = ("lower the learning rate (--lr), or clip the gradient (--clip-grad). The last checkpoint and the "
+                    "best epoch so far are in the output folder")
 # Defaults that a resumed run keeps.
 _KEPT: Final = ("threads", "prototype_epoch", "warmup_epochs")
 
@@ -66,15 +59,15 @@ class Run:
             config = replace(config, **{name: getattr(saved, name) for name in _KEPT if getattr(config, name) is None})
         self.config = config
         folder, self.log, self.show_progress = writable_folder(output), log, progress
-        self.accelerator = accelerator = create_accelerator(config, folder)
+        self.accelerator = accelerator = setup.create_accelerator(config, folder)
         set_seed(config.seed)
-        self.model = create_trainable(config) if model is None else made_trainable(model, config)
+        self.model = setup.create_trainable(config) if model is None else setup.made_trainable(model, config)
         # A constructor may give its network weights, and the normalisation is its own, too.
         fresh = model is None and not config.has_weights and not is_constructor(config.model)
         with accelerator.local_main_process_first():  # it may download
-            self.data: Data = open_data(config, self.model, fresh)
+            self.data = setup.open_data(config, self.model, fresh)
         self.model.to(accelerator.device)
-        self.config = broadcast_object_list([in_effect(config, self.model, self.data, fresh)])[0]
+        self.config = broadcast_object_list([setup.in_effect(config, self.model, self.data, fresh)])[0]
         self.threat = ThreatModel.of(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
         self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process)
@@ -119,7 +112,7 @@ class Run:
     def _prepare(self) -> None:
         """Makes the optimizer, the loader and the schedule, and hands the first two to Accelerate."""
         config, accelerator = self.config, self.accelerator
-        optimizer = create_optimizer(config, self.model)
+        optimizer = setup.create_optimizer(config, self.model)
         own = config.batch_size - config.extra_per_batch
         loader = DataLoader(self.data.train, own, shuffle=True, drop_last=True,
                             num_workers=config.workers, worker_init_fn=obey_parent,
@@ -134,11 +127,11 @@ class Run:
             raise ValueError(f"batch_size is {own} on {num_processes()} processes; expected no more than the "
                              f"{len(self.data.train)} training images in all")
         # Not prepared: Accelerate would step it once per process.
-        self.schedule = create_schedule(config, optimizer, -(-len(self.loader) // config.grad_accum_steps))
+        self.schedule = setup.create_schedule(config, optimizer, -(-len(self.loader) // config.grad_accum_steps))
 
     def _restore(self) -> None:
         """Takes up the newest undamaged checkpoint, if there is one."""
-        checkpoint = self.folder.newest_checkpoint()
+        checkpoint = newest_checkpoint(self.folder.path / CHECKPOINTS)
         if checkpoint is None:
             return
         self._load(checkpoint)
@@ -168,8 +161,7 @@ class Run:
             self.progress = Progress(**progress)
             self.schedule.step(self.progress.updates)  # perhaps of more epochs than the checkpoint's
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{place} does not fit this run ({error}); remove it if another version wrote it, or "
-                             "start another run") from error
+            raise ValueError(f"{place} does not fit this run: {error}; remove it if of another version") from error
 
     def train(self) -> dict[str, Any]:
         """Trains to the end; returns the row of the kept epoch."""
@@ -293,9 +285,7 @@ class Run:
         self.stop.agree(stops)
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; lower the "
-                "learning rate (--lr), or clip the gradient (--clip-grad). The last checkpoint and the best epoch so "
-                "far are in the output folder")
+                f"the loss is {mean} at batch {self.progress.batches} of epoch {self.progress.epoch}; {_DIVERGED}")
         return mean
 
     def _fit_if_due(self, epochs: float) -> None:
@@ -415,11 +405,9 @@ class Run:
     def _check_finite(self) -> None:
         """Raises a FloatingPointError if an update has left a weight that is not finite."""
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            progress = self.progress
-            raise FloatingPointError(
-                f"update {progress.updates} (batch {progress.batches - 1} of epoch {progress.epoch}) "
-                "left weights that are not finite; lower the learning rate (--lr), or clip the gradient (--clip-grad). "
-                "The last checkpoint and the best epoch so far are in the output folder")
+            state = self.progress
+            raise FloatingPointError(f"update {state.updates} (batch {state.batches - 1} of epoch {state.epoch}) left "
+                                     f"weights that are not finite; {_DIVERGED}")
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.model, self.data, None if self.extra is None else self.extra.digest)

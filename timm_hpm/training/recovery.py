@@ -1,6 +1,5 @@
 """The checkpoints of a training run, folders that appear whole, and its identity, by which it must be resumed."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import PixelModel, first_images
 from ..evaluation.resume import sealed, unsealed
-from ..files import remove, writing
+from ..files import remove, replacing
 from ..head import find_head, head_name, mode_if_any
 from ..report import data_digest
 from ..seeding import seeded
@@ -77,15 +77,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(exist_ok=True)
     target = folder / f"epoch-{checkpoint.progress['epoch']:05d}-batch-{checkpoint.progress['batches']:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    try:
+    with replacing(target) as temporary:
         temporary.mkdir()
-        with writing(target):
-            _write(temporary, checkpoint)
+        _write(temporary, checkpoint)
         remove(target)  # it was damaged: no run writes the same state twice
-        os.replace(temporary, target)
-    finally:
-        remove(temporary)
     all_of_them = _newest_first(folder)
     mine = all_of_them.index(target)
     for other in all_of_them[:mine] + all_of_them[mine + keep:]:
@@ -169,11 +164,8 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def identity(model: Any, data: Data, extra: str | None) -> dict[str, Any]:
@@ -206,8 +198,7 @@ def check_identity(found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if found["labels"] != now["labels"]:
         raise ValueError(f"the run was begun with other images: their labels, in order, are others now; {advice}")
     if found["extra"] != now["extra"]:
-        raise ValueError("the run was begun with other extra data (--extra-data): their images or labels are others "
-                         f"now; {advice}")
+        raise ValueError("the run was begun with other extra data (--extra-data): images or labels differ; {advice}")
     if found["head"] != now["head"]:
         raise ValueError(f"the run's HPM head has {found['head']}, and the model's {now['head']}; {advice}")
     for name, cause in (("pixels", "the images"), ("logits", "the network's code or arguments")):

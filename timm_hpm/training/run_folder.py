@@ -20,9 +20,10 @@ from ..options import read_options
 from ..report import svg
 from ..report.shell import evaluate_command, shell_line
 from .config import TrainConfig, differing
-from .recovery import BEST, Checkpoint, newest_checkpoint, write_checkpoint
+from .recovery import BEST, Checkpoint, write_checkpoint
 
 OPTIONS: Final = "args.yaml"
+CHECKPOINTS: Final = "checkpoints"
 
 
 class RunFolder:
@@ -45,7 +46,7 @@ class RunFolder:
         """Writes the options, and removes the unfinished files of an interrupted process."""
         if not self.is_main:
             return
-        for folder in (self.path, self.path / "checkpoints"):
+        for folder in (self.path, self.path / CHECKPOINTS):
             remove_unfinished(folder)
         write_text(self.path / OPTIONS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
 
@@ -97,16 +98,12 @@ class RunFolder:
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint below `checkpoints/`, and then the files of a best epoch that is new."""
         staged = checkpoint.best = self._best
-        path = write_checkpoint(self.path / "checkpoints", checkpoint, self.config.checkpoint_hist)
+        path = write_checkpoint(self.path / CHECKPOINTS, checkpoint, self.config.checkpoint_hist)
         if staged is not None:
             self._best = path / BEST
             if staged.parent == self.path:
                 self._publish_best()
                 remove(staged)
-
-    def newest_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest whole checkpoint, None if there is none."""
-        return newest_checkpoint(self.path / "checkpoints")
 
 
 def saved_options(path: Path) -> TrainConfig:

@@ -20,16 +20,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..attacks.pgd import default_step_size
-from ..data import (
-    ImageSplit,
-    PixelModel,
-    check_every_class,
-    check_logits,
-    data_source,
-    first_images,
-    head_logits,
-    in_eval_mode,
-)
+from ..data import ImageSplit, PixelModel, check_every_class, check_logits, first_images, head_logits, in_eval_mode
+from ..data.sources import data_source
 from ..evaluation.judge import judge
 from ..evaluation.threads import use_threads
 from ..head import UnfittedHeadWarning, find_head, mode_if_any, own_mode
@@ -65,7 +57,7 @@ def create_trainable(config: TrainConfig) -> Any:
     if config.initial_checkpoint is not None:
         # Loaded as a public checkpoint is: its format is converted, and a head of another size starts anew.
         given["pretrained_cfg_overlay"] = {"file": config.initial_checkpoint, **config.given("mean", "std")}
-    given |= size_argument(config)
+    given |= _size_argument(config)
     kwargs = config.model_kwargs or {}
     twice = sorted(name for name in given.keys() & kwargs.keys() if given[name] != kwargs[name])
     if twice:
@@ -114,11 +106,7 @@ def _ready(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def _predicts_by_fc(model: nn.Module) -> bool:
-    return own_mode(model) in ("none", "fc")
-
-
-def size_argument(config: TrainConfig) -> dict[str, Any]:
+def _size_argument(config: TrainConfig) -> dict[str, Any]:
     """Returns the `img_size` of timm.create_model that a network of a fixed size needs for images of another."""
     if config.img_size is None:
         return {}
@@ -232,15 +220,16 @@ def in_effect(config: TrainConfig, model: Any, data: Data, fresh: bool) -> Train
         raise ValueError(f"attack_step_size is {step:g}, in units of pixels in [0, 1], and the ball of {threat} is "
                          f"{2 * threat.eps:g} wide; expected no more than that. Did you mean {step:g}/255?")
     channels, height, width = model.pretrained_cfg["input_size"]
-    mode, images = model.training, min(len(data.val), config.batch_size)
+    with in_eval_mode(model):
+        few = first_images(data.val, min(len(data.val), config.batch_size))[0]
+        threads = use_threads(config.threads, PixelModel(model), few)
     defaults = {
         "threat": str(threat), "attack_step_size": default_step_size(threat, config.attack_steps),
         "prototype_epoch": 0.0 if _is_trained(config, model, data, fresh) else _late(config, len(data.train)),
         "warmup_epochs": config.epochs / 4 if config.sched == "onecycle" else 0.0,
         "num_classes": model.num_classes, "in_chans": channels, "img_size": height if height == width else None,
         "mean": tuple(model.pretrained_cfg["mean"]), "std": tuple(model.pretrained_cfg["std"]),
-        "threads": use_threads(config.threads, PixelModel(model).eval(), first_images(data.val, images)[0])}
-    model.train(mode)
+        "threads": threads}
     return replace(config, **{name: value for name, value in defaults.items()
                               if getattr(config, name) is None and name not in (config.model_kwargs or {})})
 
@@ -257,7 +246,7 @@ def _is_trained(config: TrainConfig, model: Any, data: Data, fresh: bool) -> boo
 
     A trained one is right on a quarter of the first validation images that the commonest class gets wrong.
     """
-    if _predicts_by_fc(model) or find_head(model).is_fitted():
+    if own_mode(model) in ("none", "fc") or find_head(model).is_fitted():
         return True
     if fresh:
         return False

@@ -92,7 +92,6 @@ class AveragedModel:
         self._new.append(self.head.class_sums(self.trunk.backbone(pixels), labels))
 
     def begin_epoch(self) -> None:
-        """Forgets the features of the last epoch."""
         self.sums.zero_()
         self.counts.zero_()
 

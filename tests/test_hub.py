@@ -15,10 +15,13 @@ import hub_server
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import timm_hpm
 from timm_hpm import AttackReport
+from timm_hpm.models.saving import saved_network
 
 TOKEN = "hf_Secret0123456789abcdefghijklmnopqr"
 #: Of the embedded weights, measured by evaluate.py.
@@ -151,6 +154,22 @@ def test_odd_models_are_saved_and_left_as_they_are(odd, tmp_path):
     model = model.float().to(memory_format=torch.contiguous_format)
     saved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert hub_client.facts(saved) == hub_client.facts(model)
+
+
+class Outer(nn.Module):
+    """A network whose attribute has the name by which DataParallel and averages keep theirs."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.module, self.fc = inner, nn.Linear(4, 3)
+
+
+def test_only_a_wrapper_is_saved_without_its_own_layers():
+    network = hub_client.made()
+    for wrap in (nn.DataParallel, ModelEmaV3, AveragedModel, lambda model: ModelEmaV3(nn.DataParallel(model))):
+        assert type(saved_network(wrap(network))) is type(network)
+    outer = Outer(network)
+    assert saved_network(outer) is outer and saved_network(nn.DataParallel(outer)) is outer
 
 
 def test_a_model_that_could_not_be_pulled_is_not_pushed(server, client):

@@ -61,7 +61,7 @@ class EncodedImages:
     def _warn_of_transparency(self, name: str) -> None:
         if not self._has_warned:
             self._has_warned.fill_(True)
-            warnings.warn(f"{name} has transparent pixels; it and all such images are shown on white", stacklevel=2)
+            warnings.warn(f"{name} has transparent pixels; it is shown on white, as all such images are", stacklevel=2)
 
 
 class Part(NamedTuple):

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .. import rules
-from ..data import PixelModel, normalisation_of
+from ..data import PixelModel, normalisation_of, unwrapped
 from ..head import find_head, head_name
 from ..rules import COUNT, NUMBER, POSITIVE, STRING, Rule
 from .constructors import described_cfg
@@ -35,6 +36,7 @@ _METADATA: Final = "timm_hpm"
 # Model arguments that do not change the function of the weights.
 _NOT_OF_WEIGHTS: Final = ("num_classes", "features_only", "feature_cls", "out_indices", "cache_dir", "device", "dtype")
 
+_AVERAGES: Final = (ModelEmaV2, ModelEmaV3, AveragedModel)
 # Largest size and depth of a config; timm's own are below 3 MB and four levels.
 _MOST_BYTES: Final = 64 * 2**20
 _SHALLOW: Final = rules.shallow(20)
@@ -76,15 +78,21 @@ def write_model(model: Any, folder: Path, *, training: dict[str, Any] | None = N
 
 def saved_network(model: nn.Module) -> Any:
     """Returns the network in a wrapper; that in a `PixelModel` states its mean and std in its pretrained cfg."""
-    model = unwrap_model(model)
+    model = _without_wrappers(model)
     if not isinstance(model, PixelModel):
         return model
     check_no_draws(model)
-    network: Any = copy.copy(unwrap_model(model.model))  # the caller's keeps its cfg
+    network: Any = copy.copy(_without_wrappers(model.model))  # the caller's keeps its cfg
     cfg, own = getattr(network, "pretrained_cfg", None) or {}, in_float32(normalisation_of(model))
     if in_float32(cfg if cfg.get("mean") and cfg.get("std") else None) != own:
         network.pretrained_cfg = {**cfg, **own}
     return network
+
+
+def _without_wrappers(model: Any) -> nn.Module:
+    # Not by timm's unwrap_model, which takes any attribute named `module` for the model.
+    model = unwrapped(model)
+    return _without_wrappers(model.module) if isinstance(model, _AVERAGES) else model
 
 
 def check_no_draws(model: PixelModel) -> None:

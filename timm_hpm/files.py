@@ -49,7 +49,8 @@ def locked(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[None]
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            errors = [ValueError(f"another process works on the run in {folder}; wait for it, or choose another")]
+            errors = [ValueError(f"another process works on the run in {folder}; wait for it, stop it, or choose "
+                                 "another folder")]
         except OSError as error:
             errors = [_not_writable(folder, error)]
         except NotImplementedError:

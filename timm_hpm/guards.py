@@ -124,7 +124,7 @@ def _check_numbers(arguments: Any) -> None:
         for argument in arguments:
             _check_numbers(argument)
     elif isinstance(arguments, int) and abs(arguments) > _LARGEST_NUMBER:
-        raise TooLargeError(f"an argument has {len(str(arguments))} digits; expected at most {_LARGEST_NUMBER}")
+        raise TooLargeError(f"a number of {len(str(arguments))} digits; expected at most {_LARGEST_NUMBER}")
 
 
 def without_tokens(text: str, *tokens: str | None) -> str:

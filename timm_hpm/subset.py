@@ -77,14 +77,15 @@ def read_subset(file: str | os.PathLike) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the class subset {file}: {error}; expected one class a line") from error
+        raise ValueError(f"cannot read the class subset {file}: {error}. Expected a text file") from error
     return [name for line in lines if (name := line.partition("#")[0].strip())]
 
 
 def _number(one: str | int, names: Sequence[str]) -> int:
     if isinstance(one, str) and one in names:
         if names.count(one) > 1:
-            raise ValueError(f"{names.count(one)} classes of the model have the name {one!r}; give its number")
+            raise ValueError(f"the subset has the class {one!r}, and {names.count(one)} classes of the model have that "
+                             "name; give its number")
         return names.index(one)
     number = int(one) if isinstance(one, int) or one.isdecimal() else -1
     if not 0 <= number < len(names):

@@ -154,7 +154,7 @@ class PreActNet(StatedFunction):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
         if len(depths) != len(channels):
-            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)}; expected one of each a stage")
+            raise ValueError(f"depths {tuple(depths)} and channels {tuple(channels)} differ in length")
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layout, self.shortcut, self.stem_stride = layout, shortcut, stem_stride

@@ -40,7 +40,8 @@ class PixelModel(WholeLoading):
                  draws: int = 1):
         check_module(model)
         if isinstance(unwrapped(model), PixelModel) and (mean is not None or std is not None):
-            raise ValueError("the model normalises pixels itself (PixelModel): leave out mean and std, or give .model")
+            raise ValueError("the model normalises pixels itself (PixelModel), and would do so twice; leave out mean "
+                             "and std, or give its .model")
         super().__init__()
         self.draws = checked_integer("draws", draws, 1)
         cfg = getattr(unwrapped(model), "pretrained_cfg", None) or {}
@@ -215,7 +216,7 @@ def check_weights(model: nn.Module) -> None:
         if tensor.is_meta:
             raise ValueError(f"{name} is on the device meta, which holds no values; load the weights onto another")
         if tensor.is_inference():
-            raise ValueError(f"{name} was made in torch.inference_mode() and lets no gradient through; make it outside")
+            raise ValueError(f"{name} was made inside torch.inference_mode(): no gradient passes it; make it outside")
 
 
 def check_eval_mode(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ class Run:
         self.config = broadcast_object_list([setup.in_effect(config, self.model, self.data, fresh)])[0]
         self.threat = ThreatModel.of(str(self.config.threat))
         self.objective = OBJECTIVES[config.objective]
-        self.folder = RunFolder(folder, self.config, resume, is_main=accelerator.is_main_process)
+        self.folder = RunFolder(folder, self.config, resume)
         self.extra: ExtraImages | None = None
         if config.extra_data:
             with accelerator.main_process_first():
@@ -89,7 +89,8 @@ class Run:
         accelerator.wait_for_everyone()
         if resume:
             self._restore()
-        self.folder.begin()
+        if accelerator.is_main_process:
+            self.folder.begin()
         if config.log_with:
             accelerator.init_trackers("timm_hpm", {name: str(value) for name, value in self.config.to_dict().items()})
 
@@ -136,10 +137,11 @@ class Run:
             return
         self._load(checkpoint)
         check_identity(self.progress.identity, self._identity())
-        self.folder.restore_best(checkpoint)
         if checkpoint.config["epochs"] < self.config.epochs:
             for sign in ("chance", "behind"):  # of an epoch that need not be the kept one now
                 self.progress.warnings.pop(sign, None)
+        if self.accelerator.is_main_process:
+            self.folder.restore_best(checkpoint)
             self.folder.write_warnings(self.progress.warnings.values())
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -385,7 +387,7 @@ class Run:
                 state.warnings[sign] = text
                 if self.accelerator.is_main_process:
                     self.log(f"warning: {text}")
-                self.folder.write_warnings(state.warnings.values())
+                    self.folder.write_warnings(state.warnings.values())
 
     def _save(self) -> None:
         self._check_finite()

@@ -27,10 +27,10 @@ CHECKPOINTS: Final = "checkpoints"
 
 
 class RunFolder:
-    """Writes a run's files into the folder `path`, if this process `is_main`; to `resume`, options must be the same."""
+    """Writes a run's files into the folder `path`, by the main process; to `resume`, options must be the same."""
 
-    def __init__(self, path: Path, config: TrainConfig, resume: bool, *, is_main: bool):
-        self.path, self.config, self.is_main = path, config, is_main
+    def __init__(self, path: Path, config: TrainConfig, resume: bool):
+        self.path, self.config = path, config
         # Folder of the best epoch's files: in a checkpoint, or made for the next one.
         self._best: Path | None = None
         if resume:
@@ -44,8 +44,6 @@ class RunFolder:
 
     def begin(self) -> None:
         """Writes the options, and removes the unfinished files of an interrupted process."""
-        if not self.is_main:
-            return
         for folder in (self.path, self.path / CHECKPOINTS):
             remove_unfinished(folder)
         write_text(self.path / OPTIONS, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
@@ -65,8 +63,7 @@ class RunFolder:
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """Writes the files of the best epoch again if they are not as the checkpoint has them."""
         self._best = checkpoint.best
-        if self.is_main:
-            self._publish_best()
+        self._publish_best()
 
     def _publish_best(self) -> None:
         if self._best is None:
@@ -90,9 +87,9 @@ class RunFolder:
     def write_warnings(self, texts: Iterable[str]) -> None:
         """Writes `warnings.txt`, a line each; removes it if there are none."""
         text, file = "".join(f"{text}\n" for text in texts), self.path / "warnings.txt"
-        if self.is_main and text:
+        if text:
             write_text(file, text)
-        elif self.is_main:
+        else:
             remove(file)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:

@@ -166,13 +166,8 @@ class HPMHead(WholeLoading, nn.Linear):
     def update_prototypes(self, features: Tensor, labels: Tensor) -> None:
         """Moves the prototypes of the classes in `labels` towards their mean feature (exponential moving average).
 
-        Arguments:
-            features: (B, d), the input of the head; no gradient is kept.
-            labels: (B,), integers in [0, C), of any integer dtype.
-
-        Raises:
-            ValueError: if the shapes do not fit, labels are no integers in [0, C), or features are not finite. The
-                prototypes do not change then.
+        `features` (B, d) are the head's input; `labels` (B,) are integers in [0, C), of any dtype. Raises a ValueError,
+        and changes nothing, for other shapes or labels, or if features are not finite.
         """
         self.apply_class_sums(*self.class_sums(features, labels))
 
@@ -192,11 +187,7 @@ class HPMHead(WholeLoading, nn.Linear):
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
-        """Sets the dataset-level prototypes (C, d) of all classes, which counts as one update of each.
-
-        Raises:
-            ValueError: if the shape differs or values are not finite. The prototypes do not change then.
-        """
+        """Sets the dataset-level prototypes (C, d) of all classes, finite ones; that counts as one update of each."""
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(f"prototypes have the shape {tuple(prototypes.shape)}; "
                              f"expected (num_classes, in_features) = {tuple(self.prototypes.shape)}")
@@ -301,11 +292,7 @@ def check_module(model: nn.Module) -> None:
 
 
 def find_head(model: nn.Module) -> HPMHead:
-    """Returns the HPM head of `model`, or `model` itself if it is one.
-
-    Raises:
-        ValueError: if there is no HPM head, or more than one.
-    """
+    """Returns the HPM head of `model`, or `model` itself if it is one; raises a ValueError unless there is just one."""
     name = head_name(model)
     if name is None:
         raise ValueError(f"{type(model).__name__} has no HPM head; create an hpm_* model "
@@ -366,11 +353,7 @@ def own_mode(model: nn.Module) -> str:
 
 @contextmanager
 def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
-    """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block.
-
-    Raises:
-        ValueError: if the mode is unknown, or there is no HPM head.
-    """
+    """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block."""
     head = find_head(model)
     before, head.inference = head.inference, check_inference(mode)
     try:

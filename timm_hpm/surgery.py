@@ -35,18 +35,11 @@ class HPMMixin(WholeLoading):
     # No annotations in the class: TorchScript would read them instead of the model's.
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none.
+        """Replaces the head by a fresh one of the same kind (mix, ema_decay, inference), or by none for 0 classes.
 
-        Device, dtype and training mode stay.
-
-        Arguments:
-            num_classes: number of classes; 0 for no head.
-            args, kwargs: as the model's own `reset_classifier` takes them, `global_pool` first.
-
-        Raises:
-            AttributeError: if the model has no `reset_classifier` of its own, as timm's have.
-            UnsupportedHeadError: if an HPM head cannot replace the new classifier, such as without pooling; the model
-                then has that classifier.
+        Device, dtype and training mode stay. `args` and `kwargs` are those of the model's own `reset_classifier`; a
+        model without one raises an AttributeError. If an HPM head cannot replace the new classifier, such as without
+        pooling, the model has that classifier, and an UnsupportedHeadError says so.
         """
         base: Any = super()
         path: Any = self.head_path
@@ -168,11 +161,7 @@ def add_hpm_head(
 
 
 def remove_hpm_head(model: nn.Module) -> nn.Module:
-    """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc".
-
-    Raises:
-        ValueError: if `add_hpm_head` did not make the model.
-    """
+    """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc"."""
     if not isinstance(model, HPMMixin):
         reason = "it is built around one" if is_equipped(model) else "it has none"
         raise ValueError(f"{type(model).__name__} has no HPM head to remove: {reason}. Expected what add_hpm_head "

@@ -59,24 +59,15 @@ def mixed_logits(head: HPMHead, features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A differentiable stand-in for an HPM model.
+    """A differentiable stand-in for an HPM model."""
 
-    Arguments:
-        name: the surrogate's name in protocols and reports.
-        logits: an HPM head and features (B, d) of a whole batch to logits (B, C).
-        batch_dependent: whether the logits of an image depend on the other images of its batch if the head is in the
-            mode `"batch"`.
-        exact_in: inference modes in which the logits are the head's own.
-        annealed: the logits at a temperature from 1 to nearly 0, its third argument, for attacks that anneal.
-        in_joint: whether attacks on a whole batch use it if it is batch-dependent.
-    """
-
-    name: str
-    logits: Callable[[HPMHead, Tensor], Tensor]
-    batch_dependent: bool = False
-    exact_in: tuple[str, ...] = ()
+    name: str  # in protocols and reports
+    logits: Callable[[HPMHead, Tensor], Tensor]  # an HPM head and features (B, d) of a whole batch to logits (B, C)
+    batch_dependent: bool = False  # whether logits depend on the batch's other images if the head's mode is "batch"
+    exact_in: tuple[str, ...] = ()  # inference modes in which the logits are the head's own
+    # The logits at a temperature from 1 to nearly 0, its third argument, for attacks that anneal.
     annealed: Callable[[HPMHead, Tensor, float], Tensor] | None = None
-    in_joint: bool = True
+    in_joint: bool = True  # whether attacks on a whole batch use it if it is batch-dependent
 
     def at(self, temperature: float, head: HPMHead, features: Tensor) -> Tensor:
         """Returns the logits (B, C) at a temperature, or as they are if the surrogate is not annealed."""

@@ -53,11 +53,7 @@ class ThreatModel:
 
     @classmethod
     def of(cls, threat: "str | ThreatModel") -> "ThreatModel":
-        """Returns `threat`, or the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
-
-        Raises:
-            ValueError: if it is neither, the text is malformed, or `ThreatModel` refuses its values.
-        """
+        """Returns `threat`, or the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`, or a ValueError."""
         if isinstance(threat, cls):
             return threat
         match = re.fullmatch(r"([^:]+):(.+)", threat.strip()) if isinstance(threat, str) else None

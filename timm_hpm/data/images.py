@@ -36,16 +36,14 @@ class EncodedImages:
     def read(self, index: int, channels: int) -> Image.Image:
         """Returns image `index` as grey (1 channel) or RGB (3), transparent pixels on white; a warning says so once.
 
-        Raises:
-            ValueError: if the file is no image, is damaged, too large for Pillow, or grey of more than 8 bits, which
-                Pillow would cut off; the message names it.
+        Raises a ValueError that names the file if it is no image, damaged, too large, or grey of more than 8 bits.
         """
         file, name = self._open_file(index)
         with file:
             try:
                 image: Image.Image = Image.open(file, formats=_formats())
                 image.load()
-                if image.mode.startswith(("I", "F")):
+                if image.mode.startswith(("I", "F")):  # Pillow would cut it off
                     raise ValueError(f"it has the mode {image.mode}, of more than 8 bits; expected 8 bits a channel")
                 if image.has_transparency_data:
                     # The one way to RGBA from La leads through LA.

@@ -28,9 +28,6 @@ class PixelModel(WholeLoading):
         draws: number of forward passes whose logits are averaged, for a randomised model: attacks then follow the mean
             of the gradients (expectation over transformation, Athalye et al., arXiv 1707.07397).
 
-    Attributes:
-        source: the origin of mean and std, in words.
-
     Raises:
         ValueError: if there is no mean or std, the std is not positive, `draws` is below 1, or the model is a
             `PixelModel` that gets another mean or std.
@@ -62,6 +59,7 @@ class PixelModel(WholeLoading):
         if named is None:
             named = f"the pretrained_cfg of {cfg.get('architecture') or type(unwrapped(model)).__name__}"
             named += f", tag {cfg['tag']}" if cfg.get("tag") else ""
+        # The origin of mean and std, in words.
         both = {name: GIVEN if given is not None else named for name, given in (("mean", mean), ("std", std))}
         self.source = both["mean"] if both["mean"] == both["std"] else "; ".join(f"{k}: {v}" for k, v in both.items())
         self.model = model
@@ -82,11 +80,7 @@ class PixelModel(WholeLoading):
         return logits.float() if isinstance(logits, Tensor) else logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1].
-
-        Raises:
-            ValueError: if `pixels` have another number of channels than mean and std.
-        """
+        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1]."""
         if pixels.shape[1] != len(self.mean):
             raise ValueError(f"images have {pixels.shape[1]} channels, the model's mean and std {len(self.mean)}; "
                              "convert the images, or give mean and std for them: PixelModel(model, mean=..., std=...)")
@@ -190,11 +184,7 @@ def check_logits(output: Any, rows: int) -> Tensor:
 
 
 def head_logits(pixel_model: nn.Module, pixels: Tensor) -> Tensor:
-    """Returns the logits (B, C) of a model for `pixels` (B, channels, H, W).
-
-    Raises:
-        ValueError: if the model does not return logits or, with an HPM head, others than the head's.
-    """
+    """Returns the logits (B, C) of a model for `pixels` (B, channels, H, W); raises if they are not its HPM head's."""
     outputs: list[Tensor] = []
     name = head_name(pixel_model)
     head = nn.Identity() if name is None else pixel_model.get_submodule(name)

@@ -40,26 +40,16 @@ _POLICIES: Final = {"rand": rand_augment_transform, "augmix": augment_and_mix_tr
 
 
 class ImageSplit(Dataset):
-    """A split of a data set: pairs of an image (C, H, W), float32 in [0, 1], and its label; made by `open_split`.
-
-    Attributes:
-        labels: (N,), int64, known without reading an image.
-        num_classes: classes of the data set; a split may lack some, see `check_every_class`.
-        class_names: of each class, "" if the class map leaves it out; None if the data set has no names.
-        num_channels: channels of an image.
-        threat: the threat model that the data set is usually measured under, such as "Linf:8/255".
-        mean, std: the usual normalisation of its models, one value a channel; None if there is none.
-    """
+    """A split of a data set: pairs of an image (C, H, W), float32 in [0, 1], and its label; made by `open_split`."""
 
     def __init__(self, name: str, source: DataSource, part: Part, indices: Tensor, num_channels: int,
                  transform: Callable[[Any], Any] | None, seed: int | None):
-        self.labels = part.labels[indices]
-        self.num_classes = part.num_classes
-        self.class_names = part.class_names
+        self.labels = part.labels[indices]  # (N,), int64, known without reading an image
+        self.num_classes = part.num_classes  # of the data set; a split may lack some, see `check_every_class`
+        self.class_names = part.class_names  # "" if the class map leaves one out; None if the data set has no names
         self.num_channels = num_channels
-        self.threat = source.threat
-        self.mean = source.mean
-        self.std = source.std
+        self.threat = source.threat  # under which the data set is usually measured, such as "Linf:8/255"
+        self.mean, self.std = source.mean, source.std  # the usual normalisation, one value a channel, or None
         self._name = name
         self._images = part.images
         self._indices = indices

@@ -78,14 +78,11 @@ def build_variant(
 ) -> Any:
     """Returns a network with an HPM head under the cfg of the name `variant`; with `features_only`, timm's wrapper.
 
-    The base's own entrypoint builds the network and loads its weights, so all its arguments and checkpoint formats work
-    (image size, channels, pooling). The entries of the HPM head are loaded afterwards.
+    `create`, the base's own entrypoint, builds the network and loads its weights, so all its arguments and checkpoint
+    formats work (image size, channels, pooling). The entries of the HPM head are loaded afterwards.
 
-    Arguments:
-        create: the base's own entrypoint.
-        kwargs: the entrypoint's: the head's (mix, ema_decay, inference), timm's and the network's.
-        convert: converts a checkpoint to the base's names; called as `plain_state_dict`.
-        head: whether it gets the HPM head.
+    `kwargs` are the head's (mix, ema_decay, inference), timm's and the network's. `convert` converts a checkpoint to
+    the base's names, and is called as `plain_state_dict`. Without `head` the network gets no HPM head.
     """
     asked = kwargs
     cfg, kwargs, state_dict = _resolved(variant, pretrained, kwargs, convert)

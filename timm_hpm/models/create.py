@@ -131,16 +131,9 @@ def convert(
 ) -> Any:
     """Converts a checkpoint of any format that `timm_hpm.models.formats` knows, and returns its model.
 
-    Arguments:
-        checkpoint: the file: safetensors, or a PyTorch file that holds only tensors and plain values.
-        model_name: the `hpm_*` model, with its tag unless the default one is meant.
-        output: the folder for `model.safetensors` and `config.json`, each of which appears whole or not at all.
-        cfg: fields of the pretrained cfg that are not the tag's, such as mean, std and num_classes.
-        model_args: arguments of `timm.create_model`; `num_classes` is that of the checkpoint.
-
-    Raises:
-        ValueError: if the checkpoint cannot be read or is of another network, or the model is unknown.
-        OSError: if the folder holds a model, or cannot be written.
+    The folder `output` gets `model.safetensors` and `config.json`; if it holds a model, that is an OSError. `cfg` are
+    fields of the pretrained cfg that are not the tag's in `model_name`, such as mean; `model_args` are arguments
+    of `timm.create_model`, of which `num_classes` is that of the checkpoint. Raises as `create_model` does.
     """
     overlay = {**(cfg or {}), "file": str(checkpoint)}
     if "num_classes" in model_args:

@@ -141,13 +141,8 @@ def register_hpm(base: str) -> str:
     Its tag `untrained` has no weights; bases of public robust checkpoints have further tags. The first of those is the
     default, unless it needs another activation or normalisation than the base: under the bare name the base's own
     weights must give the same logits as in timm. A registered name stays as it is. If an HPM head cannot replace the
-    base's classifier, creating a model raises `UnsupportedHeadError`.
-
-    Arguments:
-        base: an architecture registered with timm, without a tag.
-
-    Raises:
-        ValueError: if the base is unknown; the message names the nearest ones.
+    base's classifier, creating a model raises `UnsupportedHeadError`. A base that timm does not know, or with a tag, is
+    a ValueError.
     """
     name = f"hpm_{base}"
     if name in default_cfgs:

@@ -29,11 +29,7 @@ _NEEDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
 
 @dataclass(frozen=True)
 class TrainConfig(RunOptions):
-    """The options of a training run, under timm's names if timm has them; see `python train.py --help`.
-
-    Raises:
-        ValueError: a value of another type, out of its range, or that does not fit another option.
-    """
+    """The options of a training run, under timm's names if timm has them; see `python train.py --help`."""
 
     pretrained: bool = option(False, _MODEL, "initial weights: the model's pretrained ones, else random ones")
     initial_checkpoint: str | None = option(None, _MODEL, "file of the initial weights, ours or another project's")

@@ -23,19 +23,12 @@ Outputs = tuple[Tensor, Tensor, Tensor]  # features (B, d), HPM logits (B, C), F
 
 @dataclass(frozen=True)
 class TrainingAttack:
-    """The attack of a training step: a surrogate of the model in eval mode, and the options of PGD.
+    """The attack of a training step: a surrogate of the model in eval mode, and the options of PGD."""
 
-    Arguments:
-        logits: pixels (B, channels, H, W) in [0, 1] to the surrogate's logits (B, C).
-        threat: the threat model to train for.
-        steps: PGD steps, at least 1.
-        step_size: in units of pixels in [0, 1]; None means PGD's default.
-    """
-
-    logits: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]  # pixels (B, channels, H, W) in [0, 1] to the surrogate's logits (B, C)
     threat: ThreatModel
     steps: int
-    step_size: float | None = None
+    step_size: float | None = None  # in units of pixels in [0, 1]; None means PGD's default
 
     def pgd(self, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Returns adversarial images (B, ...) by PGD on a `loss` of logits and labels; None means cross-entropy."""
@@ -44,22 +37,16 @@ class TrainingAttack:
 
 @dataclass(frozen=True)
 class Objective:
-    """A training objective.
+    """A training objective."""
 
-    Arguments:
-        name: the value of the option `objective`.
-        loss: the outputs for each batch (clean images, if the objective or the prototypes use them; then adversarial
-            images, if there is an attack), the labels (B,) and the run's `TrainConfig` to the scalar to minimise.
-        craft: an attack, clean images (B, ...) and labels (B,) to adversarial images; None trains on clean ones alone.
-        uses_clean: whether the loss uses the outputs for the clean images.
-        options: the options of `TrainConfig` that its loss uses and most others do not; elsewhere they are refused.
-    """
-
-    name: str
+    name: str  # the value of the option `objective`
+    # The outputs for each batch (clean images, if the objective or the prototypes use them; then adversarial images, if
+    # there is an attack), the labels (B,) and the run's `TrainConfig` to the scalar to minimise.
     loss: Callable[[Sequence[Outputs], Tensor, Any], Tensor]
+    # An attack, clean images (B, ...) and labels (B,) to adversarial images; None trains on clean ones alone.
     craft: Callable[[TrainingAttack, Tensor, Tensor], Tensor] | None = TrainingAttack.pgd
-    uses_clean: bool = False
-    options: tuple[str, ...] = ()
+    uses_clean: bool = False  # whether the loss uses the outputs for the clean images
+    options: tuple[str, ...] = ()  # those of `TrainConfig` for its loss, which are refused elsewhere
 
 
 def cross_entropy(outputs: Sequence[Outputs], labels: Tensor, options: Any) -> Tensor:

@@ -137,11 +137,6 @@ def tuned(base: dict[str, Any], mode: str, seed: int, folder: Path) -> Path:
     return train({**base["train"], **first, "model_kwargs": kwargs, "seed": seed}, folder / f"{mode}-{seed}")
 
 
-def table(_: argparse.Namespace) -> None:
-    """Prints the page of all results."""
-    print(page(), end="")
-
-
 def main() -> None:
     """Runs a command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +152,7 @@ def main() -> None:
                          help="seeds whose FC network is also evaluated with the other heads, not trained (all)")
     running.add_argument("--place", nargs="+", default=[], metavar="NAME=FOLDER", help="folders that heads.yaml names")
     running.add_argument("--train-only", action="store_true", help="no evaluations")
-    commands.add_parser("table").set_defaults(run=table)
+    commands.add_parser("table").set_defaults(run=lambda _: print(page(), end=""))
     args = parser.parse_args()
     args.run(args)
 

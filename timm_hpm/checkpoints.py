@@ -53,7 +53,7 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
         others = [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
         raise CheckpointError(f"the checkpoint holds no state dict: {', '.join(others) or 'it is empty'}. Expected "
                               f"named tensors, alone or under one of the names {', '.join(_WRAPPERS)}")
-    return next((each for each in found if _has_statistics(each)), found[0])
+    return next((each for each in found if any(key.endswith("running_mean") for key in each)), found[0])
 
 
 def _state_dicts(checkpoint: Mapping[str, Any], levels: int = 4) -> list[dict[str, Tensor]]:
@@ -77,10 +77,6 @@ def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.nbytes <= max(tensor.untyped_storage().nbytes(), 2**20)
-
-
-def _has_statistics(state_dict: Mapping[str, Tensor]) -> bool:
-    return any(key.endswith("running_mean") for key in state_dict)
 
 
 def check_architecture(config: Mapping[str, Any], architecture: str) -> None:

@@ -48,18 +48,15 @@ class EncodedImages:
                 if image.has_transparency_data:
                     # The one way to RGBA from La leads through LA.
                     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-                    if rgba.getchannel("A").getextrema() != (255, 255):
-                        self._warn_of_transparency(name)
+                    if rgba.getchannel("A").getextrema() != (255, 255) and not self._has_warned:
+                        self._has_warned.fill_(True)
+                        warnings.warn(f"{name} has transparent pixels; it is shown on white, as all such images are",
+                                      stacklevel=2)
                     image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
                 return image.convert(MODES[channels])
             # Pillow's plugins raise errors of almost any type.
             except Exception as error:
                 raise ValueError(f"cannot read the image {name}: {error}. Mend it, or take it away") from error
-
-    def _warn_of_transparency(self, name: str) -> None:
-        if not self._has_warned:
-            self._has_warned.fill_(True)
-            warnings.warn(f"{name} has transparent pixels; it is shown on white, as all such images are", stacklevel=2)
 
 
 class Part(NamedTuple):

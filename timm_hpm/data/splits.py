@@ -273,7 +273,11 @@ def _read(source: DataSource, split: str, data_dir: Path | None, download: bool,
             warnings.warn(f"{len(part.labels) - len(indices)} of {len(part.labels)} images of {own} are of classes "
                           "that the class map leaves out", stacklevel=4)
     elif source.classes is not None:
-        part = _numbered_as_trained(part, source.classes(data_dir), own)
+        classes = source.classes(data_dir)
+        if unknown := sorted({*(part.class_names or ())} - {*classes}):
+            raise ValueError(f"{own} has the class {unknown[0]!r} ({len(unknown)} such), which train has not; both "
+                             "need the same subfolders, one a class")
+        part = part.renumbered({name: number for number, name in enumerate(classes)})
     if split == "test" or ("val" in has and "test" in has):
         if val_fraction is not None and split != "test":
             raise ValueError("the data set has a validation split of its own; leave out val_fraction")
@@ -292,14 +296,6 @@ def _check_classes(part: Part, numbers: Mapping[str, int]) -> None:
         raise ValueError(f"the data set has {len(unknown)} classes that the model has not ({some(unknown)}) "
                          f"and lacks {len(absent)} of the subset ({some(absent)}); expected the same names: "
                          "rename the folders, or mend the subset; to train on other classes, del model.class_map")
-
-
-def _numbered_as_trained(part: Part, classes: Sequence[str], own: str) -> Part:
-    unknown = sorted(set(part.class_names or ()) - set(classes))
-    if unknown:
-        raise ValueError(f"{own} has the class {unknown[0]!r} ({len(unknown)} such), which train has not; both need "
-                         "the same subfolders, one a class")
-    return part.renumbered({name: number for number, name in enumerate(classes)})
 
 
 def _class_map(file: str | os.PathLike, data_dir: str | os.PathLike | None) -> dict[str, int]:

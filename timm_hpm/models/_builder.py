@@ -67,15 +67,8 @@ def creator(model_cls: type[nn.Module], variant: str, feature_cfg: Mapping[str, 
     return lambda **kwargs: build_model_with_cfg(model_cls, variant, feature_cfg={**feature_cfg}, **{**fixed, **kwargs})
 
 
-def build_variant(
-        create: Callable[..., Any],
-        variant: str,
-        pretrained: bool,
-        kwargs: Mapping[str, Any],
-        convert: Callable[..., dict[str, Tensor]] = plain_state_dict,
-        *,
-        head: bool = True,
-) -> Any:
+def build_variant(create: Callable[..., Any], variant: str, pretrained: bool, kwargs: Mapping[str, Any],
+                  convert: Callable[..., dict[str, Tensor]] = plain_state_dict, *, head: bool = True) -> Any:
     """Returns a network with an HPM head under the cfg of the name `variant`; with `features_only`, timm's wrapper.
 
     `create`, the base's own entrypoint, builds the network and loads its weights, so all its arguments and checkpoint
@@ -145,12 +138,8 @@ def _load_head(model: Any, state_dict: Mapping[str, Tensor], cfg: PretrainedCfg,
                                                 if key not in _HEAD_ENTRIES}})
 
 
-def _resolved(
-        variant: str,
-        pretrained: bool,
-        kwargs: Mapping[str, Any],
-        convert: Callable[..., dict[str, Tensor]],
-) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
+def _resolved(variant: str, pretrained: bool, kwargs: Mapping[str, Any], convert: Callable[..., dict[str, Tensor]],
+              ) -> tuple[PretrainedCfg, dict[str, Any], dict[str, Tensor]]:
     """Returns the cfg of an entrypoint's weights, its other arguments, and the weights, converted; see `build_variant`.
 
     Precedence: the caller's arguments, the config in the weights' metadata, that of their folder, the tag's. Weights

@@ -121,14 +121,8 @@ def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: Threat
         threat is None or ThreatModel.of(notes[0].partition(": ")[2]) == threat)
 
 
-def convert(
-        checkpoint: str | Path,
-        model_name: str,
-        output: str | Path,
-        *,
-        cfg: dict[str, Any] | None = None,
-        **model_args: Any,
-) -> Any:
+def convert(checkpoint: str | Path, model_name: str, output: str | Path, *, cfg: dict[str, Any] | None = None,
+            **model_args: Any) -> Any:
     """Converts a checkpoint of any format that `timm_hpm.models.formats` knows, and returns its model.
 
     The folder `output` gets `model.safetensors` and `config.json`; if it holds a model, that is an OSError. `cfg` are

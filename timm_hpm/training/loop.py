@@ -141,7 +141,8 @@ class Run:
             for sign in ("chance", "behind"):  # of an epoch that need not be the kept one now
                 self.progress.warnings.pop(sign, None)
         if self.accelerator.is_main_process:
-            self.folder.restore_best(checkpoint)
+            if checkpoint.best is not None:
+                self.folder.publish_best(checkpoint.best)
             self.folder.write_warnings(self.progress.warnings.values())
 
     def _load(self, checkpoint: Checkpoint) -> None:

@@ -60,17 +60,12 @@ class RunFolder:
         with writing(self.path / WEIGHTS):
             write_model(model, self._best, training={"options": self.config.to_dict(), "kept": row})
 
-    def restore_best(self, checkpoint: Checkpoint) -> None:
-        """Writes the files of the best epoch again if they are not as the checkpoint has them."""
-        self._best = checkpoint.best
-        self._publish_best()
-
-    def _publish_best(self) -> None:
-        if self._best is None:
-            return
+    def publish_best(self, best: Path) -> None:
+        """Writes the files of the best epoch if they are not as a checkpoint has them, in its folder `best`."""
+        self._best = best
         # The weights first: they hold their config, which goes before the file's.
         for name in (WEIGHTS, CONFIG):
-            file, kept = self.path / name, self._best / name
+            file, kept = self.path / name, best / name
             if not file.is_file() or not filecmp.cmp(file, kept, shallow=False):
                 with replacing(file) as target:
                     shutil.copyfile(kept, target)
@@ -96,11 +91,11 @@ class RunFolder:
         """Writes a checkpoint below `checkpoints/`, and then the files of a best epoch that is new."""
         staged = checkpoint.best = self._best
         path = write_checkpoint(self.path / CHECKPOINTS, checkpoint, self.config.checkpoint_hist)
-        if staged is not None:
+        if staged is not None and staged.parent == self.path:
+            self.publish_best(path / BEST)
+            remove(staged)
+        elif staged is not None:
             self._best = path / BEST
-            if staged.parent == self.path:
-                self._publish_best()
-                remove(staged)
 
 
 def saved_options(path: Path) -> TrainConfig:

@@ -60,12 +60,8 @@ def model_card(
         name: the argument of `timm.create_model`.
         cfg: the pretrained cfg, with the `constructor` of a network that timm does not make.
         model: None for a public checkpoint, which has no prototypes.
-        report: the measurement.
-        license: in place of the cfg's.
-        base_model: Hub id of the model it was made from.
-        notes: Markdown by hand: the text before the first `## ` opens the card, the rest follows the usage.
+        report, license, base_model, notes, training: see `timm_hpm.hub.save`.
         register: whether the loader must register the architecture first.
-        training: how it was trained, as train.py writes it: `options`, and `kept`, the row of metrics of its epoch.
     """
     head = None if model is None or head_name(model) is None else find_head(model)
     plain = model is not None and head is None

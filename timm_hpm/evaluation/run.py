@@ -109,7 +109,6 @@ class Run:
         save_parts(tensors, path, {"protocol": json.dumps(protocol)})
 
     def _attacked(self, group: tuple[str, ...], row: str, state: "_State", on_query: Callable[[], None]) -> Step:
-        """Returns the result of one attack on one batch through a group of surrogates."""
         model, attack = self.subject.attacked, ATTACKS[attack_of(row)]
         surrogates = [model.exact_surrogate() if name == TRUE_MODEL else name for name in group]
         cascade = self.plan.cascade

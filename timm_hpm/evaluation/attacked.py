@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 import torch
@@ -117,18 +118,15 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
     """
     convolutions: list[tuple[nn.Conv2d, Tensor]] = []
     norms: list[tuple[nn.BatchNorm2d, Tensor]] = []
-    handles = []
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            handles.append(module.register_forward_hook(lambda m, _, output: convolutions.append((m, output))))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(lambda m, inputs: norms.append((m, inputs[0]))))
-    try:
-        with torch.enable_grad():
-            output = ask(model, example.detach().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                hooks.enter_context(module.register_forward_hook(
+                    lambda m, _, output: convolutions.append((m, output))))
+            elif isinstance(module, nn.BatchNorm2d):
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda m, inputs: norms.append((m, inputs[0]))))
+        output = ask(model, example.detach().requires_grad_())
     if output.grad_fn is None:
         return 0
     uses = _uses(output.grad_fn)
@@ -156,14 +154,13 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> int:
 def _uses(node: Any) -> Counter:
     """Returns for each operation of the graph that ends with `node` how many others take its result."""
     uses: Counter = Counter()
-    todo, seen = [node], {node}
+    todo = [node]
     while todo:
         for following, _ in todo.pop().next_functions:
             if following is not None:
-                uses[following] += 1
-                if following not in seen:
-                    seen.add(following)
+                if following not in uses:
                     todo.append(following)
+                uses[following] += 1
     return uses
 
 

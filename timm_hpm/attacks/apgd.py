@@ -12,7 +12,7 @@ from torch import Tensor
 from ..threat import ThreatModel, per_image
 
 #: Part of a step that is new; the rest is the step before it.
-_NEW_STEP = 0.75
+NEW_STEP = 0.75
 #: Part of the steps since the last checkpoint that must have raised the loss, or the step size is halved.
 _RAISING = 0.75
 
@@ -64,7 +64,7 @@ def apgd(
     for i in range(iterations):
         moved = ball.project(ball.step(gradient, step_size).add_(x))
         # The first step is all new; written so, its rounding is AutoAttack's.
-        new = _NEW_STEP if i else 1.0
+        new = NEW_STEP if i else 1.0
         moved = ball.project(moved.sub_(x).mul_(new).add_(x).add_((x - before).mul_(1 - new)))
         before, x = x, moved
         loss, gradient, wrong = query(logits_fn, loss_fn, x, labels, with_gradient=i + 1 < iterations)

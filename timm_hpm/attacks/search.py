@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..threat import ThreatModel, per_image
-from .apgd import Ball, put, query
+from .apgd import NEW_STEP, Ball, put, query
 from .losses import target_margin
 
 #: Steps of an ascent from a random start towards each target, and of an ascent from a changed best point.
@@ -24,8 +24,6 @@ NEXT_STEPS: Final = 20
 #: image before their projection.
 _REDRAWN: Final = 0.2
 _REDRAWN_RADII: Final = 2.0
-#: Part of a step that is new; the rest is the step before it.
-_NEW_STEP: Final = 0.75
 #: The targets that all images are led to; the others, and the first round, are for the nearest part of the images left.
 #: Later rounds serve fewer and fewer, as only images near a boundary fall in them: this part times the cube of the part
 #: of the rounds that is left.
@@ -148,7 +146,7 @@ class _Search:
             size = torch.full_like(per_image(margin, x), self.threat.eps * (1 + math.cos(math.pi * i / steps)))
             moved = ball.project(ball.step(gradient, size).add_(x))
             if i:
-                moved = ball.project(moved.sub_(x).mul_(_NEW_STEP).add_(x).add_(x - before, alpha=1 - _NEW_STEP))
+                moved = ball.project(moved.sub_(x).mul_(NEW_STEP).add_(x).add_(x - before, alpha=1 - NEW_STEP))
             before, x = x, moved
         self.margins[images, numbers] = self.margins[images, numbers].maximum(margins)
         self.keep(images, points, margins, fooled)

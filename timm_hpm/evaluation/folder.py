@@ -131,7 +131,7 @@ def _about(config: EvaluateConfig, model: Any, split: ImageSplit) -> dict[str, A
                if name in (*MODEL_OPTIONS, *DATA_OPTIONS) and value not in (None, {})
                and (name == "pretrained" or value is not False)}
     about: dict[str, Any] = {"model": config.model, "weights": weights_of(model, config), "dataset": config.dataset,
-             "split": config.split, "options": options}
+                             "split": config.split, "options": options}
     if config.threads is not None:
         about["threads"] = config.threads
     if config.class_subset:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attacks import margin_loss, predicted_classes
+from ..attacks.apgd import NEW_STEP
 from ..threat import ThreatModel
 from .batch import AttackBatch, Budget
 from .components import apgd_points
 
 # Temperature of the soft assignment at the end, nearly the head's own; it begins at 1.
 _LAST_TEMPERATURE: Final = 0.05
-_NEW_STEP: Final = 0.75
 
 # Victims of a round: this share of the unbroken images, drawn from the half nearest to an error. Fewer rounds with more
 # victims break less: the neighbours cannot serve all.
@@ -115,6 +115,6 @@ def _ascend_together(batch: AttackBatch, threat: ThreatModel, iterations: int, x
         with torch.no_grad():
             size = threat.eps * (1 + math.cos(math.pi * i / iterations)) / 2
             moved = threat.project(x + threat.scaled(gradient, size), batch.clean)
-            moved = threat.project(x + _NEW_STEP * (moved - x) + (1 - _NEW_STEP) * (x - before), batch.clean)
+            moved = threat.project(x + NEW_STEP * (moved - x) + (1 - NEW_STEP) * (x - before), batch.clean)
             before, x = x.detach(), moved
     return best

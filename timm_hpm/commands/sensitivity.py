@@ -11,7 +11,7 @@ from ..evaluation.config import EvaluateConfig
 from ..evaluation.folder import load_model, open_images
 from ..evaluation.sweep import parse_radii
 from ..files import default_folder, writable_folder, write_text
-from ..head import INFERENCE_MODES, check_inference
+from ..head import INFERENCE_MODES
 from ..models.create import class_names
 from ..names import some
 from ..options import CommonOptions, given_options, option
@@ -35,7 +35,8 @@ class SensitivityConfig(CommonOptions):
     checkpoint: tuple[str, ...] = option(
         (), "model", "files of weights, each a network of its own (the pretrained ones)")
     inference: tuple[str, ...] = option(
-        (), "model", f"inference modes of the HPM head, each a head of its own, of {', '.join(INFERENCE_MODES)} (all)")
+        (), "model", f"inference modes of the HPM head, each a head of its own, of {', '.join(INFERENCE_MODES)} (all)",
+        choices=INFERENCE_MODES)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "model", "device of PyTorch")
     split: str = option("val", "data", "split of the data set", choices=SPLITS)
     num_images: int = option(100, "data", "number of images, the first of the split; 0 for all", least=0)
@@ -47,8 +48,6 @@ class SensitivityConfig(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for mode in self.inference:
-            check_inference(mode)
         if self.radii is not None:
             parse_radii(self.radii)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..data import SPLITS
 from ..files import default_folder
-from ..head import INFERENCE_MODES, check_inference
+from ..head import INFERENCE_MODES
 from ..models.constructors import named_again
 from ..options import RunOptions, as_dict, free_names, option, read_options
 from ..surrogates import SURROGATES
@@ -31,7 +31,7 @@ class EvaluateConfig(RunOptions):
     checkpoint: str | None = option(None, "model", "file of the weights instead, such as train.py's model.safetensors")
     inference: tuple[str, ...] | None = option(
         None, "model", f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
-                      "own (the model's mode)")
+                      "own (the model's mode)", choices=INFERENCE_MODES)
     eot: int = option(1, "model", "draws of a randomised model whose logits and gradients are averaged", least=1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "model", "device of PyTorch")
 
@@ -71,8 +71,6 @@ class EvaluateConfig(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for mode in self.inference or ():
-            check_inference(mode)
         attacks = self.attacks or PROTOCOLS[self.protocol].attacks
         unused = [name for name in self.budgets() if name in ATTACKS and name not in attacks]
         if unused:

@@ -113,10 +113,7 @@ class AttackBatch:
         return self._logits_of([self._start_features] * len(self.surrogates))
 
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Returns the logits (R, C) of the ascending `rows` (R,) at `pixels`, with all other rows at their points.
-
-        Differentiable with respect to `pixels` (R, channels, H, W).
-        """
+        """Returns the logits (R, C) of the ascending `rows` (R,) at `pixels` (R, ...), the others at their points."""
         if not len(rows):
             return self.clean_logits[:0]
         features = self.model.features(pixels)

@@ -93,10 +93,8 @@ class EvaluateConfig(RunOptions):
 
 
 def saved_options(folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the options that the run in a folder keeps, but for those in `without`; {} if it keeps none.
-
-    The file may be a stranger's, so a value must be valid, and no option says which file to write or downloads data.
-    """
+    """Returns the options that the run in a folder keeps, but for those in `without`; {} if it keeps none."""
+    # The file may be a stranger's, so a value must be valid, and no option says which file to write or downloads data.
     file = folder / OPTIONS
     if not file.exists():
         return {}

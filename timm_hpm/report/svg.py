@@ -115,10 +115,7 @@ class Step(NamedTuple):
 
 
 def stairs(start: float, points: Sequence[Step], x_label: str, label: str) -> str:
-    """Returns a plot of an accuracy that falls from `start`, on an axis in which a doubling of x has one width.
-
-    The last doubling is shaded. Every x is above 0.
-    """
+    """Returns a plot of an accuracy that falls from `start`, against doublings of x > 0; the last one is shaded."""
     height, left, right, top = 300, _LEFT - 70.0, _WIDTH - _RIGHT, _TOP - 40
     low, last = _floor_tenth(points[-1].y), points[-1].x
     first = min(points[0].x, last / 2) / 2

@@ -108,6 +108,16 @@ def test_draws_average_logits_and_gradients_and_the_flag_becomes_a_statement(dig
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_the_cost_counts_every_draw_of_attacks_checks_and_verdicts(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    labels = model(digits[0]).argmax(dim=1)
+    one, three = (run_attack(PixelModel(model, [0.0], [1.0], draws), digits[0], labels, "Linf:0.01",
+                             attacks=["apgd-ce", "square"], budgets=TINY, batch_size=6).cost for draws in (1, 3))
+    for name in ("apgd-ce", "square", "all"):
+        for passes in ("forward_passes", "backward_passes"):
+            assert three[name][passes] == 3 * one[name][passes], (name, passes)
+
+
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_draws_of_an_hpm_model_average_the_logits_of_each_surrogate(model, digits, tmp_path, mode):
     network = Wrapped(model, lambda net, x: net(x + 0.3 * torch.randn_like(x))).eval()

@@ -38,7 +38,7 @@ def make_report(subject: Subject, steps: list[Step], flags: list[Flag], protocol
         correct=correct,
         assembled=assembled,
         baseline_correct=_joined(step.baseline_correct for step in steps),
-        cost=_total_cost(steps, subject.cost),
+        cost=_total_cost(steps, subject),
         flags=flags,
         examples=first_examples(chain.from_iterable(step.examples for step in steps)),
         date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
@@ -70,16 +70,17 @@ def _step_flags(steps: Iterable[Step]) -> list[Flag]:
         for place, some in images.items()]
 
 
-def _total_cost(steps: list[Step], checks: dict[str, float]) -> dict[str, dict[str, float]]:
+def _total_cost(steps: list[Step], subject: Subject) -> dict[str, dict[str, float]]:
     """Returns seconds and passes of each attack, and of all with the checks and the judges' passes."""
     cost: dict[str, dict[str, float]] = {}
-    total = dict(checks)
+    total = dict(subject.cost)
     for step in steps:
         for key, value in step.cost.items():
             if step.attack not in ("clean", ASSEMBLED):
                 cost.setdefault(attack_of(step.attack), no_cost())[key] += value
             total[key] += value
-        total["forward_passes"] += sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))
+        judged = sum(map(len, [*step.correct.values(), *step.baseline_correct.values()]))
+        total["forward_passes"] += subject.draws * judged
     return cost | {"all": total}
 
 

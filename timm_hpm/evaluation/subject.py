@@ -40,6 +40,7 @@ class Subject:
         self.model, self.batch_size, self.seed = model, batch_size, seed
         self.pixel_model = pixel_model_for(model, images)
         _warn_of_torchvision(self.pixel_model)
+        self.draws = getattr(self.pixel_model, "draws", 1)
         self.device = device_of(self.pixel_model, images)
         self.example = images[:batch_size].to(self.device)
         # A model may draw random numbers at each call.
@@ -61,18 +62,18 @@ class Subject:
         images, labels = images[:_NUM_CHECKED].to(self.device), labels[:_NUM_CHECKED].to(self.device)
 
         def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            self.cost["forward_passes"] += len(inputs[0])
+            self.cost["forward_passes"] += self.draws * len(inputs[0])
 
         with seeded(self.device, self.seed, "checks"), self.pixel_model.register_forward_pre_hook(count):
             flags = check_model(self.pixel_model, images, labels, self.batch_size)
         flags += [flag for flag in (probability_flag(self.logits), head_flag(self.model)) if flag is not None]
-        self.cost["backward_passes"] += len(images)
+        self.cost["backward_passes"] += self.draws * len(images)
         self.copied = self._copied()
         return flags
 
     def _copied(self) -> Tensor:
         images = self.example[:_NUM_CHECKED]
-        self.cost["forward_passes"] += len(images)
+        self.cost["forward_passes"] += self.draws * len(images)
         with torch.no_grad(), seeded(self.device, self.seed, "copy"), without_autocast(images):
             return ask(self.attacked.backbone, images)
 
@@ -95,7 +96,7 @@ class Subject:
         if "changes-state" not in raised:
             with seeded(self.device, self.seed, "model"):
                 flags.append(change_flag(self.pixel_model, self.example, self.logits))
-            self.cost["forward_passes"] += len(self.example)
+            self.cost["forward_passes"] += self.draws * len(self.example)
             if self.copied is not None and flags[-1] is None:
                 flags.append(copy_flag(self.attacked.backbone, self.copied, self._copied()))
         return [flag for flag in flags if flag is not None]
@@ -114,7 +115,7 @@ class Subject:
             "architecture": cfg.get("architecture") or type(inner).__name__,
             "weights_digest": weights_digest(inner),
             "normalisation": normalisation_of(self.pixel_model),
-            "eot": getattr(self.pixel_model, "draws", 1),
+            "eot": self.draws,
             "num_images": len(images),
             "data_digest": data_digest(images, labels),
             "num_classes": self.num_classes,

@@ -33,28 +33,23 @@ def as_budget(attack: str, value: Budget | int | str) -> Budget:
 class Protocol:
     """The attacks, surrogates and budgets of a Mixed Surrogate Attack.
 
-    Arguments:
-        name: stands in the report.
-        attacks: budgets by names of `ATTACKS`, as `as_budget` reads them; those that do not apply to a model are left
-            out.
-        plain: the attacks on a classifier whose own logits are differentiable, in the place of `attacks`: one without
-            an HPM head, or with one in the mode `dataset` or `fc`. None means the same.
-        surrogates: names of `SURROGATES`; None means all that differ in the head's inference mode.
-        full_grid: attacks every image through every surrogate by every attack, also after it is broken. Otherwise
-            that is so only if the predictions depend on the batch: else a broken image is attacked no more, the
-            cheapest attack comes first, and an image stays in later rows at the candidate that broke it.
-        surrogates_at_once: surrogates attacked side by side in one pass: more memory, less overhead for small nets. The
-            candidates change with it, the protocol's name and digest do not.
-
     Raises:
         ValueError: if a value is malformed; the message names the attack.
     """
 
-    name: str
+    name: str  # stands in the report
+    # Budgets by names of `ATTACKS`, as `as_budget` reads them; those that do not apply to a model are left out.
     attacks: Mapping[str, Budget]
-    surrogates: tuple[str, ...] | None = None
+    surrogates: tuple[str, ...] | None = None  # of `SURROGATES`; None means all that differ in the head's mode
+    # Whether to attack every image through every surrogate by every attack, also after it is broken. That is always so
+    # if the predictions depend on the batch. Otherwise a broken image is attacked no more, the cheapest attack comes
+    # first, and an image stays in later rows at the candidate that broke it.
     full_grid: bool = False
+    # Surrogates attacked side by side in one pass: more memory, less overhead for small nets. The candidates change
+    # with it, the protocol's name and digest do not.
     surrogates_at_once: int = field(default=1, compare=False)
+    # The attacks, in place of `attacks`, on a classifier whose own logits are differentiable: one without an HPM head,
+    # or in the mode `dataset` or `fc`. None means the same.
     plain: Mapping[str, Budget] | None = None
 
     def __post_init__(self) -> None:

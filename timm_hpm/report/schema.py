@@ -83,33 +83,25 @@ def data_digest(images: Tensor, labels: Tensor) -> str:
 class AttackReport:
     """The result of `mixed_surrogate_attack`. Every accuracy is a fraction in [0, 1], of the true model.
 
-    Arguments:
-        protocol: everything that determines the numbers: threat model, number of images, batch size, inference mode,
-            surrogates, attacks with their budgets, seed, device, versions.
-        correct: for `"clean"` and each candidate set `"<surrogate>/<attack>"`, in the order of the attacks, a text with
-            one character per image: `1` if the true model, judging whole batches, classifies it correctly, else `0`.
-        baseline_correct: the same of the FC classifier of the same network, under the attacks on that classifier;
-            empty without an HPM head.
-        cost: seconds, and images that passed forward and backward through the backbone, for each attack and in all.
-        flags: named warnings, of the model and of the attacks.
-        examples: the first few misclassified images, with small pictures.
-        assembled: verdicts of the true model in batch mode on assembled batches: of each image the first successful
-            candidate, or the clean image if there is none; empty in other modes.
-        neighbours: the rows of `measure_neighbours`; they enter no accuracy.
-        date: day of the measurement in UTC, such as "2026-11-28"; empty in older reports.
-        convergence: when each image fell, and the margins of the others; None in older and in merged reports.
+    Verdicts are a text with one character per image: `1` if it is classified correctly, judged in its whole batch.
     """
 
+    # Everything that determines the numbers: threat model, images, batch size, inference mode, surrogates, attacks with
+    # their budgets, seed, device, versions.
     protocol: dict[str, Any]
+    # The verdicts for "clean" and each candidate set "<surrogate>/<attack>", in the order of the attacks.
     correct: dict[str, str]
+    # The same of the FC classifier of the same network, under the attacks on it; empty without an HPM head.
     baseline_correct: dict[str, str] = field(default_factory=dict)
+    # Seconds, and images that passed forward and backward through the backbone, for each attack and in all.
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    flags: list[Flag] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    flags: list[Flag] = field(default_factory=list)  # of the model and of the attacks
+    examples: list[Example] = field(default_factory=list)  # the first few misclassified images
+    # In batch mode, verdicts on batches of each image's first successful candidate, or of the clean image without one.
     assembled: str = ""
-    neighbours: list[dict[str, Any]] = field(default_factory=list)
-    date: str = ""
-    convergence: Convergence | None = None
+    neighbours: list[dict[str, Any]] = field(default_factory=list)  # of `measure_neighbours`; they enter no accuracy
+    date: str = ""  # day of the measurement in UTC, such as "2026-11-28"; empty in older reports
+    convergence: Convergence | None = None  # None in older and in merged reports
 
     def __repr__(self) -> str:
         return (f"<AttackReport: {self.name}, {self.num_images} images, {self.protocol['threat']}, "

@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import timm
@@ -21,11 +22,21 @@ def one_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def model(request) -> torch.nn.Module:
+def embedded(request) -> torch.nn.Module:
     """The embedded network, a small real model, in the mode INFERENCE of the test's module if it has one."""
     mode = getattr(request.module, "INFERENCE", "dataset")
     return timm.create_model("hpm_wrn10_2", pretrained=True, inference=mode).eval()
+
+
+model = pytest.fixture(embedded, name="model")
+shared_model = pytest.fixture(embedded, name="shared_model", scope="module")  # of tests that do not change it
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    """An empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+
+from werkzeug.routing import Map, Rule
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
 
 Files = dict[str, bytes]
 
@@ -49,7 +51,24 @@ class Faults:
     echo_token: bool = False
 
 
-class HubServer(ThreadingHTTPServer):
+class Handler(WSGIRequestHandler):
+    """Speaks HTTP 1.0: a closed connection ends every answer, and faults are simple."""
+
+    protocol_version = "HTTP/1.0"
+
+    def log(self, *arguments: Any) -> None:
+        """The tests look at `HubServer.requests`."""
+
+
+class Refusal(Exception):
+    """Ends a request with a status other than 200."""
+
+    def __init__(self, status: int, text: str, code: str = ""):
+        super().__init__(text)
+        self.status, self.text, self.code = status, text, code
+
+
+class HubServer:
     """The server; `url` is the endpoint for clients.
 
     Attributes:
@@ -58,11 +77,9 @@ class HubServer(ThreadingHTTPServer):
         requests: method and path of every request, and whether it carried a token.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.http = make_server("127.0.0.1", 0, self.answer, threaded=True, request_handler=Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.tokens: dict[str, str] = {}
         self.repos: dict[str, Repo] = {}
         self.lfs_objects: Files = {}
@@ -79,98 +96,57 @@ class HubServer(ThreadingHTTPServer):
         repo = self.repos[repo_id]
         return repo.commits[repo.refs.get(revision, revision)]
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no news."""
+    @Request.application
+    def answer(self, request: Request) -> Response:
+        """Answers a request by its route, unless a fault is on."""
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.requests.append((request.method, request.path, bool(token)))
+        try:
+            for pattern, (status, text) in self.faults.answer.items():
+                if re.search(pattern, request.path):
+                    raise Refusal(status, text)
+            if token and token not in self.tokens:
+                raise Refusal(401, "Invalid credentials in Authorization header")
+            if re.search(self.faults.hang_up, request.path):
+                request.stream.read((request.content_length or 0) // 2)
+                raise ConnectionResetError
+            function, arguments = ROUTES.bind_to_environ(request.environ).match()
+            data = function(Call(self, request, self.tokens.get(token)), **arguments)
+            return data if isinstance(data, Response) else Response(json.dumps(data), mimetype="application/json")
+        except Refusal as refusal:
+            text = refusal.text + (f" (got {request.headers.get('Authorization')})" if self.faults.echo_token else "")
+            return Response(json.dumps({"error": text}), refusal.status, {
+                "X-Error-Message": text, "X-Error-Code": refusal.code}, mimetype="application/json")
 
 
 @contextmanager
 def running() -> Iterator[HubServer]:
     """Yields a server that answers until the end of the block."""
-    with HubServer() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield server
-        server.shutdown()
+    server = HubServer()
+    threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
 
 
-class Refusal(Exception):
-    """Ends a request with a status other than 200."""
-
-    def __init__(self, status: int, text: str, code: str = ""):
-        super().__init__(text)
-        self.status, self.text, self.code = status, text, code
+ROUTES = Map()
 
 
-ROUTES: list[tuple[str, str, Callable[..., Any]]] = []
-
-
-def route(methods: str, path: str) -> Callable:
-    """Makes a method of `Handler` answer requests; it returns the JSON of its answer, or None if it has answered."""
-    def register(method: Callable[..., Any]) -> Callable[..., Any]:
-        ROUTES.append((methods, path.replace("ID", "([^/]+/[^/]+)").replace("NAME", "([^/]+)"), method))
-        return method
+def route(method: str, path: str) -> Callable:
+    """Makes a method of `Call` answer requests; it returns the JSON of its answer, or a whole one."""
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        ROUTES.add(Rule(path.replace("ID", "<path:repo_id>"), methods=[method], endpoint=function))
+        return function
     return register
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers one request. As HTTP 1.0: a closed connection ends every answer, and faults are simple."""
+@dataclass
+class Call:
+    """A request and the account that makes it."""
 
     server: HubServer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """The tests look at `HubServer.requests`."""
-
-    def do_GET(self) -> None:
-        path, faults = urlsplit(self.path).path, self.server.faults
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.server.requests.append((self.command, unquote(path), bool(token)))
-        try:
-            for pattern, (status, text) in faults.answer.items():
-                if re.search(pattern, path):
-                    raise Refusal(status, text)
-            if token and token not in self.server.tokens:
-                raise Refusal(401, "Invalid credentials in Authorization header")
-            self.account = self.server.tokens.get(token)
-            self.body = self.read_body(hang_up=re.search(faults.hang_up, path) is not None)
-            if self.body is None:
-                return
-            for methods, pattern, answer in ROUTES:
-                if self.command in methods and (match := re.fullmatch(pattern, path)):
-                    data = answer(self, *map(unquote, match.groups()))
-                    return None if data is None else self.send_json(data)
-            raise Refusal(404, f"no such route: {self.command} {path}")
-        except Refusal as refusal:
-            text = refusal.text + (f" (got {self.headers.get('Authorization')})" if faults.echo_token else "")
-            self.send_json({"error": text}, refusal.status, {"X-Error-Message": text, "X-Error-Code": refusal.code})
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def read_body(self, hang_up: bool) -> bytes | None:
-        """Returns the request's body; None if the server hung up inside it."""
-        length = int(self.headers.get("Content-Length", 0))
-        if hang_up:
-            self.rfile.read(length // 2)
-            return None
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(length)
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def send_json(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send(json.dumps(data).encode(), status, {**(headers or {}), "Content-Type": "application/json"})
-
-    def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    # Accounts
+    request: Request
+    account: str | None
 
     def may_write(self, repo_id: str) -> bool:
         return self.account is not None and repo_id.partition("/")[0] in (self.account, "org")
@@ -191,8 +167,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return repo, oid
 
-    # Routes
-
     @route("GET", "/api/whoami-v2")
     def whoami(self) -> Any:
         if self.account is None:
@@ -204,8 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": []}
 
     @route("POST", "/api/repos/create")
-    def create(self) -> None:
-        data = json.loads(self.body)
+    def create(self) -> Response:
+        data = self.request.get_json(force=True)
         repo_id = f"{data.get('organization') or self.account}/{data['name']}"
         if self.account is None:
             raise Refusal(401, "Invalid username or password.")
@@ -217,39 +191,39 @@ class Handler(BaseHTTPRequestHandler):
             private = data.get("visibility") == "private" or bool(data.get("private"))
             self.server.repos[repo_id] = repo = Repo(private)
             repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        self.send_json({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
+        return Response(json.dumps({"url": f"{self.server.url}/{repo_id}"}), 409 if exists else 200)
 
-    @route("POST", "/api/models/ID/branch/NAME")
+    @route("POST", "/api/models/ID/branch/<name>")
     def branch(self, repo_id: str, name: str) -> Any:
-        repo, oid = self.at(repo_id, json.loads(self.body).get("startingPoint") or "main", write=True)
+        repo, oid = self.at(repo_id, self.request.get_json(force=True).get("startingPoint") or "main", write=True)
         repo.refs[name] = oid
         return {}
 
-    @route("POST", "/api/models/ID/preupload/NAME")
+    @route("POST", "/api/models/ID/preupload/<revision>")
     def preupload(self, repo_id: str, revision: str) -> Any:
         repo, oid = self.at(repo_id, revision, write=True)
-        paths, known = [file["path"] for file in json.loads(self.body)["files"]], repo.commits[oid]
+        paths, known = [file["path"] for file in self.request.get_json(force=True)["files"]], repo.commits[oid]
         return {"files": [{"path": path, "shouldIgnore": False, "uploadMode": "lfs" if is_lfs(path) else "regular",
                            "oid": content_id(path, known[path]) if path in known else None} for path in paths]}
 
-    @route("POST", r"/ID\.git/info/lfs/objects/batch")
+    @route("POST", "/ID.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id: str) -> Any:
         self.repo(repo_id, write=True)
         return {"transfer": "basic", "objects": [
             {"oid": wanted["oid"], "size": wanted["size"]} | (
                 {} if wanted["oid"] in self.server.lfs_objects else
                 {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}})
-            for wanted in json.loads(self.body)["objects"]]}
+            for wanted in self.request.get_json(force=True)["objects"]]}
 
-    @route("PUT", "/lfs/([0-9a-f]{64})")
+    @route("PUT", "/lfs/<oid>")
     def lfs_put(self, oid: str) -> Any:
-        assert hashlib.sha256(self.body).hexdigest() == oid
-        self.server.lfs_objects[oid] = self.body
+        self.server.lfs_objects[oid] = self.request.get_data()
+        assert hashlib.sha256(self.server.lfs_objects[oid]).hexdigest() == oid
         return {}
 
-    @route("POST", "/api/models/ID/commit/NAME")
+    @route("POST", "/api/models/ID/commit/<revision>")
     def commit(self, repo_id: str, revision: str) -> Any:
-        header, *changes = map(json.loads, self.body.splitlines())
+        header, *changes = map(json.loads, self.request.get_data().splitlines())
         repo, oid = self.at(repo_id, revision, write=True)
         files = dict(repo.commits[oid])
         for change in changes:
@@ -263,20 +237,20 @@ class Handler(BaseHTTPRequestHandler):
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
 
     @route("GET", "/api/models/ID")
-    @route("GET", "/api/models/ID/revision/NAME")
+    @route("GET", "/api/models/ID/revision/<revision>")
     def info(self, repo_id: str, revision: str = "main") -> Any:
         repo, oid = self.at(repo_id, revision)
         return {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private,
                 "siblings": [{"rfilename": path} for path in repo.commits[oid]], "tags": []}
 
-    @route("GET", "/api/models/ID/tree/NAME")
+    @route("GET", "/api/models/ID/tree/<revision>")
     def tree(self, repo_id: str, revision: str) -> Any:
         repo, oid = self.at(repo_id, revision)
         return [{"type": "file", "path": path, "size": len(content), "oid": content_id(path, content)}
                 for path, content in repo.commits[oid].items()]
 
-    @route("GET HEAD", "/ID/resolve/NAME/(.+)")
-    def resolve(self, repo_id: str, revision: str, path: str) -> None:
+    @route("GET", "/ID/resolve/<revision>/<path:path>")
+    def resolve(self, repo_id: str, revision: str, path: str) -> Response:
         repo, oid = self.at(repo_id, revision)
         content = repo.commits[oid].get(path)
         if content is None:
@@ -284,9 +258,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid, "ETag": f'"{content_id(path, content)}"'}
         if is_lfs(path):
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers["ETag"]}
-        if self.command == "HEAD":
-            return self.send(content, 200, headers)
-        self.send(content[:self.server.faults.shorten_to.get(path)], 200, headers)
+        end = self.server.faults.shorten_to.get(path) if self.request.method == "GET" else None
+        return Response(content[:end], headers=headers)
 
 
 def is_lfs(path: str) -> bool:

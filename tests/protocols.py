@@ -16,6 +16,9 @@ PROTOCOL = {
                 "fab-t": {"iterations": 100, "targets": 9}, "square": {"iterations": 5000}},
 }
 
+#: Options of an evaluation of seconds.
+QUICK = ["-b", "4", "--device", "cpu", "--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2"]
+
 #: A small budget for every attack of the protocol "standard" in batch mode.
 SMALL = {"apgd-ce": 5, "apgd-t": "5x2", "fab-t": "3x2", "square": 20, "apgd-chain": 3, "joint": 3,
          "joint-subset": "3r2"}

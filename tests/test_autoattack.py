@@ -50,13 +50,6 @@ def test_every_point_of_apgd_is_autoattack_s(norm, iterations, targeted, from_cl
         assert 3 <= found.fooled.sum() <= 29, "the problem tests nothing"
 
 
-def test_images_without_a_gradient_are_counted():
-    model, images, labels = problem((1, 6, 6))
-    for some, number in ((model, 0), (nn.Sequential(model, nn.Threshold(100.0, 0.0)), 30)):
-        loss = targeted_loss(labels, (labels + 1) % 5)
-        assert apgd(some, images, labels, ThreatModel("Linf", 0.1), 2, loss).without_gradient == number
-
-
 def searched(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, queries: int) -> Tensor:
     def margin(rows: Tensor, pixels: Tensor) -> Tensor:
         return margin_loss(model(pixels), labels[rows])
@@ -86,9 +79,7 @@ def test_images_that_autoattack_cannot_tile_are_searched_too(shape):
     model, images, labels = problem(shape)
     threat = ThreatModel("L2", 0.5)
     found = searched(model, images, labels, threat, 50)
-    # The start is on the sphere but where the pixels' bounds are in the way.
-    assert threat.distance(found, images).max() <= threat.eps + 1e-5
-    assert found.min() >= 0 and found.max() <= 1
+    assert threat.contains(found, images).all()
     start = searched(model, images, labels, threat, 0)
     assert (margin_loss(model(found), labels) >= margin_loss(model(start), labels)).all()
     assert (found != start).any()

@@ -4,13 +4,13 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from protocols import run_attack
-from torch import Tensor, nn
+from torch import nn
 
 import timm_hpm
 from timm_hpm import AttackReport, HPMHead, ThreatModel, functional
@@ -36,10 +36,6 @@ def independent(benchmark):
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     return script
-
-
-def digits_model(**kwargs) -> nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, **kwargs).eval()
 
 
 def forged_report(model: nn.Module) -> AttackReport:
@@ -76,14 +72,13 @@ def test_every_attacker_breaks_a_linear_classifier_where_that_is_possible(indepe
         assert torch.equal(broken[clear], best[clear] > 0), name
 
 
-def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(independent):
-    model = digits_model()
+def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(independent, shared_model):
     images, labels = (part[:8] for part in timm_hpm.load_split("digits", "test").tensors)
-    report = forged_report(model)
+    report = forged_report(shared_model)
     report.correct["fc/apgd-ce"] = "10111101"
     budgets = independent.Budgets(pgd_steps=5, pgd_restarts=1, apgd_steps=5, apgd_restarts=2, apgd_t_steps=3,
                                   fab_t_steps=2, square_queries=20)
-    missed = independent.find_missed(model, images, labels, report, budgets)
+    missed = independent.find_missed(shared_model, images, labels, report, budgets)
     assert list(missed) == ["true", "fc", "dataset", "soft", "mixed"]
     assert independent.found_by(missed) == [0, 2, 3, 4, 5, 7]
     assert missed["true"]["apgd-t"] == [0, 2, 3, 4, 5, 7]
@@ -92,9 +87,9 @@ def test_images_wrongly_called_robust_are_reported_as_missed_and_no_others(indep
         "missed by MSA: 6 of 8 images, 75.0 points")
 
 
-def test_a_report_is_attacked_again_unless_it_is_of_something_else(independent, tmp_path, capsys):
+def test_a_report_is_attacked_again_unless_it_is_of_something_else(independent, shared_model, tmp_path, capsys):
     path, output = tmp_path / "report.json", tmp_path / "out"
-    report = forged_report(digits_model())
+    report = forged_report(shared_model)
     report.protocol.update(threat="Linf:0.001", model="hpm_wrn10_2", dataset="digits", split="test")
     report.save(path)
     options = [str(path), "--device", "cpu", "--output", str(output)]
@@ -181,20 +176,15 @@ def test_prototypes_without_an_image_are_those_of_the_batch_without_it(trials):
     features = torch.randn(12, 4)
     whole = head_of(trials.Form, inference="batch", leave_one_out=True)
     head = head_of(trials.Form, inference="batch")
-    for temperature in (None, 1.0):
+    for temperature, assign, present in ((None, functional.straight_through_assignment, functional.hard_presence),
+                                         (1.0, partial(torch.softmax, dim=1), functional.soft_presence)):
+        found = whole.squared_distances(features, temperature)
         for i in range(12):
             rest = torch.cat([features[:i], features[i + 1:]])
-            expected = distances_of_one(head, features[i:i + 1], rest, temperature)
-            torch.testing.assert_close(whole.squared_distances(features, temperature)[i:i + 1], expected)
-
-
-def distances_of_one(head: HPMHead, feature: Tensor, others: Tensor, temperature: float | None) -> Tensor:
-    """The squared distances (1, C) of a feature to prototypes mixed with those of a batch that it is no part of."""
-    fc = head.fc_logits(others)
-    a = functional.straight_through_assignment(fc) if temperature is None else (fc / temperature).softmax(dim=1)
-    presence = functional.hard_presence(a) if temperature is None else functional.soft_presence(a)
-    mixed = functional.mix_prototypes(head.prototypes, functional.batch_prototypes(others, a), presence, head.mix)
-    return functional.squared_distances(feature, mixed)
+            a = assign(head.fc_logits(rest))
+            means = functional.batch_prototypes(rest, a)
+            mixed = functional.mix_prototypes(head.prototypes, means, present(a), head.mix)
+            torch.testing.assert_close(found[i:i + 1], functional.squared_distances(features[i:i + 1], mixed))
 
 
 def test_a_sum_lies_between_its_parts_and_an_attack_that_lowers_the_scale_does_not_change_it(trials):
@@ -204,10 +194,8 @@ def test_a_sum_lies_between_its_parts_and_an_attack_that_lowers_the_scale_does_n
     torch.testing.assert_close(head(features), expected)
     head.log_scale.data.sub_(5)
     torch.testing.assert_close(head(features), expected)
-
-
-def test_features_and_prototypes_of_unit_length_do_not_depend_on_the_length(trials):
-    features, head = torch.randn(12, 4), head_of(trials.Form, inference="sample", unit=True)
+    # Nor does a feature's length if features and prototypes have unit length.
+    head = head_of(trials.Form, inference="sample", unit=True)
     torch.testing.assert_close(head(3 * features), head(features))
 
 

@@ -91,8 +91,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_of_a_report_and_of_a_card_gives_the_same_numbers(tmp_path, inside, options):
     classes = {f"{split}/class {i}": 4 for split in ("train", "test") for i in range(4)}
     write_pictures(tmp_path / "my 'data' $x", classes, mode="L")
     torch.manual_seed(0)
@@ -189,9 +188,8 @@ def test_a_card_of_a_plain_report_claims_no_more_than_the_report():
     assert "- zero-gradient: at image 4" in card.text and "unreliable" in card.text
 
 
-def test_a_folder_s_report_is_of_the_model_in_it(tmp_path, monkeypatch):
+def test_a_folder_s_report_is_of_the_model_in_it(tmp_path, inside):
     model, report = timm.create_model(EMBEDDED, pretrained=True), FOLDER / f"{EMBEDDED}.report.json"
-    monkeypatch.chdir(tmp_path)
     timm_hpm.hub.save(model, ".", report=report)
     assert (tmp_path / "report.json").is_file()
     card = ModelCard.load("README.md")

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from protocols import QUICK
 from torch import nn
 
 import timm_hpm
@@ -26,9 +27,6 @@ from timm_hpm.options import add_arguments, as_dict, check, option, read_options
 from timm_hpm.report.shell import evaluate_command
 from timm_hpm.training import TrainConfig
 from timm_hpm.training.header import num_passes
-
-QUICK = ["--num-images", "4", "-b", "4", "--device", "cpu", "--surrogates", "fc", "--attacks", "apgd-ce", "--budget",
-         "apgd-ce=2"]
 
 
 def said(words: list[str], capsys) -> str:
@@ -62,6 +60,7 @@ def test_the_help_of_a_command_starts_with_three_examples_of_options_that_it_has
 
 @pytest.mark.parametrize(("words", "message"), [
     (["evaluate", "--batchsize", "3"], r"unrecognized arguments: --batchsize 3; did you mean --batch-size"),
+    (["evaluate", "--num-image", "5"], "unrecognized arguments: --num-image 5; did you mean --num-images"),  # no prefix
     (["evaluate", "--protocol", "fsat"], r"--protocol: 'fsat'; expected one of standard, fast, .*did you mean fast\?"),
     (["train", "--objective", "trade"], r"--objective: 'trade'; expected one of .*did you mean trades\?"),
     (["compare", "one"], "the following arguments are required: B"),
@@ -73,10 +72,9 @@ def test_a_mistyped_option_is_one_line_with_the_nearest_names(words, message, ca
     assert usage.startswith(f"usage: python -m timm_hpm {words[0]}") and re.search(message, error)
 
 
-def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["evaluate", *QUICK, "--amp", "--channels-last", "--in-chans", "1", "--save-adversarial", "--output", "one"]
-    assert main(words) == 0
+def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(inside, capsys):
+    words = ["evaluate", *QUICK, "--num-images", "4", "--amp", "--channels-last", "--in-chans", "1"]
+    assert main([*words, "--save-adversarial", "--output", "one"]) == 0
     assert "judged in autocast to bfloat16" in capsys.readouterr().err
     one = timm_hpm.AttackReport.load("one/report.json")
     assert one.protocol["precision"] == "autocast to bfloat16"
@@ -91,18 +89,17 @@ def test_timm_s_options_change_the_judge_and_are_in_the_report_s_command(tmp_pat
         main(["rejudge", "one", "--amp-dtype", "float16"])
 
 
-def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["sweep", "0:0.2:0.1", *QUICK, "--save-adversarial", "--output", "run"]) == 0
+def test_an_evaluation_is_swept_compared_and_judged_again(tmp_path, inside, capsys):
+    assert main(["sweep", "0:0.2:0.1", *QUICK, "--num-images", "4", "--save-adversarial", "--output", "run"]) == 0
     assert "| eps | dataset |" in capsys.readouterr().out
     first, second = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
     assert main(["compare", f"run/{first}", f"run/{second}/report.json"]) == 0
     assert "McNemar" in capsys.readouterr().out
     own = ["--inference", "sample", "--model-kwargs", "mix=0.25"]
-    assert main(["evaluate", *QUICK, *own, "--save-adversarial", "--output", "one"]) == 0
+    assert main(["evaluate", *QUICK, "--num-images", "4", *own, "--save-adversarial", "--output", "one"]) == 0
     assert main(["rejudge", "one"]) == 0, "by the model of the run"
     # Rows of the true model are second names of candidates through its exact surrogate.
-    assert main(["evaluate", *QUICK[:6], "--inference", "dataset", "--surrogates", "dataset", "--attacks", "square",
+    assert main(["evaluate", *QUICK[:4], "--num-images", "4", "--surrogates", "dataset", "--attacks", "square",
                  "square-on", "--budget", "square=2r2", "square-on=2", "--save-adversarial", "--output", "true"]) == 0
     assert main(["rejudge", "true"]) == 0
     assert "every verdict as in the report" in capsys.readouterr().out

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import protocols
 import pytest
-import timm
 from protocols import run_attack
 from scipy.stats import binomtest
 
@@ -129,16 +128,15 @@ def test_a_plain_classifier_has_no_external_number_and_a_suspicious_one_says_so(
     assert info["unreliable"] is True
 
 
-NUM_DIGITS = 12
+NUM_DIGITS, INFERENCE = 12, "batch"
 
 OPTIONS = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": 1, "joint": 2}, "surrogates": ["fc", "ste"],
            "batch_size": 6}
 
 
 @pytest.fixture(scope="module")
-def reports(digits) -> list[AttackReport]:
-    model = timm.create_model("hpm_wrn10_2", pretrained=True, inference="batch").eval()
-    return [run_attack(model, *digits, "Linf:0.1", seed=seed, **OPTIONS) for seed in (3, 0)]
+def reports(shared_model, digits) -> list[AttackReport]:
+    return [run_attack(shared_model, *digits, "Linf:0.1", seed=seed, **OPTIONS) for seed in (3, 0)]
 
 
 def test_a_merged_report_is_the_worst_case_and_what_one_adversary_can_do(reports, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from processes import python
+from protocols import QUICK
 from safetensors.torch import save_file
 from training_runs import run as training_run
 
@@ -100,13 +101,11 @@ def test_a_constructor_makes_a_network_with_the_attributes_of_timm_s(net, place,
     assert timm_hpm.PixelModel(model).mean.item() == 0.5
 
 
-def test_a_constructor_s_head_and_one_by_arguments(net):
+def test_a_constructor_s_head_and_one_by_arguments_and_channels_without_convolutions(net):
     assert find_head(create_model("net.py:robust", pretrained=False)).mix == 0.25
     assert find_head(create_model("net.py:robust", pretrained=False, mix=0.75)).mix == 0.75
     assert find_head(create_model("net.py:small", pretrained=False, inference="sample")).inference == "sample"
-
-
-def test_a_network_without_convolutions_has_the_given_channels_and_an_early_error_leaves_no_run(net):
+    # An early error leaves no run.
     with pytest.raises(ValueError, match=r"the logits of image 0 are not finite"):
         evaluate_command.main(["--model", "net.py:linear", "--in-chans", "1", "--num-images", "4", "--output", "out"])
     assert not Path("out").exists()
@@ -178,8 +177,8 @@ def test_the_commands_take_a_constructor(net, tmp_path):
     assert "--model net.py:robust" in done.stdout and "--checkpoint run/model.safetensors" in done.stdout
     with pytest.raises(ValueError, match="code is not run because a file names it"):
         train_command.main(["--resume", "run"])
-    assert evaluate_command.main(["--model", "net.py:robust", "--checkpoint", "run/model.safetensors", "--num-images",
-                                  "8", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output", "report"]) == 0
+    assert evaluate_command.main([*QUICK, "--model", "net.py:robust", "--checkpoint", "run/model.safetensors",
+                                  "--num-images", "8", "--output", "report"]) == 0
     assert json.loads(Path("report/report.json").read_text())["protocol"]["architecture"] == "net.py:robust"
     with pytest.raises(ValueError, match="code is not run because a file names it"):
         evaluate_command.main(["--resume", "report"])

@@ -296,11 +296,8 @@ NORMALISED = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 #: Weights, the network that does not take them, its arguments, its cfg's overlay, and the words that say so.
 REFUSED = [
     # The layouts of WideResNets. The tag's own is what counts, unless the caller has another.
-    (deepmind_state_dict, TRADES, {}, {}, "of DeepMind's WideResNet and needs layout='deepmind'; the network has "
-                                          r"'trades'.*\.untrained_deepmind"),
-    (trades_state_dict, DEEPMIND, {}, {}, "of TRADES' WideResNet and needs layout='trades'; the network has 'deepmind'"
-                                          r".*such as \.untrained with"),
-    # Keys unaccounted for.
+    (deepmind_state_dict, TRADES, {}, {}, r"needs layout='deepmind'; the network has 'trades'.*\.untrained_deepmind"),
+    (trades_state_dict, DEEPMIND, {}, {}, r"needs layout='trades'; the network has 'deepmind'.*as \.untrained with"),
     (lambda: {"model_state_dict": prefixed({**deepmind_state_dict(), "layer.0.block.0.gate.weight": ONE, "aux.bias": ONE
                                             }, "module.0.")}, DEEPMIND, {}, {},
      r"no place for: layer\.0\.block\.0\.gate\.weight, aux\.bias\. .*lacks: none"),
@@ -308,41 +305,30 @@ REFUSED = [
      r"no place for: none\. .*lacks: stages\.0\.0\.bn2\.running_mean"),
     (lambda: {"state_dict": without(state_of("test_resnet", **TEN), "layer4.0.conv2.weight")}, "hpm_test_resnet", {},
      {}, r"Missing key\(s\).*layer4\.0\.conv2\.weight"),
-    # Other architectures.
-    (lambda: state_of("test_resnet"), DEEPMIND, {}, {},
-     r"unknown format: .*conv1\.0\.weight.*Known: timm_hpm, DeepMind's WideResNet"),
+    (lambda: state_of("test_resnet"), DEEPMIND, {}, {}, "unknown format: .*conv1.0.weight.*Known: timm_hpm, Deep"),
     (deepmind_state_dict, "hpm_test_resnet", {}, {}, r"into hpm_test_resnet: .*Unexpected.*init_conv\.weight"),
     (lambda: {"conv1.weight": torch.ones(64, 3, 3, 3), "bn1.weight": ONE, "layer1.0.conv1.weight": ONE,
-              "linear.weight": ONE}, DEEPMIND, {}, {},
-     "of a ResNet for small images, with activations behind the blocks.*Take hpm_cifar_resnet18"),
+              "linear.weight": ONE}, DEEPMIND, {}, {}, "with activations behind the blocks.*Take hpm_cifar_resnet18"),
     (lambda: PREACT, TRADES, {"shortcut": "raw3x3"}, {}, "needs shortcut='activated'; the network has 'raw3x3'"),
-    (lambda: without(PREACT, "bn."), "hpm_preact_resnet18.untrained", {"final_norm": False}, {},
-     r"without a final BatchNorm and needs shortcut='raw'; .*'activated'"),
-    # ResNets for images of another size.
+    (lambda: without(PREACT, "bn."), "hpm_preact_resnet18.untrained", {"final_norm": False}, {}, "shortcut='raw'; "),
     (lambda: state_of("resnet18", **LAYERS, **TEN), "hpm_cifar_resnet18", LAYERS, {}, r"size mismatch for conv1\.wei"),
     (lambda: state_of("hpm_cifar_resnet18", **LAYERS), "hpm_resnet18", LAYERS, TEN, r"size mismatch for conv1\.weight"),
-    # XCiTs of smaller and larger patches.
     (lambda: state_of(SMALL_PATCHES, **XCIT), LARGE_PATCHES, XCIT, TEN | {"mean": CIFAR_MEAN, "std": CIFAR_STD},
-     r"has the entry function, as files of hpm_cifar_xcit_\*: .*smaller patches"),
+     "has the entry function.*smaller patches"),
     (lambda: normalised(state_of("xcit_small_12_p16_224", **TEN, **XCIT), CIFAR_MEAN, CIFAR_STD), LARGE_PATCHES, XCIT,
      TEN, r"normalises by normalize\.mean = \(0\.4914, .*smaller patches .*Load it into hpm_cifar_xcit_\*"),
     (lambda: {"model": prefixed(state_of("xcit_small_12_p16_224", **XCIT), "module.")}, SMALL_PATCHES, XCIT,
      {"num_classes": 1000}, "has 1000 classes, as ImageNet.*: it is of .*larger patches .*Load it into hpm_xcit_"),
-    (lambda: state_of(LARGE_PATCHES, **TEN, **XCIT), SMALL_PATCHES, XCIT, {},
-     r"has an HPM head and no entry function, as files of hpm_xcit_\*.*larger patches"),
+    (lambda: state_of(LARGE_PATCHES, **TEN, **XCIT), SMALL_PATCHES, XCIT, {}, "an HPM head and no entry function, as"),
     (lambda: normalised(state_of("xcit_small_12_p16_224", **XCIT), IMAGENET_MEAN, IMAGENET_STD), SMALL_PATCHES, XCIT,
      NORMALISED, r"normalises by normalize\.mean = \(0\.485, .*larger patches"),
-    # Other normalisations, and two networks in one file.
     (lambda: {**deepmind_state_dict(), "mean": torch.full((3, 1, 1), 0.5), "std": torch.tensor(CIFAR_STD)},
      DEEPMIND, {}, {}, r"by mean = \(0\.5, 0\.5, 0\.5\), the network by mean = \(0\.4914, .*overlay=dict\(mean="),
     (lambda: madrylab(state_of("test_resnet"), std=(1.0, 1.0, 1.0)), "hpm_test_resnet", {}, NORMALISED,
      r"normalises by normalizer\.new_std = \(1\.0, 1\.0, 1\.0\)"),
-    (two_networks, "hpm_test_resnet", {}, NORMALISED,
-     r"two networks, model\.\* and attacker\.model\.\*, that differ"),
-    # Files without a state dict.
+    (two_networks, "hpm_test_resnet", {}, NORMALISED, r"two networks, model\.\* and attacker\.model\.\*, that differ"),
     *((lambda checkpoint=checkpoint: checkpoint, name, {}, {}, message) for name in (TRADES, "hpm_test_resnet")
-      for checkpoint, message in (
-          ({}, "it is empty"), ({"epoch": 3, "lr": 0.1}, "holds no state dict: epoch, lr"))),
+      for checkpoint, message in (({}, "it is empty"), ({"epoch": 3, "lr": 0.1}, "holds no state dict: epoch, lr"))),
 ]
 
 

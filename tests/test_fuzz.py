@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import yaml
 from html_page import Page
@@ -121,22 +120,17 @@ def damaged(content: bytes, damage: tuple[int, int | None]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
+def saved(shared_model, tmp_path_factory):
     """A folder of the embedded model."""
     folder = tmp_path_factory.mktemp("saved")
-    write_model(model, folder)
+    write_model(shared_model, folder)
     return folder
 
 
 IMAGES = torch.linspace(0, 1, 2 * 64).view(2, 1, 8, 8)
 
 
-def test_reports(tmp_path, model):
+def test_reports(tmp_path, shared_model):
     document = json.loads((ROOT / "hub_cards" / "hpm_wrn10_2.digits_linf.report.json").read_text(encoding="utf-8"))
     document["examples"] = document["examples"][:1]
     document["assembled"] = document["correct"]["clean"]
@@ -150,17 +144,17 @@ def test_reports(tmp_path, model):
             lines = report_markdown(report).splitlines()
             assert not any(re.match(r"\s*<script", line) for line in lines)
             Page(report_page(report))
-            model_card("org/name", "hf-hub:org/name", model.pretrained_cfg, report=report)
+            model_card("org/name", "hf-hub:org/name", shared_model.pretrained_cfg, report=report)
             json.dumps(model_info(report))
         return outcome(rendered)
     fuzz(2000, mutated(document), check)
 
 
-def test_configs_of_saved_models(tmp_path, saved, model):
+def test_configs_of_saved_models(tmp_path, saved, shared_model):
     document = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
-    expected = model(IMAGES)
+    expected = shared_model(IMAGES)
 
     def check(value: Any) -> str:
         (folder / "config.json").write_text(json.dumps(value))
@@ -206,7 +200,7 @@ def test_configurations_of_training(tmp_path):
     fuzz(700, mutated(document), check)
 
 
-def test_arguments_of_the_attack(model):
+def test_arguments_of_the_attack(shared_model):
     images, labels = timm_hpm.load_split("digits", "val").tensors
     of_the_protocol = ["surrogates", "attacks", "budgets", "full_grid", "surrogates_at_once"]
     arguments = st.sampled_from(["threat", "protocol", "batch_size", "seed", "about", *of_the_protocol])
@@ -220,6 +214,6 @@ def test_arguments_of_the_attack(model):
             options = {"threat": "Linf:0.1", "protocol": timm_hpm.PROTOCOLS["fast"].changed(**changes)}
             if name not in of_the_protocol:
                 options[name] = value
-            timm_hpm.mixed_surrogate_attack(model, images[:2], labels[:2], **options)
+            timm_hpm.mixed_surrogate_attack(shared_model, images[:2], labels[:2], **options)
         return outcome(attack)
     fuzz(500, st.tuples(arguments, VALUES), check)

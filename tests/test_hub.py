@@ -398,8 +398,6 @@ def test_a_public_checkpoint_is_fetched_by_the_default_tag_or_named_with_the_cau
     assert "hold no prototypes" in warning and "fit_prototypes" in warning
     assert ("GET", f"/{repo_id}/resolve/main/{file}", False) in server.requests
 
-# The command line
-
 
 def test_the_command_line(server, client, loader, tmp_path):
     words = ["push", "org/shell", "--model", "hpm_wrn10_2.digits_linf", "--report", str(REPORT), "--private"]

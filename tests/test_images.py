@@ -212,8 +212,7 @@ def test_a_class_map_numbers_the_classes(tmp_path, kind):
     ("map.pkl", pickle.dumps({"a": -1})), ("map.pkl", pickle.dumps({1: "a"})), ("map.pkl", b"no pickle"),
     ("map.pkl", b"cos\nsystem\n(S'touch owned'\ntR."), ("missing.txt", None),
 ])
-def test_a_bad_class_map_is_refused_by_name_and_runs_nothing(tmp_path, monkeypatch, name, content):
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_class_map_is_refused_by_name_and_runs_nothing(tmp_path, inside, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"class map .*{name}"):

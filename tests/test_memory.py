@@ -1,17 +1,21 @@
-"""Memory of evaluations: files written part by part, and the peaks of real processes."""
+"""Memory and CPU threads: files written part by part, the peaks of real processes, the number of threads."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, python
+import yaml
+from processes import ENVIRON, ROOT, python
+from protocols import QUICK
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
+from timm_hpm import AttackReport, PixelModel
+from timm_hpm.evaluation.threads import fastest_threads, use_threads
 from timm_hpm.files import Parts, save_parts
-
-# Files, part by part
-
 
 TENSORS = {
     "images": torch.rand(5, 3, 4, 4),
@@ -38,48 +42,32 @@ def test_a_file_that_was_written_part_by_part_is_read_equal(tmp_path, size):
 
 # Prints the most memory in MiB that this process had, after each evaluation of so many images.
 SCRIPT = """
-import sys
+import re, sys
 import torch
 import timm_hpm
-from timm_hpm import HPMHead, ThreatModel, mixed_surrogate_attack
-from timm_hpm.evaluation import PROTOCOLS, Budget
+from pathlib import Path
+from protocols import run_attack
+from torch import nn
 
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 8, SIDE // 4, SIDE // 4)
-        self.fc = HPMHead(128, 10, inference="batch")
-
-    def forward(self, x):
-        return self.fc(self.conv(x).relu().flatten(1))
-
-
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
-
-
-def evaluate(num_images, folder=None, save=False, **protocol):
-    images = torch.rand(num_images, 3, SIDE, SIDE)
+def evaluate(number, folder=None, save=False, **changes):
+    images = torch.rand(number, 3, SIDE, SIDE)
     with torch.no_grad():
         labels = torch.cat([model(part).argmax(dim=1) for part in images.split(100)])
-    changed = PROTOCOLS["standard"].changed(budgets=BUDGETS, surrogates_at_once=5, **protocol)
-    report = mixed_surrogate_attack(model, images, labels, threat, protocol=changed, batch_size=100, folder=folder,
-                                    save_adversarial=save)
+    report = run_attack(model, images, labels, "Linf:0.3", budgets=BUDGETS, surrogates_at_once=5, batch_size=100,
+                        folder=folder, save_adversarial=save, **changes)
     if save:
         verdicts = timm_hpm.rejudge(model, folder + "/adversarial.safetensors")
         assert verdicts.items() <= report.verdicts.items()
-    print(peak(), len(report.correct) - 1, report.robust_accuracy, flush=True)
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+    print(peak, len(report.correct) - 1, report.robust_accuracy, flush=True)
 
-
-BUDGETS = {"apgd-ce": Budget(1), "apgd-t": Budget(1, 1), "fab-t": Budget(1, 1), "square": Budget(1),
-           "apgd-chain": Budget(1), "joint": Budget(1), "joint-subset": Budget(1, restarts=2)}
+BUDGETS = {"apgd-t": "1x1", "fab-t": "1x1", "joint-subset": "1r2"} | dict.fromkeys(
+    ["apgd-ce", "square", "apgd-chain", "joint"], 1)
 torch.manual_seed(0)
 torch.set_num_threads(1)
-model = Net().eval()
-model.fc.set_prototypes(torch.randn(10, 128))
-threat = ThreatModel("Linf", 0.3)
+layers = nn.Conv2d(3, 8, SIDE // 4, SIDE // 4), nn.ReLU(), nn.Flatten(), timm_hpm.HPMHead(128, 10, inference="batch")
+model = nn.Sequential(*layers).eval()
+model[-1].set_prototypes(torch.randn(10, 128))
 """
 
 
@@ -113,3 +101,87 @@ def test_ten_thousand_images_under_every_attack_fit_in_4_gib(tmp_path):
     images = 8000 * 3 * 32 ** 2 * 4 / 2 ** 20
     # Judging again has one set of candidates in memory at a time.
     assert saved[0] - few[0] <= 3 * images and saved[0] < 4096
+
+
+NUM_DIGITS = 8
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Puts the number of threads back, and lets the tests measure as if no launcher had set it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("seconds", "fastest"), [
+    ({1: 4, 2: 2, 4: 1, 6: 0.5}, 6),  # each thread helps
+    ({1: 1, 2: 3, 4: 9, 6: 9}, 1),  # each waits
+    ({1: 2, 2: 1, 4: 0.95, 6: 0.1}, 2),  # a small gain is left to other processes
+])
+def test_the_fastest_number_is_found_and_no_number_above_the_most_is_tried(seconds, fastest, monkeypatch):
+    tried, clock = [], 0.0
+
+    def work():
+        nonlocal clock
+        tried.append(torch.get_num_threads())
+        clock += 0.01 * seconds[tried[-1]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: clock)
+        assert [fastest_threads(work, most) for most in (6, 1)] == [fastest, 1]
+    assert set(tried) <= {1, 2, 4, 6}
+
+
+def test_a_given_number_and_that_of_the_environment_win(model, digits, monkeypatch, free, capsys):
+    pixel_model = PixelModel(model)
+    assert use_threads(3, pixel_model, digits[0]) == torch.get_num_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert use_threads(None, pixel_model, digits[0]) == 3 and capsys.readouterr().err == ""
+
+
+class Odd(nn.Module):
+    """Draws random numbers, counts its calls and writes into its input; or fails."""
+
+    def __init__(self, fails: bool):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.register_buffer("calls", torch.zeros(()))
+        self.fails = fails
+
+    def forward(self, x):
+        if self.fails:
+            raise RuntimeError("no")
+        self.calls += 1
+        return self.layer(x.mul_(torch.rand_like(x)).flatten(1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_measurement_leaves_the_model_the_images_and_the_random_state_alone(digits, free, capsys, fails):
+    torch.set_num_threads(8)  # above the processors of most machines that test this
+    model, images, state = Odd(fails).eval(), digits[0].clone(), torch.get_rng_state()
+    found = use_threads(None, model, images)
+    cores = len(os.sched_getaffinity(0))
+    assert found == torch.get_num_threads() and (fails or found <= cores)
+    assert ("the fastest in a short measurement; --threads" in capsys.readouterr().err) == (cores > 1 and not fails)
+    assert model.calls == 0 and torch.equal(images, digits[0]) and torch.equal(torch.get_rng_state(), state)
+    assert model.layer.weight.grad is None
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("evaluate.py", [*QUICK, "--num-images", "4"]),
+    ("train.py", ["--pretrained", "--epochs", "1", "--batch-size", "500", "--attack-steps", "1", "--val-attack-steps",
+                  "1"])])
+def test_a_run_says_and_keeps_its_number_of_threads(name, options, tmp_path, monkeypatch):
+    monkeypatch.delitem(ENVIRON, "OMP_NUM_THREADS")
+    done = python(ROOT / name, *options, "--device", "cpu", "--output", tmp_path, folder=tmp_path)
+    kept = yaml.safe_load((tmp_path / ("args.yaml" if name == "train.py" else "options.json")).read_text())["threads"]
+    assert kept >= 1 and (f"CPU threads: {kept} of " in done.stderr) == (len(os.sched_getaffinity(0)) > 1)
+    if name == "evaluate.py":
+        assert AttackReport.load(tmp_path / "report.json").protocol["threads"] == kept

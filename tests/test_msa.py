@@ -24,7 +24,7 @@ from timm_hpm.evaluation.attacked import AttackedModel
 from timm_hpm.evaluation.batch import AttackBatch, Budget
 from timm_hpm.surrogates import SURROGATES
 
-NUM_DIGITS = 24
+NUM_DIGITS, INFERENCE = 24, "batch"
 
 SHAPE = (1, 6, 6)
 
@@ -79,21 +79,15 @@ def test_prototypes_on_raw_pixels_are_broken_as_the_closed_form_says_under_every
     check_against_closed_form(report.correct.values(), distances, eps)
 
 
-@pytest.fixture(scope="module")
-def digits_model() -> nn.Module:
-    """The embedded network, in batch mode: a small real model."""
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
-
-
 # Every row of the embedded network then has images that are right and images that are not.
 THREAT = ThreatModel("Linf", 0.2)
 
 
-def test_components_find_the_points_of_autoattack(digits_model):
+def test_components_find_the_points_of_autoattack(shared_model):
     # From the same random state, on the same arithmetic: rounding alone decides one image in fifteen otherwise.
     norm, eps = "Linf", 0.17
     images, labels = (tensor[:48] for tensor in timm_hpm.load_split("digits", "val").tensors)
-    split = AttackedModel(timm_hpm.PixelModel(digits_model), images)
+    split = AttackedModel(timm_hpm.PixelModel(shared_model), images)
 
     def logits(pixels):
         return split.logits("fc", split.features(pixels))
@@ -206,8 +200,8 @@ def test_the_baseline_is_the_fc_classifier_under_the_attacks_on_it(attacked):
             assert set(row) == {"0", "1"} and differing(row, report.correct[name]) >= 5, name
 
 
-def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(digits_model, digits, tmp_path):
-    report = run_attack(digits_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
+def test_candidates_lie_in_the_ball_and_are_never_the_clean_image(shared_model, digits, tmp_path):
+    report = run_attack(shared_model, *digits, THREAT, batch_size=10, budgets=SMALL, surrogates_at_once=5,
                         folder=tmp_path, save_adversarial=True)
     saved = load_file(tmp_path / "adversarial.safetensors")
     assert set(saved) == {"clean", "labels", "assembled"} | ROWS
@@ -279,8 +273,8 @@ def test_a_head_without_prototypes_is_attacked_as_its_fc_classifier(digits):
 
 
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
-def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surrogate):
-    split = AttackedModel(timm_hpm.PixelModel(digits_model), digits[0])
+def test_queried_rows_answer_as_in_their_whole_batch(shared_model, digits, surrogate):
+    split = AttackedModel(timm_hpm.PixelModel(shared_model), digits[0])
     batch = AttackBatch(split, ["fc", surrogate], *digits)
     moved = (digits[0] + 0.2 * torch.rand_like(digits[0])).clamp(0, 1)
     # Rows 24 and up belong to the second surrogate; row 3 stands at its new point when the others are asked.
@@ -291,7 +285,7 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
     whole[[0, 3, 5, 23]] = moved[[0, 3, 5, 23]]
     with torch.no_grad():
         expected = SURROGATES[surrogate].logits(split.head, split.features(whole))[[0, 5, 23]]
-        expected_fc = digits_model.fc.fc_logits(split.features(moved[1:2]))
+        expected_fc = shared_model.fc.fc_logits(split.features(moved[1:2]))
     torch.testing.assert_close(logits, torch.cat([expected_fc, expected]), rtol=1e-4, atol=1e-4)
 
 
@@ -308,20 +302,20 @@ def test_queried_rows_answer_as_in_their_whole_batch(digits_model, digits, surro
     ({"about": {"x": {1}}}, "about cannot be written as JSON"),
     ({"threat": 0.3}, "cannot read the threat model 0.3; expected NORM:EPS .*or a ThreatModel"),
 ])
-def test_bad_input_is_refused_before_any_attack(digits_model, digits, change, message):
+def test_bad_input_is_refused_before_any_attack(shared_model, digits, change, message):
     with pytest.raises((ValueError, OSError), match=message):
-        run_attack(digits_model, *digits, **{"threat": THREAT} | change)
+        run_attack(shared_model, *digits, **{"threat": THREAT} | change)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint64])
-def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(digits, digits_model, dtype):
+def test_labels_of_any_integer_dtype_and_a_threat_as_text_give_the_same_report(digits, shared_model, dtype):
     images, labels = digits
-    for call in (lambda labels: timm_hpm.judge(digits_model, images, labels, 8),
-                 lambda labels: timm_hpm.pgd(digits_model, images, labels, THREAT, random_start=False)):
+    for call in (lambda labels: timm_hpm.judge(shared_model, images, labels, 8),
+                 lambda labels: timm_hpm.pgd(shared_model, images, labels, THREAT, random_start=False)):
         assert torch.equal(call(labels), call(labels.to(dtype)))
     options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": 2}, "surrogates": ["fc"]}
-    assert run_attack(digits_model, *digits, THREAT, **options).same_results(
-        run_attack(digits_model, images, labels.to(dtype), str(THREAT), **options))
+    assert run_attack(shared_model, *digits, THREAT, **options).same_results(
+        run_attack(shared_model, images, labels.to(dtype), str(THREAT), **options))
 
 
 def test_a_restart_begins_at_other_points_and_the_first_one_is_that_of_a_single_start(tmp_path):

@@ -3,6 +3,7 @@
 import html
 import warnings
 
+import protocols
 import pytest
 import torch
 import torchvision
@@ -26,8 +27,7 @@ NUM_DIGITS = 16
 
 THREAT = ThreatModel("Linf", 0.1)
 QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": 2}, "batch_size": 16}
-FEW = ["--num-images", "16", "--batch-size", "16", "--attacks", "apgd-ce", "--surrogates", "fc", "--budget",
-       "apgd-ce=2"]
+FEW = [*protocols.QUICK, "--num-images", "16"]
 
 
 def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_they_are(model, digits):
@@ -47,16 +47,12 @@ def test_given_mean_and_std_are_the_ones_that_count_and_the_report_says_whose_th
         "mean: given as mean and std; std: the pretrained_cfg of hpm_wrn10_2, tag digits_linf")
 
 
-def escaped_lines(report: AttackReport) -> list[str]:
-    return html.unescape(report_markdown(report)).splitlines()
-
-
 def test_mean_and_std_of_a_module_of_its_own(model, digits):
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     module = nn.Sequential(model).eval()
     plain = run_attack(module, *digits, THREAT, **QUICK)
     assert plain.protocol["normalisation"] is None
-    assert "Pixels go to the model as they are, in [0, 1]" in escaped_lines(plain)[2]
+    assert "Pixels go to the model as they are, in [0, 1]" in html.unescape(report_markdown(plain))
     given = run_attack(PixelModel(module, mean, std), *digits, THREAT, **QUICK)
     assert given.correct == run_attack(model, *digits, THREAT, **QUICK).correct
     with pytest.raises(ValueError, match="no pretrained_cfg that says its std"):

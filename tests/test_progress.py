@@ -1,4 +1,4 @@
-"""Evaluations that are killed and go on, or that several processes share: real processes, real files."""
+"""Evaluations that are killed and go on, that several processes share, or out of time: real processes and files."""
 
 import copy
 import json
@@ -7,29 +7,30 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
-import timm
-import torch
 import yaml
-from nets import Wrapped
-from protocols import run_attack, unfinished
+from nets import Wrapped, same_tensors
+from protocols import QUICK, run_attack, unfinished
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, ThreatModel
+from timm_hpm.__main__ import main
+from timm_hpm.deadline import OutOfTime, is_over, parse_time, time_limit
 from timm_hpm.evaluation import PROTOCOLS, Budget, Protocol
 from timm_hpm.evaluation.config import EvaluateConfig, resumed
 from timm_hpm.evaluation.resume import ProgressFolder, sealed, unsealed
 from timm_hpm.report.metrics import attack_of, right_in_all
 
-NUM_DIGITS = 8
+NUM_DIGITS, INFERENCE = 8, "batch"
 
 SMALL = ["--num-images", "6", "--batch-size", "3", "--threat", "Linf:0.15", "--surrogates-at-once", "3",
          "--budget", "apgd-ce=4", "apgd-t=3x1", "fab-t=1x1", "square=60", "apgd-chain=1", "joint=2",
@@ -67,26 +68,26 @@ def check_same(folder: Path, other: Path) -> None:
     assert reports[0].same_results(reports[1])
     assert 0 < reports[0].robust_accuracy < reports[0].clean_accuracy
     candidates = [load_file(path / "adversarial.safetensors") for path in (folder, other)]
-    assert candidates[0].keys() == candidates[1].keys()
+    assert same_tensors(*candidates)
     assert len(candidates[0]) == 2 + 5 * 5 + 2 * (1 + 3) + 1
     assert [row["kind"] for row in reports[0].neighbours] == ["reshuffled", "chosen", "adversarial"]
-    assert all(torch.equal(points, candidates[1][name]) for name, points in candidates[0].items())
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html",
                                                         "adversarial.safetensors", "options.json"}
 
 
-def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.Random) -> int:
-    """Starts a run and stops it by signals at random moments, each time going on; returns how many it took."""
+def kill_and_resume(folder: Path, signals: list[signal.Signals], choose: random.Random, first: int = 1,
+                    pause: float = 0.05) -> int:
+    """Starts a run and stops it by signals at random moments, from step `first` on; returns how many it took."""
     process, stopped = start(*SMALL, "--save-adversarial", "--resume", str(folder)), 0
     for stop in signals:
         # On a busy machine this process may look away while the rest is done: the first one early, none at the end.
         before, latest = steps_in(folder), STEPS * 3 // 4
         if before >= latest:
             break
-        target = choose.randint(before + 1, min(before + STEPS // 2, latest)) if stopped else 1
+        target = choose.randint(before + 1, min(before + STEPS // 2, latest)) if stopped else first
         while steps_in(folder) < target and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(choose.uniform(0, 0.05))
+        time.sleep(choose.uniform(0, pause))
         process.send_signal(stop)
         err = process.communicate()[1]
         if process.returncode == 0:
@@ -115,18 +116,10 @@ def test_ten_kills(uninterrupted, tmp_path):
         runs += 1
         killed += kill_and_resume(tmp_path / f"run{runs}", [signal.SIGKILL] * (10 - killed), random.Random(runs))
         check_same(tmp_path / f"run{runs}", uninterrupted)
-    choose = random.Random(0)
+    # From the last step on it judges, saves the candidates and the report in about half a second.
     for number in range(3):
-        folder = tmp_path / f"late{number}"
-        process = start(*SMALL, "--save-adversarial", "--output", str(folder))
-        while steps_in(folder) < STEPS and process.poll() is None:
-            time.sleep(0.002)
-        # From the last step on it judges, saves the candidates and the report in about half a second.
-        time.sleep(choose.uniform(0, 0.6))
-        process.kill()
-        process.communicate()
-        finish(start("--resume", str(folder)))
-        check_same(folder, uninterrupted)
+        kill_and_resume(tmp_path / f"late{number}", [signal.SIGKILL], random.Random(number), STEPS, 0.6)
+        check_same(tmp_path / f"late{number}", uninterrupted)
 
 
 def test_the_report_does_not_depend_on_the_number_of_processes(uninterrupted, tmp_path):
@@ -183,8 +176,8 @@ def test_a_finished_run_is_gone_on_with_by_its_own_options_only(tmp_path, capsys
         evaluate.main([*FEW, "--resume", str(run)])
 
 
-def test_reports_of_other_weights_are_refused_before_anything_is_attacked(tmp_path, model):
-    weights = model.state_dict()
+def test_reports_of_other_weights_are_refused_before_anything_is_attacked(tmp_path, shared_model):
+    weights = shared_model.state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     options = [*FEW, "--checkpoint", str(tmp_path / "w.safetensors"), "--inference", "dataset,fc"]
     run = tmp_path / "run"
@@ -242,8 +235,7 @@ def test_only_the_run_s_own_progress_is_removed_and_no_link_is_followed(tmp_path
     *(({name: value}, rf"options\.json says that {name} is ") for name, value in (
         ("num_images", "10"), ("num_images", 1e400), ("model_kwargs", {"a=b": "c=d"}), ("attacks", {"apgd-ce": 1}))),
 ])
-def test_options_that_no_run_saved_are_refused_and_stay(tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
+def test_options_that_no_run_saved_are_refused_and_stay(tmp_path, inside, change, message):
     good = EvaluateConfig(**evaluate.parse_args(SMALL)[1]).to_saved()
     text = change if isinstance(change, str) else json.dumps(good | change)
     (tmp_path / "options.json").write_text(text)
@@ -270,12 +262,23 @@ def test_the_options_of_a_run_are_read_back_as_they_were(tmp_path):
 
 
 THREAT = ThreatModel("Linf", 0.15)
-QUICK = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(3)}, "batch_size": 4}
+FAST = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(3)}, "batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return timm.create_model("hpm_wrn10_2.digits_linf", pretrained=True, inference="batch").eval()
+def biased(model: nn.Module) -> nn.Module:
+    model.fc.bias.data[0] += 1e-3
+    return model
+
+
+def of_samples(model: nn.Module) -> nn.Module:
+    model.fc.inference = "sample"
+    return model
+
+
+def coarser(model: nn.Module) -> nn.Module:
+    """By nothing that a state dict holds."""
+    model.register_forward_pre_hook(lambda _, inputs: (inputs[0] + (inputs[0].round() - inputs[0]).detach(),))
+    return model
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -283,61 +286,50 @@ def model() -> nn.Module:
     ({"threat": ThreatModel("L2", 0.5)}, r"threat: Linf:0.15 there, L2:0.5 now"),
     ({"batch_size": 8}, r"batch_size: 4 there, 8 now"),
     ({"budgets": {"apgd-ce": Budget(4)}}, r"attacks: \{'apgd-ce': \{'iterations': 3\}\} there, "),
-    ({"images": "other"}, r"\(data_digest: "),
-    ({"labels": "other"}, r"\(data_digest: "),
-    ({"model": "other"}, r"\(weights_digest: "),
-    ({"model": "sample"}, r"\(inference: batch there, sample now; clean_margin: "),
-    ({"model": "darker"}, r"\(normalisation: "),
-    ({"model": "coarser"}, r"of another run \(clean_margin: -\d+\.\d+ there, -\d+\.\d+ now; "),
+    ({"images": lambda images: 1 - images}, r"\(data_digest: "),
+    ({"labels": lambda labels: (labels + 1) % 10}, r"\(data_digest: "),
+    ({"model": biased}, r"\(weights_digest: "),
+    ({"model": of_samples}, r"\(inference: batch there, sample now; clean_margin: "),
+    ({"model": lambda model: timm_hpm.PixelModel(model, mean=[0.6], std=[1.0])}, r"\(normalisation: "),
+    ({"model": coarser}, r"of another run \(clean_margin: -\d+\.\d+ there, -\d+\.\d+ now; "),
 ])
-def test_another_run_s_folder_is_refused(model, digits, change, message, tmp_path):
+def test_another_run_s_folder_is_refused(shared_model, digits, change, message, tmp_path):
     images, labels = digits
-    unfinished(model, images, labels, THREAT, **QUICK, folder=tmp_path)
-    other = copy.deepcopy(model)
-    if change.get("model") == "other":
-        with torch.no_grad():
-            other.fc.bias[0] += 1e-3
-    elif change.get("model") == "sample":
-        other.fc.inference = "sample"
-    elif change.get("model") == "darker":
-        other = timm_hpm.PixelModel(other, mean=[0.6], std=[1.0])
-    elif change.get("model") == "coarser":  # by nothing that a state dict holds
-        other.register_forward_pre_hook(lambda _, inputs: (inputs[0] + (inputs[0].round() - inputs[0]).detach(),))
-    values = {"images": 1 - images, "labels": (labels + 1) % 10, "model": other}
-    arguments = {"model": model, "images": images, "labels": labels, "threat": THREAT} | QUICK
-    arguments |= {name: values.get(name, value) if isinstance(value, str) else value for name, value in change.items()}
+    unfinished(shared_model, images, labels, THREAT, **FAST, folder=tmp_path)
+    given = {"model": copy.deepcopy(shared_model), "images": images, "labels": labels, "threat": THREAT} | FAST
+    given |= {name: value(given[name]) if callable(value) else value for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
-        run_attack(**arguments, folder=tmp_path)
+        run_attack(**given, folder=tmp_path)
 
 
-def test_a_folder_of_something_else_and_a_damaged_step_are_named(model, digits, tmp_path):
+def test_a_folder_of_something_else_and_a_damaged_step_are_named(shared_model, digits, tmp_path):
     (tmp_path / "progress").mkdir()
     (tmp_path / "progress" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds no progress of an evaluation, but other files"):
-        run_attack(model, *digits, THREAT, **QUICK, folder=tmp_path)
+        run_attack(shared_model, *digits, THREAT, **FAST, folder=tmp_path)
     run = tmp_path / "run"
     folder = run / "progress"
     folder.mkdir(parents=True)
     # As of a run that was killed when it had written nothing yet.
     (folder / ".run.json.99.tmp").touch()
-    report = unfinished(model, *digits, THREAT, **QUICK, folder=run)
+    report = unfinished(shared_model, *digits, THREAT, **FAST, folder=run)
     step = folder / "batch00001-step00.safetensors"
     step.write_bytes(step.read_bytes()[:-1])
     (folder / ".batch00000-step07.safetensors.99.tmp").touch()
     with pytest.raises(ValueError, match=r"batch00001-step00.safetensors is damaged .*remove it, and it is made again"):
-        run_attack(model, *digits, THREAT, **QUICK, folder=run)
+        run_attack(shared_model, *digits, THREAT, **FAST, folder=run)
     step.unlink()
     for _ in range(2):
-        assert run_attack(model, *digits, THREAT, **QUICK, folder=run).same_results(report)
+        assert run_attack(shared_model, *digits, THREAT, **FAST, folder=run).same_results(report)
     assert {path.name for path in run.iterdir()} == {"report.json"}
 
 
 @pytest.fixture(scope="module")
-def kept_run(model, digits, tmp_path_factory) -> Path:
+def kept_run(shared_model, digits, tmp_path_factory) -> Path:
     """A folder of progress with candidates: two batches, two steps and the assembled batches."""
     folder = tmp_path_factory.mktemp("kept")
-    options = QUICK | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1}
-    unfinished(model, *digits, THREAT, **options, folder=folder, save_adversarial=True)
+    options = FAST | {"surrogates": ["fc", "ste"], "surrogates_at_once": 1}
+    unfinished(shared_model, *digits, THREAT, **options, folder=folder, save_adversarial=True)
     return folder / "progress"
 
 
@@ -377,11 +369,11 @@ def test_every_flipped_bit_of_a_kept_file_is_named(kept_run, tmp_path):
     ("seed/batch00000-step00", "batch00000-step00", "run [0-9a-f]+ instead of [0-9a-f]+"),
     ("eps/batch00001-step00", "batch00001-step00", "run [0-9a-f]+ instead of "),
 ])
-def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path, source, target, what):
-    options = QUICK | {"batch_size": 4}
+def test_a_kept_file_of_another_place_is_named(shared_model, digits, kept_run, tmp_path, source, target, what):
+    options = FAST | {"batch_size": 4}
     if "/" in source:
         threat = ThreatModel("Linf", 0.05) if source.startswith("eps/") else THREAT
-        unfinished(model, *digits, threat, **options, seed=1, folder=tmp_path / source.partition("/")[0])
+        unfinished(shared_model, *digits, threat, **options, seed=1, folder=tmp_path / source.partition("/")[0])
         source = source.replace("/", "/progress/")
     (tmp_path / "kept").mkdir()
     for path in kept_run.iterdir():
@@ -392,14 +384,14 @@ def test_a_kept_file_of_another_place_is_named(model, digits, kept_run, tmp_path
         read_all(tmp_path / "kept", unsealed((kept_run / "run.json").read_text()))
 
 
-def test_a_resumed_run_measures_only_the_neighbours_that_it_lacks(model, digits, tmp_path):
-    options = QUICK | {"neighbours": [4, 5], "folder": tmp_path}
-    report = run_attack(model, *digits, THREAT, **options)
+def test_a_resumed_run_measures_only_the_neighbours_that_it_lacks(shared_model, digits, tmp_path):
+    options = FAST | {"neighbours": [4, 5], "folder": tmp_path}
+    report = run_attack(shared_model, *digits, THREAT, **options)
     assert [row["batch_size"] for row in report.neighbours] == [4] * 3 + [5] * 3
     # As if the process had been killed between the two sizes.
     rows = [row | {"flipped": 0.25} for row in report.neighbours[:3]]
     replace(report, neighbours=rows).save(tmp_path / "report.json")
-    assert run_attack(model, *digits, THREAT, **options).neighbours == [*rows, *report.neighbours[3:]]
+    assert run_attack(shared_model, *digits, THREAT, **options).neighbours == [*rows, *report.neighbours[3:]]
     assert AttackReport.load(tmp_path / "report.json").neighbours == [*rows, *report.neighbours[3:]]
 
 
@@ -431,9 +423,9 @@ def test_a_budget_that_cannot_be_read_is_named(budget):
 
 
 @pytest.mark.parametrize("mode", ["plain", "sample", "dataset", "fc"])
-def test_a_cascade_comes_to_the_worst_case_of_the_full_grid_with_fewer_passes(model, digits, mode, tmp_path):
+def test_a_cascade_comes_to_the_worst_case_of_the_full_grid_with_fewer_passes(shared_model, digits, mode, tmp_path):
     """Where a prediction depends on no other image; the FC classifier's worst case is that of the full grid, too."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(shared_model)
     if mode == "plain":
         head, model.fc = model.fc, nn.Linear(model.fc.in_features, 10)
         model.fc.eval().load_state_dict({"weight": head.weight, "bias": head.bias})
@@ -463,9 +455,9 @@ def test_a_cascade_comes_to_the_worst_case_of_the_full_grid_with_fewer_passes(mo
         assert all(cascade.correct[row][i] == "0" for row in later)
 
 
-def test_a_prediction_that_depends_on_the_batch_gets_the_full_grid(model, digits):
+def test_a_prediction_that_depends_on_the_batch_gets_the_full_grid(shared_model, digits):
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    for some in (model, Wrapped(linear, lambda net, x: net(x - x.mean(dim=0))).eval()):
+    for some in (shared_model, Wrapped(linear, lambda net, x: net(x - x.mean(dim=0))).eval()):
         report = run_attack(some, *digits, THREAT, attacks=["apgd-ce", "square"],
                             budgets={"apgd-ce": Budget(2), "square": Budget(2)})
         assert report.protocol["full_grid"]
@@ -481,3 +473,92 @@ def test_a_cascade_resumes_to_the_same_report_from_any_step(model, digits, tmp_p
     again = run_attack(model, *digits, ThreatModel("Linf", 0.12), folder=tmp_path, **options)
     assert again.same_results(whole) and 0 < whole.robust_accuracy < 1
     assert whole.baseline.keys() == {"clean", "apgd-ce", "apgd-t", "square", "worst"}
+
+
+ATTACK = {"attacks": ["apgd-ce", "joint"], "budgets": {"apgd-ce": Budget(3), "joint": Budget(2)}, "batch_size": 4}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90s", 90), ("30m", 1800), ("2h30m", 9000), ("1.5h", 5400), ("1d", 86400),
+    *((text, None) for text in ("", "30", "0m", "m", "-3m", "1e9h", "30 m", "30min", "nanm", "9" * 400 + "d"))])
+def test_a_time_is_read_and_another_text_refused(text, seconds):
+    if seconds:
+        assert parse_time(text) == seconds
+    else:
+        with pytest.raises(ValueError, match=r"cannot read the time .*expected such as 30m"):
+            parse_time(text)
+
+
+def test_a_block_within_a_block_has_its_own_limit():
+    with time_limit(1e-9):
+        assert is_over()
+        with time_limit(None):
+            assert not is_over()
+        assert is_over()
+    assert not is_over()
+
+
+def cut_run(*arguments, folder, **options):
+    """Returns the first report of a run whose calls have no time: each finishes one attack, of the first batch too."""
+    with time_limit(1e-9):
+        for call in range(1, 100):
+            with suppress(OutOfTime):
+                return run_attack(*arguments, folder=folder, **options)
+            assert len(list((folder / "progress").glob("batch00000-*"))) == call
+
+
+def test_a_report_cut_by_time_is_that_of_the_batches_before_and_the_run_resumes(model, digits, tmp_path):
+    threat = ThreatModel("Linf", 0.1)
+    whole = run_attack(model, *digits, threat, **ATTACK)
+    cut = cut_run(model, *digits, threat, folder=tmp_path, **ATTACK)
+    with time_limit(1e-9):
+        assert run_attack(model, *digits, threat, **ATTACK).same_results(cut), "without a folder"
+    few = run_attack(model, *(part[:4] for part in digits), threat, **ATTACK)
+    assert cut.protocol.pop("stopped") == "by a time limit, after 4 of 8 images"
+    for name in ("protocol", "correct", "baseline_correct", "assembled", "examples"):
+        assert getattr(cut, name) == getattr(few, name)
+    assert not (tmp_path / "report.json").exists()
+    assert AttackReport.load(tmp_path / "partial" / "report.json").num_images == 4
+    assert run_attack(model, *digits, threat, folder=tmp_path, **ATTACK).same_results(whole)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {"report.json"}
+
+
+def test_each_call_without_time_goes_on_and_the_studies_of_neighbours_are_cut(model, digits, tmp_path):
+    options = {"attacks": ["apgd-ce"], "budgets": {"apgd-ce": Budget(1)}, "surrogates": ["fc"], "batch_size": 5,
+               "neighbours": (2, 3), "folder": tmp_path}
+    with time_limit(1e-9):
+        for done in ("5 of 8 images", "0 of 2 studies of neighbours", "1 of 2 studies of neighbours"):
+            cut = run_attack(model, *digits, "Linf:0.1", **options)
+            assert cut.protocol["stopped"] == f"by a time limit, after {done}"
+            assert (tmp_path / "partial" / "report.html").exists() and not (tmp_path / "report.html").exists()
+        whole = run_attack(model, *digits, "Linf:0.1", **options)
+    assert {row["batch_size"] for row in whole.neighbours} == {2, 3} and "stopped" not in whole.protocol
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "partial").exists()
+
+
+def test_the_command_says_what_is_done_and_how_to_go_on(tmp_path, inside, capsys):
+    assert main(["evaluate", *QUICK, "--num-images", "10", "--output", "run", "--time-limit", "0.001s"]) == 0
+    printed = capsys.readouterr().out
+    assert "| fc | 100.0 | 100.0 |" in printed
+    *_, last = printed.splitlines()
+    assert last == ("stopped by a time limit, after 4 of 10 images; written: run/partial/report.html; to go on: python "
+                    "-m timm_hpm evaluate --resume run --time-limit 0.001s")
+    assert "by a time limit" in (tmp_path / "run" / "partial" / "report.md").read_text()
+    assert main(last.split("timm_hpm ")[1].split()[:3]) == 0, "without a limit"
+    assert AttackReport.load(tmp_path / "run" / "report.json").num_images == 10
+    assert not (tmp_path / "run" / "partial").exists()
+    capsys.readouterr()
+    assert main(["evaluate", *QUICK, "--num-images", "10", "--attacks", "apgd-ce,apgd-t", "--output", "b",
+                 "--time-limit", "0.001s"]) == 0
+    assert capsys.readouterr().out.startswith("stopped by a time limit, before the first 4 of 10 images were attacked")
+
+
+def test_a_training_run_stops_with_a_checkpoint(tmp_path, inside, capsys):
+    words = ["train", "--device", "cpu", "--pretrained", "--attack-steps", "1", "--val-attack-steps", "1", "--output",
+             "run", "--batch-size", "500"]
+    assert main([*words, "--epochs", "1000", "--time-limit", "0.5s"]) == 0
+    said = capsys.readouterr().err
+    assert "stopped by the time limit; to go on: python -m timm_hpm train --resume run --time-limit 0.5s\n" in said
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    assert main(["train", "--resume", "run", "--time-limit", "0.25s"]) == 0
+    assert "--resume run --time-limit 0.25s" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_a_model_that_writes_into_its_input_is_its_twin_that_does_not(place, wri
         assert torch.equal(digits[0], before)
     (report, saved, judged, adversarial), (expected, others, judged_alike, as_adversarial) = found
     assert report.same_results(expected) and report.flags == expected.flags
-    assert all(torch.equal(tensor, others[name]) for name, tensor in saved.items())
+    assert same_tensors(saved, others)
     assert all(torch.equal(row, judged_alike[0]) for row in [*judged, *judged_alike])
     assert torch.equal(adversarial, as_adversarial) and not torch.equal(adversarial, before)
 

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import subprocess
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +15,6 @@ import torch
 from protocols import PROTOCOL, run_attack
 from safetensors.torch import save_file
 
-import timm_hpm
 from timm_hpm import AttackReport, compare, report_markdown, report_page, write_report
 from timm_hpm.evaluation import Budget
 from timm_hpm.evaluation.result import measured_convergence
@@ -27,7 +25,7 @@ from timm_hpm.report.flags import paragraph
 from timm_hpm.report.tables import convergence_note, falls
 from timm_hpm.training.recovery import Checkpoint, write_checkpoint
 
-ROOT = Path(__file__).parent.parent
+NUM_DIGITS, SPLIT = 12, "test"
 
 
 @pytest.fixture
@@ -311,10 +309,8 @@ def test_passes_and_margins_are_those_of_the_steps_of_each_batch():
 
 
 @pytest.fixture(scope="module")
-def measured() -> AttackReport:
-    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-    images, labels = timm_hpm.load_split("digits", "test").tensors
-    return run_attack(model, images[:12], labels[:12], "Linf:0.2", batch_size=6, attacks=["apgd-ce", "square"],
+def measured(shared_model, digits) -> AttackReport:
+    return run_attack(shared_model, *digits, "Linf:0.2", batch_size=6, attacks=["apgd-ce", "square"],
                       surrogates=["fc", "ste"], budgets={"apgd-ce": Budget(3), "square": Budget(20)})
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import protocols
 import pytest
 import timm
 from PIL import Image
@@ -21,7 +22,6 @@ import evaluate
 import timm_hpm
 from timm_hpm import AttackReport, report_markdown, report_page
 from timm_hpm.console import run_command
-from timm_hpm.evaluation.judge import saved_protocol
 from timm_hpm.files import default_folder
 from timm_hpm.models.create import class_names, open_split_for
 
@@ -84,14 +84,16 @@ def test_evaluate_writes_reports_that_rejudging_confirms(saved_run, tmp_path, ca
     ({".*": lambda x: x.clamp(min=0.05)}, "images or labels that are not those of its run: their data_digest is "),
     ({".*|labels": lambda x: x.flip(0)}, "images or labels that are not those of its run: their data_digest is "),
     ({"fc/apgd-ce": lambda x: None}, None),
+    *((protocol, r"the protocol in .* is damaged \(") for protocol in (
+        "{", "[" * 100_000, '{"threat": "Linf:0.1", "batch_size": "4", "data_digest": 1, "mix": 0}')),
 ])
 def test_rejudging_refuses_candidates_outside_of_the_run(saved_run, tmp_path, capsys, changes, message):
     shutil.copytree(saved_run, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adversarial.safetensors"
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = {"protocol": changes} if isinstance(changes, str) else file.metadata()
     tensors = load_file(path)
-    (pattern, change), = changes.items()
+    (pattern, change), = changes.items() if isinstance(changes, dict) else [("none", None)]
     for name in [name for name in tensors if re.fullmatch(pattern, name) and (name != "labels" or "labels" in pattern)]:
         tensors[name] = change(tensors[name])
     save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, path, metadata)
@@ -101,14 +103,6 @@ def test_rejudging_refuses_candidates_outside_of_the_run(saved_run, tmp_path, ca
     else:
         with pytest.raises(ValueError, match=message):
             evaluate.main(["--rejudge", str(tmp_path)])
-
-
-@pytest.mark.parametrize("protocol", ["{", "[" * 100_000,
-                                      '{"threat": "Linf:0.1", "batch_size": "4", "data_digest": 1, "mix": 0}'])
-def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
-    save_file(load_file(saved_run / "adversarial.safetensors"), tmp_path / "x.safetensors", {"protocol": protocol})
-    with pytest.raises(ValueError, match=r"the protocol in .*x.safetensors is damaged \("):
-        saved_protocol(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -126,8 +120,7 @@ def test_rejudging_names_a_damaged_protocol(saved_run, tmp_path, protocol):
      "--num-classes is 10 and --model-kwargs num_classes=5; give one of them"),
     (["--output", "earlier"], "earlier holds the adversarial.safetensors of an earlier run"),
 ])
-def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_path, inside, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "adversarial.safetensors").touch()
@@ -140,8 +133,7 @@ def test_evaluate_refuses_bad_options_before_it_attacks(arguments, message, tmp_
     assert not list(tmp_path.rglob("options.json"))
 
 
-def test_evaluate_sweeps_over_modes_and_radii_and_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_evaluate_sweeps_over_modes_and_radii_and_a_stopped_sweep_goes_on(inside, capsys):
     options = [*QUICK, "--surrogates", "fc", "--budget", "apgd-ce=3", "--output", "out", "--inference", "sample,fc",
                "--eps-sweep", "0:0.2:0.1"]
     assert evaluate.main(options) == 0
@@ -166,13 +158,6 @@ def test_evaluate_sweeps_over_modes_and_radii_and_a_stopped_sweep_goes_on(tmp_pa
     assert Path("out/sweep.html").exists()
 
 
-@pytest.mark.parametrize("words", [["--eps", "0.1:0.2:0.1"], ["--num-image", "5"], ["--surrogates-at", "1"]])
-def test_an_option_is_not_abbreviated(words, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(words)
-    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("model", ["local-dir:/data/a b/run", "hf-hub:org/name@v1", "x" * 300, "é:" * 200, "../..", ""])
 def test_a_default_output_folder_fits_every_file_system(model):
     for prefix in ("", "train-"):
@@ -181,8 +166,7 @@ def test_a_default_output_folder_fits_every_file_system(model):
         assert set(folder.name) <= {*string.ascii_letters, *string.digits, *"-_.+="} and folder.name.startswith(prefix)
 
 
-EVALUATION = ["evaluate.py", "--num-images", "4", "--batch-size", "4", "--surrogates", "fc", "--attacks", "apgd-ce",
-              "--save-adversarial", "--output", "é–run"]
+EVALUATION = ["evaluate.py", *protocols.QUICK, "--num-images", "4", "--save-adversarial", "--output", "é–run"]
 TRAINING = ["train.py", "--device", "cpu", "--pretrained", "--epochs", "1", "--batch-size", "500",
             "--attack-steps", "1", "--val-attack-steps", "1", "--output", "é–run"]
 
@@ -222,8 +206,7 @@ def test_the_readme_s_first_command(tmp_path):
     assert report.robust_accuracy <= min(value for row in report.by_surrogate.values() for value in row.values())
 
 
-def test_the_readme_s_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_readme_s_example_runs(inside):
     example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     # The same calls on a smaller budget: the standard one is the slow tests'.
     assert "batch_size=16)" in example
@@ -258,8 +241,7 @@ def test_class_names_go_from_the_folder_through_the_checkpoint_into_the_report(t
     assert list(model.pretrained_cfg["label_names"]) == NAMES
     assert f"--class-map {tmp_path / 'names.txt'}" in done.stdout  # in the command that measures it
 
-    quick = ["--device", "cpu", "--num-images", "0", "--batch-size", "20", "--surrogates", "fc", "--attacks", "apgd-ce",
-             "--budget", "apgd-ce=1", "--model", f"local-dir:{tmp_path / 'run'}", *images]
+    quick = [*protocols.QUICK, "--num-images", "0", "--model", f"local-dir:{tmp_path / 'run'}", *images]
     evaluate.main([*quick, *ordered, "--output", str(tmp_path / "ordered")])
     with pytest.warns(UserWarning, match="folder names 9 of the 10 classes otherwise than the model does: 'eight' is "
                                          "'zero' there"):

@@ -1,11 +1,13 @@
 """The sensitivity study: closed forms on linear features, the trap of a saturated cross-entropy, its file and page."""
 
+import copy
 import dataclasses
 
 import pytest
 import timm
 import torch
 from html_page import Page
+from nets import same_tensors
 from torch import nn
 
 import timm_hpm
@@ -13,6 +15,8 @@ from timm_hpm.__main__ import main
 from timm_hpm.head import HPMHead, find_head
 from timm_hpm.report.sensitivity_page import sensitivity_markdown, sensitivity_page
 from timm_hpm.sensitivity import Sensitivity, measure_sensitivity
+
+NUM_DIGITS = 30
 
 
 class LinearFeatures(nn.Module):
@@ -83,14 +87,11 @@ def test_no_scale_of_the_logits_changes_the_sensitivity():
 
 
 @pytest.fixture(scope="module")
-def study():
-    model = timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-    images, labels = timm_hpm.load_split("digits", "val").tensors
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = measure_sensitivity(model, images[:30], labels[:30], "Linf", [0.05, 0.2], ("fc", "dataset", "batch"),
+def study(shared_model, digits):
+    before = copy.deepcopy(shared_model.state_dict())
+    result = measure_sensitivity(shared_model, *digits, "Linf", [0.05, 0.2], ("fc", "dataset", "batch"),
                                  iterations=5, batch_size=15, name="<digits>")
-    assert find_head(model).inference == "dataset"
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert find_head(shared_model).inference == "dataset" and same_tensors(shared_model.state_dict(), before)
     return result
 
 

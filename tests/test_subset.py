@@ -45,8 +45,7 @@ def test_a_thousand_class_model_is_measured_on_folders_of_synsets(tmp_path):
     assert protocol["class_names"] == [synsets[700], synsets[2]]
 
 
-def test_labels_predictions_and_attacks_are_those_of_the_subset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_labels_predictions_and_attacks_are_those_of_the_subset(tmp_path, inside):
     (tmp_path / "subset.txt").write_text("8\n3\n1\n")
     arguments = ["--device", "cpu", "--attacks", "apgd-ce,square", "--budget", "apgd-ce=3", "square=10", "--surrogates",
                  "fc,ste", "--num-images", "20", "-b", "10", "--save-adversarial"]

@@ -10,7 +10,6 @@ import torch
 import torchvision
 from nets import with_prototypes, with_statistics
 from processes import python
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import timm_hpm
@@ -98,22 +97,6 @@ def test_reset_classifier_makes_a_head_of_the_same_kind_and_features_in_between(
             assert fit(model)(x).isfinite().all()
         remove_hpm_head(model).reset_classifier(4)
         assert head_name(model) is None and model(x).shape == (3, 4)
-
-
-@few_kinds
-def test_a_copy_and_an_average_answer_the_same_and_stay_apart(kind):
-    model, x = create(kind)
-    fit(add_hpm_head(model))
-    with torch.no_grad():
-        expected = model(x)
-        copy, ema = deepcopy(model), ModelEmaV3(model, decay=0.5)
-        assert torch.equal(copy(x), expected) and torch.equal(ema.module(x), expected)
-        find_head(model).prototypes.zero_()
-        assert torch.equal(copy(x), expected)
-        ema.update(model)
-    assert torch.allclose(find_head(ema.module).prototypes, find_head(copy).prototypes / 2)
-    copy.reset_classifier(2)
-    assert model(x).shape == (3, 7) and copy(x).shape == (3, 2)
 
 
 @few_kinds

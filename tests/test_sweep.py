@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import timm
 import torch
 from html_page import Page
 from protocols import run_attack
@@ -34,30 +33,25 @@ def test_texts_that_are_no_radii_are_refused_in_a_few_words(text):
     assert len(str(caught.value)) < 1000
 
 
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return timm.create_model("hpm_wrn10_2", pretrained=True).eval()
-
-
 NUM_DIGITS = 10
 SHORT = Protocol("short", {"apgd-ce": Budget(3)}, ("fc", "dataset"))
 OPTIONS = {"batch_size": 10, "protocol": SHORT}
 
 
 @pytest.fixture(scope="module")
-def reports(model, digits) -> list[AttackReport]:
-    return list(sweep(model, *digits, "Linf", [0, 0.1, 0.3], ["batch", "dataset"], **OPTIONS))
+def reports(shared_model, digits) -> list[AttackReport]:
+    return list(sweep(shared_model, *digits, "Linf", [0, 0.1, 0.3], ["batch", "dataset"], **OPTIONS))
 
 
-def test_each_report_is_that_of_its_mode_and_radius(reports, model, digits):
+def test_each_report_is_that_of_its_mode_and_radius(reports, shared_model, digits):
     assert [(report.protocol["inference"], report.protocol["threat"]) for report in reports] == [
         ("batch", "Linf:0.1"), ("batch", "Linf:0.3"), ("dataset", "Linf:0.1"), ("dataset", "Linf:0.3")]
-    with timm_hpm.head_mode(model, "dataset"):
-        alone = run_attack(model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
+    with timm_hpm.head_mode(shared_model, "dataset"):
+        alone = run_attack(shared_model, *digits, ThreatModel("Linf", 0.3), **OPTIONS)
     assert alone.same_results(reports[3])
-    one_by_one = sweep(model, *digits, "Linf", [0.1, 0.2], ["fc"], batch_size=10, protocol=SHORT.changed(["fc"]))
+    one_by_one = sweep(shared_model, *digits, "Linf", [0.1, 0.2], ["fc"], batch_size=10, protocol=SHORT.changed(["fc"]))
     assert next(one_by_one).protocol["inference"] == "fc"
-    assert timm_hpm.find_head(model).inference == "dataset", "the caller's, also between two reports"
+    assert timm_hpm.find_head(shared_model).inference == "dataset", "the caller's, also between two reports"
 
 
 def test_a_model_without_an_hpm_head_has_one_curve(digits):
@@ -74,9 +68,9 @@ def test_a_model_without_an_hpm_head_has_one_curve(digits):
     (([0.1],), {"save_adversarial": True}, "save_adversarial needs a folder"),
     (([0.1, 0.10000001],), {"folder": "nosuch"}, "2 reports would share 1 folders, named by six digits of the radius"),
     (([0.1], ["batch", "hard"]), {}, "unknown inference mode 'hard'")])
-def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(model, digits, arguments, options, message):
+def test_bad_arguments_of_a_sweep_are_refused_before_any_attack(shared_model, digits, arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        sweep(model, *digits, "Linf", *arguments, **options)
+        sweep(shared_model, *digits, "Linf", *arguments, **options)
 
 
 def test_curves_begin_clean_and_hold_the_robust_accuracies(reports):

@@ -16,6 +16,7 @@ import timm
 import torch
 from pictures import write_pictures
 from processes import LAUNCHER, ROOT, python, snapshot, start
+from protocols import QUICK
 from training_runs import forget_accelerator
 from two_processes import first_step
 
@@ -38,8 +39,7 @@ def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("epoch-*"))
 
 
-def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_images_as_there_are(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_images_as_there_are(tmp_path, inside):
     write_pictures(tmp_path / "my images", {"train/dark": 12, "train/light": 12, "test/dark": 3, "test/light": 3},
                    (16, 16))
     (tmp_path / "run.yaml").write_text("epochs: 9\ndataset: folder\ndata_dir: my images\nimg_size: 16\n"
@@ -51,7 +51,7 @@ def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_ima
     assert re.search("kept: epoch [01] ", done.stdout)
     words = shlex.split(done.stdout.partition("measure it with: ")[2])
     assert words[:4] == ["python", "-m", "timm_hpm", "evaluate"]
-    quick = ["--surrogates", "fc", "--attacks", "apgd-ce", "--budget", "apgd-ce=2", "--output"]
+    quick = [*QUICK, "--output"]
     assert main([*words[3:], *quick, "report"]) == 0
     place = words.index("--model")
     of_the_file = ["--checkpoint", "run/model.safetensors", "--num-classes", "2", "--in-chans", "3"]
@@ -61,8 +61,7 @@ def test_the_next_command_measures_the_model_under_the_threat_and_on_as_many_ima
     assert report.correct == other.correct and report.protocol["prototypes_fitted"] is True
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_are_one_line(tmp_path, inside):
     (tmp_path / "run.yaml").write_text("epoch: 9\n")
     for arguments, message in ((["--config", "run.yaml"], "run.yaml: unknown option 'epoch'; did you mean epochs"),
                                (["--resume", "nothing"], "nothing holds no run to resume"),

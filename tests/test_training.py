@@ -450,13 +450,12 @@ def test_a_checkpoint_returns_an_optimizer_s_state(opt, tmp_path):
     # What a launcher says otherwise.
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "launcher asks for mixed precision bf16, the options for no; give --amp"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)
-def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(changes, message, inside, monkeypatch):
     for name in [name for name in changes if name.isupper()]:
         monkeypatch.setenv(name, changes[name])
     with pytest.raises((ValueError, OSError, ModuleNotFoundError), match=re.escape(message)):
-        run(tmp_path / "run", **{name: value for name, value in changes.items() if name.islower()})
-    assert not list(tmp_path.iterdir())
+        run(inside / "run", **{name: value for name, value in changes.items() if name.islower()})
+    assert not list(inside.iterdir())
 
 
 def test_the_committed_configurations_are_valid():

@@ -99,8 +99,7 @@ def test_a_config_of_other_classes_than_its_weights_is_refused(tmp_path, place):
 
 
 @pytest.mark.parametrize("arguments", [["--num-classes", "5"], ["--model-kwargs", "num_classes=0"]])
-def test_no_random_head_is_measured_or_published_as_pretrained(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_no_random_head_is_measured_or_published_as_pretrained(arguments, tmp_path, inside):
     for call in (lambda: evaluate.main(["--device", "cpu", *arguments]),
                  lambda: main(["push", "org/name", "--model", "hpm_wrn10_2", "--model-kwargs", "num_classes=5"])):
         with warnings.catch_warnings():

@@ -13,16 +13,12 @@ from .tags import XCIT_WEIGHTS, pretrained_tags, variant_cfg, weight_notes
 
 #: The bases that `import timm_hpm` registers; `register_hpm` adds others.
 BASES = (
-    # residual networks
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
-    # ConvNeXt
     "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnextv2_tiny", "convnextv2_base",
-    # transformers
     "swin_small_patch4_window7_224", "swin_base_patch4_window7_224", "swin_large_patch4_window7_224",
     "vit_small_patch16_224", "vit_base_patch16_224",
     "deit_small_patch16_224", "deit_base_patch16_224", "deit3_small_patch16_224", "deit3_base_patch16_224",
     "xcit_small_12_p16_224", "xcit_medium_24_p16_224", "xcit_large_24_p16_224",
-    # small networks
     "efficientnet_b0", "mobilenetv3_large_100", "regnety_016",
 )
 
@@ -47,18 +43,12 @@ _SALMAN2020_RADII = {
     "l2": ("3", "0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "5"),
 }
 _SALMAN2020_CLEAN = {
-    "resnet18": {
-        "linf": (52.49, 66.13, 63.46, 59.63, 42.11),
-        "l2": (53.12, 69.90, 69.24, 69.15, 68.77, 67.43, 65.49, 62.32, 45.59),
-    },
-    "resnet50": {
-        "linf": (63.86, 73.73, 72.05, 69.10, 54.53),
-        "l2": (62.83, 75.68, 75.76, 75.59, 74.78, 74.14, 73.16, 70.43, 56.13),
-    },
-    "wide_resnet50_2": {
-        "linf": (68.41, 75.82, 74.65, 72.35, 60.82),
-        "l2": (66.90, 77.25, 77.26, 77.17, 76.74, 76.21, 75.11, 73.41, 60.94),
-    },
+    ("resnet18", "linf"): (52.49, 66.13, 63.46, 59.63, 42.11),
+    ("resnet18", "l2"): (53.12, 69.90, 69.24, 69.15, 68.77, 67.43, 65.49, 62.32, 45.59),
+    ("resnet50", "linf"): (63.86, 73.73, 72.05, 69.10, 54.53),
+    ("resnet50", "l2"): (62.83, 75.68, 75.76, 75.59, 74.78, 74.14, 73.16, 70.43, 56.13),
+    ("wide_resnet50_2", "linf"): (68.41, 75.82, 74.65, 72.35, 60.82),
+    ("wide_resnet50_2", "l2"): (66.90, 77.25, 77.26, 77.17, 76.74, 76.21, 75.11, 73.41, 60.94),
 }
 
 # Liu et al. 2023 (ARES 2.0), "A Comprehensive Study on Robustness of Image Classification Models": the base to its part
@@ -87,7 +77,7 @@ default_cfgs: dict[str, DefaultCfg] = {}
 def _public_tags(base: str) -> dict[str, dict[str, Any]]:
     """Returns the tags of `hpm_{base}` with public weights, the default first, and their fields."""
     tags = {}
-    for norm, accuracies in _SALMAN2020_CLEAN.get(base, {}).items():
+    for norm, accuracies in ((norm, clean) for (name, norm), clean in _SALMAN2020_CLEAN.items() if name == base):
         for radius, clean in zip(_SALMAN2020_RADII[norm], accuracies, strict=True):
             eps = radius.removesuffix(".0")
             tags[f"salman2020_imagenet_{norm}_eps{eps.replace('.', '_')}"] = {

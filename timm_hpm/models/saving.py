@@ -99,7 +99,7 @@ def check_no_draws(model: PixelModel) -> None:
     """Raises a ValueError if a model averages several draws, which no saved file says."""
     if model.draws > 1:
         raise ValueError(f"the PixelModel averages {model.draws} draws, and a saved model is a network of one; give "
-                         "PixelModel(model, mean, std) without draws, and evaluate with --eot {model.draws}")
+                         f"PixelModel(model, mean, std) without draws, and evaluate with --eot {model.draws}")
 
 
 def in_float32(normalisation: Mapping[str, Any] | None) -> dict[str, list[float]]:

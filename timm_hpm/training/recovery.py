@@ -198,7 +198,7 @@ def check_identity(found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if found["labels"] != now["labels"]:
         raise ValueError(f"the run was begun with other images: their labels, in order, are others now; {advice}")
     if found["extra"] != now["extra"]:
-        raise ValueError("the run was begun with other extra data (--extra-data): images or labels differ; {advice}")
+        raise ValueError(f"the run was begun with other extra data (--extra-data): images or labels differ; {advice}")
     if found["head"] != now["head"]:
         raise ValueError(f"the run's HPM head has {found['head']}, and the model's {now['head']}; {advice}")
     for name, cause in (("pixels", "the images"), ("logits", "the network's code or arguments")):

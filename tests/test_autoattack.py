@@ -50,6 +50,13 @@ def test_every_point_of_apgd_is_autoattack_s(norm, iterations, targeted, from_cl
         assert 3 <= found.fooled.sum() <= 29, "the problem tests nothing"
 
 
+def test_images_without_a_gradient_are_counted():
+    model, images, labels = problem((1, 6, 6))
+    for some, number in ((model, 0), (nn.Sequential(model, nn.Threshold(100.0, 0.0)), 30)):
+        loss = targeted_loss(labels, (labels + 1) % 5)
+        assert apgd(some, images, labels, ThreatModel("Linf", 0.1), 2, loss).without_gradient == number
+
+
 def searched(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, queries: int) -> Tensor:
     def margin(rows: Tensor, pixels: Tensor) -> Tensor:
         return margin_loss(model(pixels), labels[rows])

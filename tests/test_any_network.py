@@ -1,10 +1,9 @@
 """Training of model objects: timm's without an HPM head, and modules of one's own."""
 
-import dataclasses
-
 import pytest
 import timm
 import torch
+import training_runs
 from nets import same_tensors
 from safetensors.torch import load_file
 from torch import nn
@@ -13,9 +12,11 @@ from training_runs import forget_accelerator
 import timm_hpm
 from timm_hpm import PixelModel
 from timm_hpm.models.saving import saved_config
-from timm_hpm.training import TrainConfig, train
 
-CONFIG = TrainConfig(device="cpu", epochs=3, lr=0.1, attack_steps=1, val_attack_steps=1, batch_size=64)
+
+def run(folder, network, **options):
+    return training_runs.run(folder, network=network, **{"pretrained": False, "epochs": 3, "lr": 0.1, "batch_size": 64}
+                             | options)
 
 
 class Net(nn.Module):
@@ -30,20 +31,9 @@ class Net(nn.Module):
         return self.last(self.body(x))
 
 
-@pytest.fixture(autouse=True)
-def one_accelerator_a_test():
-    forget_accelerator()
-    yield
-    forget_accelerator()
-
-
 @pytest.fixture
 def digits():
     return timm_hpm.load_split("digits", "val").tensors
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize("options", [
@@ -51,7 +41,7 @@ def quiet(line: str) -> None:
 def test_a_module_of_one_s_own_is_trained_in_place_and_saved(options, digits, tmp_path):
     torch.manual_seed(0)
     model = Net()
-    kept = timm_hpm.train(model, CONFIG, tmp_path / "run", log=quiet, **options)
+    kept = run(tmp_path / "run", model, **options)
     assert kept["val_clean"] > 0.8 and kept["val_robust"] > 0.3 and kept["val_fc_clean"] == kept["val_clean"]
     images, labels = digits
     pixels = PixelModel(model, options.get("mean", (0,)), options.get("std", (1,)))
@@ -67,15 +57,15 @@ def test_a_module_of_one_s_own_is_trained_in_place_and_saved(options, digits, tm
 def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits, tmp_path):
     # With a stride of 8 no convolution of stride 2 meets a map of one pixel: torch's CPU kernel for bfloat16 leaves
     # parts of that weight gradient uninitialised.
-    config = dataclasses.replace(CONFIG, model="test_resnet", model_kwargs={"output_stride": 8}, num_classes=10,
-                                 in_chans=1, epochs=1, batch_size=350, freeze_backbone=True)
-    train(None, config, tmp_path / "run", log=quiet)
+    run(tmp_path / "run", None, model="test_resnet", model_kwargs={"output_stride": 8}, num_classes=10, in_chans=1,
+        epochs=1, batch_size=350, freeze_backbone=True)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert type(model).__name__ == "ResNet" and model.pretrained_cfg["mean"] == [0.3053]
     assert timm_hpm.judge(model, digits[0][:8], digits[1][:8], 8).shape == (8,)
     # As an object it keeps the normalisation that it has, and a process's next run may have another precision.
     again = timm_hpm.train(model, epochs=1, device="cpu", amp=True, attack_steps=1, val_attack_steps=1, batch_size=350,
-                           output=tmp_path / "again", log=quiet)
+                           output=tmp_path / "again")
+    forget_accelerator()
     assert model.pretrained_cfg["mean"] == [0.3053] and not model.training
     assert timm_hpm.judge(model, *digits, 350).float().mean().item() == pytest.approx(again["val_clean"])
 
@@ -83,7 +73,7 @@ def test_a_timm_model_without_an_hpm_head_is_trained_by_the_same_options(digits,
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_a_wrapped_model_is_trained_and_saved_as_the_one_inside(wrap, tmp_path):
     model = timm.create_model("hpm_wrn10_2", pretrained=True)
-    train(wrap(model), CONFIG, tmp_path, epochs=1, lr=1e-4, batch_size=350, log=quiet)
+    run(tmp_path, wrap(model), epochs=1, lr=1e-4, batch_size=350)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert again.pretrained_cfg["architecture"] == "hpm_wrn10_2" and again.pretrained_cfg["mean"] == [0.3053]
     assert same_tensors(model.state_dict(), again.state_dict())
@@ -92,27 +82,24 @@ def test_a_wrapped_model_is_trained_and_saved_as_the_one_inside(wrap, tmp_path):
 def test_an_hpm_head_in_a_module_of_one_s_own_gets_prototypes(digits, tmp_path):
     model = timm_hpm.add_hpm_head(Net())
     whole = PixelModel(model, (0.3,), (0.4,)).train()
-    kept = timm_hpm.train(whole, CONFIG, tmp_path / "run", log=quiet)
+    kept = run(tmp_path / "run", whole)
     assert timm_hpm.find_head(model).is_fitted() and kept["val_clean"] > 0.8
-    assert timm_hpm.judge(whole, *digits, 64).float().mean().item() == pytest.approx(
-        kept["val_clean"])
+    assert timm_hpm.judge(whole, *digits, 64).float().mean().item() == pytest.approx(kept["val_clean"])
     assert saved_config(tmp_path / "run" / "model.safetensors")["pretrained_cfg"]["mean"] == pytest.approx([0.3])
 
 
 def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
     torch.manual_seed(0)
     whole, part = Net(), Net()
-    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
-    part.load_state_dict(start)
-    timm_hpm.train(whole, CONFIG, tmp_path / "whole", sched="constant", log=quiet)
-    timm_hpm.train(part, CONFIG, tmp_path / "part", sched="constant", epochs=2, log=quiet)
-    timm_hpm.train(Net(), CONFIG, tmp_path / "part", sched="constant", resume=True, log=quiet)
+    part.load_state_dict(whole.state_dict())
+    run(tmp_path / "whole", whole, sched="constant")
+    run(tmp_path / "part", part, sched="constant", epochs=2)
+    run(tmp_path / "part", Net(), sched="constant", resume=True)
     newest = [load_file(tmp_path / name / "checkpoints" / "epoch-00003-batch-00000000" / "model.safetensors")
               for name in ("whole", "part")]
     assert same_tensors(*newest)
     with pytest.raises(ValueError, match=r"model \('test_any_network:Net' there, 'torch.nn.*Sequential' given\)"):
-        timm_hpm.train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), CONFIG, tmp_path / "part", sched="constant",
-                       resume=True, log=quiet)
+        run(tmp_path / "part", nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), sched="constant", resume=True)
 
 
 @pytest.mark.parametrize(("model", "options", "message"), [
@@ -131,5 +118,5 @@ def test_a_resumed_run_of_an_object_ends_with_the_same_bits(tmp_path):
 ])
 def test_a_model_or_options_that_do_not_fit_are_refused_before_anything_is_written(model, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        timm_hpm.train(model(), CONFIG, tmp_path / "run", log=quiet, **options)
+        run(tmp_path / "run", model(), **options)
     assert not list(tmp_path.iterdir())

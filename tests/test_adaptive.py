@@ -141,8 +141,7 @@ def test_each_surrogate_of_the_chain_starts_where_the_last_one_ended(model, digi
 @pytest.mark.parametrize(("mode", "attacks"), [("sample", ["joint"]), ("fc", ["joint", "apgd-chain"])])
 def test_attacks_that_do_not_apply_are_left_out_and_refused_alone(model, digits, mode, attacks):
     with timm_hpm.head_mode(model, mode):
-        report = run_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks],
-                                        budgets={"apgd-ce": Budget(1)})
+        report = run_attack(model, *digits, THREAT, attacks=["apgd-ce", *attacks], budgets={"apgd-ce": Budget(1)})
         assert list(report.protocol["attacks"]) == ["apgd-ce"] and not report.assembled
         assert report.assembled_robust_accuracy == report.robust_accuracy
         with pytest.raises(ValueError, match=rf"{', '.join(attacks)} needs an HPM head in batch mode"):

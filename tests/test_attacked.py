@@ -113,8 +113,7 @@ def test_answers_without_a_gradient_are_counted_in_a_warning(digits):
     labels = classifier(digits[0]).argmax(dim=1)
     saturated = copy.deepcopy(classifier)
     saturated.fc.weight.data.mul_(1e6)
-    flags = [run_attack(net, digits[0], labels, THREAT, budgets=SMALL).flags
-             for net in (classifier, saturated)]
+    flags = [run_attack(net, digits[0], labels, THREAT, budgets=SMALL).flags for net in (classifier, saturated)]
     assert not any(flag.name == "saturated-softmax" for flag in flags[0])
     assert any(flag.name == "saturated-softmax" and flag.text.startswith("apgd-ce on model: the softmax of ")
                for flag in flags[1])

@@ -110,8 +110,7 @@ def under(key, prefix=""):
 
 def madrylab(weights, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Returns a checkpoint of MadryLab's robustness library: DataParallel of AttackerModel."""
-    normaliser = {
-        "new_mean": torch.tensor(mean).view(3, 1, 1), "new_std": torch.tensor(std).view(3, 1, 1)}
+    normaliser = {"new_mean": torch.tensor(mean).view(3, 1, 1), "new_std": torch.tensor(std).view(3, 1, 1)}
     return {
         "model": {
             **prefixed(normaliser, "module.normalizer."), **prefixed(weights, "module.model."),
@@ -188,8 +187,7 @@ PARITY = [
 
 
 @pytest.mark.parametrize(("name", "kwargs", "overlay", "normalisation", "make", "wrap"), PARITY)
-def test_checkpoints_of_others_networks_answer_as_they_do(tmp_path, name, kwargs, overlay, normalisation, make,
-                                                                 wrap):
+def test_checkpoints_of_others_networks_answer_as_they_do(tmp_path, name, kwargs, overlay, normalisation, make, wrap):
     original = make()
     torch.save(wrap(original.state_dict()), tmp_path / "theirs.pt")
     model = load(name, tmp_path / "theirs.pt", overlay, **kwargs)
@@ -376,8 +374,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, first, message, monke
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-@pytest.mark.parametrize("damage", [
-    lambda whole: whole[:len(whole) // 2], lambda whole: b"", None])
+@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole) // 2], lambda whole: b"", None])
 def test_a_damaged_file_is_named(tmp_path, suffix, damage):
     path, name = tmp_path / f"theirs.{suffix}", "hpm_wrn10_2.untrained"
     (save_file if suffix == "safetensors" else torch.save)(timm.create_model(name).state_dict(), path)

@@ -97,8 +97,7 @@ def test_a_clean_accuracy_near_chance_is_flagged(num_classes, right, flagged):
 
 
 @pytest.mark.parametrize("step", [1, -1])
-@pytest.mark.parametrize(("num_classes", "accuracy"), [
-    (10, 0.6), (1000, 0.45), (2, 1.0)])
+@pytest.mark.parametrize(("num_classes", "accuracy"), [(10, 0.6), (1000, 0.45), (2, 1.0)])
 def test_labels_that_are_off_by_one_are_flagged(num_classes, accuracy, step):
     labels = torch.randint(num_classes, (200,))
     guess = torch.randint(num_classes, (200,))

@@ -335,7 +335,6 @@ def test_a_report_keeps_it_and_says_it_in_words(measured, tmp_path):
             "may break more. Under attack the right logit of the nearest survivors leads by 0.015, 0.5; of clean "
             "images it leads by 5 (median). 1 of 2 survivors leads by less than a tenth of that.")
     assert convergence_note(report) == note and note in report_markdown(report) and note in report_page(report)
-    assert [(fall.x, fall.y) for fall in falls(report)] == [
-        (10.0, 4 / 6), (60.0, 3 / 6), (100.0, 2 / 6)]
+    assert [(fall.x, fall.y) for fall in falls(report)] == [(10.0, 4 / 6), (60.0, 3 / 6), (100.0, 2 / 6)]
     assert "No image of 6 fell" in convergence_note(dataclasses.replace(
         report, convergence=dataclasses.replace(found, spent=500.0)))

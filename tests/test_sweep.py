@@ -56,8 +56,7 @@ def test_each_report_is_that_of_its_mode_and_radius(reports, shared_model, digit
 
 def test_a_model_without_an_hpm_head_has_one_curve(digits):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
-    found = list(sweep(net, *digits, "L2", [0.5], batch_size=10,
-                       protocol=Protocol("short", {"apgd-ce": Budget(3)})))
+    found = list(sweep(net, *digits, "L2", [0.5], batch_size=10, protocol=Protocol("short", {"apgd-ce": Budget(3)})))
     assert list(curves(found)) == ["model"]
     with pytest.raises(ValueError, match="has no HPM head"):
         sweep(net, *digits, "L2", [0.5], ["batch"])

@@ -142,6 +142,14 @@ class TrainConfig(RunOptions):
             if value != defaults[name] and not has_effect:
                 raise ValueError(f"{name} is {value}, and has no effect without --{other.replace('_', '-')}"
                                  f"{' ' * bool(values)}{' or '.join(values)}; give that, too, or leave {name} out")
+        one_cycle = self.sched == "onecycle"
+        if self.warmup_prefix and one_cycle:
+            raise ValueError("warmup_prefix has no effect on onecycle, which begins with its warm-up; leave it out")
+        warms_up = one_cycle if self.warmup_epochs is None else self.warmup_epochs > 0
+        for name in ("warmup_lr", "warmup_prefix"):
+            if getattr(self, name) and not warms_up:
+                raise ValueError(f"{name} is {getattr(self, name)}, and has no effect without --warmup-epochs; give "
+                                 f"that, too, or leave {name} out")
 
     @property
     def extra_per_batch(self) -> int:

@@ -164,8 +164,11 @@ def create_optimizer(config: TrainConfig, model: Any) -> Any:
                    momentum=config.momentum, layer_decay=config.layer_decay, **(config.opt_kwargs or {}))
     try:
         optimizer = make()
-        if unused := sorted(own.keys() - optimizer.defaults.keys()):  # which timm leaves out
-            raise ValueError(f"it has no {' and no '.join(unused)}; leave --opt-{' and --opt-'.join(unused)} out")
+        given = [*(f"opt_{name}" for name in own), *["momentum"] * (config.momentum != TrainConfig.momentum)]
+        unused = [name for name in given if name.removeprefix("opt_") not in optimizer.defaults]
+        if unused:  # timm leaves them out
+            raise ValueError(f"it has no {' and no '.join(name.removeprefix('opt_') for name in unused)}; leave "
+                             f"{' and '.join('--' + name.replace('_', '-') for name in unused)} out")
         betas = own.get("betas", ())
         if betas and len(betas) != len(optimizer.defaults["betas"]):
             raise ValueError(f"--opt-betas gives {len(betas)}; expected {len(optimizer.defaults['betas'])}, such as "

@@ -151,7 +151,7 @@ def test_a_network_in_a_pixel_model_is_saved_with_its_normalisation(own, tmp_pat
     report = timm_hpm.evaluate(model, (torch.rand(4, 1, 8, 8), torch.arange(4)), "Linf:0.1", protocol=protocol)
     timm_hpm.hub.save(model, tmp_path, report=report)
     for keep in (partial(timm_hpm.hub.save, folder=tmp_path), partial(timm_hpm.train, output=tmp_path)):
-        with pytest.raises(ValueError, match=r"averages 2 draws.*measure what was saved with --eot 2"):
+        with pytest.raises(ValueError, match=r"averages 2 draws.*evaluate with --eot 2"):
             keep(timm_hpm.PixelModel(network, (0.25,), (0.5,), draws=2))
     assert getattr(network, "pretrained_cfg", {}).get("mean") != [0.25]
     cfg = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]

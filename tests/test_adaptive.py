@@ -184,6 +184,17 @@ def test_the_judge_confirms_each_flip_and_the_model_is_left_as_it_was(model, dig
     assert measure_neighbours(model, *digits, THREAT, batch_sizes=(40,), num_targets=8) == rows[-3:]
 
 
+def test_neighbours_are_measured_without_a_change_of_the_models_state():
+    def count(module: nn.Module, _: object) -> None:
+        module.calls += 1
+
+    model, images, labels = two_classes(0.5)
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(count)
+    measure_neighbours(model, images, labels, ThreatModel("Linf", 0.01), batch_sizes=(6,), num_targets=1)
+    assert model.calls == 0
+
+
 def test_a_report_holds_the_neighbours_in_a_section_of_its_own(model, digits, tmp_path):
     options = {"attacks": ["apgd-ce"], "surrogates": ["fc"], "budgets": {"apgd-ce": Budget(1)}}
     few, asked = tuple(part[:8] for part in digits), {"neighbours": (4,)}

@@ -66,7 +66,8 @@ def measure_neighbours(
     if own_mode(model) != "batch" or not find_head(model).is_fitted():
         raise ValueError("this model's predictions depend on no neighbours in a batch; expected a fitted HPM head in "
                          "batch mode")
-    subject = Subject(model, images, labels, max(batch_sizes), seed)
+    with restored(model):
+        subject = Subject(model, images, labels, max(batch_sizes), seed)
     device, mix = subject.device, find_head(model).mix
     with torch.no_grad(), seeded(device, seed, "features"), without_autocast(subject.example):
         features = torch.cat([subject.attacked.features(part.to(device)) for part in images.split(max(batch_sizes))])

@@ -15,7 +15,7 @@ import hub_server
 import pytest
 import timm
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEma, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -166,7 +166,8 @@ class Outer(nn.Module):
 
 def test_only_a_wrapper_is_saved_without_its_own_layers():
     network = hub_client.made()
-    for wrap in (nn.DataParallel, ModelEmaV3, AveragedModel, lambda model: ModelEmaV3(nn.DataParallel(model))):
+    for wrap in (nn.DataParallel, ModelEma, ModelEmaV3, AveragedModel,
+                 lambda model: ModelEmaV3(nn.DataParallel(model))):
         assert type(saved_network(wrap(network))) is type(network)
     outer = Outer(network)
     assert saved_network(outer) is outer and saved_network(nn.DataParallel(outer)) is outer

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -91,6 +91,8 @@ def saved_network(model: nn.Module) -> Any:
 
 def _without_wrappers(model: Any) -> nn.Module:
     # Not by timm's unwrap_model, which takes any attribute named `module` for the model.
+    if isinstance(model, ModelEma):  # timm's oldest average, no nn.Module
+        return _without_wrappers(model.ema)
     model = unwrapped(model)
     return _without_wrappers(model.module) if isinstance(model, _AVERAGES) else model
 

@@ -187,7 +187,10 @@ class HPMHead(WholeLoading, nn.Linear):
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
-        """Sets the dataset-level prototypes (C, d) of all classes, finite ones; that counts as one update of each."""
+        """Sets the dataset-level prototypes (C, d) of all classes, which counts as one update of each.
+
+        Raises a ValueError, and changes nothing, if the shape differs or values are not finite.
+        """
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(f"prototypes have the shape {tuple(prototypes.shape)}; "
                              f"expected (num_classes, in_features) = {tuple(self.prototypes.shape)}")
@@ -353,7 +356,10 @@ def own_mode(model: nn.Module) -> str:
 
 @contextmanager
 def head_mode(model: nn.Module, mode: str) -> Iterator[HPMHead]:
-    """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block."""
+    """Switches the HPM head of `model` (a model or a head) to the inference mode `mode` within the block.
+
+    Raises a ValueError if the mode is unknown, or there is no HPM head.
+    """
     head = find_head(model)
     before, head.inference = head.inference, check_inference(mode)
     try:

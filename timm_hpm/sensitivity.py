@@ -112,7 +112,9 @@ def measure_sensitivity(
     measures robust accuracy, is stronger.
 
     Arguments:
-        model, images, labels: as in `mixed_surrogate_attack`; the model has a fitted HPM head.
+        model: as in `mixed_surrogate_attack`, in eval mode, with a fitted HPM head.
+        images: (N, channels, H, W), pixels in [0, 1].
+        labels: (N,), class indices.
         norm: `"Linf"` or `"L2"`.
         radii: in units of the pixel range; those of 0 are left out.
         modes: inference modes of the HPM head, each a head of its own.

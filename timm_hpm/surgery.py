@@ -18,7 +18,8 @@ from .head import HPMConvHead, HPMHead, WholeLoading, check_module, head_name
 # Linear layers that only compute F.linear; any other subclass may compute more.
 _LINEAR_TYPES = (nn.Linear, ScriptableLinear)
 _WRAPPERS = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
-_BY_HAND = ". By hand: put timm_hpm.HPMHead(num_features, num_classes) in its place, behind features (B, num_features)"
+_BY_HAND = (". By hand: put timm_hpm.HPMHead(num_features, num_classes) in the classifier's place, behind features (B, "
+            "num_features)")
 
 
 class UnsupportedHeadError(ValueError):
@@ -161,7 +162,10 @@ def add_hpm_head(
 
 
 def remove_hpm_head(model: nn.Module) -> nn.Module:
-    """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc"."""
+    """Undoes `add_hpm_head`, in place, and returns the model, whose logits are those of the mode "fc".
+
+    Raises a ValueError if `add_hpm_head` did not make the model.
+    """
     if not isinstance(model, HPMMixin):
         reason = "it is built around one" if is_equipped(model) else "it has none"
         raise ValueError(f"{type(model).__name__} has no HPM head to remove: {reason}. Expected what add_hpm_head "

@@ -53,7 +53,10 @@ class ThreatModel:
 
     @classmethod
     def of(cls, threat: "str | ThreatModel") -> "ThreatModel":
-        """Returns `threat`, or the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`, or a ValueError."""
+        """Returns `threat`, or the threat model of a text such as `"Linf:8/255"` or `"L2:0.5"`.
+
+        Raises a ValueError if the text is malformed or its values are out of range.
+        """
         if isinstance(threat, cls):
             return threat
         match = re.fullmatch(r"([^:]+):(.+)", threat.strip()) if isinstance(threat, str) else None

@@ -40,7 +40,9 @@ def fab(
     Every iteration costs two queries, one of them with a gradient.
 
     Arguments:
-        logits_fn, clean, labels: as in `apgd`.
+        logits_fn: pixels (R, ...) in [0, 1] to logits (R, C).
+        clean: (R, ...), pixels in [0, 1].
+        labels: (R,), class indices.
         targets: (R,), the classes whose boundaries are searched; a point of any wrong class counts.
         threat: a threat model or its text, of which only the norm matters.
         iterations: number of steps, at least 1.

@@ -14,7 +14,10 @@ def cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def targeted_loss(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the targeted DLR loss (R,) of logits (R, C), with fewer than 4 classes the targets' −cross-entropy."""
+    """Returns the targeted DLR loss (R,) as a function of logits (R, C).
+
+    With fewer than 4 classes it is minus the cross-entropy of the `targets` (R,).
+    """
     def loss(logits: Tensor) -> Tensor:
         if logits.shape[1] < 4:
             return -F.cross_entropy(logits, targets, reduction="none")
@@ -31,7 +34,7 @@ def target_margin(labels: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def probability_margin(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns the probability margin (R,), max_{c≠y} p_c − p_y, of logits (R, C). Source: arXiv 2411.15210."""
+    """Returns the probability margin (R,), max_{c≠y} p_c − p_y, as a function of logits (R, C); arXiv 2411.15210."""
     return lambda logits: margin_loss(F.softmax(logits, dim=1), labels)
 
 

@@ -60,7 +60,7 @@ def pgd(
 def ascend(logits_fn: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, threat: ThreatModel, steps: int = 1,
            step_size: float | None = None, random_start: bool = True,
            loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-    """Returns as `pgd`, without checks, which wait for the device."""
+    """Returns the images of `pgd`, without its checks, which wait for the device."""
     size = default_step_size(threat, steps) if step_size is None else step_size
     loss = _summed_cross_entropy if loss is None else loss
     x = threat.random_start(images) if random_start else images.clone()

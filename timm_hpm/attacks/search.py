@@ -60,7 +60,7 @@ def margin_search(
 
 def repeated_search(logits_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor, clean: Tensor, labels: Tensor,
                     targets: Tensor, threat: ThreatModel | str, steps: int) -> Tensor:
-    """Returns as `margin_search`, by searches of 400 steps, each from new random points for the images left.
+    """Returns points as `margin_search`, by searches of 400 steps, each from new random points for the images left.
 
     Ends if the later half of at least six searches broke no image. `steps` limits the steps per image.
     """

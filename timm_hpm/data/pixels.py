@@ -80,7 +80,10 @@ class PixelModel(WholeLoading):
         return logits.float() if isinstance(logits, Tensor) else logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1]."""
+        """Returns the model's input, in its parameters' dtype, for `pixels` (B, channels, H, W) in [0, 1].
+
+        Raises a ValueError if `pixels` have another number of channels than mean and std.
+        """
         if pixels.shape[1] != len(self.mean):
             raise ValueError(f"images have {pixels.shape[1]} channels, the model's mean and std {len(self.mean)}; "
                              "convert the images, or give mean and std for them: PixelModel(model, mean=..., std=...)")

@@ -34,10 +34,14 @@ def attack(
     `mixed_surrogate_attack`, which runs all attacks through all surrogates.
 
     Arguments:
-        model, images, labels, threat, batch_size, seed: as in `mixed_surrogate_attack`.
+        model, seed: as in `mixed_surrogate_attack`; the model is in eval mode.
+        images: (N, channels, H, W), pixels in [0, 1].
+        labels: (N,), class indices.
+        threat: the threat model, or a text such as `"Linf:8/255"`.
         name: of `timm_hpm.evaluation.ATTACKS`, such as `"apgd-ce"`, `"apgd-t"`, `"fab-t"` or `"square"`. It attacks the
             logits of the model itself; `"apgd-chain"` goes through all surrogates of an HPM head.
         budget: a `Budget`, iterations, or a text such as `"100x9r2"`; None means the standard one.
+        batch_size: images in a batch; in the mode `"batch"` of an HPM head the predictions depend on it.
 
     Raises:
         ValueError: if an argument is malformed, the attack does not apply to the model, or needs gradients that the

@@ -20,9 +20,9 @@ _BEYOND_DOUBT: Final = 1e4
 class Budget:
     """Limits of an attack: iterations, target classes if it is targeted, and restarts, each judged by itself."""
 
-    iterations: int
-    targets: int = 0
-    restarts: int = 1
+    iterations: int  # at least 1
+    targets: int = 0  # 0 if the attack is not targeted
+    restarts: int = 1  # at least 1
 
     def __post_init__(self) -> None:
         whole = all(type(number) is int for number in (self.iterations, self.targets, self.restarts))
@@ -113,7 +113,10 @@ class AttackBatch:
         return self._logits_of([self._start_features] * len(self.surrogates))
 
     def query(self, rows: Tensor, pixels: Tensor) -> Tensor:
-        """Returns the logits (R, C) of the ascending `rows` (R,) at `pixels` (R, ...), the others at their points."""
+        """Returns the logits (R, C) of the ascending `rows` (R,) at `pixels` (R, ...), the others at their points.
+
+        Differentiable with respect to `pixels`.
+        """
         if not len(rows):
             return self.clean_logits[:0]
         features = self.model.features(pixels)

@@ -192,7 +192,10 @@ def copy_flag(copy: nn.Module, before: Tensor, after: Tensor) -> Flag | None:
 
 
 def verdict_flag(correct: dict[str, str]) -> Flag | None:
-    """Returns `black-box-stronger` if Square broke more than 2 %, at least 3, that no attack with gradients broke."""
+    """Returns `black-box-stronger` if Square broke images that no attack with gradients broke by itself.
+
+    More than 2 % of the images, and at least 3. `correct` are the report's verdicts.
+    """
     attacked = {name: ATTACKS[attack_of(name)] for name in correct if "/" in name}
     # Attacks on whole batches begin at images that Square may have broken.
     with_gradients = [correct[name] for name, attack in attacked.items() if attack.needs_gradient

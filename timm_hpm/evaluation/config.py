@@ -31,19 +31,19 @@ class EvaluateConfig(RunOptions):
     checkpoint: str | None = option(None, "model", "file of the weights instead, such as train.py's model.safetensors")
     inference: tuple[str, ...] | None = option(
         None, "model", f"inference modes of the HPM head, of {', '.join(INFERENCE_MODES)}, each with a report of its "
-                      "own (the model's mode)", choices=INFERENCE_MODES)
+                       "own (the model's mode)", choices=INFERENCE_MODES)
     eot: int = option(1, "model", "draws of a randomised model whose logits and gradients are averaged", least=1)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "model", "device of PyTorch")
 
     split: str = option("test", "data", f"one of {', '.join(SPLITS)}")
     class_subset: str | None = option(
         None, "data", "file of the classes that are kept, one a line, by name or number: the logits of the others take "
-                     "part in no prediction and no attack, for a 1,000-class model on ImageNet-100, -A or -R (all)")
+                      "part in no prediction and no attack, for a 1,000-class model on ImageNet-100, -A or -R (all)")
     num_images: int = option(100, "data", "number of images, the first of the split; 0 for all", least=0)
 
     eps_sweep: str | None = option(
         None, "attack", "radii FIRST:LAST:STEP in the norm of --threat, such as 0:0.2:0.02 or 0:8/255:2/255, each with "
-                       "a report of its own; at 0 the robust accuracy is the clean one")
+                        "a report of its own; at 0 the robust accuracy is the clean one")
     batch_size: int = option(
         100, "attack", "images per judged batch; in batch mode the predictions depend on it", "-b", least=1)
     protocol: str = option("standard", "attack", "attacks and budgets; the next four options make it a custom one",
@@ -54,17 +54,17 @@ class EvaluateConfig(RunOptions):
         None, "attack", f"attacks to run, of {', '.join(ATTACKS)} (the protocol's)")
     budget: tuple[str, ...] = option(
         (), "attack", "ATTACK=N: iterations, after an x the number of targets, and after an r that of restarts: "
-                     "apgd-ce=50 apgd-t=50x4r2 joint-subset=25r40 (the protocol's)")
+                      "apgd-ce=50 apgd-t=50x4r2 joint-subset=25r40 (the protocol's)")
     full_grid: bool = option(
         False, "attack", "attacks on every image through every surrogate, also after it is misclassified; slower. In "
-                        "batch mode that is always so")
+                         "batch mode that is always so")
     neighbours: tuple[int, ...] | None = option(
         None, "attack", "batch sizes at which to measure how often a clean image flips when an adversary controls the "
-                       "rest of its batch; none for no measurement (standard and fast: those of "
-                       f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep: none)")
+                        "rest of its batch; none for no measurement (standard and fast: those of "
+                        f"{','.join(map(str, BATCH_SIZES))} up to --batch-size; others and --eps-sweep: none)")
     surrogates_at_once: int | None = option(
         None, "attack", "surrogates attacked side by side: N times the memory, faster for small networks (5 for images "
-                       "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
+                        "of up to 64x64 pixels, 1 for larger ones); progress is saved once per group", least=1)
     save_adversarial: bool = option(
         False, "output", "adversarial.safetensors, every candidate for --rejudge; by standard on an HPM head in batch "
                          "mode 88 times the images")

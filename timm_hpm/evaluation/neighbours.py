@@ -47,7 +47,9 @@ def measure_neighbours(
 
     Arguments:
         model: with an HPM head in batch mode, in eval mode; it does not change.
-        images, labels, threat: as in `mixed_surrogate_attack`; the adversary chooses from these images too.
+        images: (N, channels, H, W), pixels in [0, 1]; the adversary chooses from these too.
+        labels: (N,), class indices.
+        threat: the threat model of the neighbours, or a text such as `"Linf:8/255"`.
         batch_sizes: images in a batch, from 2 to N.
         num_targets: number of targets, the first correct images; 0 for all of them.
         seed: of the random orders and the model's random numbers; the caller's random state is restored.

@@ -98,19 +98,19 @@ def load_model(
     threat = ThreatModel.of(threat) if threat else None
     cfgs = {full: get_pretrained_cfg(full) for full in timm.list_pretrained("hpm_*")}
     known = {full: cfg.notes for full, cfg in cfgs.items() if cfg and cfg.notes}
-    fitting = [full for full, notes in known.items() if _fits(full, notes, dataset, threat)]
+    found = [full for full, notes in known.items() if _fits(full, notes, dataset, threat)]
     if name is not None:
-        exact = [full for full in fitting if name in (full, full.partition(".")[2])]
-        fitting = exact or [full for full in fitting if name in full]
-    if len(fitting) != 1:
+        exact = [full for full in found if name in (full, full.partition(".")[2])]
+        found = exact or [full for full in found if name in full]
+    if len(found) != 1:
         wanted = (("name", name), ("dataset", dataset), ("threat", threat))
         asked = ", ".join(f"{key}={str(value)!r}" for key, value in wanted if value) or "nothing"
-        if not fitting:
+        if not found:
             near = did_you_mean(name, [*known, *(full.partition(".")[2] for full in known)])
             raise ValueError(f"no network fits {asked}{near}; see timm.list_pretrained('hpm_*') and docs/models.md")
-        lines = "".join(f"\n    {full}: {'; '.join(known[full])}" for full in fitting)
-        raise ValueError(f"{len(fitting)} networks fit {asked}; expected one. They are:{lines}")
-    return create_model(fitting[0], pretrained=True, **model_args).eval()
+        lines = "".join(f"\n    {full}: {'; '.join(known[full])}" for full in found)
+        raise ValueError(f"{len(found)} networks fit {asked}; expected one. They are:{lines}")
+    return create_model(found[0], pretrained=True, **model_args).eval()
 
 
 def _fits(full: str, notes: tuple[str, ...], dataset: str | None, threat: ThreatModel | None) -> bool:
@@ -125,7 +125,8 @@ def convert(checkpoint: str | Path, model_name: str, output: str | Path, *, cfg:
             **model_args: Any) -> Any:
     """Converts a checkpoint of any format that `timm_hpm.models.formats` knows, and returns its model.
 
-    The folder `output` gets `model.safetensors` and `config.json`; if it holds a model, that is an OSError. `cfg` are
+    The file is safetensors, or a PyTorch file of only tensors and plain values. The folder `output` gets
+    `model.safetensors` and `config.json`, whole or not at all; if it holds a model, that is an OSError. `cfg` are
     fields of the pretrained cfg that are not the tag's in `model_name`, such as mean; `model_args` are arguments
     of `timm.create_model`, of which `num_classes` is that of the checkpoint. Raises as `create_model` does.
     """

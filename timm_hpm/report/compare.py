@@ -54,7 +54,7 @@ class PairedRow:
 
     @property
     def p_value(self) -> float:
-        """`mcnemar_p_value`."""
+        """Two-sided p-value of McNemar's exact test, `mcnemar_p_value`."""
         return mcnemar_p_value(self.only_a, self.only_b)
 
 

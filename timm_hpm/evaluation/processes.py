@@ -1,15 +1,19 @@
 """The processes that share an evaluation, by their `Accelerator`; None stands for a single process."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from ..deadline import OutOfTime
+
+# Seconds in which a thread of the process group frees the tensors of the last gather.
+_FREEING: Final = 0.2
 
 
 def is_first(accelerator: Accelerator | None) -> bool:
@@ -36,10 +40,17 @@ def several_processes(device: str) -> Iterator[Accelerator | None]:
     # One process may have a batch more than another, and a batch may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
-    # Without end_training torchrun may abort a process; after an error the others would report a lost connection.
     try:
         yield accelerator
     except OutOfTime:  # in all processes
-        accelerator.end_training()
+        leave(accelerator)
         raise
+    leave(accelerator)  # after an error of one the others would report a lost connection
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Ends the use of an accelerator and leaves the group of its processes, or torchrun may abort one of them."""
+    if accelerator.num_processes > 1:
+        # In torch 2.4 a thread that still frees the tensors of a gather would wait for this one, and this one for it.
+        time.sleep(_FREEING)
     accelerator.end_training()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..data import PixelModel, unwrapped
+from ..evaluation.processes import leave
 from ..files import default_folder, locked, remove, remove_unfinished
 from ..models.saving import WEIGHTS, check_no_draws, in_float32
 from .config import TrainConfig
@@ -86,7 +87,7 @@ def train(model: nn.Module | None, config: TrainConfig | None = None, output: st
                 # interpreter exits is aborted, and the process with it.
                 del run
                 accelerator.free_memory()
-                accelerator.end_training()
+                leave(accelerator)
             if model is not None and whole is not None:
                 model.load_state_dict(load_file(folder / WEIGHTS))
                 whole.eval()

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from ..attacks import pgd
 from ..data import as_pixel_model, random_flip, random_shift
-from ..evaluation.judge import judge
 from ..files import writable_folder
-from ..head import find_head, head_mode
+from ..head import find_head
 from ..models.constructors import is_constructor
 from ..models.saving import model_config, tensors_of, weights_metadata
 from ..prototypes import fit_prototypes
@@ -36,6 +34,7 @@ from .recovery import Checkpoint, Progress, check_identity, identity, newest_che
 from .run_folder import CHECKPOINTS, RunFolder, saved_options
 from .signals import Stopped, StopRequest, obey_parent, shielded_batches
 from .trunk import AveragedModel, PixelTrunk, inputs_only
+from .validation import Validation
 
 #: The file in a run's folder that compressed extra data are unpacked into.
 UNPACKED: Final = "extra-data.npy"
@@ -321,7 +320,8 @@ class Run:
         kept, trunk = (self.model, self.trunk) if self.ema is None else (self.ema.module, self.ema.trunk)
         self._set_mode(training=False)
         try:
-            row |= self._validate(kept, trunk)
+            validation = Validation(self.data.val, config, self.threat, self.accelerator, self.stop)
+            row |= validation(kept, trunk, tuple(dict.fromkeys(["fc", self._surrogate()])))
         except Stopped:
             self._save()
             raise
@@ -342,39 +342,6 @@ class Run:
         self._save()
         if self.stop.number and state.epoch < config.epochs:
             raise Stopped(self.stop.number)
-
-    def _validate(self, model: Any, trunk: PixelTrunk) -> dict[str, float]:
-        """Returns accuracies: clean, robust by a quick attack, not one to report, and the FC classifier's clean one.
-
-        `trunk` is one of the `model`, which ends in eval mode, and predicts in its own inference mode. The processes
-        share out the batches. A single one that is asked to stop does so between two batches, several after the last.
-        """
-        config, split, device, size = self.config, self.data.val, self.accelerator.device, self.config.batch_size
-        judged = as_pixel_model(model.eval())
-        counts = torch.zeros(3, device=device)
-        batches = torch.arange(len(split)).split(size)
-        own = range(process_index(), len(batches), num_processes())
-        loader = DataLoader(split, batch_sampler=[batches[number].tolist() for number in own],
-                            num_workers=config.workers, worker_init_fn=obey_parent)
-        pairs = self.stop.batches(loader) if num_processes() == 1 else shielded_batches(loader)
-        for number, (images, labels) in zip(own, pairs, strict=True):
-            images, labels = images.to(device), labels.to(device)
-            robust = clean = judge(judged, images, labels, size)
-            fc = clean
-            if trunk.uses_prototypes:
-                with head_mode(model, "fc"):
-                    fc = judge(judged, images, labels, size)
-            for name in dict.fromkeys(["fc", self._surrogate()]):
-                seed_at(config.seed, "validation", number, name)
-                with self.accelerator.autocast(), inputs_only(trunk):
-                    adversarial = pgd(partial(trunk.surrogate_logits, name), images, labels, self.threat,
-                                      steps=config.val_attack_steps)
-                robust = robust & judge(judged, adversarial, labels, size, allow_non_finite=True)
-            counts += torch.stack([clean.sum(), robust.sum(), fc.sum()]).to(counts)
-        clean_sum, robust_sum, fc_sum, *votes = reduced(torch.cat([counts, self.stop.votes().to(counts)])).tolist()
-        self.stop.agree(votes)
-        return {"val_clean": clean_sum / len(split), "val_robust": robust_sum / len(split),
-                "val_fc_clean": fc_sum / len(split)}
 
     def _warn(self, row: dict[str, Any]) -> None:
         """Writes each new sign that the run does not learn into the log and into the run's folder."""
